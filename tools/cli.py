@@ -1,0 +1,53 @@
+"""The `draftcache` command: a table of subcommands, each imported only when it is named.
+
+`draftcache --help` imports nothing but argparse, so it answers in well under half a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# name -> (module with add_arguments(parser) and run(arguments) -> exit code, one help line)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "prepare": ("tools.commands.prepare", "conversations -> token ids, loss masks, counts, draft vocabulary"),
+    "vocab": ("tools.commands.vocab", "build one draft-vocabulary map over several prepared datasets"),
+    "capture": ("tools.commands.capture", "run the frozen verifier once and write its outputs to a store"),
+    "train": ("tools.commands.train", "train the draft from a store, with no verifier in memory"),
+    "eval": ("tools.commands.eval", "offline acceptance length of a draft, from a store"),
+    "export": ("tools.commands.export", "write a checkpoint in the form that an inference engine serves"),
+    "demo": ("tools.commands.demo", "the whole pipeline on a tiny verifier and real text"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand. Exit code 0: done; 1: done, with rows quarantined or checks failed; 2: refused."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="draftcache", description="Train Eagle3 drafts from stored verifier outputs."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    named = arguments[0] if arguments else ""
+    for name, (module_name, help_line) in COMMANDS.items():
+        subparser = commands.add_parser(name, help=help_line, description=help_line)
+        if name == named:
+            importlib.import_module(module_name).add_arguments(subparser)
+    parsed = parser.parse_args(arguments)
+    module = importlib.import_module(COMMANDS[parsed.command][0])
+
+    from store.errors import DraftcacheError
+
+    try:
+        return int(module.run(parsed))
+    except DraftcacheError as exc:
+        print(f"draftcache {parsed.command}: error: {exc}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"draftcache {parsed.command}: interrupted; run the same command again to resume", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
