@@ -1,0 +1,59 @@
+"""Settings of one capture job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from store.errors import InputError
+
+
+def _doc(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureConfig:
+    """What to run, what to keep, and where to write it."""
+
+    verifier: Path = field(metadata=_doc("directory of a Hugging Face causal language model"))
+    dataset: Path = field(metadata=_doc("prepared dataset: the --output of `draftcache prepare`"))
+    output: Path = field(metadata=_doc("store to create or resume"))
+    layers: tuple[int, ...] = field(
+        metadata=_doc("blocks whose outputs are kept, counted from 0, ascending (2,26,48 for Nemotron-Cascade-2)")
+    )
+    vocab_map: Path | None = field(
+        default=None, metadata=_doc("draft-vocabulary map (default: the dataset's vocab_map.safetensors)")
+    )
+    splits: tuple[str, ...] = field(default=(), metadata=_doc("splits to capture, in order (default: all)"))
+    window: int = field(
+        default=4096,
+        metadata=_doc("drop rows that no start row within this window reads; 0 keeps every earlier row"),
+    )
+    top_k: int = field(default=64, metadata=_doc("teacher logits kept per position, over the draft vocabulary"))
+    tap_dtype: str = field(default="bfloat16", metadata=_doc("stored taps: bfloat16 or float32"))
+    compute_dtype: str = field(
+        default="auto",
+        metadata=_doc("verifier weights: bfloat16, float32, or auto (bfloat16 on a GPU, else float32)"),
+    )
+    device: str = field(default="auto", metadata=_doc("cuda, cuda:N, cpu, or auto"))
+    shard_tokens: int = field(default=65_536, metadata=_doc("tokens per shard: the unit that is redone after a kill"))
+    head_slice: int = field(default=1024, metadata=_doc("rows per slice of the head, so that no [L, V] tensor exists"))
+    allow_fallback: bool = field(
+        default=False,
+        metadata=_doc("on a GPU, run Mamba blocks without mamba-ssm's kernels (about 15 times slower)"),
+    )
+    trust_remote_code: bool = field(default=False, metadata=_doc("run the model code that the checkpoint brings along"))
+
+    def __post_init__(self) -> None:
+        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
+            raise InputError(f"--layers: expected ascending, distinct block numbers >= 0, found {list(self.layers)}")
+        if self.tap_dtype not in ("bfloat16", "float32"):
+            raise InputError(f"--tap-dtype: expected bfloat16 or float32, found {self.tap_dtype!r}")
+        if self.compute_dtype not in ("auto", "bfloat16", "float32"):
+            raise InputError(f"--compute-dtype: expected auto, bfloat16 or float32, found {self.compute_dtype!r}")
+        for name in ("top_k", "shard_tokens", "head_slice"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(self, name)}")
+        if self.window < 0:
+            raise InputError(f"--window: expected 0 (keep all) or a number of rows, found {self.window}")

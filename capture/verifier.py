@@ -1,0 +1,239 @@
+"""The frozen verifier: any Hugging Face causal LM whose blocks, final norm and head can be found.
+
+Nothing here names a model class. What was found is proved at start-up by `Verifier.self_check`: taps against
+`output_hidden_states`, logits against the model's own forward.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import xxhash
+from torch import nn
+
+from store.errors import InputError
+from store.files import hash_json, read_json
+
+_SAMPLES_PER_FILE = 256
+_SAMPLE_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class VerifierStates:
+    """What one forward leaves: taps [L, H] by block number, and the final-norm output [L, H], model dtype."""
+
+    taps: dict[int, torch.Tensor]
+    final: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """A loaded causal LM and the modules that capture reads."""
+
+    model: Any
+    body: Any
+    blocks: nn.ModuleList
+    embeddings: nn.Embedding
+    final_norm: nn.Module
+    head: nn.Linear
+    device: torch.device
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return int(self.embeddings.weight.shape[1])
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head."""
+        return int(self.head.weight.shape[0])
+
+    @property
+    def rms_norm_eps(self) -> float:
+        """Epsilon of the final norm."""
+        for name in ("variance_epsilon", "eps"):
+            if isinstance(value := getattr(self.final_norm, name, None), float):
+                return value
+        raise InputError(
+            f"{type(self.final_norm).__name__}: expected an epsilon in `variance_epsilon` or `eps`, found neither"
+        )
+
+    @torch.inference_mode()
+    def forward(self, token_ids: torch.Tensor, layers: tuple[int, ...]) -> VerifierStates:
+        """Run one conversation, `token_ids` [L] int64, and keep the outputs of the blocks `layers`."""
+        taps: dict[int, torch.Tensor] = {}
+        final: list[torch.Tensor] = []
+
+        def keep(layer: int) -> Any:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                taps[layer] = (output[0] if isinstance(output, tuple) else output)[0]
+
+            return hook
+
+        handles = [self.blocks[layer].register_forward_hook(keep(layer)) for layer in layers]
+        handles.append(self.final_norm.register_forward_hook(lambda _m, _i, output: final.append(output[0])))
+        try:
+            self.body(input_ids=token_ids[None].to(self.device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return VerifierStates(taps=taps, final=final[-1])
+
+    @torch.inference_mode()
+    def self_check(self, layers: tuple[int, ...]) -> dict[str, float]:
+        """Compare taps with `output_hidden_states[i + 1]` and head(final) with the model's own logits.
+
+        Returns the largest relative differences. Raises InputError where a convention does not hold: a model that
+        scales or soft-caps its logits, or whose blocks do not return the residual stream.
+        """
+        token_ids = torch.arange(3, 35, device=self.device) % self.vocab_size
+        states = self.forward(token_ids, layers)
+        reference = self.model(input_ids=token_ids[None], use_cache=False, output_hidden_states=True)
+        last = len(self.blocks) - 1
+        differences = {
+            f"tap_{layer}": _relative(states.taps[layer], reference.hidden_states[layer + 1][0])
+            for layer in layers
+            if layer != last  # the last entry of hidden_states is after the final norm
+        }
+        logits = head_logits(states.final, self.head)
+        differences["logits"] = _relative(logits, reference.logits[0])
+        tolerance = 1e-4 if self.head.weight.dtype == torch.float32 else 2e-2
+        wrong = {name: value for name, value in differences.items() if not value <= tolerance}
+        if wrong:
+            raise InputError(
+                f"{type(self.model).__name__}: expected block outputs to equal output_hidden_states[i + 1] and "
+                f"head(final norm) to equal the model's logits within {tolerance}, found relative differences "
+                f"{wrong}; this model's conventions are not supported"
+            )
+        return differences
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30))
+
+
+def head_logits(final: torch.Tensor, head: nn.Linear) -> torch.Tensor:
+    """Logits [P, V] in float32: bf16 logits at 16..32 would tie in steps of 0.125."""
+    if final.dtype == torch.float32:
+        return head(final)  # type: ignore[no-any-return]
+    if final.is_cuda:
+        logits = torch.mm(final, head.weight.t(), out_dtype=torch.float32)
+    else:
+        logits = final.float() @ head.weight.float().t()
+    return logits if head.bias is None else logits + head.bias.float()
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" takes the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """ "auto" computes in bfloat16 on a GPU and in float32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def load_verifier(path: Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> Verifier:
+    """Load a model directory, frozen, in evaluation mode, from safetensors only. Raises InputError."""
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path}: expected a model directory, found no config.json")
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, KeyError) as exc:
+        raise InputError(f"{path}: could not be loaded as a causal language model ({exc})") from exc
+    model.to(device).eval().requires_grad_(False)
+    return find_modules(model, device)
+
+
+def find_modules(model: Any, device: torch.device) -> Verifier:
+    """Find blocks, embeddings, final norm and head of a causal LM. Raises InputError naming what is missing."""
+    body = model.base_model
+    count = model.config.get_text_config().num_hidden_layers
+    stacks = [
+        (name, module)
+        for name, module in body.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if not stacks:
+        raise InputError(f"{type(model).__name__}: expected a ModuleList of {count} blocks, found none")
+    stack_name, blocks = min(stacks, key=lambda item: item[0].count("."))
+    parent = body.get_submodule(stack_name.rpartition(".")[0])
+    norms = [module for name, module in parent.named_children() if "norm" in name.lower() or name == "ln_f"]
+    if len(norms) != 1:
+        raise InputError(
+            f"{type(model).__name__}: expected one final norm beside the blocks, "
+            f"found {[type(module).__name__ for module in norms]}"
+        )
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if not isinstance(head, nn.Linear) or not isinstance(embeddings, nn.Embedding):
+        raise InputError(
+            f"{type(model).__name__}: expected a linear head and an embedding table, "
+            f"found {type(head).__name__} and {type(embeddings).__name__}"
+        )
+    return Verifier(
+        model=model,
+        body=body,
+        blocks=blocks,
+        embeddings=embeddings,
+        final_norm=norms[0],
+        head=head,
+        device=device,
+    )
+
+
+def weights_fingerprint(path: Path) -> str:
+    """xxh3-128 over names, sizes, headers and 256 evenly spaced 64 KiB samples of each safetensors file.
+
+    Tells checkpoints apart without reading 63 GB: two fine-tunes of one model differ in every sampled block.
+    """
+    digest = xxhash.xxh3_128()
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{path}: expected *.safetensors weights, found none")
+    for item in files:
+        size = item.stat().st_size
+        digest.update(json.dumps([item.name, size]).encode())
+        stride = max(_SAMPLE_BYTES, size // _SAMPLES_PER_FILE)
+        with item.open("rb") as file:
+            for offset in range(0, size, stride):
+                file.seek(offset)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def describe_verifier(path: Path, verifier: Verifier) -> dict[str, Any]:
+    """The verifier's identity and the shape facts that training and export need, for the manifest."""
+    raw = read_json(path / "config.json")
+    config = verifier.model.config.get_text_config()
+    return {
+        "name": path.resolve().name,
+        "architecture": type(verifier.model).__name__,
+        "model_type": str(config.model_type),
+        "config_hash": hash_json(
+            {key: raw[key] for key in raw if key not in ("transformers_version", "_name_or_path")}
+        ),
+        "weights_hash": weights_fingerprint(path),
+        "layers": len(verifier.blocks),
+        "hidden_size": verifier.hidden_size,
+        "vocab_size": verifier.vocab_size,
+        "rms_norm_eps": verifier.rms_norm_eps,
+        "max_position_embeddings": int(getattr(config, "max_position_embeddings", 0)),
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+    }

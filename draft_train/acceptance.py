@@ -1,0 +1,195 @@
+"""Offline acceptance: how many tokens a served draft wins per verify step, read off the store.
+
+With greedy verification a chain at start row t is accepted while the draft's argmax equals the verifier's. On
+traces that the verifier wrote greedily, the realised tokens are its argmaxes, so the teacher-forced steps ARE the
+served steps up to the first mismatch: accepted lengths are exact, and walking `t -> t + n(t) + 1` counts the
+verify steps that serving makes. On other text the figure is teacher-forced: a comparison, not a prediction.
+An argmax outside the draft vocabulary is a rejection, never a missing value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from draft_train.batches import Batch, build_batch
+from draft_train.draft_model import DraftModel
+from draft_train.unroll import unroll
+from store.reader import StoreReader
+from store.rows import start_rows, tokens_left
+from store.schema import Conversation
+
+LENGTH_BUCKETS = (16_384, 32_768, 65_536)
+_EXACT_AGREEMENT = 0.999
+
+
+@dataclass
+class AcceptanceCounts:
+    """Sums over conversations; ratios are properties."""
+
+    draft_tokens: int
+    conversations: int = 0
+    verify_steps: int = 0
+    tokens: int = 0
+    """Tokens that the verify steps produced: each turn's tokens after its first."""
+    proposals: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """[draft_tokens]: verify steps whose first k draft tokens were accepted and whose turn goes on."""
+    accepted: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """[draft_tokens]: those whose k-th draft token was accepted too."""
+    bucket_steps: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(LENGTH_BUCKETS) + 1, np.int64))
+    bucket_tokens: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(LENGTH_BUCKETS) + 1, np.int64))
+    teacher_positions: int = 0
+    agreements: int = 0
+    """Teacher positions whose realised token is the verifier's argmax."""
+
+    def __post_init__(self) -> None:
+        if self.proposals.size == 0:
+            self.proposals = np.zeros(self.draft_tokens, np.int64)
+            self.accepted = np.zeros(self.draft_tokens, np.int64)
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens per verify step along the chain, the verifier's own token included; 1 is no gain."""
+        return self.tokens / max(1, self.verify_steps)
+
+    @property
+    def conditional(self) -> list[float]:
+        """Acceptance of draft token k given that those before it were accepted, along the chain."""
+        return [float(hit) / max(1, int(tried)) for hit, tried in zip(self.accepted, self.proposals, strict=True)]
+
+    @property
+    def greedy_agreement(self) -> float:
+        """Share of realised tokens that are the verifier's argmax; 1 on its own greedy traces."""
+        return self.agreements / max(1, self.teacher_positions)
+
+    def to_json(self) -> dict[str, Any]:
+        """For reports; `kind` says whether the figure is exact or teacher-forced."""
+        edges = ["0", *map(str, LENGTH_BUCKETS), "inf"]
+        return {
+            "acceptance_length": self.acceptance_length,
+            "conditional_acceptance": self.conditional,
+            "verify_steps": self.verify_steps,
+            "tokens": self.tokens,
+            "conversations": self.conversations,
+            "draft_tokens": self.draft_tokens,
+            "greedy_agreement": self.greedy_agreement,
+            "kind": "exact" if self.greedy_agreement >= _EXACT_AGREEMENT else "teacher-forced",
+            "by_position": {
+                f"{edges[number]}-{edges[number + 1]}": float(tokens) / int(steps)
+                for number, (steps, tokens) in enumerate(zip(self.bucket_steps, self.bucket_tokens, strict=True))
+                if steps
+            },
+        }
+
+
+def count_chain(counts: AcceptanceCounts, loss_mask: NDArray[np.bool_], hits: NDArray[np.bool_]) -> None:
+    """Walk every turn of one conversation and add to `counts`.
+
+    `hits` [S, draft_tokens]: whether the draft's argmax at step k of each start row equals the verifier's.
+    Draft tokens beyond the end of the turn neither count nor help.
+    """
+    starts = start_rows(loss_mask)
+    left = tokens_left(loss_mask, starts)
+    usable = np.arange(counts.draft_tokens)[None, :] < left[:, None]
+    accepted = np.cumprod(hits & usable, axis=1).sum(axis=1)
+    number = 0
+    while number < starts.size:
+        taken = int(accepted[number])
+        gained = min(taken + 1, int(left[number]))
+        tried = min(taken + 1, counts.draft_tokens, int(left[number]))
+        counts.verify_steps += 1
+        counts.tokens += gained
+        counts.proposals[:tried] += 1
+        counts.accepted[:taken] += 1
+        bucket = int(np.searchsorted(LENGTH_BUCKETS, starts[number], side="right"))
+        counts.bucket_steps[bucket] += 1
+        counts.bucket_tokens[bucket] += gained
+        # Start rows of one turn are consecutive; the next turn's first one follows in the list.
+        number += gained
+    counts.conversations += 1
+
+
+def _agreements(item: Conversation) -> tuple[int, int]:
+    positions = item.arrays["teacher_positions"].astype(np.int64)
+    realised = item.arrays["token_ids"][positions + 1]
+    return positions.size, int((realised == item.arrays["argmax"]).sum())
+
+
+HitFunction = Callable[[Conversation, Batch], NDArray[np.bool_]]
+
+
+def _measure(
+    store: StoreReader,
+    members: NDArray[np.int64],
+    draft_tokens: int,
+    window: int | None,
+    hits_of: HitFunction,
+) -> AcceptanceCounts:
+    counts = AcceptanceCounts(draft_tokens=draft_tokens)
+    for number in members:
+        item = store.read(int(number))
+        batch = build_batch([item], store.manifest.layers, max_steps=draft_tokens, window=window)
+        count_chain(counts, item.loss_mask, hits_of(item, batch))
+        positions, agreements = _agreements(item)
+        counts.teacher_positions += positions
+        counts.agreements += agreements
+    return counts
+
+
+@torch.inference_mode()
+def measure_acceptance(
+    model: DraftModel,
+    embeddings: torch.Tensor,
+    store: StoreReader,
+    members: NDArray[np.int64],
+    *,
+    draft_tokens: int = 5,
+) -> AcceptanceCounts:
+    """Acceptance of a draft on conversations `members` of a store, `draft_tokens` proposed per verify step."""
+    device = embeddings.device
+    target_ids = torch.from_numpy(store.vocab_map().target_ids).to(device)
+
+    def hits_of(_item: Conversation, batch: Batch) -> NDArray[np.bool_]:
+        batch = batch.to(device)
+        hits = torch.zeros(batch.start_index.shape[0], draft_tokens, dtype=torch.bool, device=device)
+        for step in unroll(model, embeddings, batch, draft_tokens):
+            proposed = target_ids[model.logits(step.hidden).argmax(-1)]
+            hits[step.rows, step.number] = proposed == batch.argmax[batch.teacher_index[step.rows, step.number]]
+        return np.asarray(hits.cpu().numpy())
+
+    return _measure(store, members, draft_tokens, model.shape.sliding_window, hits_of)
+
+
+def bigram_table(store: StoreReader, members: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[V] int64: the most frequent assistant-written successor of each token (lowest id on ties, -1 if unseen)."""
+    vocab = int(store.manifest.verifier["vocab_size"])
+    pairs = []
+    for number in members:
+        item = store.read(int(number), ["token_ids", "loss_mask"])
+        tokens = item.arrays["token_ids"].astype(np.int64)
+        written = item.loss_mask[1:]
+        pairs.append(tokens[:-1][written] * vocab + tokens[1:][written])
+    keys, counts = np.unique(np.concatenate(pairs), return_counts=True)
+    order = np.lexsort((keys, -counts))
+    previous, successor = keys[order] // vocab, keys[order] % vocab
+    first, places = np.unique(previous, return_index=True)
+    table = np.full(vocab, -1, np.int64)
+    table[first] = successor[places]
+    return table
+
+
+def measure_bigram(
+    table: NDArray[np.int64], store: StoreReader, members: NDArray[np.int64], *, draft_tokens: int = 5
+) -> AcceptanceCounts:
+    """Acceptance of a bigram table (from `bigram_table`) used as the draft: the baseline that costs nothing."""
+
+    def hits_of(_item: Conversation, batch: Batch) -> NDArray[np.bool_]:
+        proposed = torch.from_numpy(table)[batch.step_tokens]
+        return np.asarray((proposed == batch.argmax[batch.teacher_index]).numpy())
+
+    return _measure(store, members, draft_tokens, store.manifest.window, hits_of)

@@ -1,0 +1,168 @@
+"""From stored conversations to the tensors of one optimizer step.
+
+Conversations are packed by position: each one's positions are shifted past the last window of the one before it,
+so that the causal sliding window itself keeps them apart, with no segment ids. Rotary angles use the same
+positions; only differences matter there.
+
+Shape legend: R key rows (all rows in reach), S start rows, P teacher positions, K teacher entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from store.errors import InputError
+from store.reader import StoreReader
+from store.rows import start_rows, tokens_left
+from store.schema import Conversation, tap_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Tensors of one step, on one device."""
+
+    aux: torch.Tensor
+    """[R, taps * H] verifier states, in the stored dtype."""
+    key_tokens: torch.Tensor
+    """[R] int64: x_{t+1} of each key row t."""
+    key_positions: torch.Tensor
+    """[R] int64, ascending, shifted per conversation."""
+    start_index: torch.Tensor
+    """[S] int64: which key rows are start rows."""
+    steps: torch.Tensor
+    """[S] int64: loss-carrying steps of each start row, at most `max_steps`; at least 1."""
+    step_tokens: torch.Tensor
+    """[S, max_steps] int64: x_{t+1+k} consumed at step k (0 where k >= steps)."""
+    teacher_index: torch.Tensor
+    """[S, max_steps] int64: row of the teacher arrays for position t+1+k (0 where k >= steps)."""
+    conversation: torch.Tensor
+    """[S] int64: which conversation of the batch each start row belongs to."""
+    teacher_ids: torch.Tensor
+    """[P, K] int64 draft-vocabulary ids."""
+    teacher_logits: torch.Tensor
+    """[P, K] float32."""
+    log_z_full: torch.Tensor
+    log_z_draft: torch.Tensor
+    argmax: torch.Tensor
+    """[P] int64, over the verifier's vocabulary."""
+    conversations: int
+    tokens: int
+    window: int
+    """Attention window that keeps packed conversations apart."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        moved = {
+            item.name: value.to(device, non_blocking=True)
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), torch.Tensor)
+        }
+        return replace(self, **moved)  # type: ignore[arg-type]  # tensors only
+
+
+def stored_taps(conversation: Conversation, layers: tuple[int, ...]) -> torch.Tensor:
+    """[R, taps * H]: outputs of `layers`, concatenated in ascending order, in the dtype of the store's taps."""
+    parts = []
+    for layer in layers:
+        values = torch.from_numpy(conversation.arrays[tap_name(layer)])
+        parts.append(values.view(torch.bfloat16) if values.dtype == torch.uint16 else values)
+    return torch.cat(parts, dim=-1)
+
+
+def build_batch(
+    conversations: list[Conversation], layers: tuple[int, ...], *, max_steps: int, window: int | None
+) -> Batch:
+    """Pack conversations. `window` None attends to every earlier row of the same conversation."""
+    longest = max(item.arrays["token_ids"].shape[0] for item in conversations)
+    reach = window if window is not None else longest + max_steps
+    parts = [_one(item, layers, max_steps) for item in conversations]
+    joined: dict[str, list[torch.Tensor]] = {name: [] for name in parts[0]}
+    position = rows = teacher = tokens = 0
+    for number, part in enumerate(parts):
+        part["key_positions"] = part["key_positions"] + position
+        part["start_index"] = part["start_index"] + rows
+        part["teacher_index"] = part["teacher_index"] + teacher
+        part["conversation"] = torch.full_like(part["start_index"], number)
+        for name, value in part.items():
+            joined.setdefault(name, []).append(value)
+        length = conversations[number].arrays["token_ids"].shape[0]
+        position += length + reach + max_steps
+        rows += part["aux"].shape[0]
+        teacher += part["teacher_ids"].shape[0]
+        tokens += length
+    return Batch(
+        **{name: torch.cat(values) for name, values in joined.items()},
+        conversations=len(conversations),
+        tokens=tokens,
+        window=reach,
+    )
+
+
+def _one(item: Conversation, layers: tuple[int, ...], max_steps: int) -> dict[str, torch.Tensor]:
+    arrays = item.arrays
+    token_ids = arrays["token_ids"].astype(np.int64)
+    positions = arrays["positions"].astype(np.int64)
+    starts = start_rows(item.loss_mask)
+    steps = np.minimum(tokens_left(item.loss_mask, starts), max_steps)
+    offsets = np.arange(max_steps)
+    live = offsets[None, :] < steps[:, None]
+    places = np.where(live, starts[:, None] + 1 + offsets, starts[:, None] + 1)
+    values = {
+        "key_tokens": token_ids[positions + 1],
+        "key_positions": positions,
+        "start_index": _positions_of(starts, positions, item, "rows"),
+        "steps": steps,
+        "step_tokens": np.where(live, token_ids[places], 0),
+        "teacher_index": np.where(
+            live, _positions_of(places, arrays["teacher_positions"].astype(np.int64), item, "teacher rows"), 0
+        ),
+        "teacher_ids": arrays["teacher_ids"].astype(np.int64),
+        "teacher_logits": arrays["teacher_max"][:, None] - arrays["teacher_gaps"].astype(np.float32),
+        "log_z_full": arrays["log_z_full"],
+        "log_z_draft": arrays["log_z_draft"],
+        "argmax": arrays["argmax"].astype(np.int64),
+    }
+    return {"aux": stored_taps(item, layers)} | {name: torch.from_numpy(value) for name, value in values.items()}
+
+
+def _positions_of(wanted: np.ndarray[Any, Any], stored: np.ndarray[Any, Any], item: Conversation, what: str) -> Any:
+    found = np.searchsorted(stored, wanted)
+    if stored.size == 0 or not np.array_equal(stored[np.minimum(found, stored.size - 1)], wanted):
+        raise InputError(
+            f"conversation {item.content_hash}: expected {what} for every start row and step, found some missing; "
+            "the store was captured with another rule, capture it again"
+        )
+    return found
+
+
+def epoch_order(members: np.ndarray[Any, Any], seed: int, epoch: int) -> np.ndarray[Any, Any]:
+    """Order of an epoch: a pure function of (seed, epoch), so that (epoch, step) is all a resume needs."""
+    return np.random.default_rng([seed, epoch]).permutation(members)
+
+
+def epoch_batches(
+    store: StoreReader,
+    members: np.ndarray[Any, Any],
+    *,
+    seed: int,
+    epoch: int,
+    first_step: int,
+    batch_conversations: int,
+    max_steps: int,
+    window: int | None,
+) -> Iterator[Batch]:
+    """Batches of one epoch from step `first_step` of it on."""
+    order = epoch_order(members, seed, epoch)
+    for first in range(first_step * batch_conversations, len(order), batch_conversations):
+        chosen = order[first : first + batch_conversations]
+        yield build_batch(
+            [store.read(int(number)) for number in chosen],
+            store.manifest.layers,
+            max_steps=max_steps,
+            window=window,
+        )

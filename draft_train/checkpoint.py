@@ -1,0 +1,156 @@
+"""Checkpoints: a directory of safetensors and JSON, published by one rename, complete or not there at all.
+
+model.safetensors (float32 masters), optimizer.safetensors (AdamW moments by parameter name),
+vocab_map.safetensors, state.json (step, settings, shape, verifier, hashes of the files beside it).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from draft_train.config import DraftShape
+from draft_train.draft_model import DraftModel
+from store.errors import CheckpointError, DraftcacheError
+from store.files import fsync_directory, fsync_tree, hash_file, read_json, write_json
+from store.vocab_map import VocabMap
+
+FORMAT = "draftcache-checkpoint"
+VERSION = 1
+_FILES = ("model.safetensors", "optimizer.safetensors", "vocab_map.safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointState:
+    """Everything in state.json but the format and the file hashes."""
+
+    step: int
+    """Optimizer steps done."""
+    finished: bool
+    objective: dict[str, Any]
+    shape: DraftShape
+    store_hash: str
+    draft_vocab_hash: str
+    verifier: dict[str, Any]
+    taps: list[dict[str, Any]]
+    metrics: dict[str, Any]
+
+
+def save_checkpoint(
+    path: Path, state: CheckpointState, model: DraftModel, optimizer: torch.optim.AdamW, vocab_map: VocabMap
+) -> None:
+    """Write beside, fsync, rename. An existing checkpoint of this name is left as it is."""
+    if path.exists():
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()},
+        partial / _FILES[0],
+    )
+    save_file(_optimizer_tensors(model, optimizer), partial / _FILES[1])
+    vocab_map.save(partial / _FILES[2])
+    body = {"format": FORMAT, "version": VERSION, **asdict(state)}
+    write_json(partial / "state.json", body | {"files": {name: hash_file(partial / name) for name in _FILES}})
+    fsync_tree(partial)
+    partial.rename(path)
+    fsync_directory(path.parent)
+
+
+def _optimizer_tensors(model: DraftModel, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{name}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    return tensors
+
+
+def load_state(path: Path) -> CheckpointState:
+    """Read and check state.json and the files it names. Raises CheckpointError."""
+    try:
+        body = read_json(path / "state.json")
+    except DraftcacheError as exc:
+        raise CheckpointError(f"{path}: expected a checkpoint with state.json ({exc})") from exc
+    if not isinstance(body, dict) or body.get("format") != FORMAT or body.get("version") != VERSION:
+        raise CheckpointError(f"{path}/state.json: expected {FORMAT} version {VERSION}, found something else")
+    for name, expected in body["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: expected a file of the checkpoint, found none; it is incomplete")
+        if (found := hash_file(file)) != expected:
+            raise CheckpointError(f"{file}: expected xxh3-128 {expected}, found {found}; it was changed or damaged")
+    names = CheckpointState.__dataclass_fields__
+    values = {name: body[name] for name in names}
+    return CheckpointState(**values | {"shape": DraftShape(**body["shape"])})
+
+
+def load_model(path: Path, state: CheckpointState, device: torch.device) -> DraftModel:
+    """The draft with this checkpoint's float32 weights. Raises CheckpointError where tensors are missing."""
+    with torch.device(device):
+        model = DraftModel(state.shape)
+    load_weights(model, path)
+    return model
+
+
+def load_weights(model: DraftModel, path: Path) -> None:
+    """Copy model.safetensors into the model. Raises CheckpointError naming missing or misshapen tensors."""
+    tensors = load_file(path / _FILES[0])
+    expected = {name: list(value.shape) for name, value in model.state_dict().items()}
+    found = {name: list(value.shape) for name, value in tensors.items()}
+    if found != expected:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        detail = ", ".join(f"{name}: expected {expected.get(name)}, found {found.get(name)}" for name in wrong)
+        raise CheckpointError(f"{path / _FILES[0]}: {detail}")
+    model.load_state_dict(tensors)
+
+
+def load_optimizer(path: Path, model: DraftModel, optimizer: torch.optim.AdamW) -> None:
+    """Restore AdamW's moments and step counts, bit for bit."""
+    tensors = load_file(path / _FILES[1])
+    for name, parameter in model.named_parameters():
+        state = {key: tensors[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        fused = optimizer.defaults.get("fused")
+        optimizer.state[parameter] = {
+            key: value.to(parameter.device) if key != "step" or fused else value for key, value in state.items()
+        }
+
+
+def load_vocab_map(path: Path, state: CheckpointState) -> VocabMap:
+    """The checkpoint's own map, checked against its recorded hash."""
+    loaded = VocabMap.load(path / _FILES[2])
+    if loaded.hash != state.draft_vocab_hash:
+        raise CheckpointError(f"{path / _FILES[2]}: expected vocabulary {state.draft_vocab_hash}, found {loaded.hash}")
+    return loaded
+
+
+def checkpoint_path(output: Path, step: int) -> Path:
+    """Directory of the checkpoint after `step` optimizer steps."""
+    return output / "checkpoints" / f"step_{step:08d}"
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted((output / "checkpoints").glob("step_*"))
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """A checkpoint directory, or the newest one of a run's directory. Raises CheckpointError."""
+    if (path / "state.json").is_file():
+        return path
+    found = checkpoints(path)
+    if not found:
+        raise CheckpointError(f"{path}: expected a checkpoint or a training --output with checkpoints, found neither")
+    return found[-1]
+
+
+def prune_checkpoints(output: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and leftovers of interrupted writes."""
+    for path in [*checkpoints(output)[:-keep], *(output / "checkpoints").glob(".step_*.partial")]:
+        shutil.rmtree(path)

@@ -1,0 +1,131 @@
+"""Shape of the draft and settings of one training run; no torch here, so that the command line starts fast."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from store.errors import InputError
+
+
+def _doc(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftShape:
+    """A one-layer Llama draft in the classic Eagle3 form."""
+
+    hidden_size: int
+    """Equals the verifier's: the draft reads its embeddings and states."""
+    taps: int
+    """Verifier states concatenated into the input of `fc`."""
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    draft_vocab_size: int
+    sliding_window: int | None
+    """Keys farther back than this, by position, are not attended; None attends to all."""
+    rope_theta: float
+    rms_norm_eps: float
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None and value <= 0:
+                raise InputError(f"draft shape: expected {name} above 0, found {value}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"draft shape: expected attention heads in groups of the {self.num_key_value_heads} key-value heads, "
+                f"found {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise InputError(f"draft shape: expected an even head_dim for rotary embeddings, found {self.head_dim}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that shapes a training run. A checkpoint resumes only under the same settings."""
+
+    store: Path = field(metadata=_doc("store to train from: the --output of `draftcache capture`"))
+    output: Path = field(metadata=_doc("directory for checkpoints and metrics; the same command resumes it"))
+    splits: tuple[str, ...] = field(metadata=_doc("splits of the store to train on"))
+    init_from: Path | None = field(
+        default=None, metadata=_doc("start from this checkpoint's weights with a fresh optimizer (stage 2)")
+    )
+    eval_split: str | None = field(
+        default=None, metadata=_doc("split whose acceptance length is logged while training")
+    )
+    eval_every: int = field(default=0, metadata=_doc("steps between those evaluations; 0 for none"))
+    eval_conversations: int = field(default=64, metadata=_doc("conversations of the split to evaluate on"))
+    epochs: int = field(default=1, metadata=_doc("passes over the splits"))
+    batch_conversations: int = field(default=1, metadata=_doc("conversations per optimizer step"))
+    learning_rate: float = field(default=1e-4, metadata=_doc("peak AdamW learning rate"))
+    warmup_ratio: float = field(default=0.02, metadata=_doc("share of the steps that warm up linearly"))
+    final_lr_ratio: float = field(default=0.0, metadata=_doc("learning rate at the end of the cosine, over the peak"))
+    weight_decay: float = field(default=0.0, metadata=_doc("AdamW weight decay of the matrices"))
+    beta1: float = field(default=0.9, metadata=_doc("AdamW decay of the first moment"))
+    beta2: float = field(default=0.95, metadata=_doc("AdamW decay of the second moment"))
+    max_grad_norm: float = field(default=0.5, metadata=_doc("gradient norm above which gradients are scaled down"))
+    ttt_steps: int = field(default=6, metadata=_doc("training-time-test steps: how far the draft is unrolled"))
+    step_decay: float = field(default=0.8, metadata=_doc("weight of step k in the loss is step_decay ** k"))
+    out_of_vocab: str = field(
+        default="weight",
+        metadata=_doc("rows whose verifier argmax is outside the draft vocabulary: weight (by p(D)), drop, or keep"),
+    )
+    sliding_window: int = field(default=4096, metadata=_doc("draft attention window; 0 for full attention"))
+    intermediate_size: int = field(default=0, metadata=_doc("width of the draft's MLP; 0 for 3 x hidden"))
+    num_attention_heads: int = field(default=32, metadata=_doc("query heads of the draft"))
+    num_key_value_heads: int = field(default=2, metadata=_doc("key-value heads of the draft"))
+    head_dim: int = field(default=128, metadata=_doc("width of one head"))
+    rope_theta: float = field(default=10_000.0, metadata=_doc("rotary base"))
+    head_init: str = field(
+        default="verifier",
+        metadata=_doc("lm_head and norm start as the verifier's rows (verifier) or at random (random)"),
+    )
+    loss_chunk: int = field(default=4096, metadata=_doc("rows per slice of the draft's head and loss"))
+    checkpoint_every: int = field(default=500, metadata=_doc("steps between checkpoints"))
+    keep_checkpoints: int = field(default=3, metadata=_doc("newest checkpoints kept"))
+    seed: int = field(default=0, metadata=_doc("initial weights and order of conversations"))
+    device: str = field(default="auto", metadata=_doc("cuda, cuda:N, cpu, or auto"))
+    wandb: str = field(default="off", metadata=_doc("weights and biases: off, online or offline"))
+    wandb_project: str = field(default="draftcache", metadata=_doc("its project"))
+
+    def __post_init__(self) -> None:
+        for name in (
+            "epochs",
+            "batch_conversations",
+            "ttt_steps",
+            "loss_chunk",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
+            _require(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        for name in ("learning_rate", "max_grad_norm", "step_decay", "rope_theta"):
+            _require(name, getattr(self, name) > 0, "above 0", getattr(self, name))
+        for name in ("warmup_ratio", "final_lr_ratio"):
+            _require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1", getattr(self, name))
+        for name in ("eval_every", "sliding_window", "intermediate_size", "weight_decay"):
+            _require(name, getattr(self, name) >= 0, "0 or more", getattr(self, name))
+        _require("splits", bool(self.splits), "at least one split", self.splits)
+        _require("out_of_vocab", self.out_of_vocab in OUT_OF_VOCAB, f"one of {OUT_OF_VOCAB}", self.out_of_vocab)
+        _require("head_init", self.head_init in ("verifier", "random"), "verifier or random", self.head_init)
+        _require("wandb", self.wandb in ("off", "online", "offline"), "off, online or offline", self.wandb)
+        _require("eval_split", not (self.eval_every and not self.eval_split), "a split with --eval-every", None)
+
+    def objective(self) -> dict[str, Any]:
+        """Settings that a resumed run must share with the run that it continues."""
+        loose = {"store", "output", "init_from", "device", "wandb", "wandb_project", "checkpoint_every"}
+        loose |= {"keep_checkpoints", "eval_split", "eval_every", "eval_conversations", "loss_chunk"}
+        values = {name: value for name, value in asdict(self).items() if name not in loose}
+        return values | {"splits": list(self.splits)}
+
+
+OUT_OF_VOCAB = ("weight", "drop", "keep")
+
+
+def _require(name: str, holds: bool, expected: str, found: Any) -> None:
+    if not holds:
+        raise InputError(f"--{name.replace('_', '-')}: expected {expected}, found {found!r}")

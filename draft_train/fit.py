@@ -1,0 +1,40 @@
+"""Does a checkpoint belong to this store? Refusals name the field that differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from draft_train.checkpoint import CheckpointState
+from store.errors import CheckpointError, ManifestMismatchError
+from store.reader import StoreReader
+
+
+def require_window(window: int | None, store: StoreReader) -> None:
+    """Raise ManifestMismatchError when the draft would attend to rows that the store dropped."""
+    kept = store.manifest.window
+    if kept is not None and (window is None or window > kept):
+        raise ManifestMismatchError(
+            f"{store.root}: expected a draft window of at most {kept}, the reach that capture kept, "
+            f"found {window or 'full attention'}; capture again with --window {window or 0}"
+        )
+
+
+def require_equal(path: Path, pairs: Mapping[str, tuple[Any, Any]], advice: str) -> None:
+    """Raise CheckpointError for the first name whose two values, the checkpoint's and ours, differ."""
+    for name, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            raise CheckpointError(f"{path}: its {name} is {theirs!r}, here it is {ours!r}; {advice}")
+
+
+def require_fit(path: Path, state: CheckpointState, store: StoreReader) -> None:
+    """Raise unless the checkpoint's draft vocabulary, verifier, taps and window are the store's."""
+    manifest = store.manifest
+    pairs = {
+        "draft vocabulary": (state.draft_vocab_hash, manifest.draft_vocab_hash),
+        "verifier weights": (state.verifier["weights_hash"], manifest.verifier["weights_hash"]),
+        "taps": (state.taps, [tap.to_json() for tap in manifest.taps]),
+    }
+    require_equal(path, pairs, f"it belongs to another store than {store.root}")
+    require_window(state.shape.sliding_window, store)

@@ -1,0 +1,123 @@
+"""The tail-bucket loss over the draft vocabulary, and its average over loss-carrying rows.
+
+Teacher over the draft vocabulary D: `p_i = exp(z_i - log_z_draft)` for the stored entries S, and the tail mass
+`tau = 1 - sum_S p_i`, which is exact because log_z_draft is. The loss of a row is
+`-sum_S p_i log q_i - tau log(1 - sum_S q_i)`: cross entropy over |S| + 1 outcomes. Head and total tail are exact;
+only the shape inside the tail is not, so the gradient is off by at most 2 tau in L1. It equals the KL divergence
+up to the teacher's own entropy, which has no gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from draft_train.batches import Batch
+from draft_train.config import TrainConfig
+from draft_train.draft_model import DraftModel
+from draft_train.unroll import unroll
+
+
+def teacher_probabilities(teacher_logits: torch.Tensor, log_z_draft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stored logits [T, K] and log_z_draft [T] -> p [T, K] and tau [T], which is clipped at 0 against rounding."""
+    p = torch.exp(teacher_logits - log_z_draft[:, None])
+    return p, (1.0 - p.sum(-1)).clamp(min=0.0)
+
+
+def tail_bucket_loss(
+    logits: torch.Tensor, teacher_ids: torch.Tensor, p: torch.Tensor, tau: torch.Tensor
+) -> torch.Tensor:
+    """Per-row loss [T] of draft logits [T, V]; `teacher_ids` [T, K] int64, `p` [T, K], `tau` [T].
+
+    The tail's log-probability is a log-sum-exp over the entries outside S, not log(1 - sum q), which cancels.
+    """
+    log_normalizer = torch.logsumexp(logits, dim=-1)
+    head = (p * (logits.gather(1, teacher_ids) - log_normalizer[:, None])).sum(-1)
+    if teacher_ids.shape[1] == logits.shape[1]:
+        return -head  # S is the whole draft vocabulary: there is no tail
+    outside = logits.scatter(1, teacher_ids, -torch.inf)
+    return -head - tau * (torch.logsumexp(outside, dim=-1) - log_normalizer)
+
+
+def row_weights(mode: str, batch: Batch, places: torch.Tensor, in_draft: torch.Tensor) -> torch.Tensor:
+    """Weight of each row [T] whose teacher stands at `places` [T].
+
+    "weight": p(D) = exp(log_z_draft - log_z_full), all the probability that the draft can win there;
+    "drop": 0 where the verifier's argmax is outside D (`in_draft` [V] bool), else 1; "keep": 1.
+    """
+    if mode == "weight":
+        return torch.exp(batch.log_z_draft[places] - batch.log_z_full[places]).clamp(max=1.0)
+    if mode == "drop":
+        return in_draft[batch.argmax[places]].to(torch.float32)
+    return torch.ones(places.shape[0], device=places.device)
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """Sums over the rows of one unroll step, for averages over any number of batches."""
+
+    rows: float
+    loss: float
+    hits: float
+    """Rows whose draft argmax is the verifier's argmax; an argmax outside the draft vocabulary is a miss."""
+
+
+@dataclass(frozen=True)
+class ObjectiveResult:
+    """Loss to differentiate, and what to log."""
+
+    loss: torch.Tensor
+    steps: list[StepMetrics]
+    tail_mass: float
+
+
+class Objective:
+    """Loss of a batch: per step, the mean over each conversation's rows, then over conversations; step k weighs
+    `step_decay ** k`.
+    """
+
+    def __init__(self, config: TrainConfig, target_ids: torch.Tensor, in_draft: torch.Tensor) -> None:
+        """`target_ids` [D] int64 maps draft ids to verifier ids; `in_draft` [V] bool is its inverse's support."""
+        self.config = config
+        self.target_ids = target_ids
+        self.in_draft = in_draft
+
+    def __call__(self, model: DraftModel, embeddings: torch.Tensor, batch: Batch) -> ObjectiveResult:
+        """Unroll the draft over the batch and add up the loss."""
+        total = torch.zeros((), device=batch.aux.device)
+        metrics = []
+        for step in unroll(model, embeddings, batch, self.config.ttt_steps):
+            places = batch.teacher_index[step.rows, step.number]
+            losses, hits = self._rows(model, batch, step.hidden, places)
+            conversation = batch.conversation[step.rows]
+            counts = torch.bincount(conversation, minlength=batch.conversations)
+            weight = row_weights(self.config.out_of_vocab, batch, places, self.in_draft) / counts[conversation]
+            total = total + self.config.step_decay**step.number * (losses * weight).sum() / batch.conversations
+            metrics.append(
+                StepMetrics(rows=float(places.numel()), loss=float(losses.detach().sum()), hits=float(hits.sum()))
+            )
+        _, tau = teacher_probabilities(batch.teacher_logits, batch.log_z_draft)
+        return ObjectiveResult(loss=total, steps=metrics, tail_mass=float(tau.mean()))
+
+    def _rows(
+        self, model: DraftModel, batch: Batch, hidden: torch.Tensor, places: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss [T] and hits [T] in slices of `loss_chunk` rows; with several slices, logits are recomputed in
+        the backward pass, so that at most one slice of them is alive.
+        """
+
+        def one(hidden: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = model.logits(hidden)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            p, tau = teacher_probabilities(batch.teacher_logits[places], batch.log_z_draft[places])
+            hits = self.target_ids[logits.detach().argmax(-1)] == batch.argmax[places]
+            return tail_bucket_loss(logits, batch.teacher_ids[places], p, tau), hits
+
+        size = self.config.loss_chunk
+        if places.numel() <= size:
+            return one(hidden, places)
+        slices = [slice(first, first + size) for first in range(0, places.numel(), size)]
+        parts = [checkpoint(one, hidden[rows], places[rows], use_reentrant=False) for rows in slices]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])

@@ -1,0 +1,111 @@
+"""What a shard holds: arrays over three axes, and one index row per conversation.
+
+Legend: T tokens, R rows in reach, P teacher positions (all summed over the shard's conversations, packed flat),
+H hidden size of the verifier, K teacher entries per position.
+
+| array              | shape   | dtype             | meaning                                                     |
+|--------------------|---------|-------------------|-------------------------------------------------------------|
+| token_ids          | [T]     | uint32            | verifier token ids                                          |
+| loss_mask          | [T]     | uint8             | 1 where the assistant wrote the token                       |
+| positions          | [R]     | int32             | row t of each kept state, absolute in its conversation      |
+| tap_<layer>        | [R, H]  | uint16 or float32 | output of block <layer>; uint16 is the bit pattern of bf16  |
+| teacher_positions  | [P]     | int32             | p: the verifier has consumed x_p and predicts x_{p+1}       |
+| teacher_ids        | [P, K]  | uint16 or uint32  | draft-vocabulary ids of the K largest logits, largest first |
+| teacher_gaps       | [P, K]  | float16           | z_max - z, z_max the largest logit in the draft vocabulary  |
+| teacher_max        | [P]     | float32           | z_max                                                       |
+| log_z_full         | [P]     | float32           | log of the sum of exp(z) over the whole vocabulary          |
+| log_z_draft        | [P]     | float32           | the same over the draft vocabulary                          |
+| argmax             | [P]     | uint32            | the verifier's greedy choice, over the whole vocabulary     |
+| next_token_logit   | [P]     | float32           | logit of the realised token x_{p+1}                         |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+CHUNK_ROWS = 256
+"""Rows of one inner chunk: the unit that is read and checksummed."""
+
+TOKENS_AXIS, ROWS_AXIS, TEACHER_AXIS = "tokens", "rows", "teacher"
+
+INDEX_DTYPE = np.dtype(
+    [
+        ("content_hash", "V16"),  # xxh3-128 of token ids and loss mask
+        ("shard", "<i4"),
+        ("split", "<i4"),  # position in the manifest's `splits`
+        ("dataset_index", "<i8"),  # conversation number within the split of the prepared dataset
+        ("first_token", "<i8"),
+        ("tokens", "<i8"),
+        ("first_row", "<i8"),
+        ("rows", "<i8"),
+        ("first_teacher", "<i8"),
+        ("teacher_rows", "<i8"),
+    ]
+)
+"""Offsets are within the shard; `first_* + count` ends each conversation's slice on that axis."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArraySpec:
+    """Shape beyond the packed axis, dtype, and whether the values are worth compressing."""
+
+    axis: str
+    dtype: str
+    inner: tuple[int, ...] = ()
+    compress: bool = True
+
+
+def tap_name(layer: int) -> str:
+    """Array name of the output of block `layer`."""
+    return f"tap_{layer}"
+
+
+def draft_id_dtype(draft_vocab_size: int) -> str:
+    """Two bytes are enough for a draft vocabulary of up to 65,536 entries."""
+    return "uint16" if draft_vocab_size <= 1 << 16 else "uint32"
+
+
+def array_specs(
+    *, layers: tuple[int, ...], hidden_size: int, tap_dtype: str, draft_vocab_size: int, top_k: int
+) -> dict[str, ArraySpec]:
+    """Every array of a shard, by name. `tap_dtype` is "bfloat16" or "float32"."""
+    stored = {"bfloat16": "uint16", "float32": "float32"}[tap_dtype]
+    taps = {
+        tap_name(layer): ArraySpec(axis=ROWS_AXIS, dtype=stored, inner=(hidden_size,), compress=False)
+        for layer in layers
+    }
+    return {
+        "token_ids": ArraySpec(axis=TOKENS_AXIS, dtype="uint32"),
+        "loss_mask": ArraySpec(axis=TOKENS_AXIS, dtype="uint8"),
+        "positions": ArraySpec(axis=ROWS_AXIS, dtype="int32"),
+        **taps,
+        "teacher_positions": ArraySpec(axis=TEACHER_AXIS, dtype="int32"),
+        "teacher_ids": ArraySpec(
+            axis=TEACHER_AXIS, dtype=draft_id_dtype(draft_vocab_size), inner=(top_k,), compress=False
+        ),
+        "teacher_gaps": ArraySpec(axis=TEACHER_AXIS, dtype="float16", inner=(top_k,), compress=False),
+        "argmax": ArraySpec(axis=TEACHER_AXIS, dtype="uint32"),
+        **{
+            name: ArraySpec(axis=TEACHER_AXIS, dtype="float32")
+            for name in ("teacher_max", "log_z_full", "log_z_draft", "next_token_logit")
+        },
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """One captured conversation: its index fields, and its slice of every array (see the module docstring)."""
+
+    content_hash: str
+    split: int
+    dataset_index: int
+    arrays: dict[str, NDArray[Any]] = field(repr=False)
+
+    @property
+    def loss_mask(self) -> NDArray[np.bool_]:
+        """[T] bool."""
+        return self.arrays["loss_mask"].astype(np.bool_)

@@ -1,0 +1,152 @@
+"""The tail-bucket loss against its definition, its gradient bound, and its averaging."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from synthetic import DRAFT_VOCAB, LAYERS, VOCAB, conversation, turns, vocab_map
+from test_draft_train_unroll import embeddings, make_model
+
+from draft_train.batches import Batch, build_batch
+from draft_train.config import TrainConfig
+from draft_train.objective import Objective, row_weights, tail_bucket_loss, teacher_probabilities
+
+V, K, ROWS = 50, 8, 12
+
+
+def teacher_and_logits(scale: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    make = lambda: scale * torch.randn(ROWS, V, generator=generator, dtype=torch.float64)  # noqa: E731
+    return make(), make().requires_grad_()
+
+
+def stored(teacher: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    values, ids = teacher.topk(k)
+    p, tau = teacher_probabilities(values, teacher.logsumexp(-1))
+    return ids, p, tau
+
+
+def test_equals_cross_entropy_over_head_and_tail_bucket() -> None:
+    teacher, logits = teacher_and_logits()
+    ids, p, tau = stored(teacher, K)
+    q = torch.softmax(logits, -1).gather(1, ids)
+    expected = -(p * q.log()).sum(-1) - tau * (1 - q.sum(-1)).log()
+    found = tail_bucket_loss(logits, ids, p, tau)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    mine = torch.autograd.grad(found.sum(), logits)[0]
+    torch.testing.assert_close(mine, torch.autograd.grad(expected.sum(), logits)[0], rtol=1e-9, atol=1e-12)
+
+
+def test_whole_vocabulary_is_the_full_cross_entropy() -> None:
+    teacher, logits = teacher_and_logits()
+    ids, p, tau = stored(teacher, V)
+    found = tail_bucket_loss(logits, ids, p, tau)
+    expected = -(torch.softmax(teacher, -1) * torch.log_softmax(logits, -1)).sum(-1)
+    torch.testing.assert_close(found, expected)
+    assert torch.isfinite(torch.autograd.grad(found.sum(), logits)[0]).all()
+
+
+def test_gradient_error_is_within_twice_the_tail_and_renormalising_is_not_better() -> None:
+    teacher, logits = teacher_and_logits(2.0)
+    ids, p, tau = stored(teacher, K)
+    full = torch.softmax(logits, -1) - torch.softmax(teacher, -1)
+    ours = torch.autograd.grad(tail_bucket_loss(logits, ids, p, tau).sum(), logits)[0]
+    assert ((ours - full).abs().sum(-1) <= 2 * tau + 1e-9).all()
+    assert float(tau.min()) > 0.01
+    renormalised = torch.zeros_like(teacher).scatter(1, ids, p / p.sum(-1, keepdim=True))
+    biased = torch.softmax(logits, -1) - renormalised
+    torch.testing.assert_close((biased - full).abs().sum(-1), 2 * tau)
+    assert (ours - full).abs().sum() < (biased - full).abs().sum()
+
+
+def test_confident_tail_stays_finite_in_float32() -> None:
+    """log(1 - sum q) would be log(0) here; the log-sum-exp of the rest is not."""
+    logits = torch.full((1, V), -60.0)
+    logits[0, :K] = 10.0
+    logits.requires_grad_()
+    loss = tail_bucket_loss(logits, torch.arange(K)[None], torch.full((1, K), 0.9 / K), torch.tensor([0.1]))
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(torch.autograd.grad(loss.sum(), logits)[0]).all()
+
+
+def config(**changes: object) -> TrainConfig:
+    values = {"store": Path("s"), "output": Path("o"), "splits": ("train",), "ttt_steps": 4}
+    return TrainConfig(**values | changes)  # type: ignore[arg-type]
+
+
+def objective(**changes: object) -> Objective:
+    mapping = vocab_map()
+    return Objective(config(**changes), torch.from_numpy(mapping.target_ids), torch.from_numpy(mapping.t2d))
+
+
+def batches() -> tuple[Batch, list[Batch]]:
+    rng = np.random.default_rng(0)
+    items = [conversation(rng, mask) for mask in (turns(30, (5, 25)), turns(20, (3, 6), (9, 19)))]
+    make = lambda chosen: build_batch(chosen, LAYERS, max_steps=4, window=7)  # noqa: E731
+    return make(items), [make([item]) for item in items]
+
+
+def test_loss_averages_rows_then_conversations_in_any_packing() -> None:
+    model, together, apart = make_model(), *batches()
+    packed = objective()(model, embeddings(), together).loss
+    separate = torch.stack([objective()(model, embeddings(), batch).loss for batch in apart])
+    torch.testing.assert_close(packed, separate.mean())
+
+
+def test_loss_of_one_conversation_by_hand() -> None:
+    from draft_train.unroll import unroll
+
+    model, (batch, _) = make_model(), batches()[1]
+    expected = 0.0
+    for step in unroll(model, embeddings(), batch, 4):
+        rows = []
+        for row, hidden in zip(step.rows.tolist(), step.hidden, strict=True):
+            place = int(batch.teacher_index[row, step.number])
+            p, tau = teacher_probabilities(batch.teacher_logits[place][None], batch.log_z_draft[place][None])
+            loss = tail_bucket_loss(model.logits(hidden[None]), batch.teacher_ids[place][None], p, tau)
+            in_draft = torch.exp(batch.log_z_draft[place] - batch.log_z_full[place])
+            rows.append(float(loss.detach()) * float(in_draft))
+        expected += 0.8**step.number * sum(rows) / len(rows)
+    assert float(objective()(model, embeddings(), batch).loss) == pytest.approx(expected, rel=1e-6)
+
+
+def test_slices_of_the_head_change_no_value_and_no_gradient() -> None:
+    model, batch = make_model(), batches()[0]
+    results = []
+    for chunk in (4096, 3):
+        result = objective(loss_chunk=chunk)(model, embeddings(), batch)
+        results.append((result.loss, *torch.autograd.grad(result.loss, list(model.parameters()))))
+    for whole, sliced in zip(*results, strict=True):
+        torch.testing.assert_close(sliced, whole)
+
+
+def test_row_weights_of_rows_outside_the_draft_vocabulary() -> None:
+    batch = batches()[0]
+    places = torch.arange(batch.argmax.shape[0])
+    inside = torch.from_numpy(vocab_map().t2d)
+    outside_rows = ~inside[batch.argmax]
+    assert outside_rows.any()
+    assert (~outside_rows).any()
+    weight = row_weights("weight", batch, places, inside)
+    torch.testing.assert_close(weight, torch.exp(batch.log_z_draft - batch.log_z_full))
+    assert torch.equal(row_weights("drop", batch, places, inside), (~outside_rows).float())
+    assert torch.equal(row_weights("keep", batch, places, inside), torch.ones(len(places)))
+    losses = {
+        mode: float(objective(out_of_vocab=mode)(make_model(), embeddings(), batch).loss)
+        for mode in ("weight", "drop", "keep")
+    }
+    assert len(set(losses.values())) == 3
+
+
+def test_argmax_outside_the_draft_vocabulary_is_a_miss() -> None:
+    model, batch = make_model(), batches()[1][0]
+    result = objective()(model, embeddings(), batch)
+    never = torch.tensor([index for index in range(VOCAB) if not vocab_map().t2d[index]][:1])
+    none = objective()(model, embeddings(), replace(batch, argmax=never.expand_as(batch.argmax)))
+    assert sum(step.hits for step in none.steps) == 0
+    assert sum(step.rows for step in none.steps) == sum(step.rows for step in result.steps)
+    assert DRAFT_VOCAB < VOCAB

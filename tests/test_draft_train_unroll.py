@@ -1,0 +1,207 @@
+"""The unroll against an independent dense reference, values and gradients, in float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from synthetic import DRAFT_VOCAB, HIDDEN, LAYERS, VOCAB, conversation, turns
+
+from draft_train.batches import build_batch
+from draft_train.config import DraftShape
+from draft_train.draft_model import DraftModel
+from draft_train.unroll import unroll
+from draft_train.window_attention import dense_window_attention, window_attention
+from store.rows import run_lengths
+from store.schema import Conversation, tap_name
+
+STEPS = 4
+WINDOW = 7
+
+
+def make_model(window: int | None = WINDOW) -> DraftModel:
+    shape = DraftShape(
+        hidden_size=HIDDEN, taps=len(LAYERS), intermediate_size=16, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=6, vocab_size=VOCAB, draft_vocab_size=DRAFT_VOCAB, sliding_window=window, rope_theta=10_000.0,
+        rms_norm_eps=1e-5,
+    )  # fmt: skip
+    model = DraftModel(shape)
+    model.initialize(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8.0) if parameter.ndim == 2 else parameter.add_(0.3 * torch.randn(parameter.shape))
+    return model.double()
+
+
+def embeddings() -> torch.Tensor:
+    return torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(5)).double()
+
+
+def rotate(x: torch.Tensor, position: int) -> torch.Tensor:
+    """Half rotation of one head [D] as complex numbers: x_i + i x_{i + D/2} times exp(i position theta^(-2i/D))."""
+    half = x.shape[-1] // 2
+    angle = position * 10_000.0 ** (-torch.arange(half).double() / half)
+    turned = torch.complex(x[:half], x[half:]) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat((turned.real, turned.imag))
+
+
+def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x / torch.sqrt((x * x).mean() + 1e-5) * weight
+
+
+def naive(
+    model: DraftModel, table: torch.Tensor, item: Conversation, window: int | None
+) -> dict[tuple[int, int], torch.Tensor]:
+    """Un-normed outputs by (row, step), from the page's formulas: one row, one head, one key at a time."""
+    layer, mask = model.midlayer, item.loss_mask
+    attn, tokens = layer.self_attn, item.arrays["token_ids"].astype(int)
+    aux = torch.from_numpy(np.concatenate([item.arrays[tap_name(number)] for number in LAYERS], axis=1)).double()
+    positions = item.arrays["positions"].tolist()
+    base = {t: model.fc.weight @ aux[row] for row, t in enumerate(positions)}
+    width, heads, groups = model.shape.head_dim, 4, 2
+
+    def project(t: int, k: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x = torch.cat(
+            (rms(table[tokens[t + 1 + k]], layer.input_layernorm.weight), rms(hidden, layer.hidden_norm.weight))
+        )
+        q, key, value = attn.q_proj.weight @ x, attn.k_proj.weight @ x, attn.v_proj.weight @ x
+        q = torch.stack([rotate(part, t + k) for part in q.view(heads, width)])
+        key = torch.stack([rotate(part, t + k) for part in key.view(groups, width)])
+        return q, key, value.view(groups, width)
+
+    step0 = {t: project(t, 0, hidden) for t, hidden in base.items()}
+    outputs = {}
+    run = run_lengths(mask)
+    for t in positions:
+        hidden, own = base[t], []
+        for k in range(STEPS):
+            if not (t + 2 + k < len(mask) and mask[t + 1] and run[t + 2] > k):
+                break
+            q, key, value = project(t, k, hidden)
+            if k:
+                own.append((key, value))
+            seen = [step0[j][1:] for j in positions if j <= t and (window is None or t + k - j < window)] + own
+            parts = []
+            for head in range(heads):
+                group = head // (heads // groups)
+                scores = torch.stack([q[head] @ pair[0][group] for pair in seen]) / math.sqrt(width)
+                weights = torch.softmax(scores, 0)
+                parts.append(sum(w * pair[1][group] for w, pair in zip(weights, seen, strict=True)))
+            after = hidden + attn.o_proj.weight @ torch.cat(parts)
+            x = rms(after, layer.post_attention_layernorm.weight)
+            gate, up = layer.mlp.gate_proj.weight @ x, layer.mlp.up_proj.weight @ x
+            hidden = after + layer.mlp.down_proj.weight @ (torch.nn.functional.silu(gate) * up)
+            outputs[t, k] = hidden
+    return outputs
+
+
+MASKS = {
+    "one turn": turns(24, (9, 20)),
+    "three turns": turns(40, (4, 9), (13, 15), (20, 38)),
+    "to the end": turns(20, (3, 20)),
+    "from the start": turns(16, (0, 10)),
+    "one-token turn between": turns(30, (5, 10), (12, 13), (18, 28)),
+}
+
+
+def fast_outputs(
+    model: DraftModel, items: list[Conversation], window: int | None
+) -> dict[tuple[int, int, int], torch.Tensor]:
+    batch = build_batch(items, LAYERS, max_steps=STEPS, window=window)
+    found = {}
+    for step in unroll(model, embeddings(), batch, STEPS):
+        for row, hidden in zip(step.rows.tolist(), step.hidden, strict=True):
+            number = int(batch.conversation[row])
+            first = int((batch.conversation < number).sum())
+            starts = [t for t in items[number].arrays["positions"].tolist() if is_start(items[number], t)]
+            found[number, starts[row - first], step.number] = hidden
+    return found
+
+
+def is_start(item: Conversation, t: int) -> bool:
+    mask = item.loss_mask
+    return t + 2 < len(mask) and bool(mask[t + 1]) and bool(mask[t + 2])
+
+
+def gradients(
+    model: DraftModel, outputs: dict[tuple[int, ...], torch.Tensor], keys: list[tuple[int, ...]]
+) -> list[torch.Tensor]:
+    """Gradients of a fixed random projection of the outputs, in the order of `keys`."""
+    generator = torch.Generator().manual_seed(11)
+    total = sum((outputs[key] * torch.randn(HIDDEN, generator=generator).double()).sum() for key in keys)
+    assert isinstance(total, torch.Tensor)
+    wanted = [value for name, value in model.named_parameters() if not name.startswith(("norm", "lm_head"))]
+    return list(torch.autograd.grad(total, wanted))
+
+
+@pytest.mark.parametrize("window", [WINDOW, 3, None])
+@pytest.mark.parametrize("name", MASKS)
+def test_unroll_equals_the_naive_reference(name: str, window: int | None) -> None:
+    model = make_model(window)
+    item = conversation(np.random.default_rng(1), MASKS[name])
+    expected = naive(model, embeddings(), item, window)
+    found = {key[1:]: value for key, value in fast_outputs(model, [item], window).items()}
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-9)
+    keys = sorted(expected)
+    for ours, theirs in zip(gradients(model, found, keys), gradients(model, expected, keys), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+
+
+def test_a_window_that_ignores_the_step_is_told_apart() -> None:
+    """Negative control: windowing by t - j at every step, as some trainers do, changes later steps."""
+    model = make_model()
+    item = conversation(np.random.default_rng(1), MASKS["one turn"])
+    expected = naive(model, embeddings(), item, WINDOW)
+    wider = naive(model, embeddings(), item, WINDOW + 1)
+    assert any(not torch.allclose(expected[key], wider[key]) for key in expected)
+
+
+def test_packed_conversations_equal_separate_ones() -> None:
+    model = make_model()
+    rng = np.random.default_rng(2)
+    items = [conversation(rng, mask) for mask in MASKS.values()]
+    packed = fast_outputs(model, items, WINDOW)
+    for number, item in enumerate(items):
+        for (_, t, k), value in fast_outputs(model, [item], WINDOW).items():
+            torch.testing.assert_close(packed[number, t, k], value, rtol=1e-8, atol=1e-9)
+
+
+def test_pruned_rows_change_nothing_and_one_row_more_does() -> None:
+    model = make_model()
+    mask = turns(60, (30, 40), (55, 59))
+    full = conversation(np.random.default_rng(4), mask)
+    pruned = conversation(np.random.default_rng(4), mask, window=WINDOW)
+    assert 0 < len(pruned.arrays["positions"]) < len(full.arrays["positions"])
+    expected, found = fast_outputs(model, [full], WINDOW), fast_outputs(model, [pruned], WINDOW)
+    keys = sorted(expected)
+    for ours, theirs in zip(gradients(model, found, keys), gradients(model, expected, keys), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+    arrays = dict(pruned.arrays)
+    for name in ("positions", *[tap_name(layer) for layer in LAYERS]):
+        arrays[name] = arrays[name][1:]
+    short = fast_outputs(model, [replace(pruned, arrays=arrays)], WINDOW)
+    assert any(not torch.allclose(short[key], expected[key], rtol=1e-6) for key in keys)
+
+
+def test_blocked_attention_equals_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("draft_train.window_attention.QUERY_BLOCK", 5)
+    generator = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()  # noqa: E731
+    key_positions = torch.arange(50)[torch.rand(50, generator=generator) < 0.8]
+    query_index = torch.arange(8, len(key_positions))[::2]
+    positions = key_positions[query_index]
+    queries = len(positions)
+    q, k, v = make(4, queries, 6), make(2, len(key_positions), 6), make(2, len(key_positions), 6)
+    own = [make(2, queries, 6) for _ in range(4)]
+    results = []
+    for function in (dense_window_attention, window_attention):
+        output = function(q, k, v, own[:2], own[2:], positions, key_positions, step=2, window=9)
+        grads = torch.autograd.grad((output * torch.arange(6)).sum(), [q, k, v, *own])
+        results.append([output, *grads])
+    for dense, blocked in zip(*results, strict=True):
+        torch.testing.assert_close(blocked, dense, rtol=1e-10, atol=1e-12)

@@ -1,0 +1,230 @@
+"""Writing, committing and reading shards; every guard seen firing on real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from synthetic import conversation, manifest, turns, write_files, write_store
+
+from store.commits import committed_shards, read_record
+from store.errors import (
+    InputError,
+    ManifestMismatchError,
+    ShardDamagedError,
+    StoreError,
+    StoreNotFoundError,
+    StoreVersionError,
+)
+from store.manifest import StoreManifest
+from store.reader import StoreReader, shard_path
+from store.schema import CHUNK_ROWS
+from store.writer import StoreWriter
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    write_store(tmp_path / "store")
+    return tmp_path / "store"
+
+
+def test_round_trip_is_exact(store: Path) -> None:
+    rng = np.random.default_rng(0)
+    reader = StoreReader(store)
+    assert len(reader) == 8
+    for shard, split in enumerate(("train", "val")):
+        for number, member in enumerate(reader.members(split)):
+            expected = conversation(rng, turns(40, (6, 16), (22, 37)), number=number, split=shard)
+            found = reader.read(int(member))
+            assert (found.content_hash, found.split, found.dataset_index) == (expected.content_hash, shard, number)
+            for name, values in expected.arrays.items():
+                np.testing.assert_array_equal(found.arrays[name], values)
+                assert found.arrays[name].dtype == values.dtype
+
+
+def test_only_asked_arrays_are_read(store: Path) -> None:
+    assert set(StoreReader(store).read(0, ["token_ids"]).arrays) == {"token_ids"}
+
+
+def test_plain_zarr_reads_the_shards(store: Path) -> None:
+    group = zarr.open_group(shard_path(store, 0), mode="r")
+    array = group["tap_1"]
+    assert isinstance(array, zarr.Array)
+    assert array.chunks == (CHUNK_ROWS, 8)
+    expected = np.concatenate([StoreReader(store).read(number).arrays["tap_1"] for number in range(4)])
+    np.testing.assert_array_equal(np.asarray(array[...]), expected)
+    codecs = json.loads((shard_path(store, 0) / "tap_1" / "zarr.json").read_text())["codecs"]
+    assert codecs[0]["name"] == "sharding_indexed"
+    assert codecs[0]["configuration"]["codecs"][-1]["name"] == "crc32c"
+
+
+def test_all_zero_chunks_are_written(tmp_path: Path) -> None:
+    """A chunk of zeros that is left out could not be told from a chunk that was lost."""
+    write_store(tmp_path / "s", splits=("train", "val"))
+    size = (shard_path(tmp_path / "s", 0) / "tap_1" / "c" / "0" / "0").stat().st_size
+    assert size >= CHUNK_ROWS * 8 * 4
+
+
+def test_flipped_payload_byte_is_detected_on_read(store: Path) -> None:
+    path = shard_path(store, 0) / "tap_3" / "c" / "0" / "0"
+    data = bytearray(path.read_bytes())
+    data[100] ^= 0x10
+    path.write_bytes(data)
+    reader = StoreReader(store)
+    reader.read(0, ["tap_1"])
+    with pytest.raises(ShardDamagedError, match="tap_3"):
+        reader.read(0, ["tap_3"])
+
+
+def test_missing_file_is_an_error_and_never_zeros(store: Path) -> None:
+    (shard_path(store, 1) / "tap_1" / "c" / "0" / "0").unlink()
+    reader = StoreReader(store)
+    reader.read(0)
+    with pytest.raises(ShardDamagedError, match="found no file"):
+        reader.read(int(reader.members("val")[0]))
+
+
+def test_truncated_file_is_detected_by_size(store: Path) -> None:
+    path = shard_path(store, 0) / "token_ids" / "c" / "0"
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(ShardDamagedError, match="token_ids"):
+        StoreReader(store).read(0)
+
+
+def test_uncommitted_shards_are_invisible_and_redone(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    write_store(root)
+    (root / "commit" / "00001.json").unlink()
+    (root / "commit" / "index.json").unlink()
+    (root / "shards" / ".00001.partial").mkdir()
+    with pytest.raises(StoreError, match="found 1 committed"):
+        StoreReader(root)
+    assert len(StoreReader(root, allow_partial=True)) == 4
+    with StoreWriter(root, manifest(), write_files) as writer:
+        assert writer.committed() == {0}
+        items = [conversation(np.random.default_rng(1), turns(30, (4, 20)), split=1)]
+        writer.write_shard(1, items, {"quarantined": [], "gates": {}})
+        writer.finish()
+    assert len(StoreReader(root)) == 5
+    assert not list((root / "shards").glob(".*"))
+
+
+def test_other_settings_are_refused_by_name(store: Path) -> None:
+    with pytest.raises(ManifestMismatchError, match=r"top_k: store has 6, this job has 5"):
+        StoreWriter(store, manifest(top_k=5), write_files)
+
+
+def test_provenance_may_differ(store: Path) -> None:
+    with StoreWriter(store, manifest(provenance={"torch": "another"}), write_files) as writer:
+        assert writer.committed() == {0, 1}
+
+
+def test_second_writer_is_refused(store: Path) -> None:
+    with StoreWriter(store, manifest(), write_files), pytest.raises(StoreError, match="another capture"):
+        StoreWriter(store, manifest(), write_files)
+
+
+def test_newer_foreign_edited_and_missing_manifests(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(StoreNotFoundError):
+        StoreReader(tmp_path)
+    path = store / "manifest.json"
+    body = json.loads(path.read_text())
+    path.write_text(json.dumps(body | {"version": 2}))
+    with pytest.raises(StoreVersionError, match="found 2"):
+        StoreReader(store)
+    path.write_text(json.dumps({"zarr_format": 3, "node_type": "group"}))
+    with pytest.raises(StoreError, match="another program"):
+        StoreReader(store)
+    path.write_text(json.dumps(body | {"top_k": 7}))
+    with pytest.raises(StoreError, match="edited or damaged"):
+        StoreReader(store)
+    path.write_text(json.dumps({key: body[key] for key in body if key != "window"}))
+    with pytest.raises(StoreError, match="window"):
+        StoreReader(store)
+
+
+def test_shard_of_another_store_is_refused(store: Path, tmp_path: Path) -> None:
+    write_store(tmp_path / "other", top_k=6, shard_tokens=50, seed=1)
+    for relative in ("shards/00000", "commit/00000.json"):
+        source, target = tmp_path / "other" / relative, store / relative
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    with pytest.raises(ShardDamagedError, match="another store"):
+        StoreReader(store).read(0)
+
+
+def test_unknown_split_names_the_known_ones(store: Path) -> None:
+    with pytest.raises(InputError, match=r"\['train', 'val'\], found 'test'"):
+        StoreReader(store).members("test")
+
+
+def test_empty_shard_reads_as_no_conversations(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path, manifest(shards=1), write_files) as writer:
+        writer.write_shard(0, [], {"quarantined": [{"reason": "all"}], "gates": {}})
+        writer.finish()
+    assert len(StoreReader(tmp_path)) == 0
+
+
+def test_manifest_states_every_tap_convention(store: Path) -> None:
+    assert StoreManifest.load(store).settings()["taps"][0] == {
+        "layer": 1,
+        "point": "output",
+        "hf_hidden_states_index": 2,
+        "vllm_aux_id": 2,
+    }
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import numpy as np
+from synthetic import conversation, manifest, turns, write_files
+from store.writer import StoreWriter
+rng = np.random.default_rng(0)
+with StoreWriter(Path(sys.argv[1]), manifest(shards=40), write_files) as writer:
+    for shard in range(40):
+        items = [conversation(rng, turns(40, (6, 16), (22, 37)), number=shard)]
+        if shard not in writer.committed():
+            writer.write_shard(shard, items, {"quarantined": [], "gates": {}})
+            print(shard, flush=True)
+    writer.finish()
+"""
+
+
+def test_killed_at_random_instants_then_finished_equals_uninterrupted(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED]
+    where = str(Path(__file__).parent)
+    subprocess.run([*command, str(tmp_path / "whole"), where], check=True, capture_output=True)
+    rng = np.random.default_rng(5)
+    kills = 0
+    while kills < 5:
+        with subprocess.Popen([*command, str(tmp_path / "cut"), where], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(float(rng.uniform(0, 0.15)))
+            process.send_signal(signal.SIGKILL)
+        kills += 1
+        for shard in committed_shards(tmp_path / "cut"):
+            record = read_record(tmp_path / "cut", f"{shard:05d}")
+            whole = read_record(tmp_path / "whole", f"{shard:05d}")
+            assert record is not None
+            assert whole is not None
+            assert record["files"] == whole["files"]
+    subprocess.run([*command, str(tmp_path / "cut"), where], check=True, capture_output=True)
+    files = {
+        path.relative_to(tmp_path / "cut"): path.read_bytes()
+        for path in (tmp_path / "cut").rglob("*")
+        if path.is_file()
+    }
+    for relative, data in files.items():
+        assert (tmp_path / "whole" / relative).read_bytes() == data, relative

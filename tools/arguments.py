@@ -1,0 +1,53 @@
+"""Turns a settings dataclass into command-line flags: one flag per field, its help from the field's metadata."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+Settings = TypeVar("Settings")
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
+    """Add a `--kebab-case` flag per field; fields without a default are required, tuples take a,b,c."""
+    hints = typing.get_type_hints(settings)
+    for item in dataclasses.fields(settings):
+        flag = "--" + item.name.replace("_", "-")
+        required = item.default is dataclasses.MISSING
+        help_text = item.metadata.get("help", "")
+        if hints[item.name] is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=item.default, help=help_text)
+            continue
+        if not required and item.default not in (None, ()):
+            help_text += f" (default: {item.default})"
+        parser.add_argument(
+            flag,
+            required=required,
+            default=None if required else item.default,
+            type=_converter(hints[item.name]),
+            help=help_text.replace("%", "%%"),
+            metavar=item.name.upper(),
+        )
+
+
+def read_settings(settings: type[Settings], arguments: argparse.Namespace) -> Settings:
+    """Build the dataclass from parsed flags; its own checks raise InputError."""
+    names = [item.name for item in dataclasses.fields(settings)]  # type: ignore[arg-type]
+    return settings(**{name: getattr(arguments, name) for name in names})
+
+
+def _converter(hint: Any) -> Any:
+    if isinstance(hint, types.UnionType):
+        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+    if typing.get_origin(hint) is tuple:
+        convert = typing.get_args(hint)[0]
+
+        def comma_separated(text: str) -> tuple[Any, ...]:
+            return tuple(convert(part) for part in text.split(",") if part)
+
+        return comma_separated
+    return {Path: Path, int: int, float: float, str: str}[hint]

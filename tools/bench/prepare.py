@@ -1,0 +1,141 @@
+"""Prepare's throughput beside the bare tokenizer's, on the same texts and cores.
+
+`python -m tools.bench.prepare [--output FILE]`. The text is this Python's own standard library, cut into
+conversations of two to eight turns; the tokenizer is a byte-level BPE trained on it. `encode-batch` is
+`Tokenizer.encode_batch` over the rendered texts with its own threads on every core: no files, no JSON, no
+template, no masks. `prepare` is the whole job from JSONL to a committed dataset, process start included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tools.bench.rows import cpu_name, report, result_row
+
+_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+)
+
+
+def main() -> None:
+    """Run both, alternating, and report the best of each and their ratio."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--output", type=Path, metavar="FILE")
+    parser.add_argument("--megabytes", type=float, default=64.0, help="conversation text (%(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=32000, help="of the tokenizer (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        rows = measure(Path(directory), arguments)
+    report(rows, arguments.output)
+
+
+def measure(directory: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Tokens per second of both, best of the repeats."""
+    train_tokenizer(directory / "tokenizer", arguments.vocab_size)
+    conversations = list(python_conversations(int(arguments.megabytes * 1e6)))
+    with (directory / "rows.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"messages": messages}) + "\n" for messages in conversations)
+    speeds: dict[str, list[float]] = {"encode-batch": [], "prepare": []}
+    for _ in range(arguments.repeats):
+        speeds["encode-batch"].append(encode_batch_speed(directory, conversations))
+        speeds["prepare"].append(prepare_speed(directory))
+    device = cpu_name()
+    best = {case: max(values) for case, values in speeds.items()}
+    rows = [result_row(case, "tokens_s", value, "tokens/s", device) for case, value in best.items()]
+    share = best["prepare"] / best["encode-batch"]
+    return [*rows, result_row("prepare", "share", share, "of encode-batch", device)]
+
+
+def python_conversations(characters: int) -> Iterator[list[dict[str, str]]]:
+    """Conversations of 2 to 8 turns and 1 to 30 thousand characters, repeating the library's text as needed."""
+    text = "".join(python_texts())
+    position, total, number = 0, 0, 0
+    while total < characters:
+        messages = []
+        for turn in range(2 * (1 + number % 4)):
+            length = 200 + 977 * (number * 7 + turn * 3) % 7000
+            content = text[position : position + length]
+            position = (position + length) % (len(text) - 8000)
+            messages.append({"role": ("user", "assistant")[turn % 2], "content": content})
+            total += len(content)
+        number += 1
+        yield messages
+
+
+def python_texts() -> Iterator[str]:
+    """Sources of this Python's standard library, in a fixed order."""
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        yield path.read_text(encoding="utf-8", errors="replace")
+
+
+def train_tokenizer(directory: Path, vocab_size: int) -> None:
+    """A byte-level BPE with ChatML tokens and a template with generation tags."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(python_texts(), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer.chat_template = _TEMPLATE
+    tokenizer.save_pretrained(str(directory))
+
+
+def encode_batch_speed(directory: Path, conversations: list[list[dict[str, str]]]) -> float:
+    """Tokens per second of `encode_batch` with threads on every core, over texts rendered beforehand."""
+    from tokenizers import Tokenizer
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    backend = Tokenizer.from_file(str(directory / "tokenizer" / "tokenizer.json"))
+    texts = [
+        "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in messages)
+        for messages in conversations
+    ]
+    tokens = 0
+    seconds = 0.0
+    for first in range(0, len(texts), 256):
+        started = time.perf_counter()
+        encodings = backend.encode_batch(texts[first : first + 256], add_special_tokens=False)
+        seconds += time.perf_counter() - started
+        tokens += sum(map(len, encodings))
+    return tokens / seconds
+
+
+def prepare_speed(directory: Path) -> float:
+    """Tokens per second of the whole job, one process per core."""
+    from capture.prepare import PrepareConfig, prepare
+
+    config = PrepareConfig(
+        tokenizer=directory / "tokenizer",
+        output=directory / "prepared",
+        splits={"train": [directory / "rows.jsonl"]},
+        held_out={},
+        draft_vocab_size=8000,
+        overwrite=True,
+        progress=False,
+    )
+    started = time.perf_counter()
+    record = prepare(config).manifest["splits"]["train"]
+    return float(record["untruncated_tokens"]) / (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()

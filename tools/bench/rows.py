@@ -1,0 +1,63 @@
+"""One form for every benchmark result: JSON rows that say what, how much, on what, when and how to repeat it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from store.files import write_json
+
+
+def cpu_name() -> str:
+    """The processor and how many cores this process may use."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
+def commit() -> str:
+    """The checkout's commit, with `+` where tracked files differ from it; `unknown` outside a checkout."""
+    try:
+        head = _git("rev-parse", "--short=12", "HEAD")
+        return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def result_row(case: str, metric: str, value: float, unit: str, device: str) -> dict[str, Any]:
+    """One result, stamped with date, commit and the command that is running."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"python -m {spec.name}" if spec else f"python {Path(sys.argv[0]).name}"
+    return {
+        "case": case,
+        "metric": metric,
+        "value": value,
+        "unit": unit,
+        "device": device,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "command": " ".join([program, *sys.argv[1:]]),
+    }
+
+
+def report(rows: Sequence[dict[str, Any]], output: Path | None) -> None:
+    """Print rows, and write them as one JSON array where `output` is given."""
+    for row in rows:
+        print(f"{row['case']:<24} {row['metric']:<12} {row['value']:>16,.4g} {row['unit']}")
+    if output is not None:
+        write_json(output, list(rows))
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=Path(__file__).parent, check=True, capture_output=True, text=True
+    ).stdout.strip()

@@ -1,0 +1,58 @@
+"""`draftcache eval`: offline acceptance length of a draft from a store, beside two baselines."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the evaluation."""
+    parser.add_argument("--store", type=Path, required=True, help="store to evaluate on")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="checkpoint, or a training --output (its newest)"
+    )
+    parser.add_argument("--splits", required=True, help="splits to evaluate, comma-separated")
+    parser.add_argument("--draft-tokens", type=int, default=5, help="tokens proposed per verify step (default: 5)")
+    parser.add_argument("--bigram-store", type=Path, help="store that the bigram baseline counts (default: --store)")
+    parser.add_argument(
+        "--bigram-splits",
+        help="its splits, comma-separated (default: the splits that the checkpoint was trained on)",
+    )
+    parser.add_argument("--device", default="auto", help="cuda, cuda:N, cpu, or auto")
+    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print a table: split, draft, untrained draft, bigram."""
+    from store.files import write_json
+    from tools.evaluation import evaluate
+
+    result = evaluate(
+        store_path=arguments.store,
+        checkpoint=arguments.checkpoint,
+        splits=arguments.splits.split(","),
+        draft_tokens=arguments.draft_tokens,
+        bigram_store=arguments.bigram_store,
+        bigram_splits=arguments.bigram_splits.split(",") if arguments.bigram_splits else None,
+        device_name=arguments.device,
+    )
+    print(format_table(result))
+    if arguments.output is not None:
+        write_json(arguments.output, result)
+    return 0
+
+
+def format_table(result: dict[str, Any]) -> str:
+    """Acceptance lengths per split, then the draft's conditional acceptance per draft token."""
+    lines = [
+        f"{'split':<20} {'draft':>8} {'untrained':>10} {'bigram':>8}  kind, conditional acceptance per draft token"
+    ]
+    for split, row in result["splits"].items():
+        steps = " ".join(f"{value:.2f}" for value in row["draft"]["conditional_acceptance"])
+        lines.append(
+            f"{split:<20} {row['draft']['acceptance_length']:>8.3f} {row['untrained']['acceptance_length']:>10.3f} "
+            f"{row['bigram']['acceptance_length']:>8.3f}  {row['draft']['kind']}: {steps}"
+        )
+    return "\n".join(lines)

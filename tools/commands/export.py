@@ -1,0 +1,27 @@
+"""`draftcache export`: write a checkpoint in the form that an inference engine serves."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the export."""
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="checkpoint, or a training --output (its newest)"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="directory to create")
+    parser.add_argument(
+        "--engine", required=True, choices=("vllm", "sglang"), help="whose convention numbers the aux layers"
+    )
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write config.json and model.safetensors."""
+    from draft_train.export import export_draft
+
+    path = export_draft(arguments.checkpoint, arguments.output, engine=arguments.engine, dtype=arguments.dtype)
+    print(f"{path}: config.json and model.safetensors for {arguments.engine}")
+    return 0

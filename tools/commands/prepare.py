@@ -1,0 +1,118 @@
+"""`draftcache prepare`: conversations -> token ids, loss masks, token counts and the draft vocabulary."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from store.errors import InputError
+
+# A split's name becomes a directory beside manifest.json and a row beside `union`.
+_SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_RESERVED = ("manifest.json", "vocab_map.safetensors", "union")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add prepare's flags."""
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="NAME=FILE",
+        help="JSONL (.gz and .zst too) of one split; a repeated NAME is one split of several files; "
+        "these splits are counted into the draft vocabulary",
+    )
+    parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="the verifier's tokenizer")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the dataset to write")
+    parser.add_argument(
+        "--held-out",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="a split that is prepared but not counted into the draft vocabulary (repeatable)",
+    )
+    parser.add_argument(
+        "--max-length", type=int, default=32768, metavar="N", help="tokens kept of each conversation (%(default)s)"
+    )
+    parser.add_argument(
+        "--draft-vocab-size", type=int, metavar="N", help="build a draft-vocabulary map of N ids (default: none)"
+    )
+    parser.add_argument(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="Jinja template with generation tags (default: the tokenizer's own); its text must equal the own one's",
+    )
+    parser.add_argument(
+        "--allow-template-difference",
+        action="store_true",
+        help="go on where --chat-template renders other text than the tokenizer's own template",
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that the tokenizer directory holds"
+    )
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a finished dataset")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run prepare. Exit code 1 where rows were quarantined."""
+    from capture.prepare import PrepareConfig, prepare
+    from capture.token_dataset import QUARANTINE
+
+    result = prepare(
+        PrepareConfig(
+            tokenizer=arguments.tokenizer,
+            output=arguments.output,
+            splits=read_splits(arguments.inputs),
+            held_out=read_splits(arguments.held_out),
+            max_length=arguments.max_length,
+            draft_vocab_size=arguments.draft_vocab_size,
+            chat_template=arguments.chat_template,
+            allow_template_difference=arguments.allow_template_difference,
+            trust_remote_code=arguments.trust_remote_code,
+            workers=arguments.workers,
+            overwrite=arguments.overwrite,
+        )
+    )
+    _report(result.manifest)
+    state = "was already made by this job" if result.reused else "written"
+    print(f"\n{arguments.output}: {state}")
+    if result.quarantined_rows:
+        print(
+            f"{result.quarantined_rows:,} rows were quarantined: see {arguments.output}/*/{QUARANTINE}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def read_splits(pairs: list[str]) -> dict[str, list[Path]]:
+    """Parse NAME=FILE pairs, in order. Raises InputError."""
+    splits: dict[str, list[Path]] = {}
+    for pair in pairs:
+        name, equals, file = pair.partition("=")
+        if not equals or not file or not _SPLIT_NAME.fullmatch(name) or name in _RESERVED:
+            raise InputError(
+                f"{pair!r}: expected NAME=FILE, NAME of letters, digits, '.', '_' and '-' "
+                f"and none of {', '.join(_RESERVED)}"
+            )
+        splits.setdefault(name, []).append(Path(file))
+    return splits
+
+
+def _report(details: dict[str, Any]) -> None:
+    from tools.accounting import accounting_table, coverage_text
+
+    print(f"vocabulary: {details['vocab_size']:,} ids, from {details['vocab_size_from']}")
+    print(f"chat template: {details['chat_template']['source']}, {details['chat_template']['matched']}\n")
+    print(accounting_table(details))
+    for name, record in details["splits"].items():
+        for reason, rows in record["quarantined_by_reason"].items():
+            print(f"{name}: {rows:,} x {reason}")
+    vocabulary = details["draft_vocabulary"]
+    if vocabulary is not None:
+        print(f"\ndraft vocabulary {vocabulary['hash']}\n")
+        print(coverage_text(vocabulary["coverage"], vocabulary["size"]))

@@ -1,0 +1,80 @@
+"""`draftcache vocab`: one draft-vocabulary map over several prepared datasets."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from store.errors import InputError, ManifestMismatchError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add vocab's flags."""
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="PREPARED_DIR[:SPLIT]",
+        help="a prepared dataset (its splits that are not held out), or one split of it",
+    )
+    parser.add_argument("--size", type=int, required=True, metavar="N", help="ids in the draft vocabulary")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .safetensors map to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace another map at --output")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Build the map from the union of the inputs' token counts, print what it covers."""
+    from capture.vocab_map import build_vocab_map, coverage_table
+    from store.vocab_map import VocabMap
+    from tools.accounting import coverage_text
+
+    counts = read_counts(arguments.inputs)
+    vocab_map = build_vocab_map(counts, arguments.size)
+    print(f"draft vocabulary {vocab_map.hash}\n")
+    coverage = [row.as_json() for row in coverage_table(counts, vocab_map)]
+    print(coverage_text(coverage, len(vocab_map)))
+    output = arguments.output
+    if output.exists() and not arguments.overwrite and VocabMap.load(output).hash != vocab_map.hash:
+        raise InputError(
+            f"--output {output}: expected a new path or the same map, found map {VocabMap.load(output).hash}; what was "
+            "captured or trained on it needs it, so choose another path, or replace it with --overwrite"
+        )
+    vocab_map.save(output)
+    print(f"\n{output}: written")
+    return 0
+
+
+def read_counts(inputs: list[str]) -> dict[str, np.ndarray]:
+    """Loss-masked counts, int64 [V], by `directory:split`. Raises where tokenizers differ or a split is named twice."""
+    from capture.token_dataset import TokenDataset
+
+    counts: dict[str, np.ndarray] = {}
+    first: TokenDataset | None = None
+    for text in inputs:
+        path, split = _path_and_split(text)
+        dataset = TokenDataset.open(path)
+        first = first or dataset
+        for field in ("tokenizer_hash", "vocab_size"):
+            expected, found = getattr(first, field), getattr(dataset, field)
+            if expected != found:
+                raise ManifestMismatchError(
+                    f"{path}: {field}: expected {expected}, as in {first.path}, found {found}; "
+                    "one map needs one tokenizer"
+                )
+        names = [split] if split else [name for name in dataset.splits if name not in dataset.held_out]
+        for name in names:
+            key = f"{path.resolve().name}:{name}"
+            if key in counts:
+                raise InputError(f"{text}: expected every split once, found {key} twice: it would count double")
+            counts[key] = dataset.split(name).token_counts
+    return counts
+
+
+def _path_and_split(text: str) -> tuple[Path, str]:
+    if Path(text).exists():  # a directory whose own name has a colon
+        return Path(text), ""
+    path, _, split = text.rpartition(":")
+    return (Path(path), split) if path else (Path(text), "")

@@ -1,0 +1,92 @@
+"""Held-out loss of the demo's verifier: every conversation alone, from a fresh state, as it is served."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["HeldOut", "held_out_losses", "perplexities"]
+
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Padded held-out conversations, longest first: ids, assistant mask and validity, each [N, L]."""
+
+    ids: Tensor
+    assistant: Tensor
+    valid: Tensor
+    sources: tuple[str, ...]
+
+    @classmethod
+    def read(cls, corpus: Path, device: torch.device, longest: int = 1024) -> HeldOut:
+        """Read the val split of `tokens.npz`; longer conversations are cut at `longest` tokens."""
+        with np.load(corpus / "tokens.npz", allow_pickle=False) as arrays:
+            tokens, lengths = arrays["val_tokens"], arrays["val_lengths"]
+            assistant, sources = arrays["val_assistant"], arrays["val_sources"]
+        width = min(longest, -(-int(lengths.max()) // _CHUNK) * _CHUNK)
+        ids = np.zeros((len(lengths), width), np.int64)
+        mask = np.zeros((len(lengths), width), bool)
+        ends = np.cumsum(lengths)
+        for row, (end, length) in enumerate(zip(ends, lengths, strict=True)):
+            kept = min(int(length), width)
+            ids[row, :kept] = tokens[end - length : end - length + kept]
+            mask[row, :kept] = assistant[end - length : end - length + kept].astype(bool)
+        valid = np.arange(width)[None] < lengths[:, None]
+        tensors = [torch.from_numpy(array).to(device) for array in (ids, mask, valid)]
+        return cls(tensors[0], tensors[1], tensors[2], tuple(map(str, sources)))
+
+
+@torch.no_grad()
+def _sums(model: nn.Module, held_out: HeldOut, limit: int, batch: int) -> dict[str, dict[str, Tensor]]:
+    """Per source: summed loss (nats) and token counts, over all tokens and over the assistant's."""
+    totals: dict[str, dict[str, Tensor]] = {}
+    order = torch.randperm(len(held_out.ids), generator=torch.Generator().manual_seed(0))[:limit]
+    device = held_out.ids.device
+    for rows in order.to(device).split(batch):
+        ids = held_out.ids[rows]
+        masks = {"full_attention": None, "linear_attention": None}
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            hidden = model.get_submodule("model")(
+                input_ids=ids, attention_mask=masks, use_cache=False
+            ).last_hidden_state
+            logits = model.get_submodule("lm_head")(hidden[:, :-1])
+        loss = F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+        for position, row in enumerate(rows.tolist()):
+            into = totals.setdefault(held_out.sources[row], {key: torch.zeros(2, device=device) for key in ("all", "assistant")})
+            for key, mask in (("all", held_out.valid), ("assistant", held_out.assistant)):
+                chosen = mask[row, 1:]
+                into[key] += torch.stack([(loss[position] * chosen).sum(), chosen.sum()])
+    return totals
+
+
+def held_out_losses(model: nn.Module, held_out: HeldOut, *, limit: int, batch: int = 64) -> dict[str, float]:
+    """Mean loss per assistant token (nats) for each source, on the first `limit` conversations of a fixed order."""
+    model.eval()
+    totals = _sums(model, held_out, limit, batch)
+    model.train()
+    return {source: float(sums["assistant"][0] / sums["assistant"][1]) for source, sums in sorted(totals.items())}
+
+
+def perplexities(model: nn.Module, held_out: HeldOut, batch: int = 64) -> dict[str, dict[str, Any]]:
+    """Perplexity per source and over all of them, on the assistant's tokens and on all tokens."""
+    model.eval()
+    totals = _sums(model, held_out, len(held_out.ids), batch)
+    together = {key: sum((sums[key] for sums in totals.values()), torch.zeros_like(next(iter(totals.values()))[key])) for key in ("all", "assistant")}
+    report: dict[str, dict[str, Any]] = {}
+    for source, sums in (*sorted(totals.items()), ("total", together)):
+        report[source] = {
+            "assistant_perplexity": round(math.exp(float(sums["assistant"][0] / sums["assistant"][1])), 3),
+            "assistant_tokens": int(sums["assistant"][1]),
+            "perplexity": round(math.exp(float(sums["all"][0] / sums["all"][1])), 3),
+            "tokens": int(sums["all"][1]),
+        }
+    return report
