@@ -54,7 +54,7 @@ class TrainingPlan:
     """Learning rate at the end, as a share of the peak."""
     warmup_steps: int = 150
     weight_decay: float = 0.1
-    dropout: float = 0.05
+    dropout: float = 0.1
     """On every block's output while training."""
     balance_rate: float = 1e-3
     evaluations: int = 10
@@ -205,7 +205,7 @@ def _checkpoint(
     running: float,
 ) -> None:
     """Measure the held-out loss on a part of the split and save the weights where it is the lowest so far."""
-    value = float(np.mean(list(held_out_losses(model, held_out, limit=480).values())))
+    value = float(np.mean(list(held_out_losses(model, held_out, limit=448).values())))
     record.curve.append(
         {
             "step": step,

@@ -1,0 +1,103 @@
+"""The exported form, and every incomplete or mismatched checkpoint refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from synthetic import LAYERS, vocab_map, write_store
+from test_draft_train_trainer import config
+
+from draft_train.checkpoint import load_state
+from draft_train.export import aux_layer_ids, check_export, export_draft
+from draft_train.trainer import Trainer
+from store.errors import CheckpointError, InputError
+from store.files import hash_file
+from store.manifest import Tap
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    write_store(tmp_path / "store")
+    return Trainer(config(tmp_path, epochs=1)).run()
+
+
+def test_export_holds_what_engines_load(checkpoint: Path, tmp_path: Path) -> None:
+    path = export_draft(checkpoint, tmp_path / "draft", engine="vllm", dtype="float32")
+    written = json.loads((path / "config.json").read_text())
+    assert written["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert written["eagle_aux_hidden_state_layer_ids"] == [layer + 1 for layer in LAYERS]
+    assert written["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [layer + 1 for layer in LAYERS]
+    assert written["sliding_window"] == 16
+    assert written["layer_types"] == ["sliding_attention"]
+    assert written["norm_before_residual"] is False
+    tensors = load_file(path / "model.safetensors")
+    trained = load_file(checkpoint / "model.safetensors")
+    assert set(tensors) == set(trained) | {"d2t", "t2d"}
+    assert all(torch.equal(tensors[name], trained[name]) for name in trained)
+    assert "embed_tokens.weight" not in tensors
+    ids = tensors["d2t"] + torch.arange(len(tensors["d2t"]))
+    np.testing.assert_array_equal(ids.numpy(), vocab_map().target_ids)
+    assert tensors["t2d"].dtype == torch.bool
+
+
+def test_aux_ids_follow_the_engine() -> None:
+    taps = [Tap(layer=layer).to_json() for layer in (2, 26, 48)]
+    assert aux_layer_ids(taps, "vllm") == [3, 27, 49]
+    assert aux_layer_ids(taps, "sglang") == [2, 26, 48]
+    with pytest.raises(InputError, match="--engine"):
+        aux_layer_ids(taps, "other")
+    with pytest.raises(CheckpointError, match="block outputs"):
+        aux_layer_ids([{"layer": 2, "point": "input"}], "vllm")
+
+
+def test_full_attention_draft_says_so(tmp_path: Path) -> None:
+    write_store(tmp_path / "store")
+    last = Trainer(config(tmp_path, epochs=1, sliding_window=0)).run()
+    written = json.loads((export_draft(last, tmp_path / "draft", engine="vllm") / "config.json").read_text())
+    assert written["sliding_window"] is None
+    assert written["layer_types"] == ["full_attention"]
+
+
+@pytest.mark.parametrize("missing", ["lm_head.weight", "fc.weight", "midlayer.mlp.up_proj.weight"])
+def test_checkpoint_without_a_tensor_is_refused(checkpoint: Path, tmp_path: Path, missing: str) -> None:
+    path = checkpoint / "model.safetensors"
+    save_file({name: value for name, value in load_file(path).items() if name != missing}, path)
+    body = json.loads((checkpoint / "state.json").read_text())
+    body["files"]["model.safetensors"] = hash_file(path)
+    (checkpoint / "state.json").write_text(json.dumps(body))
+    with pytest.raises(CheckpointError, match=missing):
+        export_draft(checkpoint, tmp_path / "draft", engine="vllm")
+    assert not (tmp_path / "draft").exists()
+
+
+def test_checkpoint_with_another_map_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    vocab_map(seed=1).save(checkpoint / "vocab_map.safetensors")
+    with pytest.raises(CheckpointError, match=r"vocab_map\.safetensors"):
+        export_draft(checkpoint, tmp_path / "draft", engine="vllm")
+    body = json.loads((checkpoint / "state.json").read_text())
+    body["files"]["vocab_map.safetensors"] = hash_file(checkpoint / "vocab_map.safetensors")
+    (checkpoint / "state.json").write_text(json.dumps(body))
+    with pytest.raises(CheckpointError, match="expected vocabulary"):
+        export_draft(checkpoint, tmp_path / "draft", engine="vllm")
+
+
+def test_existing_output_is_not_overwritten(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "draft").mkdir()
+    with pytest.raises(InputError, match="new directory"):
+        export_draft(checkpoint, tmp_path / "draft", engine="vllm")
+    assert load_state(checkpoint).finished
+
+
+def test_check_finds_vocabulary_tensors_that_disagree(checkpoint: Path, tmp_path: Path) -> None:
+    path = export_draft(checkpoint, tmp_path / "draft", engine="vllm")
+    check_export(path)
+    tensors = load_file(path / "model.safetensors")
+    tensors["d2t"][0] += 1
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="same target ids"):
+        check_export(path)

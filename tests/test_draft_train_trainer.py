@@ -1,0 +1,236 @@
+"""Training runs on synthetic stores: exact resume after SIGKILL, warm start, refusals, metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from synthetic import vocab_map, write_store
+
+from draft_train.batches import epoch_order
+from draft_train.checkpoint import checkpoints, load_state, resolve_checkpoint
+from draft_train.config import TrainConfig
+from draft_train.trainer import Trainer, learning_rate
+from store.errors import CheckpointError, InputError, ManifestMismatchError
+
+
+def config(tmp_path: Path, **changes: object) -> TrainConfig:
+    values: dict[str, object] = {
+        "store": tmp_path / "store", "output": tmp_path / "run", "splits": ("train",), "epochs": 4,
+        "batch_conversations": 2, "learning_rate": 1e-2, "ttt_steps": 3, "sliding_window": 16, "head_dim": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "checkpoint_every": 3, "device": "cpu",
+    }  # fmt: skip
+    return TrainConfig(**values | changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    write_store(tmp_path / "store", per_shard=6)
+    return tmp_path
+
+
+def flags(settings: TrainConfig) -> list[str]:
+    names = ["store", "output", "epochs", "batch_conversations", "learning_rate", "ttt_steps", "sliding_window"]
+    names += ["head_dim", "num_attention_heads", "num_key_value_heads", "checkpoint_every", "device"]
+    pairs = [(f"--{name.replace('_', '-')}", str(getattr(settings, name))) for name in names]
+    return ["--splits", ",".join(settings.splits), *[part for pair in pairs for part in pair]]
+
+
+def metrics(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_loss_falls_and_every_step_is_logged_once(store: Path) -> None:
+    settings = config(store, epochs=30, eval_split="val", eval_every=30)
+    last = Trainer(settings).run()
+    rows = metrics(settings.output)
+    assert [row["step"] for row in rows] == list(range(1, 91))
+    assert np.mean([row["loss"] for row in rows[-9:]]) < 0.8 * np.mean([row["loss"] for row in rows[:3]])
+    assert [row["step"] for row in rows if "eval_acceptance_length" in row] == [30, 60, 90]
+    assert load_state(last).finished
+    assert len(checkpoints(settings.output)) == 3
+
+
+def test_resume_after_a_stop_is_exact_to_the_bit(store: Path) -> None:
+    whole, cut = config(store, output=store / "whole"), config(store, output=store / "cut")
+    Trainer(whole).run()
+    stopped = Trainer(cut)
+    steps = 0
+
+    class StopError(Exception):
+        pass
+
+    original = stopped._train_step
+
+    def stop_after_seven(batch: object) -> object:
+        nonlocal steps
+        steps += 1
+        if steps == 8:
+            raise StopError
+        return original(batch)  # type: ignore[arg-type]
+
+    stopped._train_step = stop_after_seven  # type: ignore[method-assign, assignment]
+    with pytest.raises(StopError):
+        stopped.run()
+    assert checkpoints(cut.output)[-1].name == "step_00000006"
+    Trainer(cut).run()
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        mine, theirs = (load_file(checkpoints(run.output)[-1] / name) for run in (cut, whole))
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    assert [row["loss"] for row in metrics(cut.output)] == [row["loss"] for row in metrics(whole.output)]
+
+
+def test_another_seed_gives_other_weights(store: Path) -> None:
+    """Negative control of the test above."""
+    runs = [Trainer(config(store, output=store / str(seed), seed=seed)).run() for seed in (0, 1)]
+    first, second = (load_file(run / "model.safetensors") for run in runs)
+    assert not torch.equal(first["fc.weight"], second["fc.weight"])
+
+
+def test_sigkill_then_the_same_command_resumes(store: Path) -> None:
+    whole, cut = config(store, output=store / "whole", epochs=40), config(store, output=store / "cut", epochs=40)
+    Trainer(whole).run()
+    command = [sys.executable, "-m", "tools.cli", "train", *flags(cut)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not (cut.output / "checkpoints").is_dir() or not checkpoints(cut.output):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert not load_state(resolve_checkpoint(cut.output)).finished
+    subprocess.run(command, check=True, capture_output=True)
+    mine, theirs = (load_file(checkpoints(run.output)[-1] / "model.safetensors") for run in (cut, whole))
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    assert [row["loss"] for row in metrics(cut.output)] == [row["loss"] for row in metrics(whole.output)]
+
+
+def test_finished_run_is_left_alone(store: Path) -> None:
+    settings = config(store)
+    last = Trainer(settings).run()
+    before = (last / "model.safetensors").stat().st_mtime_ns, len(metrics(settings.output))
+    assert Trainer(settings).run() == last
+    assert ((last / "model.safetensors").stat().st_mtime_ns, len(metrics(settings.output))) == before
+
+
+def test_stage_two_starts_from_stage_one_weights_only(store: Path) -> None:
+    first = Trainer(config(store)).run()
+    second = Trainer(config(store, output=store / "two", init_from=store / "run"))
+    second._restore()
+    assert torch.equal(second.model.fc.weight, load_file(first / "model.safetensors")["fc.weight"])
+    assert second.step == 0
+    assert not second.optimizer.state
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ttt_steps": 2}, "its ttt_steps is 3, here it is 2"),
+        ({"out_of_vocab": "drop"}, "its out_of_vocab is 'weight'"),
+        ({"splits": ("val",)}, r"its splits is \['train'\]"),
+        ({"intermediate_size": 8}, "its draft intermediate_size is 24"),
+    ],
+)
+def test_resume_under_other_settings_is_refused_by_name(store: Path, change: dict[str, object], message: str) -> None:
+    Trainer(config(store)).run()
+    with pytest.raises(CheckpointError, match=message):
+        Trainer(replace(config(store), **change)).run()  # type: ignore[arg-type]
+
+
+def test_another_vocabulary_is_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Trainer(config(store)).run()
+    other = vocab_map(seed=1)
+    monkeypatch.setattr("synthetic.vocab_map", lambda seed=0: other)
+    write_store(store / "other", draft_vocab_hash=other.hash)
+    with pytest.raises(CheckpointError, match="its draft vocabulary is"):
+        Trainer(config(store, store=store / "other", output=store / "two", init_from=store / "run")).run()
+
+
+def test_another_verifier_is_refused(store: Path) -> None:
+    from synthetic import manifest
+
+    Trainer(config(store)).run()
+    write_store(store / "other", verifier=manifest().verifier | {"weights_hash": "1" * 32})
+    with pytest.raises(CheckpointError, match="its verifier weights is"):
+        Trainer(config(store, store=store / "other", output=store / "two", init_from=store / "run")).run()
+
+
+def test_window_beyond_the_kept_reach_is_refused(tmp_path: Path) -> None:
+    write_store(tmp_path / "store", window=8)
+    Trainer(config(tmp_path, sliding_window=8, epochs=1)).run()
+    for window in (9, 0):
+        with pytest.raises(ManifestMismatchError, match="at most 8"):
+            Trainer(config(tmp_path, sliding_window=window))
+
+
+def test_damaged_and_incomplete_checkpoints_are_refused(store: Path) -> None:
+    last = Trainer(config(store)).run()
+    data = bytearray((last / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (last / "model.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: expected xxh3-128"):
+        load_state(last)
+    (last / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="incomplete"):
+        load_state(last)
+    with pytest.raises(CheckpointError, match="found neither"):
+        resolve_checkpoint(store)
+
+
+def test_exploding_loss_stops_the_run(store: Path) -> None:
+    trainer = Trainer(config(store))
+    with torch.no_grad():
+        trainer.model.fc.weight.fill_(math.inf)
+    trainer._restore = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(InputError, match="expected a finite loss"):
+        trainer.run()
+
+
+def test_bad_settings_name_their_flag(tmp_path: Path) -> None:
+    for change, flag in (
+        ({"epochs": 0}, "--epochs"),
+        ({"out_of_vocab": "x"}, "--out-of-vocab"),
+        ({"splits": ()}, "--splits"),
+    ):
+        with pytest.raises(InputError, match=flag):
+            config(tmp_path, **change)
+    with pytest.raises(InputError, match="--eval-split"):
+        config(tmp_path, eval_every=5)
+
+
+def test_learning_rate_warms_up_and_ends_at_the_floor(tmp_path: Path) -> None:
+    settings = config(tmp_path, warmup_ratio=0.1, final_lr_ratio=0.1, learning_rate=1.0)
+    rates = [learning_rate(settings, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[99] == pytest.approx(0.1, abs=1e-3)
+    assert all(later <= earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_order_is_a_pure_function_of_seed_and_epoch() -> None:
+    members = np.arange(100)
+    assert np.array_equal(epoch_order(members, 1, 2), epoch_order(members, 1, 2))
+    assert not np.array_equal(epoch_order(members, 1, 2), epoch_order(members, 1, 3))
+    assert not np.array_equal(epoch_order(members, 1, 2), epoch_order(members, 2, 2))
+    assert np.array_equal(np.sort(epoch_order(members, 1, 2)), members)
+
+
+def test_wandb_offline_writes_a_run(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    settings = config(store, wandb="offline", epochs=1)
+    command = [sys.executable, "-m", "tools.cli", "train", *flags(settings), "--wandb", "offline"]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"WANDB_SILENT": "true"})
+    assert list((settings.output / "wandb").glob("offline-run-*/*.wandb"))
