@@ -173,7 +173,7 @@ class CaptureJob:
         tokens = self.dataset.split(self.splits[plan.split])
         kept: list[Conversation] = []
         quarantined: list[dict[str, Any]] = []
-        tails: list[float] = []
+        tails: list[np.ndarray[Any, Any]] = []
         for number in range(plan.first, plan.last):
             token_ids, loss_mask, content_hash = tokens[number]
             try:
@@ -189,7 +189,7 @@ class CaptureJob:
                 )
                 bar.write(f"quarantined {self.splits[plan.split]}[{number}]: {exc}")
             else:
-                tails.append(float(tail_mass(arrays).mean()))
+                tails.append(tail_mass(arrays))
                 kept.append(
                     Conversation(content_hash=content_hash, split=plan.split, dataset_index=number, arrays=arrays)
                 )
@@ -202,7 +202,7 @@ class CaptureJob:
                 "tokens": plan.tokens,
                 "quarantined": quarantined,
                 "gates": gates.to_json(),
-                "tail_mass_mean": float(np.mean(tails)) if tails else None,
+                "tail_mass": _describe(np.concatenate(tails) if tails else np.empty(0)),
                 "provenance": self._provenance(),
             },
         )
@@ -275,3 +275,11 @@ def tail_mass(arrays: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     logits = arrays["teacher_max"][:, None] - arrays["teacher_gaps"].astype(np.float32)
     kept = np.exp(logits - arrays["log_z_draft"][:, None]).sum(axis=1)
     return np.asarray(np.clip(1.0 - kept, 0.0, None))
+
+
+def _describe(values: np.ndarray[Any, Any]) -> dict[str, float | int]:
+    """Count, mean, median and 99th percentile."""
+    if values.size == 0:
+        return {"count": 0}
+    p50, p99 = np.quantile(values, [0.5, 0.99])
+    return {"count": int(values.size), "mean": float(values.mean()), "p50": float(p50), "p99": float(p99)}

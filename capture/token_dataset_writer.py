@@ -98,6 +98,12 @@ class SplitWriter:
         np.save(self.path / "token_counts.npy", self.counts, allow_pickle=False)
         self._quarantine.close()
 
+    def abandon(self) -> None:
+        """Close the files as they are; after `close` this does nothing."""
+        for array in (self._token_ids, self._loss_mask, self._conversations):
+            array.file.close()
+        self._quarantine.close()
+
     def record(self) -> dict[str, Any]:
         """Rows, token totals, averages and quarantine counts, for the manifest."""
         totals = {
@@ -152,7 +158,9 @@ class DatasetWriter:
 
     def split(self, name: str, vocab_size: int) -> SplitWriter:
         """Start one split."""
-        return SplitWriter(self.partial / name, vocab_size)
+        split = SplitWriter(self.partial / name, vocab_size)
+        self._cleanup.callback(split.abandon)
+        return split
 
     def commit(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Complete the manifest with sizes and hashes, write it last, make all durable, rename. Returns it."""

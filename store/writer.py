@@ -39,12 +39,20 @@ class StoreWriter:
         (root / COMMIT_DIRECTORY).mkdir(exist_ok=True)
         (root / "shards").mkdir(exist_ok=True)
         self._lock = self._take_lock()
-        if (root / MANIFEST_NAME).exists():
-            StoreManifest.load(root).require_same(manifest, root / MANIFEST_NAME)
-        else:
-            for path in prepare_files(root):
-                write_record(root, path.stem, [path])
-            manifest.save(root)
+        try:
+            self._create_or_check(prepare_files)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _create_or_check(self, prepare_files: Callable[[Path], Sequence[Path]]) -> None:
+        path = self.root / MANIFEST_NAME
+        if path.exists():
+            StoreManifest.load(self.root).require_same(self.manifest, path)
+            return
+        for file in prepare_files(self.root):
+            write_record(self.root, file.stem, [file])
+        self.manifest.save(self.root)
 
     def _take_lock(self) -> int:
         descriptor = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)

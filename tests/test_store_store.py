@@ -121,6 +121,7 @@ def test_uncommitted_shards_are_invisible_and_redone(tmp_path: Path) -> None:
 def test_other_settings_are_refused_by_name(store: Path) -> None:
     with pytest.raises(ManifestMismatchError, match=r"top_k: store has 6, this job has 5"):
         StoreWriter(store, manifest(top_k=5), write_files)
+    StoreWriter(store, manifest(), write_files).__exit__(None, None, None)  # the refusal let go of the lock
 
 
 def test_provenance_may_differ(store: Path) -> None:

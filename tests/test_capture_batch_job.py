@@ -1,0 +1,252 @@
+"""The capture job on real small models: content, resume after SIGKILL, quarantine, refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import KINDS, VOCAB, save_model
+
+from capture.batch_job import CaptureJob, tail_mass
+from capture.config import CaptureConfig
+from capture.prepare import PrepareConfig, prepare
+from capture.ssm_precision import lift_dt_limit, mamba_mixers
+from capture.verifier import load_verifier
+from store.commits import committed_shards, read_record
+from store.errors import InputError, ManifestMismatchError
+from store.reader import StoreReader
+from store.rows import rows_in_reach, teacher_positions
+from store.schema import tap_name
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+LAYERS = (0, 1, 2)
+ROWS = 12
+
+
+def write_rows(path: Path, rows: int = ROWS, length: int = 50) -> Path:
+    rng = np.random.default_rng(0)
+    with path.open("w") as file:
+        for number in range(rows):
+            size = length + 7 * number
+            mask = [0] * size
+            mask[10:20] = [1] * 10
+            mask[30 : size - 3] = [1] * (size - 33)
+            file.write(json.dumps({"token_ids": rng.integers(0, 440, size).tolist(), "loss_mask": mask}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    root = tmp_path_factory.mktemp("dataset")
+    prepare(
+        PrepareConfig(
+            tokenizer=tokenizer_dir,
+            output=root / "prepared",
+            splits={"train": [write_rows(root / "rows.jsonl")]},
+            held_out={"val": [write_rows(root / "val.jsonl", rows=3)]},
+            draft_vocab_size=200,
+            workers=1,
+            progress=False,
+        )
+    )
+    return root / "prepared"
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def verifier(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / request.param, request.param)
+
+
+@pytest.fixture(scope="module")
+def nemotron(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("nemotron"), "nemotron_h")
+
+
+def config(verifier: Path, dataset: Path, output: Path, **changes: Any) -> CaptureConfig:
+    values: dict[str, Any] = {
+        "verifier": verifier, "dataset": dataset, "output": output, "layers": LAYERS, "top_k": 16,
+        "window": 20, "shard_tokens": 200, "head_slice": 7, "device": "cpu",
+    }  # fmt: skip
+    return CaptureConfig(**values | changes)
+
+
+@pytest.mark.parametrize("tap_dtype", ["float32", "bfloat16"])
+def test_store_holds_what_the_model_says(verifier: Path, dataset: Path, tmp_path: Path, tap_dtype: str) -> None:
+    job = CaptureJob(config(verifier, dataset, tmp_path / "s", tap_dtype=tap_dtype))
+    summary = job.run()
+    store = StoreReader(tmp_path / "s")
+    assert (len(store), summary.quarantined) == (ROWS + 3, [])
+    model = load_verifier(verifier, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=False).model
+    lift_dt_limit(mamba_mixers(model))
+    targets = torch.from_numpy(store.vocab_map().target_ids)
+    for number, member in enumerate(store.members("train")):
+        item = store.read(int(member))
+        ids = torch.from_numpy(item.arrays["token_ids"].astype(np.int64))
+        assert item.content_hash == job.dataset.split("train")[number][2]
+        with torch.inference_mode():
+            output = model(input_ids=ids[None], output_hidden_states=True, use_cache=False)
+        rows, places = rows_in_reach(item.loss_mask, 20), teacher_positions(item.loss_mask)
+        assert item.arrays["positions"].tolist() == rows.tolist()
+        assert len(rows) < len(ids) - 1
+        for layer in LAYERS:
+            expected = output.hidden_states[layer + 1][0][rows]
+            found = torch.from_numpy(item.arrays[tap_name(layer)])
+            if tap_dtype == "bfloat16":
+                assert torch.equal(found.view(torch.bfloat16), expected.to(torch.bfloat16))
+            else:
+                assert torch.equal(found, expected)
+        logits = output.logits[0][places].double()
+        assert item.arrays["argmax"].tolist() == logits.argmax(-1).tolist()
+        np.testing.assert_allclose(item.arrays["log_z_full"], logits.logsumexp(-1), rtol=1e-5)
+        inside = torch.softmax(logits[:, targets], -1).topk(16).values
+        np.testing.assert_allclose(tail_mass(item.arrays), 1 - inside.sum(-1), atol=2e-3)
+
+
+def test_manifest_records_the_contract_and_conventions(nemotron: Path, dataset: Path, tmp_path: Path) -> None:
+    CaptureJob(config(nemotron, dataset, tmp_path / "s")).run()
+    manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
+    assert manifest["ssm"]["dt_limit"] == [0.0, "inf"]
+    assert manifest["ssm"]["canary_min"] == 264.0
+    assert manifest["ssm"]["carry_dtype"] == "float32"
+    assert [tap["vllm_aux_id"] for tap in manifest["taps"]] == [1, 2, 3]
+    assert manifest["provenance"]["self_check"]["logits"] < 1e-5
+    record = read_record(tmp_path / "s", "00000")
+    assert record is not None
+    assert 0 < record["tail_mass"]["mean"] <= record["tail_mass"]["p99"]
+
+
+def flags(settings: CaptureConfig) -> list[str]:
+    names = ("verifier", "dataset", "output", "top_k", "window", "shard_tokens", "head_slice", "device")
+    pairs = [(f"--{name.replace('_', '-')}", str(getattr(settings, name))) for name in names]
+    return ["--layers", ",".join(map(str, settings.layers)), *[part for pair in pairs for part in pair]]
+
+
+def test_sigkill_then_the_same_command_gives_the_same_store(nemotron: Path, dataset: Path, tmp_path: Path) -> None:
+    CaptureJob(config(nemotron, dataset, tmp_path / "whole")).run()
+    settings = config(nemotron, dataset, tmp_path / "cut")
+    command = [sys.executable, "-m", "tools.cli", "capture", *flags(settings)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not (settings.output / "commit").is_dir() or not committed_shards(settings.output):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert read_record(settings.output, "index") is None
+    done = committed_shards(settings.output)
+    kept = {shard: (settings.output / "commit" / f"{shard:05d}.json").stat().st_mtime_ns for shard in done}
+    subprocess.run(command, check=True, capture_output=True)
+    for shard in range(len(committed_shards(tmp_path / "whole"))):
+        mine, theirs = read_record(settings.output, f"{shard:05d}"), read_record(tmp_path / "whole", f"{shard:05d}")
+        assert mine is not None
+        assert theirs is not None
+        assert mine["files"] == theirs["files"]
+    for shard, time_ns in kept.items():  # committed work was not redone
+        assert (settings.output / "commit" / f"{shard:05d}.json").stat().st_mtime_ns == time_ns
+    assert np.array_equal(StoreReader(settings.output).index, StoreReader(tmp_path / "whole").index)
+
+
+def test_failed_gate_quarantines_one_conversation_and_keeps_the_rest(
+    nemotron: Path, dataset: Path, tmp_path: Path
+) -> None:
+    job = CaptureJob(config(nemotron, dataset, tmp_path / "s"))
+    original, calls = job.verifier.forward, 0
+
+    class Broken:
+        """The verifier, except that its third conversation comes out as NaN."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(original.__self__, name)
+
+        def forward(self, ids: torch.Tensor, layers: tuple[int, ...]) -> Any:
+            nonlocal calls
+            calls += 1
+            states = original(ids, layers)
+            if calls == 3:
+                return replace(states, taps=states.taps | {2: torch.full_like(states.taps[2], math.nan)})
+            return states
+
+    job.verifier = Broken()  # type: ignore[assignment]
+    summary = job.run()
+    assert [(item["split"], item["dataset_index"]) for item in summary.quarantined] == [("train", 2)]
+    assert "tap 2: expected finite values" in summary.quarantined[0]["reason"]
+    store = StoreReader(tmp_path / "s")
+    assert store.index["dataset_index"][store.members("train")].tolist() == [0, 1, *range(3, ROWS)]
+    # The command line says so, by its exit code too, whenever it runs again.
+    result = subprocess.run(
+        [sys.executable, "-m", "tools.cli", "capture", *flags(job.config)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert "quarantined train[2]" in result.stdout
+
+
+def test_conversation_without_loss_rows_is_quarantined(nemotron: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", rows=2)
+    with rows.open("a") as file:
+        file.write(json.dumps({"token_ids": list(range(20)), "loss_mask": [0] * 19 + [1]}) + "\n")
+    prepare(
+        PrepareConfig(
+            tokenizer=tokenizer_dir,
+            output=tmp_path / "prepared",
+            splits={"train": [rows]},
+            held_out={},
+            draft_vocab_size=100,
+            workers=1,
+            progress=False,
+        )
+    )
+    summary = CaptureJob(config(nemotron, tmp_path / "prepared", tmp_path / "s")).run()
+    assert len(summary.quarantined) == 1
+    assert "at least two tokens" in summary.quarantined[0]["reason"]
+    assert len(StoreReader(tmp_path / "s")) == 2
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    nemotron: Path, dataset: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    output = tmp_path / "s"
+    for change, message in (
+        ({"layers": (0, 2, 5)}, r"expected blocks 0 to 4 .* found \[0, 2, 5\]"),
+        ({"top_k": 201}, "at most the draft vocabulary's 200"),
+        ({"splits": ("test",)}, r"expected splits among \['train', 'val'\]"),
+        ({"vocab_map": tmp_path / "none"}, "expected a vocabulary map"),
+        ({"dataset": tmp_path}, "expected a prepared dataset"),
+        ({"verifier": tmp_path}, r"no config\.json"),
+    ):
+        with pytest.raises(InputError, match=message):
+            CaptureJob(replace(config(nemotron, dataset, output), **change))  # type: ignore[arg-type]
+    for layers in ((), (2, 1), (1, 1), (-1, 2)):
+        with pytest.raises(InputError, match="--layers"):
+            config(nemotron, dataset, output, layers=layers)
+    assert not output.exists()
+
+
+def test_dataset_of_a_larger_vocabulary_is_refused(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiny_models.VOCAB", 64)
+    small = save_model(tmp_path / "small", "llama")
+    with pytest.raises(InputError, match="prepared with another tokenizer"):
+        CaptureJob(config(small, dataset, tmp_path / "s"))
+    assert VOCAB > 64
+
+
+def test_other_settings_on_one_store_are_refused_by_name(
+    nemotron: Path, dataset: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    CaptureJob(config(nemotron, dataset, tmp_path / "s")).run()
+    with pytest.raises(ManifestMismatchError, match="window: store has 20, this job has 30"):
+        CaptureJob(config(nemotron, dataset, tmp_path / "s", window=30)).run()
+    other = save_model(tmp_path_factory.mktemp("other"), "llama")
+    with pytest.raises(ManifestMismatchError, match="verifier: store has"):
+        CaptureJob(config(other, dataset, tmp_path / "s")).run()

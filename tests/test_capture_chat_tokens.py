@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CHATML, save_tokenizer
+
+from capture.chat_tokens import ChatTokenizer, RenderedChat, check_template_compiles, render_chat
+from capture.conversations import ChatRow, RowRejectedError
+from capture.template_check import check_against_transformers, first_template_difference
+from capture.tokenizer_files import SHIPPED_TEMPLATE, ChatTemplate, choose_template, load_tokenizer
+from store.errors import InputError
+
+# Turns with nothing between them but text: tokens merge across the boundaries of the assistant's spans.
+BARE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ ':' }}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{{ '\\n' }}{% else %}{{ m.content + '\\n' }}{% endif %}{% endfor %}"
+)
+PIECES = [
+    "fox",
+    " jumps",
+    "\n",
+    "\n\n",
+    "é",
+    "日本",
+    "🎉",
+    "👩‍👩‍👧",
+    "e\u0301",
+    "::",
+    " ",
+    "  ",
+    "<|im_end|>",
+    "<think>",
+    "\x00",
+    "\u2028",
+]
+
+
+def template_of(text: str) -> ChatTemplate:
+    return ChatTemplate(plain=text, with_tools=text, source="test")
+
+
+def row_of(*contents: str, tools: list[dict[str, Any]] | None = None) -> ChatRow:
+    roles = ("user", "assistant")
+    return ChatRow(messages=[{"role": roles[i % 2], "content": c} for i, c in enumerate(contents)], tools=tools)
+
+
+@pytest.fixture(scope="module")
+def loaded(tokenizer_dir: Path) -> tuple[Any, Any]:
+    return load_tokenizer(tokenizer_dir)
+
+
+def both_ways(loaded: tuple[Any, Any], template: str, row: ChatRow) -> tuple[list[Any], list[Any], RenderedChat]:
+    """[ids, mask] ours, [ids, mask] of transformers, and the rendering."""
+    files, tokenizer = loaded
+    ours = ChatTokenizer(files, template_of(template))
+    chat = ours.render(row)
+    ids, mask = ours.encode([chat])[0]
+    assert (ids.dtype, mask.dtype) == (np.uint32, np.bool_)
+    expected = tokenizer.apply_chat_template(
+        row.messages,
+        tools=row.tools,
+        chat_template=template,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    return [ids.tolist(), mask.astype(int).tolist()], [expected["input_ids"], expected["assistant_masks"]], chat
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        ("hi", "hello"),
+        ("hi", ""),
+        ("hi", "", "again", "", "more", "x"),
+        ("hi 🎉", "👩‍👩‍👧🎉", "e\u0301", "\u0301combining first"),
+        ("\n", "\n\nspaces around  ", "  ", " \n"),
+        ("say <|im_end|> please", "<|im_end|> said <|im_start|>assistant"),
+        ("日本語", "東京 ünïcödé"),
+    ],
+)
+def test_ids_and_masks_equal_transformers(loaded: tuple[Any, Any], contents: tuple[str, ...]) -> None:
+    ours, expected, _ = both_ways(loaded, CHATML, row_of(*contents))
+    assert ours == expected
+    assert 0 < sum(ours[1]) < len(ours[1])
+
+
+def test_random_conversations_equal_transformers(loaded: tuple[Any, Any]) -> None:
+    choose = random.Random(5)
+    for _ in range(80):
+        contents = ["".join(choose.choices(PIECES, k=choose.randrange(9))) for _ in range(2 * choose.randrange(1, 5))]
+        ours, expected, _ = both_ways(loaded, CHATML, row_of(*contents))
+        assert ours == expected, contents
+
+
+def test_merges_across_span_boundaries_equal_transformers(loaded: tuple[Any, Any]) -> None:
+    _, tokenizer = loaded
+    crossing = 0
+    for contents in [("why", ":tag:: yes\n", "q", "::\n"), ("a", "[[x]]\n\n", "\n", ":")]:
+        ours, expected, chat = both_ways(loaded, BARE, row_of(*contents))
+        assert ours == expected
+        inside = tokenizer.decode([i for i, m in zip(*ours, strict=True) if m])
+        crossing += inside != "".join(chat.text[first:last] for first, last in chat.assistant_spans)
+    assert crossing == 2  # else no merge crossed a boundary and the test shows nothing
+
+
+def test_a_last_character_of_several_tokens_is_wholly_the_assistants(loaded: tuple[Any, Any]) -> None:
+    # transformers stops at the first token of the last character; the page's rule is every assistant token.
+    _, tokenizer = loaded
+    ours, expected, _ = both_ways(loaded, BARE, row_of("why", "so 👩"))
+    assert ours[0] == expected[0]
+    assert tokenizer.decode([i for i, m in zip(*ours, strict=True) if m]) == "so 👩"
+
+
+def test_a_span_that_starts_at_a_trimmed_space_keeps_its_tokens(tmp_path: Path) -> None:
+    import json
+
+    directory = save_tokenizer(tmp_path / "trimming", BARE)
+    path = directory / "tokenizer.json"
+    backend = json.loads(path.read_text())
+    backend["post_processor"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    path.write_text(json.dumps(backend))
+    files, tokenizer = load_tokenizer(directory)
+    ours = ChatTokenizer(files, template_of(BARE))
+    ids, mask = ours.encode([ours.render(row_of("why", " the fox"))])[0]
+    assert tokenizer.decode(ids[mask].tolist()) == " the fox"
+
+
+def test_an_empty_span_marks_nothing(loaded: tuple[Any, Any]) -> None:
+    files, _ = loaded
+    ours = ChatTokenizer(files, template_of(BARE))
+    _, mask = ours.encode([ours.render(row_of("aa", ""))])[0]
+    assert not mask.any()
+
+
+def test_none_values_are_dropped_as_transformers_does(loaded: tuple[Any, Any]) -> None:
+    row = ChatRow(
+        messages=[{"role": "user", "content": "hi", "name": None}, {"role": "assistant", "content": None}], tools=None
+    )
+    ours, expected, _ = both_ways(loaded, CHATML, row)
+    assert ours == expected
+
+
+def test_variables_set_inside_a_generation_block_do_not_leak() -> None:
+    text = (
+        "{% set x = 'outer' %}{% generation %}{% set x = 'inner' %}{{ x }}{% endgeneration %}|{{ x }}|"
+        "{{ y is defined }}{% generation %}{% set y = 1 %}{% endgeneration %}{{ y is defined }}"
+    )
+    chat = render_chat(template_of(text), row_of("q", "a"), {})
+    assert chat.text == "inner|outer|FalseFalse"
+    assert chat.assistant_spans == [(0, 5), (17, 17)]
+
+
+def test_a_refusing_template_names_its_reason(loaded: tuple[Any, Any]) -> None:
+    row = ChatRow(messages=[{"role": "assistant", "content": "first"}], tools=None)
+    with pytest.raises(RowRejectedError, match="starts with a user or system turn") as caught:
+        render_chat(template_of(CHATML), row, {})
+    assert caught.value.reason == "template-rejected"
+
+
+def test_a_lone_surrogate_is_rejected_before_it_reaches_the_tokenizer() -> None:
+    with pytest.raises(RowRejectedError, match=r"U\+D83D") as caught:
+        render_chat(template_of(CHATML), row_of("q", "half \ud83d"), {})
+    assert caught.value.reason == "lone-surrogate"
+
+
+def test_a_template_without_generation_tags_is_refused(untagged_tokenizer_dir: Path) -> None:
+    files, _ = load_tokenizer(untagged_tokenizer_dir)
+    with pytest.raises(InputError, match=r"endgeneration %\} after its end-of-turn.*nemotron_chatml.jinja"):
+        choose_template(files, None)
+
+
+def test_no_template_at_all_is_refused(tmp_path: Path) -> None:
+    files, _ = load_tokenizer(save_tokenizer(tmp_path / "bare", None))
+    with pytest.raises(InputError, match="expected a chat template, found none"):
+        choose_template(files, None)
+
+
+def test_a_template_that_is_not_jinja_is_refused() -> None:
+    with pytest.raises(InputError, match="expected Jinja"):
+        check_template_compiles(template_of("{% generation %}{% endfor %}"))
+
+
+def test_a_directory_without_tokenizer_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(InputError, match=str(path)):
+            load_tokenizer(path)
+
+
+def test_vocabulary_size_is_the_verifiers_where_its_config_is_there(tmp_path: Path) -> None:
+    directory = save_tokenizer(tmp_path / "verifier", CHATML)
+    files, tokenizer = load_tokenizer(directory)
+    assert (files.vocab_size, files.vocab_size_from) == (len(tokenizer), "tokenizer")
+    (directory / "config.json").write_text('{"vocab_size": 1024}')
+    padded, _ = load_tokenizer(directory)
+    assert (padded.vocab_size, padded.vocab_size_from) == (1024, "config.json")
+    assert padded.hash == files.hash
+
+
+def test_tokenizer_hash_follows_the_files_but_not_the_template(tmp_path: Path) -> None:
+    first, _ = load_tokenizer(save_tokenizer(tmp_path / "a", CHATML))
+    other_template, _ = load_tokenizer(save_tokenizer(tmp_path / "b", BARE))
+    other_merges, _ = load_tokenizer(save_tokenizer(tmp_path / "c", CHATML, vocab_size=300))
+    assert first.hash == other_template.hash
+    assert first.hash != other_merges.hash
+
+
+def test_first_template_difference_is_reported() -> None:
+    rows = [("f.jsonl", 3, row_of("q", "same")), ("f.jsonl", 4, row_of("q", "a much longer answer"))]
+    given = template_of(CHATML)
+    untagged = CHATML.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+    assert first_template_difference(given, template_of(untagged), rows, {}) is None
+    other = template_of(CHATML.replace("{{- '\\n' -}}", "{{- '\\n' if message.content | length < 9 else ' ' -}}"))
+    found = first_template_difference(given, other, rows, {})
+    assert found is not None
+    assert found.startswith("f.jsonl:4: at character")
+    refusing = template_of("{{ raise_exception('never') }}")
+    assert "refuses" in (first_template_difference(given, refusing, rows, {}) or "")
+
+
+def test_ids_that_differ_from_transformers_are_refused(loaded: tuple[Any, Any]) -> None:
+    files, tokenizer = loaded
+    sample = [("f.jsonl", 7, row_of("q", "a"))]
+    check_against_transformers(files, template_of(CHATML), tokenizer, sample)
+
+    class Meddling:
+        def apply_chat_template(self, *arguments: Any, **settings: Any) -> dict[str, list[int]]:
+            return {"input_ids": [1, *tokenizer.apply_chat_template(*arguments, **settings)["input_ids"]]}
+
+    with pytest.raises(InputError, match=r"f.jsonl:7: .*Meddling does more"):
+        check_against_transformers(files, template_of(CHATML), Meddling(), sample)
+
+
+# --- the shipped template ---
+
+NEMOTRON = SHIPPED_TEMPLATE.read_text(encoding="utf-8")
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "description": "Adds. ",
+            "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
+        },
+    }
+]
+
+
+def spans_of(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> tuple[str, list[str]]:
+    chat = render_chat(template_of(NEMOTRON), ChatRow(messages=messages, tools=tools), {})
+    return chat.text, [chat.text[first:last] for first, last in chat.assistant_spans]
+
+
+def test_nemotron_template_marks_what_the_model_writes() -> None:
+    text, spans = spans_of(
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "q1"},
+            {"role": "assistant", "content": "a1", "reasoning_content": "old thought"},
+            {"role": "user", "content": "q2"},
+            {"role": "assistant", "content": "a2", "reasoning_content": "new thought"},
+        ]
+    )
+    assert text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nq1<|im_end|>\n"
+        "<|im_start|>assistant\n<think></think>a1<|im_end|>\n<|im_start|>user\nq2<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\nnew thought\n</think>\na2<|im_end|>\n"
+    )
+    assert spans == ["a1<|im_end|>", "new thought\n</think>\na2<|im_end|>"]
+
+
+def test_nemotron_template_agrees_on_both_forms_of_reasoning() -> None:
+    user = {"role": "user", "content": "q"}
+    apart = spans_of([user, {"role": "assistant", "content": "a", "reasoning_content": "why"}])
+    inline = spans_of([user, {"role": "assistant", "content": "<think>\nwhy\n</think>\na"}])
+    assert apart == inline
+
+
+def test_nemotron_template_generation_prompt_is_a_prefix_of_the_turn() -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    user = {"role": "user", "content": "q"}
+    for enable_thinking, reasoning in ((True, "why"), (False, None)):
+        (prompt,), _ = render_jinja_template(
+            conversations=[[user]],
+            chat_template=NEMOTRON,
+            add_generation_prompt=True,
+            enable_thinking=enable_thinking,
+        )
+        text, (span,) = spans_of([user, {"role": "assistant", "content": "a", "reasoning_content": reasoning}])
+        assert text == prompt + span + "\n"
+
+
+def test_nemotron_template_tools() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [2]}}}
+    text, spans = spans_of(
+        [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "", "reasoning_content": "add", "tool_calls": [call, call]},
+            {"role": "tool", "content": "3"},
+            {"role": "tool", "content": "4"},
+            {"role": "assistant", "content": "done"},
+        ],
+        TOOLS,
+    )
+    assert "<function>\n<name>add</name>\n<description>Adds.</description>\n<parameters>" in text
+    assert '<required>["a"]</required>' in text
+    assert (
+        "<|im_start|>user\n<tool_response>\n3\n</tool_response>\n<tool_response>\n4\n</tool_response>\n<|im_end|>\n"
+        in text
+    )
+    one_call = (
+        "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\n[2]\n</parameter>\n"
+        "</function>\n</tool_call>\n"
+    )
+    assert spans == [f"add\n</think>\n{one_call}{one_call}<|im_end|>", "done<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("message", "found"),
+    [
+        ({"role": "narrator", "content": "x"}, "narrator"),
+        ({"role": "assistant", "content": [{"type": "text", "text": "x"}]}, "expected text"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]}, "parse the JSON"),
+    ],
+)
+def test_nemotron_template_refuses_what_it_would_render_wrongly(message: dict[str, Any], found: str) -> None:
+    with pytest.raises(RowRejectedError, match=found):
+        spans_of([{"role": "user", "content": "q"}, message])

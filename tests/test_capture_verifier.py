@@ -1,0 +1,202 @@
+"""Finding the parts of a verifier, the fp32 contract, the teacher signal and the gates, on real small models."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import KINDS, VOCAB, make_model, save_model
+
+from capture.gates import Gates
+from capture.ssm_precision import (
+    DT_LIMIT,
+    assert_dt_limit,
+    enforce_contract,
+    mamba_mixers,
+    require_canary,
+    run_canary,
+    scan_implementation,
+)
+from capture.teacher_topk import teacher_signal
+from capture.verifier import describe_verifier, find_modules, load_verifier, weights_fingerprint
+from store.errors import GateError, InputError, PrecisionError
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def load(path: Path) -> Any:
+    return load_verifier(path, device=CPU, dtype=torch.float32, trust_remote_code=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_taps_are_block_outputs_and_final_is_after_the_norm(tmp_path: Path, kind: str) -> None:
+    verifier = load(save_model(tmp_path, kind))
+    ids = torch.randint(0, VOCAB, (37,), generator=torch.Generator().manual_seed(1))
+    layers = (0, 2, len(verifier.blocks) - 1)
+    states = verifier.forward(ids, layers)
+    with torch.inference_mode():
+        reference = verifier.model(input_ids=ids[None], output_hidden_states=True, use_cache=False)
+    for layer in layers[:-1]:
+        assert torch.equal(states.taps[layer], reference.hidden_states[layer + 1][0])
+    assert torch.equal(states.final, reference.hidden_states[-1][0])
+    assert not torch.allclose(states.taps[layers[-1]], states.final)  # the last block's output is before the norm
+    torch.testing.assert_close(verifier.head(states.final), reference.logits[0])
+    assert max(verifier.self_check((0, 2)).values()) < 1e-5
+
+
+def test_self_check_notices_scaled_logits_and_shifted_taps(tmp_path: Path) -> None:
+    verifier = load(save_model(tmp_path, "llama"))
+    original = verifier.model.forward
+
+    def scaled(*arguments: Any, **named: Any) -> Any:
+        output = original(*arguments, **named)
+        output.logits = output.logits * 0.5
+        return output
+
+    verifier.model.forward = scaled
+    with pytest.raises(InputError, match="logits"):
+        verifier.self_check((1,))
+    verifier.model.forward = original
+    verifier.blocks[1].register_forward_hook(lambda _m, _i, output: output + 1.0)
+    with pytest.raises(InputError, match="tap_1"):
+        verifier.self_check((1,))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_description_tells_fine_tunes_apart(tmp_path: Path, kind: str) -> None:
+    path = save_model(tmp_path, kind)
+    before = describe_verifier(path, load(path))
+    assert before["vocab_size"] == VOCAB
+    tensors = load_file(path / "model.safetensors")
+    name = sorted(tensors)[0]
+    tensors[name] = tensors[name] + 1e-3
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    assert weights_fingerprint(path) != before["weights_hash"]
+
+
+def test_models_without_the_needed_parts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no config\.json"):
+        load(tmp_path)
+    model = make_model("llama")
+    model.model.norm_again = torch.nn.LayerNorm(32)
+    with pytest.raises(InputError, match="one final norm"):
+        find_modules(model, CPU)
+    model = make_model("llama")
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(InputError, match="linear head"):
+        find_modules(model, CPU)
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
+    with pytest.raises(InputError, match="could not be loaded"):
+        load(tmp_path)
+
+
+def test_contract_lifts_the_dt_limit_and_records_the_canary(tmp_path: Path) -> None:
+    path = save_model(tmp_path, "nemotron_h")
+    verifier = load(path)
+    mixers = mamba_mixers(verifier.model)
+    assert len(mixers) == 2
+    assert mixers[0].time_step_limit != DT_LIMIT
+    with pytest.raises(PrecisionError, match="expected dt limit"):
+        assert_dt_limit(mixers)
+    contract = enforce_contract(verifier.model, path, allow_fallback=False)
+    assert contract is not None
+    assert all(mixer.time_step_limit == DT_LIMIT for mixer in mixers)
+    assert contract["canary_min"] == contract["canary_max"] == 264.0
+    assert contract["carry_dtype"] == "float32"
+    assert contract["scan"] == scan_implementation(mixers[0])
+    assert enforce_contract(make_model("llama"), path, allow_fallback=False) is None
+
+
+def test_dt_limit_matters(tmp_path: Path) -> None:
+    """Negative control: with small time steps, the clamp that is lifted here changes the states."""
+    path = save_model(tmp_path, "nemotron_h")
+    verifier = load(path)
+    with torch.no_grad():
+        for mixer in mamba_mixers(verifier.model):
+            mixer.dt_bias.fill_(-12.0)
+    ids = torch.arange(40)
+    clamped = verifier.forward(ids, (2,)).taps[2]
+    enforce_contract(verifier.model, path, allow_fallback=False)
+    assert not torch.allclose(verifier.forward(ids, (2,)).taps[2], clamped, rtol=1e-3)
+
+
+def test_bf16_carry_fails_the_canary() -> None:
+    model = make_model("nemotron_h")
+    result = run_canary(model, carry_dtype=torch.bfloat16)
+    assert result["canary_max"] == 256.0
+    with pytest.raises(PrecisionError, match=r"ends at 264\.0"):
+        require_canary(result)
+    require_canary(run_canary(model))
+
+
+def test_fp32_parameters_survive_a_bf16_load(tmp_path: Path) -> None:
+    path = save_model(tmp_path, "nemotron_h")
+    tensors = load_file(path / "model.safetensors")
+    exact = {name: value + 1e-4 for name, value in tensors.items() if name.endswith(("A_log", "dt_bias", ".D"))}
+    rest = {name: value.to(torch.bfloat16) for name, value in tensors.items() if name not in exact}
+    save_file(rest | exact, path / "model.safetensors", metadata={"format": "pt"})
+    verifier = load_verifier(path, device=CPU, dtype=torch.bfloat16, trust_remote_code=False)
+    contract = enforce_contract(verifier.model, path, allow_fallback=False)
+    assert contract is not None
+    assert contract["fp32_parameters"] == ["A_log", "D", "dt_bias"]
+    mixer = mamba_mixers(verifier.model)[0]
+    name = next(name for name, value in verifier.model.named_parameters() if value is mixer.A_log)
+    assert mixer.A_log.dtype == torch.float32
+    stored = exact.get(name, exact.get(name.replace("model.", "backbone.", 1)))
+    assert stored is not None
+    assert torch.equal(mixer.A_log, stored)
+
+
+def test_teacher_signal_is_the_softmax_it_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(16, VOCAB, bias=False)
+    final = torch.randn(23, 16, generator=generator)
+    realised = torch.randint(0, VOCAB, (23,), generator=generator)
+    target_ids = torch.arange(0, VOCAB, 2)
+    signal = teacher_signal(final, realised, head, target_ids, top_k=5, head_slice=7)
+    logits = (final.double() @ head.weight.double().T).detach()
+    inside = logits[:, target_ids]
+    torch.testing.assert_close(signal["log_z_full"].double(), logits.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(signal["log_z_draft"].double(), inside.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    assert torch.equal(signal["argmax"], logits.argmax(-1))
+    assert torch.equal(signal["teacher_ids"], inside.topk(5).indices)
+    restored = signal["teacher_max"][:, None].double() - signal["teacher_gaps"].double()
+    torch.testing.assert_close(restored, inside.topk(5).values, rtol=0, atol=2e-3)
+    torch.testing.assert_close(signal["next_token_logit"].double(), logits.gather(1, realised[:, None])[:, 0])
+
+
+def taps(scale: float = 1.0) -> dict[int, torch.Tensor]:
+    return {layer: scale * torch.randn(20, 8, generator=torch.Generator().manual_seed(layer)) for layer in (1, 4)}
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda t: t[1].fill_(math.nan), "tap 1: expected finite"),
+        (lambda t: t[4].__setitem__((3, 2), math.inf), "tap 4: expected finite"),
+        (lambda t: t[4].__setitem__(5, 0.0), "tap 4: expected non-zero rows"),
+        (lambda t: t[4].copy_(t[1]), "taps 1 and 4: expected different states"),
+    ],
+)
+def test_each_gate_fires(break_it: Any, message: str) -> None:
+    broken = taps()
+    break_it(broken)
+    with pytest.raises(GateError, match=message):
+        Gates().check(broken, torch.ones(3, 8))
+
+
+def test_final_state_and_norm_band_gates() -> None:
+    gates = Gates()
+    with pytest.raises(GateError, match="final state"):
+        gates.check(taps(), torch.zeros(3, 8))
+    for _ in range(20):
+        gates.check(taps(), torch.ones(3, 8))
+    restored = Gates.from_json(gates.to_json())
+    restored.check(taps(2.0), torch.ones(3, 8))
+    with pytest.raises(GateError, match="tap 1: expected rms between"):
+        restored.check(taps(50.0), torch.ones(3, 8))

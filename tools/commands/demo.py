@@ -1,0 +1,24 @@
+"""`draftcache demo`: the whole pipeline on a tiny verifier and real text."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the demo."""
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/demo"), help="directory of the run (default: runs/demo)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 1 where speculative decoding was not lossless or offline and online counts differ."""
+    from tools.demo.pipeline import Demo, DemoSize
+    from tools.demo.report import format_summary
+
+    summary = Demo(arguments.output, DemoSize()).run()
+    print("\n" + format_summary(summary))
+    print(f"\n{arguments.output}: summary.json, curves.png, draft/ (for vLLM); {summary['seconds']['total']:.0f} s")
+    return 0 if summary["speculative_decode_lossless"] and summary["offline_equals_online"] else 1

@@ -1,0 +1,112 @@
+"""The truth check: offline acceptance against real greedy speculative decoding with the same draft.
+
+Traces are written by plain greedy decoding, captured in float32 (bf16 rounding could flip a near-tie between two
+ways of computing the same state), evaluated offline, and decoded again speculatively. The text must be equal token
+for token, and the number of verify steps must be equal too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from capture.batch_job import CaptureJob
+from capture.config import CaptureConfig
+from capture.prepare import PrepareConfig, prepare
+from capture.verifier import Verifier
+from draft_train.acceptance import measure_acceptance
+from draft_train.checkpoint import load_model, load_state, resolve_checkpoint
+from draft_train.frozen import FrozenWeights
+from store.reader import StoreReader
+from tools.speculative_decode import plain_greedy, speculative_greedy
+
+
+@dataclass(frozen=True)
+class TruthResult:
+    """Counts behind the two statements."""
+
+    traces: int
+    tokens: int
+    offline_steps: int
+    online_steps: int
+    lossless: bool
+
+    @property
+    def offline_equals_online(self) -> bool:
+        """The offline figure is the number of verify steps that serving makes."""
+        return self.offline_steps == self.online_steps
+
+
+def truth_check(
+    *,
+    verifier: Verifier,
+    verifier_path: Path,
+    vocab_map: Path,
+    checkpoint: Path,
+    prompts: Sequence[Sequence[int]],
+    eos_token_id: int,
+    max_new_tokens: int,
+    layers: tuple[int, ...],
+    directory: Path,
+    draft_tokens: int = 5,
+) -> TruthResult:
+    """Run the check on `prompts` (token ids), leaving its files in `directory`."""
+    traces = [
+        plain_greedy(verifier, list(prompt), max_new_tokens=max_new_tokens, eos_token_id=eos_token_id)
+        for prompt in prompts
+    ]
+    kept = [(list(prompt), trace) for prompt, trace in zip(prompts, traces, strict=True) if len(trace) > 1]
+    directory.mkdir(parents=True, exist_ok=True)
+    rows = directory / "traces.jsonl"
+    rows.write_text(
+        "".join(
+            json.dumps({"token_ids": prompt + trace, "loss_mask": [0] * len(prompt) + [1] * len(trace)}) + "\n"
+            for prompt, trace in kept
+        ),
+        encoding="utf-8",
+    )
+    prepare(
+        PrepareConfig(
+            tokenizer=verifier_path,
+            output=directory / "prepared",
+            splits={"truth": [rows]},
+            held_out={},
+            workers=1,
+            overwrite=True,
+            progress=False,
+        )
+    )
+    config = CaptureConfig(
+        verifier=verifier_path,
+        dataset=directory / "prepared",
+        output=directory / "store",
+        layers=layers,
+        vocab_map=vocab_map,
+        tap_dtype="float32",
+        window=0,
+    )
+    CaptureJob(config).run()
+    store = StoreReader(directory / "store")
+    path = resolve_checkpoint(checkpoint)
+    draft = load_model(path, load_state(path), torch.device("cpu"))
+    embeddings = FrozenWeights.load(store, torch.device("cpu")).embed_tokens
+    counts = measure_acceptance(draft, embeddings, store, store.members("truth"), draft_tokens=draft_tokens)
+    target_ids = torch.from_numpy(store.vocab_map().target_ids)
+    online = [
+        speculative_greedy(
+            verifier, draft, embeddings, target_ids, layers, prompt,
+            max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, draft_tokens=draft_tokens,
+        )
+        for prompt, _ in kept
+    ]  # fmt: skip
+    return TruthResult(
+        traces=len(kept),
+        tokens=sum(len(trace) for _, trace in kept),
+        offline_steps=counts.verify_steps,
+        online_steps=sum(result.verify_steps for result in online),
+        lossless=all(result.token_ids == trace for result, (_, trace) in zip(online, kept, strict=True)),
+    )
