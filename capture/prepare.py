@@ -199,7 +199,7 @@ def _write_vocab_map(
 def _check_sample(config: PrepareConfig, files: TokenizerFiles, template: ChatTemplate, tokenizer: Any) -> str:
     """Check the first conversations of every file; returns what the manifest says about the template."""
     sample = [row for paths in config.all_splits.values() for path in paths for row in _first_rows(path)]
-    pass
+    check_against_transformers(files, template, tokenizer, sample[:TRANSFORMERS_SAMPLE])
     own = files.own_template
     if config.chat_template is None:
         return "the tokenizer's own template"
