@@ -1,4 +1,4 @@
-"""Conversations -> token ids and exact assistant masks, as `apply_chat_template` gives them, only faster.
+"""Conversations -> token ids and exact assistant masks, as `apply_chat_template` gives them, in batches.
 
 transformers renders (its own Jinja environment, with the `{% generation %}` extension that reports character
 spans); `tokenizers` encodes a batch of texts; the spans become token ranges by bisection over the encoding's
@@ -70,11 +70,9 @@ def render_chat(template: ChatTemplate, row: ChatRow, variables: dict[str, str],
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    # transformers >= 5.2x drops keys that are None before rendering; done here for every version alike.
-    messages = [{key: value for key, value in message.items() if value is not None} for message in row.messages]
     try:
         texts, found = render_jinja_template(
-            conversations=[messages],
+            conversations=[without_nones(row.messages)],
             tools=row.tools,
             chat_template=template.text(row.tools),
             return_assistant_tokens_mask=spans,
@@ -90,6 +88,11 @@ def render_chat(template: ChatTemplate, row: ChatRow, variables: dict[str, str],
     if not text.isascii() and (surrogate := _lone_surrogate(text)):
         raise RowRejectedError("lone-surrogate", expected="text that UTF-8 can hold", found=surrogate)
     return RenderedChat(text=text, assistant_spans=found[0] if spans else [])
+
+
+def without_nones(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages without the keys that are None, as transformers 5.23 renders them; 5.17 leaves that to its caller."""
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
 def check_template_compiles(template: ChatTemplate) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -100,6 +101,7 @@ def prepare(config: PrepareConfig) -> PrepareResult:
             "job": job,
             "tokenizer": {"directory": files.directory, "hash": files.hash, "files": files.files},
             "chat_template": {"hash": template.hash, "source": template.source, "matched": matched},
+            "versions": {name: version(name) for name in ("transformers", "tokenizers")},
             "vocab_size": files.vocab_size,
             "vocab_size_from": files.vocab_size_from,
             "max_length": config.max_length,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from capture.chat_tokens import ChatTokenizer, render_chat
+from capture.chat_tokens import ChatTokenizer, render_chat, without_nones
 from capture.conversations import ChatRow, RowRejectedError
 from capture.tokenizer_files import ChatTemplate, TokenizerFiles
 from store.errors import InputError
@@ -55,7 +55,7 @@ def check_against_transformers(
             continue
         found = ours.encode([chat])[0][0].tolist()
         expected = tokenizer.apply_chat_template(
-            row.messages,
+            without_nones(row.messages),
             tools=row.tools,
             chat_template=template.text(row.tools),
             tokenize=True,

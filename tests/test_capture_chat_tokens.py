@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -116,38 +117,61 @@ def test_a_last_character_of_several_tokens_is_wholly_the_assistants(loaded: tup
     assert tokenizer.decode([i for i, m in zip(*ours, strict=True) if m]) == "so 👩"
 
 
-def test_a_span_that_starts_at_a_trimmed_space_keeps_its_tokens(tmp_path: Path) -> None:
-    import json
+def edited_tokenizer(directory: Path, template: str, **changes: Any) -> Path:
+    """A tokenizer whose tokenizer.json has other top-level settings."""
+    path = save_tokenizer(directory, template) / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return directory
 
-    directory = save_tokenizer(tmp_path / "trimming", BARE)
-    path = directory / "tokenizer.json"
-    backend = json.loads(path.read_text())
-    backend["post_processor"] = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": True,
-    }
-    path.write_text(json.dumps(backend))
-    files, tokenizer = load_tokenizer(directory)
+
+def test_a_span_that_starts_at_a_trimmed_space_keeps_its_tokens(tmp_path: Path) -> None:
+    trimming = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    files, tokenizer = load_tokenizer(edited_tokenizer(tmp_path / "trimming", BARE, post_processor=trimming))
     ours = ChatTokenizer(files, template_of(BARE))
     ids, mask = ours.encode([ours.render(row_of("why", " the fox"))])[0]
     assert tokenizer.decode(ids[mask].tolist()) == " the fox"
 
 
-def test_an_empty_span_marks_nothing(loaded: tuple[Any, Any]) -> None:
-    files, _ = loaded
-    ours = ChatTokenizer(files, template_of(BARE))
-    _, mask = ours.encode([ours.render(row_of("aa", ""))])[0]
-    assert not mask.any()
-
-
-def test_none_values_are_dropped_as_transformers_does(loaded: tuple[Any, Any]) -> None:
-    row = ChatRow(
-        messages=[{"role": "user", "content": "hi", "name": None}, {"role": "assistant", "content": None}], tools=None
+def test_truncation_and_padding_in_the_file_are_ignored_as_transformers_does(tmp_path: Path) -> None:
+    directory = edited_tokenizer(
+        tmp_path / "cutting",
+        CHATML,
+        truncation={"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0},
+        padding={
+            "strategy": {"Fixed": 64},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "<|im_start|>",
+        },
     )
-    ours, expected, _ = both_ways(loaded, CHATML, row)
+    ours, expected, _ = both_ways(load_tokenizer(directory), CHATML, row_of("the fox", "the dog"))
     assert ours == expected
+    assert 3 < len(ours[0]) < 64
+
+
+def test_an_empty_span_inside_a_token_marks_nothing(loaded: tuple[Any, Any]) -> None:
+    files, _ = loaded
+    text = "{{ ':' }}{% generation %}{{ messages[0].content }}{% endgeneration %}{{ ':' }}"
+    ours = ChatTokenizer(files, template_of(text))
+    ids, mask = ours.encode([ours.render(row_of(""))])[0]
+    assert len(ids) == 1  # "::" is one token, and the empty span lies inside it
+    assert not mask.any()
+    _, mask = ours.encode([ours.render(row_of("x"))])[0]
+    assert mask.tolist() == [False, True, False]
+
+
+def test_none_values_render_as_missing_keys(loaded: tuple[Any, Any]) -> None:
+    files, tokenizer = loaded
+    user = {"role": "user", "content": "hi"}
+    with_nones = ChatRow(messages=[{**user, "name": None}, {"role": "assistant", "content": None}], tools=None)
+    without = ChatRow(messages=[user, {"role": "assistant"}], tools=None)
+    ours, expected, _ = both_ways(loaded, CHATML, without)
+    assert ours == expected
+    chat = ChatTokenizer(files, template_of(CHATML))
+    assert chat.render(with_nones) == chat.render(without)
+    check_against_transformers(files, template_of(CHATML), tokenizer, [("f.jsonl", 1, with_nones)])
 
 
 def test_variables_set_inside_a_generation_block_do_not_leak() -> None:
@@ -211,6 +235,9 @@ def test_tokenizer_hash_follows_the_files_but_not_the_template(tmp_path: Path) -
     other_template, _ = load_tokenizer(save_tokenizer(tmp_path / "b", BARE))
     other_merges, _ = load_tokenizer(save_tokenizer(tmp_path / "c", CHATML, vocab_size=300))
     assert first.hash == other_template.hash
+    config = tmp_path / "b" / "tokenizer_config.json"  # where older tokenizers keep the template
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": BARE}))
+    assert load_tokenizer(tmp_path / "b")[0].hash == first.hash
     assert first.hash != other_merges.hash
 
 

@@ -148,6 +148,15 @@ def test_a_cut_compressed_file_gives_its_rows_then_a_rejection(tmp_path: Path, k
     assert "ends inside" in rejection.found
 
 
+def test_zstd_files_with_a_long_window(tmp_path: Path) -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=28)  # `zstd --long=28`; 27 is the usual limit
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    line = encode({"messages": MESSAGES}) + b"\n"
+    path = tmp_path / "rows.jsonl.zst"
+    path.write_bytes(compressor.compress(line) + compressor.flush())
+    assert rows_of(path) == ([1], [])
+
+
 def test_a_damaged_byte_in_gzip_is_a_rejection(tmp_path: Path) -> None:
     data = bytearray(gzip.compress(encode({"messages": MESSAGES}) + b"\n"))
     data[-6] ^= 0xFF  # inside the checksum

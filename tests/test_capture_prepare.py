@@ -211,6 +211,22 @@ def test_given_template_must_render_the_own_ones_text(untagged_tokenizer_dir: Pa
     assert len(hashes) == 2
 
 
+def test_a_tokenizer_that_does_more_than_its_backend_is_refused(
+    tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    whole = PreTrainedTokenizerFast.apply_chat_template
+
+    def one_more(self: Any, *arguments: Any, **settings: Any) -> dict[str, list[int]]:
+        return {"input_ids": [0, *whole(self, *arguments, **settings)["input_ids"]]}
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "apply_chat_template", one_more)
+    path = write_rows(tmp_path / "rows.jsonl", random_rows(3))
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: .*apply_chat_template"):
+        run(tokenizer_dir, tmp_path / "out", {"train": [path]})
+
+
 def test_vocabulary_map_counts_splits_but_not_held_out_ones(tokenizer_dir: Path, tmp_path: Path) -> None:
     train = write_rows(tmp_path / "a.jsonl", [chat("q", "aaaa bbbb")])
     dev = write_rows(tmp_path / "d.jsonl", [chat("q", "東京 東京 東京 東京")])

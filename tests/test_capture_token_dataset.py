@@ -213,7 +213,10 @@ def test_two_writers_at_once_are_refused(tmp_path: Path) -> None:
         assert first.partial.is_dir()  # the loser took nothing away
 
 
-def test_a_dataset_finished_meanwhile_is_not_written_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_a_dataset_finished_meanwhile_is_not_written_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
     import fcntl
 
     output = tmp_path / "out"
@@ -221,6 +224,8 @@ def test_a_dataset_finished_meanwhile_is_not_written_into(tmp_path: Path, monkey
 
     def rename_first(descriptor: int, operation: int) -> None:
         (tmp_path / ".out.partial").rename(output)
+        if again:  # a third run has started meanwhile
+            (tmp_path / ".out.partial").mkdir()
         lock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", rename_first)

@@ -3,7 +3,8 @@
 `python -m tools.bench.prepare [--output FILE]`. The text is this Python's own standard library, cut into
 conversations of two to eight turns; the tokenizer is a byte-level BPE trained on it. `encode-batch` is
 `Tokenizer.encode_batch` over the rendered texts with its own threads on every core: no files, no JSON, no
-template, no masks. `prepare` is the whole job from JSONL to a committed dataset, process start included.
+template, no masks. `prepare` is the whole job from JSONL to a committed dataset, start of its workers
+included; a cold command adds the import of transformers, about two seconds once.
 Wall time misleads where other programs share the cores, so tokens per CPU second stand beside it.
 """
 

@@ -74,13 +74,17 @@ def _usable(conversation: Conversation) -> bool:
 
 
 def sample(rows: list[Conversation], budget: float, *, by_count: bool) -> list[Conversation]:
-    """The first rows of each source up to its share of `budget` (conversations or characters), in `rows`' order."""
+    """The first rows of each source up to its share of `budget` (conversations or characters).
+
+    Shuffled again: otherwise a source with a small share would stand wholly at the front.
+    """
     left = {source: share * budget for source, share in SHIPPED_MIX.items()}
     kept: list[Conversation] = []
     for row in rows:
         if left[row.source] > 0:
             left[row.source] -= 1 if by_count else row.characters
             kept.append(row)
+    random.Random(SEED).shuffle(kept)
     return kept
 
 
@@ -144,9 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     summary: dict[str, object] = {"python": platform.python_version(), "seed": SEED}
     for name, rows in splits.items():
         write_rows(arguments.corpus / f"{name}.jsonl.gz", (row.row() for row in rows))
-        size = write_rows(
-            arguments.assets / "conversations" / f"{name}.jsonl.gz", (row.row() for row in shipped[name])
-        )
+        size = write_rows(arguments.assets / "conversations" / f"{name}.jsonl.gz", (row.row() for row in shipped[name]))
         characters = Counter[str]()
         for row in rows:
             characters[row.source] += row.characters

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 __all__ = ["HeldOut", "held_out_losses", "perplexities"]
 
 _CHUNK = 64
+_SPANS = ("all", "assistant")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def _sums(model: nn.Module, held_out: HeldOut, limit: int, batch: int) -> dict[s
     totals: dict[str, dict[str, Tensor]] = {}
     order = torch.randperm(len(held_out.ids), generator=torch.Generator().manual_seed(0))[:limit]
     device = held_out.ids.device
-    for rows in order.to(device).split(batch):
+    for rows in torch.split(order.to(device), batch):
         ids = held_out.ids[rows]
         masks = {"full_attention": None, "linear_attention": None}
         with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -61,7 +62,8 @@ def _sums(model: nn.Module, held_out: HeldOut, limit: int, batch: int) -> dict[s
             logits = model.get_submodule("lm_head")(hidden[:, :-1])
         loss = F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
         for position, row in enumerate(rows.tolist()):
-            into = totals.setdefault(held_out.sources[row], {key: torch.zeros(2, device=device) for key in ("all", "assistant")})
+            empty = {key: torch.zeros(2, device=device) for key in _SPANS}
+            into = totals.setdefault(held_out.sources[row], empty)
             for key, mask in (("all", held_out.valid), ("assistant", held_out.assistant)):
                 chosen = mask[row, 1:]
                 into[key] += torch.stack([(loss[position] * chosen).sum(), chosen.sum()])
@@ -80,7 +82,7 @@ def perplexities(model: nn.Module, held_out: HeldOut, batch: int = 64) -> dict[s
     """Perplexity per source and over all of them, on the assistant's tokens and on all tokens."""
     model.eval()
     totals = _sums(model, held_out, len(held_out.ids), batch)
-    together = {key: sum((sums[key] for sums in totals.values()), torch.zeros_like(next(iter(totals.values()))[key])) for key in ("all", "assistant")}
+    together = {key: torch.stack([sums[key] for sums in totals.values()]).sum(0) for key in _SPANS}
     report: dict[str, dict[str, Any]] = {}
     for source, sums in (*sorted(totals.items()), ("total", together)):
         report[source] = {

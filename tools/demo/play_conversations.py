@@ -36,7 +36,8 @@ def _read_play(text: str) -> tuple[str, list[tuple[str, str, list[str]]]]:
     """The title, and (act, scene, speeches) for each scene. Stage directions are left out."""
     title, act = "", ""
     scenes: list[tuple[str, str, list[str]]] = []
-    speaker, lines = "", []
+    speaker = ""
+    lines: list[str] = []
 
     def close() -> None:
         speech = "\n".join(line for line in lines if line)

@@ -14,10 +14,10 @@ _API = (
     "pdbcommand|cmdoption|option|describe|decoratormethod|audit-event"
 )
 _DIRECTIVE = re.compile(r"^(\s*)\.\. ([\w:-]+)::\s*(.*)$")
-_DROPPED = frozenset(
-    "index module currentmodule moduleauthor sectionauthor toctree highlight contents only raw image figure "
-    "program testsetup testcleanup audit-event audit-event-table include literalinclude role tabularcolumns "
-    "rubric availability impl-detail productionlist grammar-snippet XXX todo".split()
+_DROPPED = re.compile(
+    "index|module|currentmodule|moduleauthor|sectionauthor|toctree|highlight|contents|only|raw|image|figure|"
+    "program|testsetup|testcleanup|audit-event|audit-event-table|include|literalinclude|role|tabularcolumns|"
+    "rubric|availability|impl-detail|productionlist|grammar-snippet|XXX|todo"
 )
 _LABELS = {
     "versionadded": "New in version {}",
@@ -129,7 +129,7 @@ def _plain(lines: list[str]) -> str:
         if found:
             indent, kind, argument = len(found.group(1)), found.group(2), found.group(3)
             body, position = _body(lines, position + 1, indent)
-            if kind not in _DROPPED:
+            if not _DROPPED.fullmatch(kind):
                 out += ["", *_directive(kind, argument, body, " " * indent), ""]
         elif comment:
             position = _body(lines, position + 1, len(comment.group(1)))[1]
@@ -158,8 +158,12 @@ def _directive(kind: str, argument: str, body: list[str], indent: str) -> list[s
 
 def _inline(line: str) -> str:
     """Roles and references become their text; literals get single backticks."""
-    line = re.sub(r":(?:ref|doc|term|pep|rfc|dfn|samp|file|abbr|guilabel|menuselection|mailheader|program)"
-                  r":`([^`<]*?)\s*(?:<[^`]*>)?`", r"\1", line)
+    line = re.sub(
+        r":(?:ref|doc|term|pep|rfc|dfn|samp|file|abbr|guilabel|menuselection|mailheader|program)"
+        r":`([^`<]*?)\s*(?:<[^`]*>)?`",
+        r"\1",
+        line,
+    )
     line = re.sub(r":[\w:+-]+:`!?~?([^`<]*?)\s*(?:<[^`]*>)?`", _role, line)
     line = re.sub(r"`([^`<]+?)\s*<[^`>]*>`__?", r"\1", line)
     line = re.sub(r"``([^`]+)``", r"`\1`", line)

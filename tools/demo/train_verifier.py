@@ -37,6 +37,7 @@ from tools.demo.verifier_model import build_model, load_model, save_model
 
 __all__ = ["TrainingPlan", "main", "packed_windows", "train"]
 
+_COMPILING_STEPS = 2
 _FUNCTIONS = ("mamba2_chunk_scan", "causal_conv1d_fn", "mamba2_split_conv1d_scan_combined")
 
 
@@ -123,9 +124,7 @@ def _optimizer(model: nn.Module, plan: TrainingPlan, device: torch.device) -> to
     decayed = [p for name, p in model.named_parameters() if p.dim() >= 2 and "conv1d" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() < 2 or "conv1d" in name]
     groups = [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        groups, lr=plan.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=device.type == "cuda"
-    )
+    return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=device.type == "cuda")
 
 
 def _learning_rate(plan: TrainingPlan, step: int, progress: float) -> float:
@@ -139,8 +138,9 @@ def _head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def _experts(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if hasattr(module, "e_score_correction_bias")]
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _balance(model: nn.Module, rate: float, totals: Tensor) -> None:
@@ -172,6 +172,9 @@ def train(corpus: Path, output: Path, plan: TrainingPlan) -> dict[str, Any]:
     totals = torch.zeros(sum(hasattr(m, "shared_experts") for m in model.modules()), 4, device=device)
     started, running, next_check = time.monotonic(), torch.zeros((), device=device), 1.0 / plan.evaluations
     for step, (epochs, ids) in enumerate(batches(corpus, plan, device)):
+        if step == _COMPILING_STEPS:  # compilation (35 s) must not eat into the cosine
+            _wait(device)
+            started = time.monotonic()
         progress = (time.monotonic() - started) / (60 * plan.minutes)
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(plan, step, progress)

@@ -108,13 +108,23 @@ def load_model(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Nemotron
 
 
 def save_model(model: nn.Module, directory: Path) -> None:
-    """Write config, generation config and bf16 weights (A_log, D, dt_bias and router biases in fp32)."""
+    """Write config, generation config and bf16 weights (A_log, D, dt_bias and router biases in fp32).
+
+    Names are those of the published NemotronH checkpoints (`backbone.*`, one tensor per expert), which
+    transformers and vLLM both read.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
-        clean = name.replace("_orig_mod.", "")
-        dtype = torch.float32 if clean.endswith(_FP32) else torch.bfloat16
-        tensors[clean] = tensor.detach().to("cpu", dtype).contiguous()
+        dtype = torch.float32 if name.endswith(_FP32) else torch.bfloat16
+        published = name.replace("model.", "backbone.", 1) if name.startswith("model.") else name
+        value = tensor.detach().to("cpu", dtype)
+        if published.endswith((".experts.up_proj", ".experts.down_proj")):
+            stem, projection = published.rsplit(".", 1)
+            for number, expert in enumerate(value):
+                tensors[f"{stem}.{number}.{projection}.weight"] = expert.contiguous()
+        else:
+            tensors[published] = value.contiguous()
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     write_json(directory / "config.json", _CONFIG)
     ids = {key: _CONFIG[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
