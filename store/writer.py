@@ -14,7 +14,7 @@ import numpy as np
 
 from store.commits import COMMIT_DIRECTORY, committed_shards, read_record, record_path, write_record
 from store.errors import StoreError
-from store.files import fsync_directory, fsync_tree
+from store.files import atomic_path, fsync_directory, fsync_tree
 from store.manifest import MANIFEST_NAME, StoreManifest
 from store.reader import INDEX_NAME, read_shard_index, shard_name, shard_path
 from store.schema import INDEX_DTYPE, ROWS_AXIS, TEACHER_AXIS, TOKENS_AXIS, ArraySpec, Conversation
@@ -40,10 +40,17 @@ class StoreWriter:
         (root / "shards").mkdir(exist_ok=True)
         self._lock = self._take_lock()
         try:
+            self._remove_leftovers()
             self._create_or_check(prepare_files)
         except BaseException:
             os.close(self._lock)
             raise
+
+    def _remove_leftovers(self) -> None:
+        """Delete what a killed writer left under temporary names; the lock says that none is alive."""
+        for directory in (self.root, self.root / COMMIT_DIRECTORY, self.root / "shards"):
+            for path in directory.glob(".*.partial*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _create_or_check(self, prepare_files: Callable[[Path], Sequence[Path]]) -> None:
         path = self.root / MANIFEST_NAME
@@ -78,13 +85,8 @@ class StoreWriter:
         return set(committed_shards(self.root))
 
     def write_shard(self, shard: int, conversations: Sequence[Conversation], extra: dict[str, Any]) -> int:
-        """Write and commit one shard; returns its payload bytes. `extra` goes into the commit record.
-
-        Leftovers of an earlier attempt at this shard are removed first.
-        """
+        """Write and commit one shard; returns its payload bytes. `extra` goes into the commit record."""
         name = shard_name(shard)
-        for leftover in (self.root / "shards").glob(f".{name}.*"):
-            shutil.rmtree(leftover)
         final = shard_path(self.root, shard)
         shutil.rmtree(final, ignore_errors=True)
         partial = self.root / "shards" / f".{name}.partial"
@@ -111,12 +113,8 @@ class StoreWriter:
         if read_record(self.root, "index") is not None:
             return
         rows = [read_shard_index(self.root, shard) for shard in range(self.manifest.shards)]
-        partial = self.root / f".{INDEX_NAME}.partial.npy"
-        np.save(partial, np.concatenate(rows) if rows else np.empty(0, INDEX_DTYPE), allow_pickle=False)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.rename(self.root / INDEX_NAME)
-        fsync_directory(self.root)
+        with atomic_path(self.root / INDEX_NAME) as partial, partial.open("wb") as file:
+            np.save(file, np.concatenate(rows) if rows else np.empty(0, INDEX_DTYPE), allow_pickle=False)
         write_record(self.root, "index", [self.root / INDEX_NAME])
 
     def discard_index(self) -> None:

@@ -217,7 +217,7 @@ def test_learning_rate_warms_up_and_ends_at_the_floor(tmp_path: Path) -> None:
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == 1.0
     assert rates[99] == pytest.approx(0.1, abs=1e-3)
-    assert all(later <= earlier for earlier, later in itertools.pairwise(rates))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[10:]))
 
 
 def test_order_is_a_pure_function_of_seed_and_epoch() -> None:

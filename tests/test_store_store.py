@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 import zarr
@@ -83,6 +84,47 @@ def test_flipped_payload_byte_is_detected_on_read(store: Path) -> None:
     reader.read(0, ["tap_1"])
     with pytest.raises(ShardDamagedError, match="tap_3"):
         reader.read(0, ["tap_3"])
+
+
+def test_every_flipped_data_byte_is_detected_on_read(store: Path) -> None:
+    rng = np.random.default_rng(0)
+    files = sorted((store / "shards").glob("*/*/c/**/0"))
+    files = [path for path in files if path.is_file()]
+    assert len(files) == 2 * 14
+    for _ in range(300):
+        path = files[rng.integers(len(files))]
+        original = path.read_bytes()
+        damaged = bytearray(original)
+        damaged[rng.integers(len(damaged))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        reader = StoreReader(store)
+        with pytest.raises(ShardDamagedError):
+            for number in range(len(reader)):
+                reader.read(number)
+        path.write_bytes(original)
+
+
+def test_foreign_metadata_is_refused(store: Path) -> None:
+    path = shard_path(store, 0) / "tap_1" / "zarr.json"
+    body = json.loads(path.read_text())
+    body["codecs"][0]["configuration"]["codecs"].pop()
+    text = json.dumps(body)
+    path.write_text(text.ljust(path.stat().st_size))  # same size, so that only the content can tell
+    with pytest.raises(ShardDamagedError, match="crc32c"):
+        StoreReader(store).read(0)
+
+
+def test_chunk_that_was_never_written_is_an_error(store: Path) -> None:
+    """What zarr reads as zeros: an index entry of 2**64 - 1, under a valid checksum."""
+    path = shard_path(store, 0) / "tap_1" / "c" / "0" / "0"
+    data = bytearray(path.read_bytes())
+    data[-20:-4] = b"\xff" * 16
+    data[-4:] = google_crc32c.value(bytes(data[-20:-4])).to_bytes(4, "little")
+    path.write_bytes(data)
+    group = zarr.open_group(shard_path(store, 0), mode="r")
+    assert not np.asarray(group["tap_1"][...]).any()  # type: ignore[index, arg-type]
+    with pytest.raises(ShardDamagedError, match="inside the file"):
+        StoreReader(store).read(0)
 
 
 def test_missing_file_is_an_error_and_never_zeros(store: Path) -> None:

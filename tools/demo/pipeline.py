@@ -32,15 +32,16 @@ IN_DOMAIN = "val_traces"
 class DemoSize:
     """How much of the shipped text one demo run uses."""
 
-    train_conversations: int = 700
+    train_conversations: int = 1200
     val_conversations: int = 80
-    trace_prompts: int = 700
+    trace_prompts: int = 600
     held_out_prompts: int = 96
     max_prompt_tokens: int = 320
     max_new_tokens: int = 128
     max_length: int = 1024
     draft_vocab_size: int = 3072
-    epochs: int = 2
+    stage1_epochs: int = 1
+    stage2_epochs: int = 3
     batch_conversations: int = 8
     truth_prompts: int = 8
     truth_tokens: int = 64
@@ -86,9 +87,12 @@ class Demo:
         self._prepare()
         self._capture("real", "train,val")
         self._capture("traces", ",".join(("traces", *TRACE_SPLITS)))
-        self._train("stage1", "real", "train", 2e-3, eval_split="val")
+        self._train("stage1", "real", "train", self.size.stage1_epochs, 4e-3, eval_split="val")
         self._evaluate("stage1")
-        self._train("stage2", "traces", "traces", 1e-3, "--init-from", self.path("stage1"), eval_split=IN_DOMAIN)
+        self._train(
+            "stage2", "traces", "traces", self.size.stage2_epochs, 2e-3, "--init-from", self.path("stage1"),
+            eval_split=IN_DOMAIN,
+        )  # fmt: skip
         self._evaluate("stage2")
         self._export()
         summary = self._summary()
@@ -165,12 +169,14 @@ class Demo:
             "--window", 512, "--output", self.path("stores", name),
         )  # fmt: skip
 
-    def _train(self, stage: str, store: str, split: str, rate: float, *extra: object, eval_split: str) -> None:
+    def _train(
+        self, stage: str, store: str, split: str, epochs: int, rate: float, *extra: object, eval_split: str
+    ) -> None:
         self.command(
             "train", "--store", self.path("stores", store), "--splits", split, "--output", self.path(stage),
-            "--learning-rate", rate, "--epochs", self.size.epochs,
+            "--learning-rate", rate, "--epochs", epochs,
             "--batch-conversations", self.size.batch_conversations, "--sliding-window", 512,
-            "--num-attention-heads", 4, "--num-key-value-heads", 2, "--head-dim", 64,
+            "--intermediate-size", 512, "--num-attention-heads", 4, "--num-key-value-heads", 2, "--head-dim", 64,
             "--eval-split", eval_split, "--eval-every", 44, "--eval-conversations", 24,
             "--checkpoint-every", 50, *extra,
         )  # fmt: skip
