@@ -13,7 +13,11 @@ import math
 import torch
 from torch.utils.checkpoint import checkpoint
 
-QUERY_BLOCK = 1024
+QUERY_BLOCK = 256
+"""Queries per block: its keys are those in its window, so packed conversations do not pay for one another."""
+
+KEPT_SCORES = 1 << 26
+"""Scores (256 MiB in float32) that one call may keep for the backward pass; above it they are recomputed."""
 
 
 def dense_window_attention(
@@ -59,38 +63,35 @@ def window_attention(
     step: int,
     window: int,
 ) -> torch.Tensor:
-    """The same values and gradients in blocks of 1,024 queries, each over the keys that its window can reach.
+    """The same values and gradients in blocks of 256 queries, each over the keys that its window can reach.
 
-    Work is Q x (window + block) instead of Q x R; with more than one block the scores are recomputed in the
-    backward pass, so memory holds one block's scores at a time.
+    Work is Q x (window + block) instead of Q x R. Where all blocks' scores would take too much memory, each block's
+    are recomputed in the backward pass, and only one block's are alive at a time.
     """
     queries = query_NQD.shape[1]
-    if queries <= QUERY_BLOCK:
-        return dense_window_attention(
-            query_NQD, key_GRD, value_GRD, diagonal_keys, diagonal_values, query_positions, key_positions,
-            step=step, window=window,
-        )  # fmt: skip
     firsts = torch.arange(0, queries, QUERY_BLOCK, device=query_positions.device)
     lasts = torch.clamp(firsts + QUERY_BLOCK, max=queries) - 1
     low = torch.searchsorted(key_positions, query_positions[firsts] + step - window + 1).tolist()
     high = torch.searchsorted(key_positions, query_positions[lasts], right=True).tolist()
-    blocks = []
-    for number, first in enumerate(firsts.tolist()):
-        rows = slice(first, first + QUERY_BLOCK)
-        keys = slice(low[number], high[number])
-        blocks.append(
-            checkpoint(
-                dense_window_attention,
-                query_NQD[:, rows],
-                key_GRD[:, keys],
-                value_GRD[:, keys],
-                [key[:, rows] for key in diagonal_keys],
-                [value[:, rows] for value in diagonal_values],
-                query_positions[rows],
-                key_positions[keys],
-                step=step,
-                window=window,
-                use_reentrant=False,
-            )
+    spans = [
+        (slice(first, first + QUERY_BLOCK), slice(low[number], high[number]))
+        for number, first in enumerate(firsts.tolist())
+    ]
+    scores = query_NQD.shape[0] * QUERY_BLOCK * sum(keys.stop - keys.start for _, keys in spans)
+
+    def block(rows: slice, keys: slice) -> torch.Tensor:
+        return dense_window_attention(
+            query_NQD[:, rows],
+            key_GRD[:, keys],
+            value_GRD[:, keys],
+            [key[:, rows] for key in diagonal_keys],
+            [value[:, rows] for value in diagonal_values],
+            query_positions[rows],
+            key_positions[keys],
+            step=step,
+            window=window,
         )
-    return torch.cat(blocks, dim=1)
+
+    if scores > KEPT_SCORES:
+        return torch.cat([checkpoint(block, rows, keys, use_reentrant=False) for rows, keys in spans], dim=1)
+    return torch.cat([block(rows, keys) for rows, keys in spans], dim=1)

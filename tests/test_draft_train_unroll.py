@@ -188,8 +188,11 @@ def test_pruned_rows_change_nothing_and_one_row_more_does() -> None:
     assert any(not torch.allclose(short[key], expected[key], rtol=1e-6) for key in keys)
 
 
-def test_blocked_attention_equals_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kept_scores", [0, 1 << 26])
+def test_blocked_attention_equals_dense(monkeypatch: pytest.MonkeyPatch, kept_scores: int) -> None:
+    """With scores recomputed in the backward pass and with scores kept."""
     monkeypatch.setattr("draft_train.window_attention.QUERY_BLOCK", 5)
+    monkeypatch.setattr("draft_train.window_attention.KEPT_SCORES", kept_scores)
     generator = torch.Generator().manual_seed(0)
     make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()  # noqa: E731
     key_positions = torch.arange(50)[torch.rand(50, generator=generator) < 0.8]

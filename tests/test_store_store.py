@@ -99,8 +99,7 @@ def test_every_flipped_data_byte_is_detected_on_read(store: Path) -> None:
         path.write_bytes(damaged)
         reader = StoreReader(store)
         with pytest.raises(ShardDamagedError):
-            for number in range(len(reader)):
-                reader.read(number)
+            _ = [reader.read(number) for number in range(len(reader))]
         path.write_bytes(original)
 
 

@@ -1,0 +1,171 @@
+"""Truth: offline acceptance equals real greedy speculative decoding, on the shipped verifier and a trained draft."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import tools.speculative_decode
+from capture.batch_job import CaptureJob
+from capture.config import CaptureConfig
+from capture.prepare import PrepareConfig, prepare
+from capture.ssm_precision import enforce_contract
+from capture.verifier import Verifier, load_verifier
+from draft_train.checkpoint import load_model, load_state
+from draft_train.config import TrainConfig
+from draft_train.frozen import FrozenWeights
+from draft_train.trainer import Trainer
+from store.reader import StoreReader
+from tools.demo.pipeline import ASSETS, LAYERS, VERIFIER, read_conversations
+from tools.demo.traces import encode_prompts, prompt_of, write_traces
+from tools.demo.truth import truth_check
+from tools.evaluation import evaluate
+from tools.speculative_decode import speculative_greedy
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+TOKENS = 32
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Verifier:
+    loaded = load_verifier(VERIFIER, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=False)
+    enforce_contract(loaded.model, VERIFIER, allow_fallback=False)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(VERIFIER)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A draft after 30 steps on 60 real conversations."""
+    root = tmp_path_factory.mktemp("trained")
+    rows = read_conversations(ASSETS / "conversations" / "train.jsonl.gz", 0, 60)
+    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(
+        PrepareConfig(
+            tokenizer=VERIFIER,
+            output=root / "prepared",
+            splits={"train": [root / "train.jsonl"]},
+            held_out={},
+            max_length=512,
+            draft_vocab_size=1024,
+            workers=1,
+            progress=False,
+        )
+    )
+    capture = CaptureConfig(
+        verifier=VERIFIER, dataset=root / "prepared", output=root / "store", layers=LAYERS, window=64, device="cpu"
+    )
+    CaptureJob(capture).run()
+    training = TrainConfig(
+        store=root / "store", output=root / "run", splits=("train",), epochs=4, batch_conversations=8,
+        learning_rate=4e-3, sliding_window=24, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32, device="cpu",
+    )  # fmt: skip
+    Trainer(training).run()
+    return root
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer: Any) -> list[list[int]]:
+    rows = read_conversations(ASSETS / "conversations" / "val.jsonl.gz", 0, 12)
+    encoded = encode_prompts(tokenizer, [prompt_of(row["messages"]) for row in rows])
+    return [ids for ids in encoded if len(ids) < 80][:4]
+
+
+def test_text_is_equal_and_verify_steps_are_equal(
+    verifier: Verifier, tokenizer: Any, trained: Path, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    truth = truth_check(
+        verifier=verifier,
+        verifier_path=VERIFIER,
+        vocab_map=trained / "prepared" / "vocab_map.safetensors",
+        checkpoint=trained / "run",
+        prompts=prompts,
+        eos_token_id=int(tokenizer.eos_token_id),
+        max_new_tokens=TOKENS,
+        layers=LAYERS,
+        directory=tmp_path / "truth",
+    )
+    assert truth.lossless
+    assert truth.offline_steps == truth.online_steps
+    # Some drafts were accepted and some were not, so that the equality says something.
+    assert truth.tokens - truth.traces > truth.online_steps > truth.tokens / 6
+
+
+def test_states_of_the_row_before_keep_the_text_and_cost_steps(
+    verifier: Verifier,
+    tokenizer: Any,
+    trained: Path,
+    prompts: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Negative control: feeding the draft h_{t-1} for h_t is invisible in the text, and visible in the count."""
+    path = next((trained / "run" / "checkpoints").iterdir())
+    draft = load_model(path, load_state(path), torch.device("cpu"))
+    store = StoreReader(trained / "store")
+    embeddings = FrozenWeights.load(store, torch.device("cpu")).embed_tokens
+    target_ids = torch.from_numpy(store.vocab_map().target_ids)
+
+    def decode() -> tuple[list[list[int]], int]:
+        results = [
+            speculative_greedy(
+                verifier, draft, embeddings, target_ids, LAYERS, prompt,
+                max_new_tokens=TOKENS, eos_token_id=int(tokenizer.eos_token_id),
+            )
+            for prompt in prompts
+        ]  # fmt: skip
+        return [result.token_ids for result in results], sum(result.verify_steps for result in results)
+
+    text, steps = decode()
+    original = tools.speculative_decode._greedy
+
+    def shifted(verifier: Any, tokens: list[int], layers: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        choices, aux = original(verifier, tokens, layers)
+        return choices, torch.roll(aux, 1, dims=0)
+
+    monkeypatch.setattr(tools.speculative_decode, "_greedy", shifted)
+    shifted_text, shifted_steps = decode()
+    assert shifted_text == text
+    assert shifted_steps > steps
+
+
+def test_batched_traces_are_the_plain_greedy_ones(verifier: Verifier, tokenizer: Any, tmp_path: Path) -> None:
+    rows = read_conversations(ASSETS / "conversations" / "val.jsonl.gz", 0, 6)
+    messages = [prompt_of(row["messages"]) for row in rows]
+    write_traces(
+        verifier.model,
+        tokenizer,
+        messages,
+        tmp_path / "t.jsonl",
+        max_prompt_tokens=100,
+        max_new_tokens=16,
+        batch_size=4,
+    )
+    written = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    assert len(written) >= 4
+    for row in written:
+        prompt = [token for token, mask in zip(row["token_ids"], row["loss_mask"], strict=True) if not mask]
+        trace = row["token_ids"][len(prompt) :]
+        plain = tools.speculative_decode.plain_greedy(
+            verifier, prompt, max_new_tokens=16, eos_token_id=int(tokenizer.eos_token_id)
+        )
+        assert trace == plain
+
+
+def test_evaluation_stands_beside_its_baselines(trained: Path) -> None:
+    result = evaluate(store_path=trained / "store", checkpoint=trained / "run", splits=["train"], device_name="cpu")
+    row = result["splits"]["train"]
+    assert row["draft"]["kind"] == "teacher-forced"
+    assert row["draft"]["acceptance_length"] > row["untrained"]["acceptance_length"]
+    assert 1.0 <= row["untrained"]["acceptance_length"] < 1.2
+    assert row["bigram"]["acceptance_length"] > 1.0
+    assert row["draft"]["verify_steps"] < row["draft"]["tokens"]
