@@ -11,7 +11,7 @@ import torch
 from synthetic import LAYERS, conversation, turns, write_store
 from test_draft_train_objective import objective
 from test_draft_train_trainer import config, metrics
-from tiny_models import KINDS, save_model
+from tiny_models import save_model
 
 from capture.ssm_precision import enforce_contract, mamba_mixers, require_canary, run_canary, scan_implementation
 from capture.verifier import load_verifier
@@ -77,18 +77,20 @@ def test_training_on_the_gpu_follows_the_cpu_and_resumes(tmp_path: Path) -> None
     np.testing.assert_allclose(gpu, cpu, rtol=0.05)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_bf16_capture_is_near_the_float32_reference(tmp_path: Path, kind: str) -> None:
-    """Random weights: only the first blocks, before routing flips could amplify rounding."""
+@pytest.mark.parametrize(("kind", "layers"), [("nemotron_h", (0,)), ("llama", (0, 1))])
+def test_bf16_capture_is_near_the_float32_reference(tmp_path: Path, kind: str, layers: tuple[int, ...]) -> None:
+    """Random weights, so only blocks before the first router, whose flips would amplify rounding."""
     path = save_model(tmp_path, kind)
     ids = torch.randint(0, 600, (300,), generator=torch.Generator().manual_seed(0))
     taps = []
     for device, dtype in ((torch.device("cpu"), torch.float32), (CUDA, torch.bfloat16)):
         verifier = load_verifier(path, device=device, dtype=dtype, trust_remote_code=False)
         enforce_contract(verifier.model, path, allow_fallback=True)
-        verifier.self_check((0, 1))
-        taps.append(verifier.forward(ids, (0, 1)).taps)
-    assert all(relative(taps[1][layer], taps[0][layer]) < 3e-2 for layer in (0, 1))
+        verifier.self_check(layers)
+        taps.append(verifier.forward(ids, layers).taps)
+    errors = [relative(taps[1][layer], taps[0][layer]) for layer in layers]
+    print(kind, errors)
+    assert max(errors) < 3e-2
 
 
 def test_trained_demo_verifier_in_bf16_agrees_with_float32_on_the_cpu() -> None:
