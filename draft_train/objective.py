@@ -10,6 +10,7 @@ up to the teacher's own entropy, which has no gradient.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -29,7 +30,7 @@ def teacher_probabilities(teacher_logits: torch.Tensor, log_z_draft: torch.Tenso
 def tail_bucket_loss(
     logits: torch.Tensor, teacher_ids: torch.Tensor, p: torch.Tensor, tau: torch.Tensor
 ) -> torch.Tensor:
-    """Per-row loss [T] of draft logits [T, V]; `teacher_ids` [T, K] int64, `p` [T, K], `tau` [T].
+    """Per-row loss [T] of draft logits [T, V]; `teacher_ids` [T, K] int64, `p` [T, K], `tau` [T]. The plain twin.
 
     The tail's log-probability is a log-sum-exp over the entries outside S, not log(1 - sum q), which cancels.
     """
@@ -39,6 +40,46 @@ def tail_bucket_loss(
         return -head  # S is the whole draft vocabulary: there is no tail
     outside = logits.scatter(1, teacher_ids, -torch.inf)
     return -head - tau * (torch.logsumexp(outside, dim=-1) - log_normalizer)
+
+
+class _FusedTailBucketLoss(torch.autograd.Function):
+    """The gradient is made in the forward pass, in the buffer that held the exponentials.
+
+    With Z = sum exp(z), R = the part of it outside S and c = sum_S p + tau: dL/dz_j = q_j c - tau exp(z_j) / R
+    outside S, and q_i c - p_i inside.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, teacher_ids: torch.Tensor, p: torch.Tensor, tau: torch.Tensor
+    ) -> torch.Tensor:
+        largest = logits.amax(-1, keepdim=True)
+        inside_logits = logits.gather(1, teacher_ids) - largest
+        inside = inside_logits.exp()
+        gradient = torch.sub(logits, largest).exp_().scatter_(1, teacher_ids, 0.0)
+        # Below the smallest normal number the tail has no digits left; log(0) would poison the batch.
+        rest = gradient.sum(-1).clamp_(min=torch.finfo(logits.dtype).tiny)
+        normalizer = rest + inside.sum(-1)
+        head = (p * (inside_logits - normalizer.log()[:, None])).sum(-1)
+        total = p.sum(-1) + tau
+        gradient.mul_((total / normalizer - tau / rest)[:, None])
+        gradient.scatter_(1, teacher_ids, inside * (total / normalizer)[:, None] - p)
+        ctx.save_for_backward(gradient)
+        return -head - tau * (rest.log() - normalizer.log())
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[:, None], None, None, None
+
+
+def fused_tail_bucket_loss(
+    logits: torch.Tensor, teacher_ids: torch.Tensor, p: torch.Tensor, tau: torch.Tensor
+) -> torch.Tensor:
+    """`tail_bucket_loss` in half the passes over [T, V], for constant teachers. Its backward runs once."""
+    if teacher_ids.shape[1] == logits.shape[1]:
+        return tail_bucket_loss(logits, teacher_ids, p, tau)
+    return _FusedTailBucketLoss.apply(logits, teacher_ids, p, tau)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def row_weights(mode: str, batch: Batch, places: torch.Tensor, in_draft: torch.Tensor) -> torch.Tensor:
@@ -113,7 +154,7 @@ class Objective:
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             p, tau = teacher_probabilities(batch.teacher_logits[places], batch.log_z_draft[places])
             hits = self.target_ids[logits.detach().argmax(-1)] == batch.argmax[places]
-            return tail_bucket_loss(logits, batch.teacher_ids[places], p, tau), hits
+            return fused_tail_bucket_loss(logits, batch.teacher_ids[places], p, tau), hits
 
         size = self.config.loss_chunk
         if places.numel() <= size:

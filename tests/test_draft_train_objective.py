@@ -13,7 +13,13 @@ from test_draft_train_unroll import embeddings, make_model
 
 from draft_train.batches import Batch, build_batch
 from draft_train.config import TrainConfig
-from draft_train.objective import Objective, row_weights, tail_bucket_loss, teacher_probabilities
+from draft_train.objective import (
+    Objective,
+    fused_tail_bucket_loss,
+    row_weights,
+    tail_bucket_loss,
+    teacher_probabilities,
+)
 
 V, K, ROWS = 50, 8, 12
 
@@ -41,6 +47,23 @@ def test_equals_cross_entropy_over_head_and_tail_bucket() -> None:
     torch.testing.assert_close(mine, torch.autograd.grad(expected.sum(), logits)[0], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("scale", [0.5, 3.0, 12.0])
+@pytest.mark.parametrize("k", [1, K, V])
+def test_fused_loss_equals_its_plain_twin(dtype: torch.dtype, tolerance: float, scale: float, k: int) -> None:
+    teacher, logits = (value.detach().to(dtype) for value in teacher_and_logits(scale))
+    ids, p, tau = stored(teacher, k)
+    results = []
+    for function in (tail_bucket_loss, fused_tail_bucket_loss):
+        leaf = logits.clone().requires_grad_()
+        losses = function(leaf, ids, p, tau)
+        (losses * torch.arange(1, ROWS + 1)).sum().backward()
+        assert leaf.grad is not None
+        results.append((losses.detach(), leaf.grad))
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=tolerance, atol=tolerance)
+
+
 def test_whole_vocabulary_is_the_full_cross_entropy() -> None:
     teacher, logits = teacher_and_logits()
     ids, p, tau = stored(teacher, V)
@@ -65,12 +88,13 @@ def test_gradient_error_is_within_twice_the_tail_and_renormalising_is_not_better
 
 def test_confident_tail_stays_finite_in_float32() -> None:
     """log(1 - sum q) would be log(0) here; the log-sum-exp of the rest is not."""
-    logits = torch.full((1, V), -60.0)
-    logits[0, :K] = 10.0
-    logits.requires_grad_()
-    loss = tail_bucket_loss(logits, torch.arange(K)[None], torch.full((1, K), 0.9 / K), torch.tensor([0.1]))
-    assert torch.isfinite(loss).all()
-    assert torch.isfinite(torch.autograd.grad(loss.sum(), logits)[0]).all()
+    for low, function in ((-60.0, tail_bucket_loss), (-60.0, fused_tail_bucket_loss), (-900.0, fused_tail_bucket_loss)):
+        logits = torch.full((1, V), low)
+        logits[0, :K] = 10.0
+        logits.requires_grad_()
+        loss = function(logits, torch.arange(K)[None], torch.full((1, K), 0.9 / K), torch.tensor([0.1]))
+        assert torch.isfinite(loss).all()
+        assert torch.isfinite(torch.autograd.grad(loss.sum(), logits)[0]).all()
 
 
 def config(**changes: object) -> TrainConfig:
