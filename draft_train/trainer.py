@@ -120,8 +120,7 @@ class Trainer:
             {"params": matrices, "weight_decay": config.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        fused = self.device.type == "cuda"
-        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
     def _restore(self) -> None:
         """Continue from this run's newest checkpoint, or start from --init-from's weights."""

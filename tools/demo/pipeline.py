@@ -32,17 +32,17 @@ IN_DOMAIN = "val_traces"
 class DemoSize:
     """How much of the shipped text one demo run uses."""
 
-    train_conversations: int = 1200
-    val_conversations: int = 80
-    trace_prompts: int = 600
-    held_out_prompts: int = 96
+    train_conversations: int = 1100
+    val_conversations: int = 60
+    trace_prompts: int = 800
+    held_out_prompts: int = 72
     max_prompt_tokens: int = 320
     max_new_tokens: int = 128
     max_length: int = 1024
     draft_vocab_size: int = 3072
     stage1_epochs: int = 2
     stage2_epochs: int = 2
-    batch_conversations: int = 4
+    batch_conversations: int = 2
     stage1_ttt_steps: int = 3
     """Stage 1 only has to learn the language, so it takes half the unroll at half the cost; stage 2 unrolls 6."""
     truth_prompts: int = 8
@@ -90,12 +90,12 @@ class Demo:
         self._capture("real", "train,val")
         self._capture("traces", ",".join(("traces", *TRACE_SPLITS)))
         self._train(
-            "stage1", "real", "train", self.size.stage1_epochs, 4e-3, "--ttt-steps", self.size.stage1_ttt_steps,
+            "stage1", "real", "train", self.size.stage1_epochs, 3e-3, "--ttt-steps", self.size.stage1_ttt_steps,
             eval_split="val",
         )  # fmt: skip
         self._evaluate("stage1")
         self._train(
-            "stage2", "traces", "traces", self.size.stage2_epochs, 3e-3, "--init-from", self.path("stage1"),
+            "stage2", "traces", "traces", self.size.stage2_epochs, 2e-3, "--init-from", self.path("stage1"),
             eval_split=IN_DOMAIN,
         )  # fmt: skip
         self._evaluate("stage2")
@@ -182,8 +182,9 @@ class Demo:
             "--learning-rate", rate, "--epochs", epochs,
             "--batch-conversations", self.size.batch_conversations, "--sliding-window", 512,
             "--intermediate-size", 512, "--num-attention-heads", 4, "--num-key-value-heads", 2, "--head-dim", 64,
-            "--eval-split", eval_split, "--eval-every", 75, "--eval-conversations", 24,
-            "--checkpoint-every", 100, *extra,
+            "--eval-split", eval_split, "--beta2", 0.99,
+            "--eval-every", 200, "--eval-conversations", 24,
+            "--checkpoint-every", 200, *extra,
         )  # fmt: skip
 
     def _evaluate(self, stage: str) -> None:
