@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,14 @@ import tools.speculative_decode
 from capture.batch_job import CaptureJob
 from capture.config import CaptureConfig
 from capture.prepare import PrepareConfig, prepare
-from capture.ssm_precision import enforce_contract
-from capture.verifier import Verifier, load_verifier
+from capture.verifier import Verifier
 from draft_train.checkpoint import load_model, load_state
 from draft_train.config import TrainConfig
 from draft_train.frozen import FrozenWeights
 from draft_train.trainer import Trainer
 from store.reader import StoreReader
-from tools.demo.pipeline import ASSETS, LAYERS, VERIFIER, read_conversations
-from tools.demo.traces import encode_prompts, prompt_of, write_traces
+from tools.demo.pipeline import ASSETS, LAYERS, VERIFIER, load_demo_verifier, read_conversations
+from tools.demo.traces import encode_prompts, generate_batch, prompt_of, write_traces
 from tools.demo.truth import truth_check
 from tools.evaluation import evaluate
 from tools.speculative_decode import speculative_greedy
@@ -33,9 +33,7 @@ TOKENS = 32
 
 @pytest.fixture(scope="module")
 def verifier() -> Verifier:
-    loaded = load_verifier(VERIFIER, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=False)
-    enforce_contract(loaded.model, VERIFIER, allow_fallback=False)
-    return loaded
+    return load_demo_verifier()
 
 
 @pytest.fixture(scope="module")
@@ -141,15 +139,8 @@ def test_states_of_the_row_before_keep_the_text_and_cost_steps(
 def test_batched_traces_are_the_plain_greedy_ones(verifier: Verifier, tokenizer: Any, tmp_path: Path) -> None:
     rows = read_conversations(ASSETS / "conversations" / "val.jsonl.gz", 0, 6)
     messages = [prompt_of(row["messages"]) for row in rows]
-    write_traces(
-        verifier.model,
-        tokenizer,
-        messages,
-        tmp_path / "t.jsonl",
-        max_prompt_tokens=100,
-        max_new_tokens=16,
-        batch_size=4,
-    )
+    generate = partial(generate_batch, verifier.model, max_new_tokens=16, eos_token_id=int(tokenizer.eos_token_id))
+    write_traces(partial(map, generate), tokenizer, messages, tmp_path / "t.jsonl", max_prompt_tokens=100, batch_size=4)
     written = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     assert len(written) >= 4
     for row in written:

@@ -10,11 +10,18 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import resource
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from capture.verifier import Verifier
 
 from store.errors import DraftcacheError
 from store.files import read_json, write_json
@@ -54,6 +61,35 @@ def read_conversations(path: Path, first: int, count: int) -> list[dict[str, Any
     with gzip.open(path, "rt", encoding="utf-8") as file:
         rows = [line for number, line in enumerate(file) if first <= number < first + count]
     return [json.loads(line) for line in rows]
+
+
+def load_demo_verifier() -> Verifier:
+    """The shipped verifier in float32 on the CPU, its dt limit lifted and its carry proved."""
+    import torch
+
+    from capture.ssm_precision import enforce_contract
+    from capture.verifier import load_verifier
+
+    verifier = load_verifier(VERIFIER, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=False)
+    enforce_contract(verifier.model, VERIFIER, allow_fallback=False)
+    return verifier
+
+
+_worker_model: Any = None
+
+
+def _start_worker() -> None:
+    global _worker_model
+    import torch
+
+    torch.set_num_threads(1)
+    _worker_model = load_demo_verifier().model
+
+
+def _answer(prompts: list[list[int]], *, max_new_tokens: int, eos_token_id: int) -> list[list[int]]:
+    from tools.demo.traces import generate_batch
+
+    return generate_batch(_worker_model, prompts, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id)
 
 
 class Demo:
@@ -96,6 +132,7 @@ class Demo:
         self._evaluate("stage1")
         self._train(
             "stage2", "traces", "traces", self.size.stage2_epochs, 2e-3, "--init-from", self.path("stage1"),
+            "--weight-decay", 0.3,
             eval_split=IN_DOMAIN,
         )  # fmt: skip
         self._evaluate("stage2")
@@ -115,6 +152,8 @@ class Demo:
 
     def _write_traces(self) -> None:
         """Greedy answers of the verifier: to train prompts that stage 1 does not see, and to held-out prompts."""
+        from transformers import AutoTokenizer
+
         from tools.demo.traces import prompt_of, write_traces
 
         size = self.size
@@ -125,29 +164,20 @@ class Demo:
             "humaneval": ("prompts/humaneval.jsonl.gz", 0, size.held_out_prompts),
         }
         started = time.monotonic()
-        verifier, tokenizer = self._verifier()
-        for split, (name, first, count) in sources.items():
-            rows = read_conversations(ASSETS / name, first, count)
-            write_traces(
-                verifier.model,
-                tokenizer,
-                [prompt_of(row["messages"]) for row in rows],
-                self.path("data", f"{split}.jsonl"),
-                max_prompt_tokens=size.max_prompt_tokens,
-                max_new_tokens=size.max_new_tokens,
-            )
+        tokenizer = AutoTokenizer.from_pretrained(VERIFIER)
+        # One single-threaded process per core: on models this small a second thread gains nothing.
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=_start_worker) as pool:
+            answer = partial(_answer, max_new_tokens=size.max_new_tokens, eos_token_id=int(tokenizer.eos_token_id))
+            for split, (name, first, count) in sources.items():
+                rows = read_conversations(ASSETS / name, first, count)
+                write_traces(
+                    partial(pool.map, answer),
+                    tokenizer,
+                    [prompt_of(row["messages"]) for row in rows],
+                    self.path("data", f"{split}.jsonl"),
+                    max_prompt_tokens=size.max_prompt_tokens,
+                )
         self.seconds["traces"] = round(time.monotonic() - started, 1)
-
-    def _verifier(self) -> tuple[Any, Any]:
-        import torch
-        from transformers import AutoTokenizer
-
-        from capture.ssm_precision import enforce_contract
-        from capture.verifier import load_verifier
-
-        verifier = load_verifier(VERIFIER, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=False)
-        enforce_contract(verifier.model, VERIFIER, allow_fallback=False)
-        return verifier, AutoTokenizer.from_pretrained(VERIFIER)
 
     def _prepare(self) -> None:
         data = self.path("data")
@@ -183,7 +213,7 @@ class Demo:
             "--batch-conversations", self.size.batch_conversations, "--sliding-window", 512,
             "--intermediate-size", 512, "--num-attention-heads", 4, "--num-key-value-heads", 2, "--head-dim", 64,
             "--eval-split", eval_split, "--beta2", 0.99,
-            "--eval-every", 200, "--eval-conversations", 24,
+            "--eval-every", 300, "--eval-conversations", 16,
             "--checkpoint-every", 200, *extra,
         )  # fmt: skip
 
@@ -203,14 +233,16 @@ class Demo:
             )
 
     def _summary(self) -> dict[str, Any]:
+        from transformers import AutoTokenizer
+
         from tools.demo.picture import draw_curves
         from tools.demo.report import summarize
         from tools.demo.truth import truth_check
 
         started = time.monotonic()
-        verifier, tokenizer = self._verifier()
+        tokenizer = AutoTokenizer.from_pretrained(VERIFIER)
         truth = truth_check(
-            verifier=verifier,
+            verifier=load_demo_verifier(),
             verifier_path=VERIFIER,
             vocab_map=self.path("vocab_map.safetensors"),
             checkpoint=self.path("stage2"),
