@@ -142,8 +142,9 @@ def _tokenise(
             rows, quarantined = rows + len(result.conversations), quarantined + len(result.rejections)
             bar.update(len(result.token_ids))
             bar.set_postfix(rows=rows, quarantined=quarantined, refresh=False)
-    for name, split in splits.items():
+    for split in splits.values():
         split.close()
+    for name, split in splits.items():
         _refuse_empty(name, split)
     return splits
 

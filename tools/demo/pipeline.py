@@ -163,6 +163,11 @@ class Demo:
             "mt_bench": ("prompts/mt_bench.jsonl.gz", 0, size.held_out_prompts),
             "humaneval": ("prompts/humaneval.jsonl.gz", 0, size.held_out_prompts),
         }
+        sources = {
+            split: source for split, source in sources.items() if not self.path("data", f"{split}.jsonl").exists()
+        }
+        if not sources:
+            return
         started = time.monotonic()
         tokenizer = AutoTokenizer.from_pretrained(VERIFIER)
         # One single-threaded process per core: on models this small a second thread gains nothing.
