@@ -29,7 +29,7 @@ def draw_curves(metrics: dict[str, Path], summary: dict[str, Any], output: Path)
             label=stage,
         )
         offset += len(rows)
-    loss_axis.set(title="training loss (sum of 6 weighted steps)", xlabel="optimizer step")
+    loss_axis.set(title="training loss (weighted sum over unroll steps)", xlabel="optimizer step")
     acceptance_axis.set(title="held-out acceptance length while training", xlabel="optimizer step")
     bars = {
         "untrained": summary["baseline_untrained"],

@@ -39,7 +39,7 @@ IN_DOMAIN = "val_traces"
 class DemoSize:
     """How much of the shipped text one demo run uses."""
 
-    train_conversations: int = 1100
+    train_conversations: int = 1000
     val_conversations: int = 60
     trace_prompts: int = 800
     held_out_prompts: int = 72
@@ -51,7 +51,9 @@ class DemoSize:
     stage2_epochs: int = 2
     batch_conversations: int = 2
     stage1_ttt_steps: int = 3
-    """Stage 1 only has to learn the language, so it takes half the unroll at half the cost; stage 2 unrolls 6."""
+    """Stage 1 only has to learn the language, so a short unroll will do, at half the cost."""
+    stage2_ttt_steps: int = 5
+    """As many as the draft tokens that are proposed and evaluated."""
     truth_prompts: int = 8
     truth_tokens: int = 64
 
@@ -132,7 +134,7 @@ class Demo:
         self._evaluate("stage1")
         self._train(
             "stage2", "traces", "traces", self.size.stage2_epochs, 2e-3, "--init-from", self.path("stage1"),
-            "--weight-decay", 0.3,
+            "--weight-decay", 0.3, "--ttt-steps", self.size.stage2_ttt_steps,
             eval_split=IN_DOMAIN,
         )  # fmt: skip
         self._evaluate("stage2")
