@@ -6,14 +6,10 @@ renormalised: `log_z_full` and `log_z_draft` make both the tail and the out-of-v
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from capture.verifier import head_logits
-
-TeacherArrays = dict[str, NDArray[np.generic]]
 
 
 @torch.inference_mode()

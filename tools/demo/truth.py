@@ -60,12 +60,42 @@ def truth_check(
         for prompt in prompts
     ]
     kept = [(list(prompt), trace) for prompt, trace in zip(prompts, traces, strict=True) if len(trace) > 1]
+    store = _capture_traces(kept, verifier_path, vocab_map, layers, directory)
+    path = resolve_checkpoint(checkpoint)
+    draft = load_model(path, load_state(path), torch.device("cpu"))
+    embeddings = FrozenWeights.load(store, torch.device("cpu")).embed_tokens
+    counts = measure_acceptance(draft, embeddings, store, store.members("truth"), draft_tokens=draft_tokens)
+    target_ids = torch.from_numpy(store.vocab_map().target_ids)
+    online = [
+        speculative_greedy(
+            verifier, draft, embeddings, target_ids, layers, prompt,
+            max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, draft_tokens=draft_tokens,
+        )
+        for prompt, _ in kept
+    ]  # fmt: skip
+    return TruthResult(
+        traces=len(kept),
+        tokens=sum(len(trace) for _, trace in kept),
+        offline_steps=counts.verify_steps,
+        online_steps=sum(result.verify_steps for result in online),
+        lossless=all(result.token_ids == trace for result, (_, trace) in zip(online, kept, strict=True)),
+    )
+
+
+def _capture_traces(
+    traces: list[tuple[list[int], list[int]]],
+    verifier_path: Path,
+    vocab_map: Path,
+    layers: tuple[int, ...],
+    directory: Path,
+) -> StoreReader:
+    """Prepare and capture (prompt, answer) pairs of ids in float32, every row kept."""
     directory.mkdir(parents=True, exist_ok=True)
     rows = directory / "traces.jsonl"
     rows.write_text(
         "".join(
             json.dumps({"token_ids": prompt + trace, "loss_mask": [0] * len(prompt) + [1] * len(trace)}) + "\n"
-            for prompt, trace in kept
+            for prompt, trace in traces
         ),
         encoding="utf-8",
     )
@@ -88,25 +118,7 @@ def truth_check(
         vocab_map=vocab_map,
         tap_dtype="float32",
         window=0,
+        device="cpu",
     )
     CaptureJob(config).run()
-    store = StoreReader(directory / "store")
-    path = resolve_checkpoint(checkpoint)
-    draft = load_model(path, load_state(path), torch.device("cpu"))
-    embeddings = FrozenWeights.load(store, torch.device("cpu")).embed_tokens
-    counts = measure_acceptance(draft, embeddings, store, store.members("truth"), draft_tokens=draft_tokens)
-    target_ids = torch.from_numpy(store.vocab_map().target_ids)
-    online = [
-        speculative_greedy(
-            verifier, draft, embeddings, target_ids, layers, prompt,
-            max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, draft_tokens=draft_tokens,
-        )
-        for prompt, _ in kept
-    ]  # fmt: skip
-    return TruthResult(
-        traces=len(kept),
-        tokens=sum(len(trace) for _, trace in kept),
-        offline_steps=counts.verify_steps,
-        online_steps=sum(result.verify_steps for result in online),
-        lossless=all(result.token_ids == trace for result, (_, trace) in zip(online, kept, strict=True)),
-    )
+    return StoreReader(directory / "store")
