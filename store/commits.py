@@ -1,77 +1,91 @@
 """Commit records: a file of a store counts only once `commit/<name>.json` says its size and xxh3-128.
 
-Order of a commit: write under a temporary name, fsync, rename, fsync the parent, then the record by rename.
-A reader that starts from the records therefore never sees half a shard, whenever the writer was killed.
+A shard is written under a temporary name, made durable and renamed (or uploaded under a name of its own, where
+there is no rename); then its record is written, once, by a call that fails where a record is already there. A
+reader that starts from the records therefore never sees half a shard, whenever a writer was killed, and of two
+writers of one shard one wins whole.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from store.errors import ShardDamagedError, StoreError
-from store.files import hash_file, read_json, write_json
+from store.files import hash_bytes
+from store.sealed_json import seal, unseal
+from store.storage import Storage
 
 COMMIT_DIRECTORY = "commit"
+SHARDS_DIRECTORY = "shards"
+
+Record = dict[str, Any]
+"""`files`: {name in the store: {"bytes", "xxh3_128"}}; shards add `directory`, `lengths` and what capture recorded."""
 
 
-def record_path(root: Path, name: str) -> Path:
-    """Path of the commit record `name`: a shard number or a top-level file's stem."""
-    return root / COMMIT_DIRECTORY / f"{name}.json"
+def shard_name(shard: int) -> str:
+    """Five digits, as in the commit record's and the shard directory's names."""
+    return f"{shard:05d}"
 
 
-def describe_files(root: Path, paths: list[Path]) -> dict[str, dict[str, Any]]:
-    """Size and xxh3-128 of each file, by its path relative to the store."""
-    return {
-        path.relative_to(root).as_posix(): {"bytes": path.stat().st_size, "xxh3_128": hash_file(path)}
-        for path in sorted(paths)
-    }
+def record_name(name: str) -> str:
+    """File name, in the store, of the commit record `name`: a shard's name or a top-level file's stem."""
+    return f"{COMMIT_DIRECTORY}/{name}.json"
 
 
-def write_record(root: Path, name: str, files: list[Path], extra: dict[str, Any] | None = None) -> None:
-    """Publish files that are already durable under their final names."""
-    write_json(record_path(root, name), {"files": describe_files(root, files)} | (extra or {}))
+def write_record(storage: Storage, name: str, record: Record) -> bool:
+    """Publish files that are already durable. False where another writer's record was there first."""
+    return storage.create(record_name(name), seal(record))
 
 
-def read_record(root: Path, name: str) -> dict[str, Any] | None:
-    """The commit record, or None where nothing of this name was committed."""
-    path = record_path(root, name)
-    if not path.is_file():
+def read_record(storage: Storage, name: str) -> Record | None:
+    """The commit record, or None where nothing of this name was committed. Raises StoreError."""
+    path = record_name(name)
+    if storage.size(path) is None:
         return None
-    record = read_json(path)
-    if not isinstance(record, dict) or not isinstance(record.get("files"), dict):
-        raise StoreError(f"{path}: expected a commit record with a `files` table, found something else")
+    record = unseal(storage.read(path), storage.describe(path))
+    if not isinstance(record.get("files"), dict):
+        raise StoreError(f"{storage.describe(path)}: expected a commit record with a `files` table, found none")
     return record
 
 
-def committed_shards(root: Path) -> list[int]:
-    """Numbers of the shards that have a commit record, ascending."""
-    return sorted(int(path.stem) for path in (root / COMMIT_DIRECTORY).glob("*.json") if path.stem.isdigit())
-
-
-def check_record(root: Path, record: dict[str, Any], *, hashes: bool) -> None:
-    """Raise ShardDamagedError naming the first file whose size (or, if asked, xxh3-128) differs."""
-    for relative, expected in record["files"].items():
-        path = root / relative
-        if not path.is_file():
-            raise ShardDamagedError(
-                f"{path}: expected {expected['bytes']} bytes, found no file. Nothing reads as zeros in its place: "
-                "remove the shard's commit record and rerun capture to make it again"
-            )
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            raise ShardDamagedError(
-                f"{path}: expected {expected['bytes']} bytes, found {size}; the file was cut or changed"
-            )
-        if hashes and (found := hash_file(path)) != expected["xxh3_128"]:
-            raise ShardDamagedError(f"{path}: expected xxh3-128 {expected['xxh3_128']}, found {found}")
-
-
-def require_file(root: Path, file_name: str) -> Path:
-    """Path of a committed top-level file, its size checked. Raises StoreError or ShardDamagedError."""
-    name = Path(file_name).stem
-    record = read_record(root, name)
+def require_record(storage: Storage, name: str) -> Record:
+    """The commit record of something that was listed as committed. Raises ShardDamagedError where it is gone."""
+    record = read_record(storage, name)
     if record is None:
-        raise StoreError(f"{root}: expected {file_name} with its commit record, found none; rerun capture to finish it")
-    check_record(root, record, hashes=False)
-    return root / file_name
+        raise ShardDamagedError(
+            f"{storage.describe(record_name(name))}: expected a commit record, found none; "
+            "rerun the capture command to make the shard again"
+        )
+    return record
+
+
+def committed_shards(storage: Storage) -> list[int]:
+    """Numbers of the shards that have a commit record, ascending."""
+    stems = [name.rpartition("/")[2].removesuffix(".json") for name in storage.list(COMMIT_DIRECTORY)]
+    return sorted(int(stem) for stem in stems if stem.isdigit())
+
+
+def require_size(storage: Storage, record: Record, name: str) -> int:
+    """Size of a committed file. Raises ShardDamagedError where it is missing or another than the record's."""
+    expected = record["files"].get(name, {}).get("bytes")
+    found = storage.size(name)
+    if found is None:
+        raise ShardDamagedError(
+            f"{storage.describe(name)}: expected {expected} bytes, found no file. Nothing reads as zeros in its place: "
+            "run `draftcache repair` on the store, then the capture command again"
+        )
+    if found != expected:
+        raise ShardDamagedError(
+            f"{storage.describe(name)}: expected {expected} bytes, found {found}; the file was cut or changed"
+        )
+    return found
+
+
+def read_committed(storage: Storage, record: Record, name: str) -> bytes:
+    """A small committed file, its xxh3-128 checked. Raises ShardDamagedError."""
+    require_size(storage, record, name)
+    data = storage.read(name)
+    expected, found = record["files"][name]["xxh3_128"], hash_bytes(data)
+    if found != expected:
+        raise ShardDamagedError(f"{storage.describe(name)}: expected xxh3-128 {expected}, found {found}")
+    return data

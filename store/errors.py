@@ -6,7 +6,9 @@ DraftcacheError
 ├── StoreError                     a store on disk is not what it says it is
 │   ├── StoreNotFoundError (FileNotFoundError)
 │   ├── StoreVersionError          written by a newer draftcache
-│   └── ShardDamagedError          sizes, hashes or checksums differ from the commit record
+│   ├── ShardDamagedError          sizes, hashes or checksums differ from the commit record
+│   ├── StorageError               the disk or object store refused or broke off
+│   └── StreamingError             what reading tar shards in a stream cannot do
 ├── GateError                      a captured conversation failed a validity gate
 ├── PrecisionError                 the verifier's fp32 state contract is not met
 └── CheckpointError                a draft checkpoint is incomplete or belongs to something else
@@ -24,9 +26,11 @@ __all__ = [
     "ManifestMismatchError",
     "PrecisionError",
     "ShardDamagedError",
+    "StorageError",
     "StoreError",
     "StoreNotFoundError",
     "StoreVersionError",
+    "StreamingError",
 ]
 
 
@@ -56,6 +60,14 @@ class StoreVersionError(StoreError):
 
 class ShardDamagedError(StoreError):
     """A shard's files differ from its commit record."""
+
+
+class StorageError(StoreError):
+    """The disk or object store refused or broke off: full, read-only, not permitted, or not answering."""
+
+
+class StreamingError(StoreError):
+    """Something that reading tar shards in a stream cannot do, such as more ranks than shards."""
 
 
 class GateError(DraftcacheError):

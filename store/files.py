@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import xxhash
 
 from store.errors import InputError
 
 _HASH_BLOCK = 1 << 22
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+"""What may be hashed or written; an array gives its `data`."""
 
 
 def canonical_json(value: Any) -> str:
@@ -26,21 +29,23 @@ def hash_json(value: Any) -> str:
     return xxhash.xxh3_128_hexdigest(canonical_json(value).encode())
 
 
-def hash_bytes(*parts: bytes | bytearray | memoryview) -> str:
-    """xxh3-128 (32 hex digits) of the concatenated parts."""
+def hash_blocks(blocks: Iterable[Buffer]) -> str:
+    """xxh3-128 (32 hex digits) of the concatenated blocks."""
     digest = xxhash.xxh3_128()
-    for part in parts:
-        digest.update(part)
+    for block in blocks:
+        digest.update(block)
     return digest.hexdigest()
+
+
+def hash_bytes(*parts: Buffer) -> str:
+    """xxh3-128 (32 hex digits) of the concatenated parts."""
+    return hash_blocks(parts)
 
 
 def hash_file(path: Path) -> str:
     """xxh3-128 (32 hex digits) of a file's bytes."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hash_blocks(iter(lambda: file.read(_HASH_BLOCK), b""))
 
 
 def fsync_directory(path: Path) -> None:

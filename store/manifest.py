@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
+from store.codecs import ChannelScales, TapCodec, tap_codec
 from store.errors import ManifestMismatchError, StoreError, StoreNotFoundError, StoreVersionError
-from store.files import hash_json, read_json, write_json
+from store.files import hash_json
+from store.norm_band import NormBand, bands_from_json
 from store.schema import ArraySpec, array_specs
+from store.sealed_json import seal, unseal
+from store.storage import Storage
 
 FORMAT = "draftcache-store"
-VERSION = 1
+VERSION = 3
 MANIFEST_NAME = "manifest.json"
+LAYOUTS = ("zarr", "webdataset")
+CALIBRATED = ("channel_scales", "norm_bands")
+"""Fields that the first job on a store measures, and every later one takes over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +63,8 @@ class StoreManifest:
     dataset_hash: str
     splits: tuple[str, ...]
     taps: tuple[Tap, ...]
-    tap_dtype: str
-    """"bfloat16" (stored as uint16 bit patterns) or "float32"."""
+    mode: str
+    """How taps are stored: one of `codecs.MODES`."""
     compute_dtype: str
     window: int | None
     """Rows that no start row within this window reads were dropped; None kept every earlier row."""
@@ -67,6 +75,12 @@ class StoreManifest:
     shards: int
     ssm: dict[str, Any] | None
     """fp32 state contract of a Mamba verifier: dt limit, carry dtype, canary, scan; None for others."""
+    layout: str = "zarr"
+    """Form of the shards: "zarr" groups or "webdataset" tar files."""
+    channel_scales: dict[str, Any] | None = None
+    """int8 mode: the calibrated scale of every channel of every tap, as `codecs.ChannelScales` writes it."""
+    norm_bands: dict[str, Any] | None = None
+    """What the norms of every tap were over the calibration's conversations, as `norm_band.bands_to_json` writes it."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Versions, device and time of the first run; not compared between jobs."""
 
@@ -80,15 +94,20 @@ class StoreManifest:
         """Width of the verifier's residual stream."""
         return int(self.verifier["hidden_size"])
 
+    @cached_property
+    def codec(self) -> TapCodec:
+        """Between states and the arrays that hold them."""
+        scales = None if self.channel_scales is None else ChannelScales.from_json(self.channel_scales)
+        return tap_codec(self.mode, layers=self.layers, hidden_size=self.hidden_size, channel_scales=scales)
+
+    @cached_property
+    def bands(self) -> dict[int, NormBand]:
+        """By block number, what the gates judge by; {} where nothing was calibrated."""
+        return {} if self.norm_bands is None else bands_from_json(self.norm_bands)
+
     def array_specs(self) -> dict[str, ArraySpec]:
-        """Every array of a shard of this store."""
-        return array_specs(
-            layers=self.layers,
-            hidden_size=self.hidden_size,
-            tap_dtype=self.tap_dtype,
-            draft_vocab_size=self.draft_vocab_size,
-            top_k=self.top_k,
-        )
+        """Every array of a shard of this store, as it is stored."""
+        return array_specs(codec=self.codec, draft_vocab_size=self.draft_vocab_size, top_k=self.top_k)
 
     def settings(self) -> dict[str, Any]:
         """The fields that two jobs over one store must agree on, as JSON values."""
@@ -103,51 +122,73 @@ class StoreManifest:
         """xxh3-128 of the settings: the identity of the store's content."""
         return hash_json(self.settings())
 
-    def require_same(self, other: StoreManifest, path: Path) -> None:
-        """Raise ManifestMismatchError naming the first differing fields, unless the settings agree."""
+    def with_calibration_of(self, other: StoreManifest) -> StoreManifest:
+        """These settings with what another manifest's job measured."""
+        return replace(self, channel_scales=other.channel_scales, norm_bands=other.norm_bands)
+
+    def require_same(self, other: StoreManifest, where: str, *, calibrated: bool = True) -> None:
+        """Raise ManifestMismatchError naming the differing fields, unless the settings agree.
+
+        Without `calibrated`, what was measured may differ: the other job is about to take it over.
+        """
         mine, theirs = self.settings(), other.settings()
-        differing = [name for name in mine if mine[name] != theirs[name]]
+        names = [name for name in mine if calibrated or name not in CALIBRATED]
+        differing = [name for name in names if mine[name] != theirs[name]]
         if differing:
             detail = "; ".join(f"{name}: store has {mine[name]!r}, this job has {theirs[name]!r}" for name in differing)
             raise ManifestMismatchError(
-                f"{path}: this store was made with other settings ({detail}). "
+                f"{where}: this store was made with other settings ({detail}). "
                 "Use the same settings to resume it, or another --output for a new store."
             )
 
-    def save(self, root: Path) -> None:
-        """Write manifest.json atomically."""
+    def create(self, storage: Storage) -> bool:
+        """Write manifest.json where there is none; False where another job's is there already."""
         body = {"format": FORMAT, "version": VERSION, "hash": self.hash, **self.settings()}
-        write_json(root / MANIFEST_NAME, body | {"provenance": self.provenance})
+        return storage.create(MANIFEST_NAME, seal(body | {"provenance": self.provenance}))
 
     @classmethod
-    def load(cls, root: Path) -> StoreManifest:
+    def exists(cls, storage: Storage) -> bool:
+        """Whether a store was begun here."""
+        return storage.size(MANIFEST_NAME) is not None
+
+    @classmethod
+    def load(cls, storage: Storage) -> StoreManifest:
         """Read and check manifest.json.
 
-        Raises StoreNotFoundError, StoreVersionError for a newer layout, StoreError for anything else that is
-        not a draftcache store or whose settings do not hash to what the file says.
+        Raises StoreNotFoundError, StoreVersionError for another layout, StoreError for anything else that is
+        not a draftcache store, or whose bytes are not what was written.
         """
-        path = root / MANIFEST_NAME
-        if not path.is_file():
-            raise StoreNotFoundError(f"{root}: expected a draftcache store, found no {MANIFEST_NAME}")
-        body = read_json(path)
-        if not isinstance(body, dict) or body.get("format") != FORMAT:
-            raise StoreError(f"{path}: expected format {FORMAT!r}, found something else; is this another program's?")
-        if not isinstance(body.get("version"), int) or body["version"] > VERSION:
-            raise StoreVersionError(
-                f"{path}: expected layout version at most {VERSION}, found {body.get('version')!r}; "
-                "upgrade draftcache to read it"
+        where = storage.describe(MANIFEST_NAME)
+        if not cls.exists(storage):
+            raise StoreNotFoundError(
+                f"{storage.describe()}: expected a draftcache store, found no {MANIFEST_NAME}"
+                + ("; this is a zarr group of another program" if storage.size("zarr.json") is not None else "")
             )
+        data = storage.read(MANIFEST_NAME)
+        _require_version(data, where)
+        body = unseal(data, where)
         names = {item.name for item in fields(cls)}
         missing = sorted(names - body.keys())
         if missing:
-            raise StoreError(f"{path}: expected the fields {missing}, found none of them; the file is incomplete")
+            raise StoreError(f"{where}: expected the fields {missing}, found none of them; the file is incomplete")
         values = {name: body[name] for name in names}
         values["taps"] = tuple(Tap(layer=tap["layer"], point=tap["point"]) for tap in body["taps"])
         values["splits"] = tuple(body["splits"])
-        manifest = cls(**values)
-        if manifest.hash != body.get("hash"):
-            raise StoreError(
-                f"{path}: expected settings that hash to {body.get('hash')}, found {manifest.hash}; "
-                "the manifest was edited or damaged"
-            )
-        return manifest
+        return cls(**values)
+
+
+def _require_version(data: bytes, where: str) -> None:
+    """Said before the seal is looked at: another version may be sealed in another way."""
+    try:
+        body = json.loads(data)
+    except ValueError as exc:
+        raise StoreError(f"{where}: expected a store's manifest, found no JSON ({exc})") from exc
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise StoreError(f"{where}: expected format {FORMAT!r}, found something else; is this another program's?")
+    found = body.get("version")
+    if found != VERSION:
+        newer = isinstance(found, int) and found > VERSION
+        raise StoreVersionError(
+            f"{where}: expected layout version {VERSION}, found {found!r}; "
+            + ("upgrade draftcache to read it" if newer else "capture it again, or read it with the older draftcache")
+        )

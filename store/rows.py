@@ -42,15 +42,18 @@ def tokens_left(loss_mask: BoolArray, rows: NDArray[Any]) -> IntArray:
     return left
 
 
-def rows_in_reach(loss_mask: BoolArray, window: int | None) -> IntArray:
+def rows_in_reach(loss_mask: BoolArray, window: int | None, tokens: tuple[int, int] | None = None) -> IntArray:
     """Rows whose verifier state some start row s reads: `t <= s < t + window` (any s >= t if window is None).
 
-    Step k > 0 sees less than step 0 (`t + k - j < window`), so step 0 decides. [R] int64, ascending.
+    `tokens` (a, b) counts only start rows `a <= s < b`. Step k > 0 sees less than step 0 (`t + k - j < window`), so
+    step 0 decides. [R] int64, ascending.
     """
     length = loss_mask.shape[0]
-    starts_before = np.zeros(length + 1, dtype=np.int64)
+    first, end = tokens or (0, length)
+    starts = start_rows(loss_mask)
     is_start = np.zeros(length, dtype=np.int64)
-    is_start[start_rows(loss_mask)] = 1
+    is_start[starts[(starts >= first) & (starts < end)]] = 1
+    starts_before = np.zeros(length + 1, dtype=np.int64)
     np.cumsum(is_start, out=starts_before[1:])
     rows = np.arange(length)
     last = np.full(length, length) if window is None else np.minimum(rows + window, length)

@@ -9,6 +9,7 @@ H hidden size of the verifier, K teacher entries per position.
 | loss_mask          | [T]     | uint8             | 1 where the assistant wrote the token                       |
 | positions          | [R]     | int32             | row t of each kept state, absolute in its conversation      |
 | tap_<layer>        | [R, H]  | uint16 or float32 | output of block <layer>; uint16 is the bit pattern of bf16  |
+|                    |         |                   | (stored as it is, or as the parts that `codecs` makes of it)|
 | teacher_positions  | [P]     | int32             | p: the verifier has consumed x_p and predicts x_{p+1}       |
 | teacher_ids        | [P, K]  | uint16 or uint32  | draft-vocabulary ids of the K largest logits, largest first |
 | teacher_gaps       | [P, K]  | float16           | z_max - z, z_max the largest logit in the draft vocabulary  |
@@ -21,16 +22,27 @@ H hidden size of the verifier, K teacher entries per position.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    from store.codecs import TapCodec
+
 CHUNK_ROWS = 256
-"""Rows of one inner chunk: the unit that is read and checksummed."""
+"""Rows of one inner chunk of a tap: the unit that is read and checksummed. Narrower arrays have longer ones."""
+
+_CHUNK_BYTES = 1 << 16
+_MOST_CHUNK_ROWS = 4096
 
 TOKENS_AXIS, ROWS_AXIS, TEACHER_AXIS = "tokens", "rows", "teacher"
+FIRST_FIELD = {TOKENS_AXIS: "first_token", ROWS_AXIS: "first_row", TEACHER_AXIS: "first_teacher"}
+COUNT_FIELD = {TOKENS_AXIS: "tokens", ROWS_AXIS: "rows", TEACHER_AXIS: "teacher_rows"}
+LENGTH_ARRAY = {TOKENS_AXIS: "token_ids", ROWS_AXIS: "positions", TEACHER_AXIS: "teacher_positions"}
+"""Per axis: the index fields of a conversation's slice, and the array whose length is the slice's."""
 
 INDEX_DTYPE = np.dtype(
     [
@@ -40,6 +52,7 @@ INDEX_DTYPE = np.dtype(
         ("dataset_index", "<i8"),  # conversation number within the split of the prepared dataset
         ("first_token", "<i8"),
         ("tokens", "<i8"),
+        ("loss_tokens", "<i8"),
         ("first_row", "<i8"),
         ("rows", "<i8"),
         ("first_teacher", "<i8"),
@@ -58,6 +71,22 @@ class ArraySpec:
     inner: tuple[int, ...] = ()
     compress: bool = True
 
+    @property
+    def stored_dtype(self) -> np.dtype[Any]:
+        """Little-endian, as in the files."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of one inner chunk: a power of two that makes up to 64 KiB, but at least 256 and at most 4,096."""
+        fitting = 1 << max(_CHUNK_BYTES // self.row_bytes, 1).bit_length() - 1
+        return min(max(fitting, CHUNK_ROWS), _MOST_CHUNK_ROWS)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row before compression."""
+        return math.prod(self.inner) * np.dtype(self.dtype).itemsize
+
 
 def tap_name(layer: int) -> str:
     """Array name of the output of block `layer`."""
@@ -69,15 +98,9 @@ def draft_id_dtype(draft_vocab_size: int) -> str:
     return "uint16" if draft_vocab_size <= 1 << 16 else "uint32"
 
 
-def array_specs(
-    *, layers: tuple[int, ...], hidden_size: int, tap_dtype: str, draft_vocab_size: int, top_k: int
-) -> dict[str, ArraySpec]:
-    """Every array of a shard, by name. `tap_dtype` is "bfloat16" or "float32"."""
-    stored = {"bfloat16": "uint16", "float32": "float32"}[tap_dtype]
-    taps = {
-        tap_name(layer): ArraySpec(axis=ROWS_AXIS, dtype=stored, inner=(hidden_size,), compress=False)
-        for layer in layers
-    }
+def array_specs(*, codec: TapCodec, draft_vocab_size: int, top_k: int) -> dict[str, ArraySpec]:
+    """Every array of a shard, by name, taps in the form that `codec` stores."""
+    taps = {name: spec for layer in codec.layers for name, spec in codec.specs(layer).items()}
     return {
         "token_ids": ArraySpec(axis=TOKENS_AXIS, dtype="uint32"),
         "loss_mask": ArraySpec(axis=TOKENS_AXIS, dtype="uint8"),
@@ -90,10 +113,23 @@ def array_specs(
         "teacher_gaps": ArraySpec(axis=TEACHER_AXIS, dtype="float16", inner=(top_k,), compress=False),
         "argmax": ArraySpec(axis=TEACHER_AXIS, dtype="uint32"),
         **{
-            name: ArraySpec(axis=TEACHER_AXIS, dtype="float32")
+            name: ArraySpec(axis=TEACHER_AXIS, dtype="float32", compress=False)
             for name in ("teacher_max", "log_z_full", "log_z_draft", "next_token_logit")
         },
     }
+
+
+TOKEN_ARRAYS = ("token_ids", "loss_mask")
+TEACHER_ARRAYS = (
+    "teacher_positions",
+    "teacher_ids",
+    "teacher_gaps",
+    "argmax",
+    "teacher_max",
+    "log_z_full",
+    "log_z_draft",
+    "next_token_logit",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +140,7 @@ class Conversation:
     split: int
     dataset_index: int
     arrays: dict[str, NDArray[Any]] = field(repr=False)
+    """By name; a tap either as `tap_<layer>` or as the parts that the store's codec makes of it."""
 
     @property
     def loss_mask(self) -> NDArray[np.bool_]:

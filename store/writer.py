@@ -1,76 +1,135 @@
-"""Writing a store: one process holds the store's lock, and publishes whole shards."""
+"""Writing a store: any number of processes, each publishing whole shards, one writer per shard."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import shutil
+import tempfile
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
-from store.commits import COMMIT_DIRECTORY, committed_shards, read_record, record_path, write_record
+from store.commits import (
+    SHARDS_DIRECTORY,
+    committed_shards,
+    read_record,
+    record_name,
+    shard_name,
+    write_record,
+)
 from store.errors import StoreError
-from store.files import atomic_path, fsync_directory, fsync_tree
-from store.manifest import MANIFEST_NAME, StoreManifest
-from store.reader import INDEX_NAME, read_shard_index, shard_name, shard_path
-from store.schema import INDEX_DTYPE, ROWS_AXIS, TEACHER_AXIS, TOKENS_AXIS, ArraySpec, Conversation
-from store.zarr_shards import write_arrays
+from store.files import hash_file
+from store.local_storage import LocalStorage
+from store.manifest import StoreManifest
+from store.reader import FROZEN_NAME, VOCAB_MAP_NAME
+from store.schema import COUNT_FIELD, FIRST_FIELD, INDEX_DTYPE, LENGTH_ARRAY, ArraySpec, Conversation, tap_name
+from store.shard_files import Files, npy_bytes, write_small_file
+from store.shard_index import INDEX_NAME, INDEX_RECORD, write_store_index
+from store.storage import Location, Lock, Stage, Storage, open_storage
+from store.tar_shards import TarShardWriter
+from store.zarr_writer import ZarrShardWriter
 
-_FIRST_FIELD = {TOKENS_AXIS: "first_token", ROWS_AXIS: "first_row", TEACHER_AXIS: "first_teacher"}
-_COUNT_FIELD = {TOKENS_AXIS: "tokens", ROWS_AXIS: "rows", TEACHER_AXIS: "teacher_rows"}
-_LENGTH_ARRAY = {TOKENS_AXIS: "token_ids", ROWS_AXIS: "positions", TEACHER_AXIS: "teacher_positions"}
+CLEANING_S = 10.0
+"""How long a writer waits for another one's start; longer is a job that holds the store alone."""
+_POLL_S = 0.05
+
+
+class ShardFormat(Protocol):
+    """What a shard's form must offer to a writer: zarr groups and tar files do."""
+
+    def append(self, item: Conversation) -> None:
+        """One conversation, its arrays as they are stored."""
+
+    def close(self) -> Files:
+        """Finish every file; returns their table, names relative to the shard."""
+
+
+_FORMATS: dict[str, Callable[[Stage, dict[str, ArraySpec]], ShardFormat]] = {
+    "zarr": ZarrShardWriter,
+    "webdataset": TarShardWriter,
+}
 
 
 class StoreWriter:
-    """Creates a store or resumes it. Use as a context manager: it holds an exclusive lock while open.
+    """Creates a store or resumes it. Use as a context manager.
 
-    `prepare_files` is called once, on a new store, to write the top-level files (frozen weights, vocabulary map);
-    the manifest is written after them, so that its existence means that they are all there.
+    `prepare_files` is called once, on a new store, to write the top-level files (frozen weights, vocabulary map)
+    into the directory that it is given; the manifest is written after them, so that its existence means that they
+    are all there. `exclusive` refuses to share the store with another live writer of this machine.
     """
 
-    def __init__(self, root: Path, manifest: StoreManifest, prepare_files: Callable[[Path], Sequence[Path]]) -> None:
-        self.root = root
+    def __init__(
+        self,
+        location: Location,
+        manifest: StoreManifest,
+        prepare_files: Callable[[Path], Sequence[Path]],
+        *,
+        exclusive: bool = False,
+    ) -> None:
+        self.storage = open_storage(location)
         self.manifest = manifest
-        root.mkdir(parents=True, exist_ok=True)
-        (root / COMMIT_DIRECTORY).mkdir(exist_ok=True)
-        (root / "shards").mkdir(exist_ok=True)
-        self._lock = self._take_lock()
+        self._specs = manifest.array_specs()
+        self._lock = self._take_lock(exclusive)
         try:
-            self._remove_leftovers()
             self._create_or_check(prepare_files)
         except BaseException:
-            os.close(self._lock)
+            self._lock.release()
             raise
 
-    def _remove_leftovers(self) -> None:
-        """Delete what a killed writer left under temporary names; the lock says that none is alive."""
-        for directory in (self.root, self.root / COMMIT_DIRECTORY, self.root / "shards"):
-            for path in directory.glob(".*.partial*"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    def _take_lock(self, exclusive: bool) -> Lock:
+        """While no other writer is alive, what killed ones left under temporary names is removed."""
+        alone = self.storage.lock("store")
+        if alone is not None:
+            if isinstance(self.storage, LocalStorage):
+                self.storage.remove_leftovers()
+            if exclusive:
+                return alone
+            alone.release()
+        lock = None
+        deadline = time.monotonic() + CLEANING_S
+        while not exclusive and lock is None and time.monotonic() < deadline:
+            lock = self.storage.lock("store", shared=True)
+            if lock is None:
+                time.sleep(_POLL_S)  # another writer that starts just now may be removing leftovers
+        if lock is None:
+            raise StoreError(
+                f"{self.storage.describe()}: another job is writing this store alone; wait for it, or choose another "
+                "--output"
+            )
+        return lock
 
     def _create_or_check(self, prepare_files: Callable[[Path], Sequence[Path]]) -> None:
-        path = self.root / MANIFEST_NAME
-        if path.exists():
-            StoreManifest.load(self.root).require_same(self.manifest, path)
-            return
-        for file in prepare_files(self.root):
-            write_record(self.root, file.stem, [file])
-        self.manifest.save(self.root)
+        while not self._is_whole():
+            creating = self.storage.lock("create")
+            if creating is None:
+                time.sleep(_POLL_S)  # another writer is at it
+                continue
+            try:
+                if not self._is_whole():
+                    self._create(prepare_files)
+            finally:
+                creating.release()
+        StoreManifest.load(self.storage).require_same(self.manifest, self.storage.describe())
 
-    def _take_lock(self) -> int:
-        descriptor = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            os.close(descriptor)
-            raise StoreError(
-                f"{self.root}: another capture is writing this store; wait for it, or choose another --output"
-            ) from exc
-        return descriptor
+    def _is_whole(self) -> bool:
+        """Whether the manifest and the top-level files are there; `repair` may have taken away one that was damaged."""
+        if not StoreManifest.exists(self.storage):
+            return False
+        StoreManifest.load(self.storage).require_same(self.manifest, self.storage.describe())
+        return all(read_record(self.storage, Path(name).stem) for name in (FROZEN_NAME, VOCAB_MAP_NAME))
+
+    def _create(self, prepare_files: Callable[[Path], Sequence[Path]]) -> None:
+        with tempfile.TemporaryDirectory(prefix="draftcache-") as directory:
+            for path in prepare_files(Path(directory)):
+                self.storage.put_file(path.name, path)
+                entry = {"bytes": path.stat().st_size, "xxh3_128": hash_file(path)}
+                self.storage.delete(record_name(path.stem))  # of an attempt that never got as far as its manifest
+                write_record(self.storage, path.stem, {"files": {path.name: entry}})
+        self.manifest.create(self.storage)
 
     def __enter__(self) -> Self:
         return self
@@ -78,68 +137,123 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._lock)
+        self._lock.release()
 
     def committed(self) -> set[int]:
         """Shards that need no more work."""
-        return set(committed_shards(self.root))
+        return set(committed_shards(self.storage))
+
+    def shard(self, shard: int) -> ShardInProgress | None:
+        """Begin a shard, or None where it is committed already or another live process of this machine writes it."""
+        lock = self.storage.lock(shard_name(shard))
+        if lock is None:
+            return None
+        if read_record(self.storage, shard_name(shard)) is not None:
+            lock.release()
+            return None
+        try:
+            stage = self.storage.stage(f"{SHARDS_DIRECTORY}/{shard_name(shard)}")
+        except BaseException:
+            lock.release()
+            raise
+        return ShardInProgress(self.storage, self.manifest, shard, stage, lock)
 
     def write_shard(self, shard: int, conversations: Sequence[Conversation], extra: dict[str, Any]) -> int:
-        """Write and commit one shard; returns its payload bytes. `extra` goes into the commit record."""
-        name = shard_name(shard)
-        final = shard_path(self.root, shard)
-        shutil.rmtree(final, ignore_errors=True)
-        partial = self.root / "shards" / f".{name}.partial"
-        specs = self.manifest.array_specs()
-        payload = write_arrays(partial, _concatenate(conversations, specs), specs)
-        np.save(partial / INDEX_NAME, _index_rows(shard, conversations), allow_pickle=False)
-        fsync_tree(partial)
-        partial.rename(final)
-        fsync_directory(final.parent)
-        files = [path for path in final.rglob("*") if path.is_file()]
-        counts = {
-            "conversations": len(conversations),
-            "payload_bytes": payload,
-            "manifest_hash": self.manifest.hash,
-        }
-        write_record(self.root, name, files, counts | extra)
-        return payload
+        """Write and commit one shard; returns its payload bytes. `extra` goes into the commit record.
 
-    def finish(self) -> None:
-        """Write the whole store's index.npy once every shard is committed, so that readers open one file."""
-        missing = set(range(self.manifest.shards)) - self.committed()
-        if missing:
-            raise StoreError(f"{self.root}: expected {self.manifest.shards} shards, {len(missing)} are not committed")
-        if read_record(self.root, "index") is not None:
-            return
-        rows = [read_shard_index(self.root, shard) for shard in range(self.manifest.shards)]
-        with atomic_path(self.root / INDEX_NAME) as partial, partial.open("wb") as file:
-            np.save(file, np.concatenate(rows) if rows else np.empty(0, INDEX_DTYPE), allow_pickle=False)
-        write_record(self.root, "index", [self.root / INDEX_NAME])
+        Raises StoreError where the shard is committed, or is being written, already.
+        """
+        begun = self.shard(shard)
+        if begun is None:
+            raise StoreError(f"{self.storage.describe()}: expected shard {shard} to be free, found it taken")
+        with begun:
+            for item in conversations:
+                begun.append(item)
+            begun.commit(extra)
+        return begun.payload_bytes
+
+    def finish(self) -> bool:
+        """Write the whole store's index.npy once every shard is committed, so that readers open one file.
+
+        False where shards are still missing: another writer has them, or they are to be done.
+        """
+        return write_store_index(self.storage, self.manifest)
 
     def discard_index(self) -> None:
         """Forget the whole store's index, when a shard is about to be captured again."""
-        record_path(self.root, "index").unlink(missing_ok=True)
+        self.storage.delete(record_name(INDEX_RECORD))
 
 
-def _concatenate(conversations: Sequence[Conversation], specs: dict[str, ArraySpec]) -> dict[str, Any]:
-    return {
-        name: np.concatenate(
-            [np.asarray(item.arrays[name], dtype=spec.dtype) for item in conversations]
-            or [np.empty((0, *spec.inner), dtype=spec.dtype)]
-        )
-        for name, spec in specs.items()
-    }
+class ShardInProgress:
+    """One shard that is being written. Use as a context manager: what is not committed is removed."""
 
+    def __init__(self, storage: Storage, manifest: StoreManifest, shard: int, stage: Stage, lock: Lock) -> None:
+        self.number = shard
+        self.payload_bytes = 0
+        self._storage = storage
+        self._manifest = manifest
+        self._specs = manifest.array_specs()
+        self._stage = stage
+        self._lock = lock
+        self._format = _FORMATS[manifest.layout](stage, self._specs)
+        self._index: list[NDArray[Any]] = []
+        self._lengths = dict.fromkeys(FIRST_FIELD, 0)
+        self._settled = False
 
-def _index_rows(shard: int, conversations: Sequence[Conversation]) -> Any:
-    index = np.zeros(len(conversations), dtype=INDEX_DTYPE)
-    offsets = dict.fromkeys(_FIRST_FIELD, 0)
-    for row, item in zip(index, conversations, strict=True):
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if not self._settled:
+                self._stage.abandon()
+        finally:
+            self._lock.release()
+
+    def append(self, item: Conversation) -> None:
+        """Add a conversation. Taps come as states, or as the parts that the store's codec makes of them."""
+        arrays = dict(item.arrays)
+        for layer in self._manifest.layers:
+            if tap_name(layer) in arrays and tap_name(layer) not in self._specs:
+                arrays |= self._manifest.codec.encode(layer, arrays.pop(tap_name(layer)))
+            elif tap_name(layer) in arrays:
+                arrays[tap_name(layer)] = self._manifest.codec.encode(layer, arrays[tap_name(layer)])[tap_name(layer)]
+        stored = replace(item, arrays={name: arrays[name] for name in self._specs})
+        self._format.append(stored)
+        self._index.append(self._index_row(stored))
+        self.payload_bytes += sum(arrays[name].nbytes for name in self._specs)
+
+    def _index_row(self, item: Conversation) -> NDArray[Any]:
+        row = np.zeros(1, INDEX_DTYPE)
         row["content_hash"] = bytes.fromhex(item.content_hash)
-        row["shard"], row["split"], row["dataset_index"] = shard, item.split, item.dataset_index
-        for axis, first in _FIRST_FIELD.items():
-            count = item.arrays[_LENGTH_ARRAY[axis]].shape[0]
-            row[first], row[_COUNT_FIELD[axis]] = offsets[axis], count
-            offsets[axis] += count
-    return index
+        row["shard"], row["split"], row["dataset_index"] = self.number, item.split, item.dataset_index
+        row["loss_tokens"] = int(item.loss_mask.sum())
+        for axis, first in FIRST_FIELD.items():
+            count = item.arrays[LENGTH_ARRAY[axis]].shape[0]
+            row[first], row[COUNT_FIELD[axis]] = self._lengths[axis], count
+            self._lengths[axis] += count
+        return row
+
+    def commit(self, extra: dict[str, Any]) -> bool:
+        """Publish the shard; `extra` goes into its record. False, and it is removed, where another was first."""
+        files = self._format.close()
+        index = np.concatenate(self._index) if self._index else np.empty(0, INDEX_DTYPE)
+        files[INDEX_NAME] = write_small_file(self._stage, INDEX_NAME, npy_bytes(index))
+        directory = self._stage.publish()
+        record = {
+            "directory": directory,
+            "files": {f"{directory}/{name}": files[name] for name in sorted(files)},
+            "lengths": self._lengths,
+            "conversations": len(index),
+            "loss_tokens": int(index["loss_tokens"].sum()),
+            "payload_bytes": self.payload_bytes,
+            "manifest_hash": self._manifest.hash,
+        }
+        # From here on the files stay: a call that broke off may have written the record that names them.
+        self._settled = True
+        if not write_record(self._storage, shard_name(self.number), record | extra):
+            self._stage.abandon()
+            return False
+        return True

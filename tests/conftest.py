@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from capture.ssm_precision import stand_in_for_extension
+
+stand_in_for_extension()  # before any test module imports transformers' NemotronH
+
 # Repetitive on purpose: a few hundred merges are learnt from it, among them ones that cross turn boundaries.
 TOKENIZER_TEXT = [
     "The quick brown fox jumps over the lazy dog. Why does it? Because it can, and because it wants to.\n\n",

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from store.codecs import ChannelScales, float32_to_bf16
 from store.files import hash_bytes
 from store.manifest import StoreManifest, Tap
 from store.reader import FROZEN_NAME, VOCAB_MAP_NAME
@@ -43,12 +44,15 @@ def conversation(
     top_k: int = TOP_K,
     number: int = 0,
     split: int = 0,
+    mode: str = "float32",
 ) -> Conversation:
-    """Random float32 taps and a teacher computed from random full-vocabulary logits."""
+    """Random taps (bf16 bits in any mode but float32) and a teacher computed from random full-vocabulary logits."""
     length = mask.shape[0]
     token_ids = rng.integers(0, VOCAB, length).astype(np.uint32)
     rows = rows_in_reach(mask, window)
     taps = {tap_name(layer): rng.normal(size=(length, HIDDEN)).astype(np.float32)[rows] for layer in LAYERS}
+    if mode != "float32":
+        taps = {name: float32_to_bf16(values) for name, values in taps.items()}
     positions = teacher_positions(mask)
     logits = rng.normal(scale=2.0, size=(positions.size, VOCAB))
     return Conversation(
@@ -103,7 +107,7 @@ def manifest(**changes: Any) -> StoreManifest:
         "dataset_hash": "d",
         "splits": ("train", "val"),
         "taps": tuple(Tap(layer=layer) for layer in LAYERS),
-        "tap_dtype": "float32",
+        "mode": "float32",
         "compute_dtype": "float32",
         "window": None,
         "top_k": TOP_K,
@@ -113,6 +117,9 @@ def manifest(**changes: Any) -> StoreManifest:
         "shards": 2,
         "ssm": None,
     }
+    if changes.get("mode") == "int8":
+        scales = {layer: np.linspace(0.5, 2, HIDDEN, dtype=np.float32) for layer in LAYERS}
+        values["channel_scales"] = ChannelScales(scales).to_json()
     return StoreManifest(**values | changes)
 
 
@@ -136,7 +143,9 @@ def write_store(root: Path, *, per_shard: int = 4, seed: int = 0, **changes: Any
     with StoreWriter(root, made, write_files) as writer:
         for shard in range(made.shards):
             items = [
-                conversation(rng, turns(40, (6, 16), (22, 37)), window=made.window, number=number, split=shard)
+                conversation(
+                    rng, turns(40, (6, 16), (22, 37)), window=made.window, number=number, split=shard, mode=made.mode
+                )
                 for number in range(per_shard)
             ]
             writer.write_shard(shard, items, {"quarantined": [], "gates": {}})

@@ -58,7 +58,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "| " + " | ".join(padded) + " |"
 
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([line(header), "|-" + "-|-".join(rule) + "-|", *map(line, rows)])
+    return "\n".join([line(header), line(rule), *map(line, rows)])
 
 
 def _share(part: int, whole: int) -> str:

@@ -14,15 +14,16 @@ from draft_train.frozen import FrozenWeights
 from draft_train.trainer import choose_device, untrained_draft
 from store.errors import InputError, ManifestMismatchError
 from store.reader import StoreReader
+from store.storage import Location
 
 
 def evaluate(
     *,
-    store_path: Path,
+    store_path: Location,
     checkpoint: Path,
     splits: list[str],
     draft_tokens: int = 5,
-    bigram_store: Path | None = None,
+    bigram_store: Location | None = None,
     bigram_splits: list[str] | None = None,
     device_name: str = "auto",
 ) -> dict[str, Any]:
@@ -53,9 +54,9 @@ def evaluate(
     return result
 
 
-def _bigram(store: StoreReader, other: Path | None, splits: list[str]) -> Any:
+def _bigram(store: StoreReader, other: Location | None, splits: list[str]) -> Any:
     counted = StoreReader(other) if other is not None else store
     mine, theirs = store.manifest.tokenizer_hash, counted.manifest.tokenizer_hash
     if mine != theirs:
-        raise ManifestMismatchError(f"{counted.root}: expected tokenizer {mine}, found {theirs}")
+        raise ManifestMismatchError(f"{counted.location}: expected tokenizer {mine}, found {theirs}")
     return bigram_table(counted, np.concatenate([counted.members(split) for split in splits]))

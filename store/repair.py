@@ -1,0 +1,79 @@
+"""Takes what `verify` found damaged out of a store, so that capture redoes just that; nothing is thrown away."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from store.commits import SHARDS_DIRECTORY, record_name, shard_name
+from store.errors import StoreError
+from store.manifest import MANIFEST_NAME, StoreManifest
+from store.reader import FROZEN_NAME, VOCAB_MAP_NAME
+from store.shard_index import INDEX_NAME, INDEX_RECORD, write_store_index
+from store.storage import Location, Storage, open_storage
+from store.verify import VerifyReport
+
+QUARANTINE_DIRECTORY = "quarantine"
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What was taken out."""
+
+    shards: list[int]
+    files: list[str]
+    directory: str
+    """Where it lies now, relative to the store; empty if nothing was taken out."""
+    index_rebuilt: bool
+
+
+def repair_store(location: Location, report: VerifyReport) -> Repair:
+    """Quarantine the report's damaged shards and files. Raises StoreError for what only capture can make again.
+
+    Killed half-way, it leaves a store that verify still calls damaged: run both again.
+    """
+    storage = open_storage(location)
+    lock = storage.lock("store")
+    if lock is None:
+        raise StoreError(f"{storage.describe()}: another job is writing this store; wait for it, then repair")
+    try:
+        return _repair(storage, report)
+    finally:
+        lock.release()
+
+
+def _repair(storage: Storage, report: VerifyReport) -> Repair:
+    names = {item.name for item in report.damages}
+    if MANIFEST_NAME in names:
+        raise StoreError(
+            f"{storage.describe(MANIFEST_NAME)}: expected a readable manifest; the shards can not replace it. Put "
+            "back a copy of it, or move it away and run the same capture command: shards of equal settings are kept"
+        )
+    manifest = StoreManifest.load(storage)
+    files = sorted(names & {FROZEN_NAME, VOCAB_MAP_NAME})
+    shards = report.damaged_shards
+    target = f"{QUARANTINE_DIRECTORY}/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    # The store's index first: a finished store without one of its shards must never be seen.
+    rebuild = bool(shards) or INDEX_NAME in names
+    if rebuild:
+        storage.delete(record_name(INDEX_RECORD))
+        storage.delete(INDEX_NAME)
+    for shard in shards:
+        name = shard_name(shard)
+        held = [path for path in storage.list(SHARDS_DIRECTORY) if path.split("/")[1][:5] == name]
+        for directory in sorted({"/".join(path.split("/")[:2]) for path in held}):
+            storage.move_directory(directory, f"{target}/{directory}")
+        _move_file(storage, record_name(name), target)
+    for file in files:
+        _move_file(storage, file, target)
+        _move_file(storage, record_name(Path(file).stem), target)
+    rebuilt = rebuild and write_store_index(storage, manifest)
+    return Repair(shards=shards, files=files, directory=target if shards or files else "", index_rebuilt=rebuilt)
+
+
+def _move_file(storage: Storage, name: str, target: str) -> None:
+    """Copy, then remove: killed between the two, both are there."""
+    if storage.size(name) is not None:
+        storage.put(f"{target}/{name}", storage.read(name))
+        storage.delete(name)

@@ -1,0 +1,103 @@
+"""What must hold for every stored conversation, whatever its checksums say: verify looks at the values too."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store.codecs import bf16_to_float32
+from store.files import hash_bytes
+from store.manifest import StoreManifest
+from store.rows import rows_in_reach, teacher_positions
+from store.schema import Conversation, tap_name
+
+_ROUNDING = 0.02  # of a logit: the gaps are float16, and sums of exponentials are float32
+_STORED = math.log(1.1)  # how far the log rms of stored rows may be from what capture saw: fp8 keeps 4 bits
+
+
+def check_conversation(item: Conversation, manifest: StoreManifest) -> list[str]:
+    """What is wrong with a conversation read whole and decoded; [] where nothing is."""
+    return [
+        *_check_tokens(item, manifest),
+        *_check_taps(item, manifest),
+        *_check_teacher(item, manifest),
+    ]
+
+
+def _check_tokens(item: Conversation, manifest: StoreManifest) -> list[str]:
+    arrays, mask = item.arrays, item.loss_mask
+    problems = []
+    found = hash_bytes(arrays["token_ids"].astype("<u4").tobytes(), arrays["loss_mask"].tobytes())
+    if found != item.content_hash:
+        problems.append(f"expected tokens and mask of hash {item.content_hash}, found {found}")
+    if arrays["token_ids"].size and int(arrays["token_ids"].max()) >= int(manifest.verifier["vocab_size"]):
+        problems.append(f"expected token ids below {manifest.verifier['vocab_size']}, found larger ones")
+    if not np.array_equal(arrays["positions"], rows_in_reach(mask, manifest.window)):
+        problems.append("expected the rows in reach of the loss mask, found others")
+    if not np.array_equal(arrays["teacher_positions"], teacher_positions(mask)):
+        problems.append("expected teacher positions of the loss mask, found others")
+    return problems
+
+
+def _check_taps(item: Conversation, manifest: StoreManifest) -> list[str]:
+    problems = []
+    taps = {layer: item.arrays[tap_name(layer)] for layer in manifest.layers}
+    for layer, stored in taps.items():
+        states = stored if stored.dtype == np.float32 else bf16_to_float32(stored)
+        if not np.isfinite(states).all():
+            problems.append(f"tap {layer}: expected finite values, found NaN or infinity")
+            continue
+        squares = np.einsum("rh,rh->r", states, states, dtype=np.float64)
+        if (squares == 0).any():
+            problems.append(f"tap {layer}: expected non-zero rows, found {int((squares == 0).sum())} rows of zeros")
+            continue
+        problems += _check_norm(manifest, layer, float(squares.sum()), states.size)
+    for first, second in itertools.pairwise(manifest.layers):
+        if taps[first].size and np.array_equal(taps[first], taps[second]):
+            problems.append(f"taps {first} and {second}: expected different states, found equal ones")
+    return problems
+
+
+def _check_norm(manifest: StoreManifest, layer: int, squares: float, values: int) -> list[str]:
+    limits = manifest.bands[layer].limits() if layer in manifest.bands else None
+    if limits is None or not values:
+        return []
+    rms = math.sqrt(squares / values)
+    low, high = math.exp(limits[0] - _STORED), math.exp(limits[1] + _STORED)
+    return (
+        [] if low <= rms <= high else [f"tap {layer}: expected rms between {low:.4g} and {high:.4g}, found {rms:.4g}"]
+    )
+
+
+def _check_teacher(item: Conversation, manifest: StoreManifest) -> list[str]:
+    arrays = item.arrays
+    if not arrays["teacher_positions"].size:
+        return []
+    problems = []
+    scalars: dict[str, NDArray[Any]] = {
+        name: arrays[name] for name in ("teacher_max", "log_z_full", "log_z_draft", "next_token_logit")
+    }
+    for name, values in (scalars | {"teacher_gaps": arrays["teacher_gaps"]}).items():
+        if not np.isfinite(values).all():
+            problems.append(f"{name}: expected finite values, found NaN or infinity")
+    if problems:
+        return problems
+    gaps = arrays["teacher_gaps"]
+    if (gaps[:, 0] != 0).any() or (np.diff(gaps.astype(np.float32), axis=1) < 0).any():
+        problems.append("teacher_gaps: expected 0 first, then ascending, found another order")
+    ids = np.sort(arrays["teacher_ids"], axis=1)
+    if ids[:, -1].max() >= manifest.draft_vocab_size or (ids[:, 1:] == ids[:, :-1]).any():
+        problems.append(f"teacher_ids: expected distinct ids below {manifest.draft_vocab_size}, found others")
+    order = (
+        ("log_z_draft", "teacher_max"),
+        ("log_z_full", "log_z_draft"),
+        ("log_z_full", "next_token_logit"),
+    )
+    for larger, smaller in order:
+        if (scalars[larger] < scalars[smaller] - _ROUNDING).any():
+            problems.append(f"expected {larger} >= {smaller}, found less")
+    return problems

@@ -1,0 +1,52 @@
+"""Files of a shard while it is written: hashed as they go, so that a commit record costs no second pass."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from store.files import Buffer
+from store.storage import Stage, StageFile
+
+Files = dict[str, dict[str, Any]]
+"""{name: {"bytes", "xxh3_128"}}, as in commit records."""
+
+
+class HashedFile:
+    """A staged file whose size and xxh3-128 are known when it is closed, with no second pass over it."""
+
+    def __init__(self, file: StageFile) -> None:
+        self._file = file
+        self._digest = xxhash.xxh3_128()
+        self.bytes = 0
+
+    def write(self, buffers: Sequence[Buffer]) -> None:
+        """Append the buffers by one call."""
+        self._file.write(buffers)
+        for buffer in buffers:
+            self._digest.update(buffer)
+            self.bytes += memoryview(buffer).nbytes
+
+    def close(self) -> dict[str, Any]:
+        """Make it durable; returns its entry in the commit record."""
+        self._file.close()
+        return {"bytes": self.bytes, "xxh3_128": self._digest.hexdigest()}
+
+
+def write_small_file(stage: Stage, name: str, data: bytes) -> dict[str, Any]:
+    """Write a whole file; returns its entry in the commit record."""
+    file = HashedFile(stage.open(name))
+    file.write([data])
+    return file.close()
+
+
+def npy_bytes(array: NDArray[Any]) -> bytes:
+    """A .npy file's bytes."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()

@@ -1,0 +1,23 @@
+"""Figures about the stored teacher, for commit records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def tail_mass(arrays: dict[str, NDArray[Any]]) -> NDArray[Any]:
+    """tau [P] float32: draft-vocabulary probability that the stored top-k leaves out."""
+    logits = arrays["teacher_max"][:, None] - arrays["teacher_gaps"].astype(np.float32)
+    kept = np.exp(logits - arrays["log_z_draft"][:, None]).sum(axis=1)
+    return np.asarray(np.clip(1.0 - kept, 0.0, None))
+
+
+def describe(values: NDArray[Any]) -> dict[str, float | int]:
+    """Count, mean, median and 99th percentile."""
+    if values.size == 0:
+        return {"count": 0}
+    p50, p99 = np.quantile(values, [0.5, 0.99])
+    return {"count": int(values.size), "mean": float(values.mean()), "p50": float(p50), "p99": float(p99)}

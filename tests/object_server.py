@@ -1,0 +1,234 @@
+"""An S3 server on loopback, and a proxy in front of it that fails on plan.
+
+The server is moto's, which speaks the S3 protocol over real sockets and keeps objects in memory. The proxy passes
+requests on and logs them; asked to, it answers 503, drops connections, cuts bodies short, stalls, or loses answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import logging
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any, ClassVar
+from urllib.parse import parse_qs, urlsplit
+
+import boto3
+from moto.backends import get_backend
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.server import ThreadedMotoServer
+
+BUCKET = "states"
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
+_HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "date", "server"}
+
+
+@dataclass(kw_only=True)
+class Request:
+    """One request as the proxy saw it; times are of time.monotonic, the fault is filled in when one is injected."""
+
+    method: str
+    path: str
+    query: str
+    range: str | None
+    conditional: bool
+    started: float
+    ended: float = 0.0
+    fault: str | None = None
+
+    @property
+    def signature(self) -> str:
+        """What the client asked for, without what differs from run to run (prefixes, attempt names, upload ids)."""
+        path = re.sub(r"-[0-9a-f]{8}(?=/|$)|[0-9a-f]{32}", "", self.path)
+        query = parse_qs(self.query, keep_blank_values=True)
+        return f"{self.method} {path} {sorted(set(query) - {'uploadId'})} {query.get('partNumber')} {self.range}"
+
+
+Plan = Callable[[Request], str | None]
+"""Which fault a request meets: one of KINDS, "deny", or None."""
+
+KINDS = ("error", "drop", "lose", "truncate", "stall", "slow")
+
+
+class SeededPlan:
+    """Faults drawn by hashing (seed, what is asked, how often it was asked before): threads do not change the draw.
+
+    The same request never fails more than `most` times, so a client that tries once more than that comes through.
+    """
+
+    def __init__(self, seed: int, *, rate: float = 0.4, most: int = 2, kinds: tuple[str, ...] = KINDS) -> None:
+        self.seed, self.rate, self.most, self.kinds = seed, rate, most, kinds
+        self._seen: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def __call__(self, request: Request) -> str | None:
+        """The fault for this request."""
+        with self._lock:
+            count = self._seen[request.signature]
+            self._seen[request.signature] += 1
+        digest = hashlib.blake2b(f"{self.seed} {count} {request.signature}".encode(), digest_size=16).digest()
+        if count >= self.most or int.from_bytes(digest[:8], "big") / 2**64 >= self.rate:
+            return None
+        return self.kinds[int.from_bytes(digest[8:], "big") % len(self.kinds)]
+
+
+class FlakyProxy(ThreadingHTTPServer):
+    """A reverse proxy on 127.0.0.1; `plan` says what goes wrong, `log` what was asked."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, upstream: tuple[str, int], *, stall: float = 1.5, slow: float = 0.05) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.upstream, self.stall, self.slow = upstream, stall, slow
+        self.plan: Plan = lambda request: None
+        self.log: list[Request] = []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+
+    def faults(self) -> Counter[str]:
+        """How many faults of each kind were injected."""
+        return Counter(request.fault for request in self.log if request.fault)
+
+    def __enter__(self) -> FlakyProxy:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.shutdown()
+        self.server_close()
+        self._thread.join()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing: clients that were stalled hang up, as they should."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: FlakyProxy
+
+    def _serve(self) -> None:
+        split = urlsplit(self.path)
+        request = Request(
+            method=self.command,
+            path=split.path,
+            query=split.query,
+            range=self.headers.get("Range"),
+            conditional="If-None-Match" in self.headers,
+            started=time.monotonic(),
+        )
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        request.fault = self.server.plan(request)
+        self.server.log.append(request)
+        try:
+            self._answer(request, body)
+        finally:
+            request.ended = time.monotonic()
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _serve  # noqa: N815
+
+    def _answer(self, request: Request, body: bytes) -> None:
+        if request.fault == "error":
+            self._send(503, {}, b"<Error><Code>SlowDown</Code></Error>")
+            return
+        if request.fault == "deny":
+            self._send(403, {}, b"<Error><Code>AccessDenied</Code></Error>")
+            return
+        if request.fault == "drop":
+            self.close_connection = True
+            return
+        status, headers, answer = self._forward(body)
+        if request.fault == "lose":  # it was done, but the client does not learn of it
+            self.close_connection = True
+            return
+        if request.fault in ("stall", "slow"):
+            time.sleep(self.server.stall if request.fault == "stall" else self.server.slow)
+        self._send(status, headers, answer, cut=request.fault == "truncate")
+
+    def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        connection = http.client.HTTPConnection(*self.server.upstream, timeout=30)
+        try:
+            headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
+            connection.request(self.command, self.path, body=body, headers=headers)
+            response = connection.getresponse()
+            answer = response.read()
+            return response.status, dict(response.getheaders()), answer
+        finally:
+            connection.close()
+
+    def _send(self, status: int, headers: dict[str, str], answer: bytes, *, cut: bool = False) -> None:
+        self.send_response(status)
+        lengths = [value for name, value in headers.items() if name.lower() == "content-length"]
+        for name, value in headers.items():
+            if name.lower() not in _HOP_BY_HOP:
+                self.send_header(name, value)
+        self.send_header("Content-Length", lengths[0] if self.command == "HEAD" and lengths else str(len(answer)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(answer[: len(answer) // 2] if cut else answer)
+        if cut:
+            self.close_connection = True
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        """Nothing: the proxy keeps its own log."""
+
+
+class S3Server:
+    """moto's S3 server with one bucket, and a client to look behind the code under test."""
+
+    quiet: ClassVar[tuple[str, ...]] = ("werkzeug", "botocore", "boto3")
+
+    def __init__(self) -> None:
+        for name in self.quiet:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        self._server.start()
+        self.address = self._server.get_host_and_port()
+        self.url = f"http://{self.address[0]}:{self.address[1]}"
+        self.client: Any = boto3.client(
+            "s3",
+            endpoint_url=self.url,
+            aws_access_key_id=CREDENTIALS["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
+            region_name=CREDENTIALS["AWS_REGION"],
+        )
+        self.client.create_bucket(Bucket=BUCKET)
+
+    def open_uploads(self) -> list[str]:
+        """Keys of the multipart uploads that were neither completed nor aborted."""
+        return [item["Key"] for item in self.client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])]
+
+    def fill(self, keys: Iterable[str]) -> None:
+        """Make many empty objects, past the protocol: 1,000 requests would take seconds."""
+        backend = get_backend("s3")[DEFAULT_ACCOUNT_ID]["aws"]
+        for key in keys:
+            backend.put_object(BUCKET, key, b"")
+
+    def keys(self, prefix: str) -> list[str]:
+        """Keys that begin with `prefix`, up to 1,000."""
+        found = self.client.list_objects_v2(Bucket=BUCKET, Prefix=prefix)
+        return [item["Key"] for item in found.get("Contents", [])]
+
+    def stop(self) -> None:
+        """Close the client's connections and the server."""
+        self.client.close()
+        self._server.stop()
+
+
+@contextmanager
+def s3_server() -> Iterator[S3Server]:
+    """A running server."""
+    server = S3Server()
+    try:
+        yield server
+    finally:
+        server.stop()

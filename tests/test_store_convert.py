@@ -1,0 +1,155 @@
+"""Copies between layouts, modes and shard sizes; what is written is read back, and a wrong bit is noticed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from synthetic import LAYERS, conversation, manifest, turns, write_files, write_store
+
+from store.codecs import MODES, float32_to_bf16
+from store.convert import Conversion
+from store.errors import InputError, ManifestMismatchError, StoreError
+from store.reader import StoreReader
+from store.tar_shards import TarShardWriter
+from store.verify import verify_store
+from store.writer import StoreWriter
+from tools.cli import main
+
+EXACT = ("bf16", "lossless")
+
+
+def shard_files(root: Path) -> dict[str, bytes]:
+    paths = [path for path in (root / "shards").rglob("*") if path.is_file()]
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
+
+
+def many(root: Path, **changes: Any) -> None:
+    """20 conversations in 4 shards of two splits, with a quarantined one between."""
+    rng = np.random.default_rng(0)
+    made = manifest(shards=4, **changes)
+    with StoreWriter(root, made, write_files) as writer:
+        for shard in range(4):
+            items = [
+                conversation(rng, turns(50, (5, 45)), number=6 * (shard % 2) + k, split=shard // 2, mode=made.mode)
+                for k in range(5)
+            ]
+            out = {"split": made.splits[shard // 2], "dataset_index": 6 * (shard % 2) + 5, "reason": "NaN"}
+            extra = {
+                "quarantined": [out],
+                "gates": {},
+                "tail_mass": {"count": 1, "mean": shard},
+                "provenance": {"n": 1},
+            }
+            writer.write_shard(shard, items, extra)
+        writer.finish()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_there_and_back_gives_the_same_files(tmp_path: Path, mode: str) -> None:
+    many(tmp_path / "a", mode=mode)
+    for source, target, layout in (("a", "b", "webdataset"), ("b", "c", "zarr")):
+        assert main(["convert", str(tmp_path / source), str(tmp_path / target), "--layout", layout]) == 0
+    assert shard_files(tmp_path / "a") == shard_files(tmp_path / "c")
+    assert shard_files(tmp_path / "a").keys() != shard_files(tmp_path / "b").keys()
+    one, two = StoreReader(tmp_path / "a"), StoreReader(tmp_path / "b")
+    np.testing.assert_array_equal(one.index, two.index)
+    carried = [{key: record[key] for key in ("quarantined", "gates", "tail_mass")} for record in one.records()]
+    assert carried == [{key: record[key] for key in ("quarantined", "gates", "tail_mass")} for record in two.records()]
+    assert not verify_store(tmp_path / "b").damages
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "float32"])
+def test_modes_from_float32(tmp_path: Path, mode: str) -> None:
+    write_store(tmp_path / "a")
+    summary = Conversion(tmp_path / "a", tmp_path / "b", mode=mode).run()
+    assert (summary.shards, summary.checked) == (2, 8)
+    one, two = StoreReader(tmp_path / "a"), StoreReader(tmp_path / "b")
+    for number in range(len(one)):
+        before, after = one.read(number).arrays, two.read(number).arrays
+        for layer in LAYERS:
+            expected = float32_to_bf16(before.pop(f"tap_{layer}"))
+            if mode in EXACT:
+                np.testing.assert_array_equal(after.pop(f"tap_{layer}"), expected)
+            else:
+                assert after.pop(f"tap_{layer}").shape == expected.shape
+                assert 0 < summary.largest_error[layer] < 0.1
+        for name, values in before.items():
+            np.testing.assert_array_equal(after[name], values)
+
+
+def test_shards_of_another_size(tmp_path: Path) -> None:
+    many(tmp_path / "a", mode="lossless")
+    Conversion(tmp_path / "a", tmp_path / "b", shard_tokens=100).run()
+    one, two = StoreReader(tmp_path / "a"), StoreReader(tmp_path / "b")
+    assert two.manifest.shards == 10
+    for number in range(len(one)):
+        before, after = one.read(number), two.read(number)
+        assert (before.content_hash, before.dataset_index) == (after.content_hash, after.dataset_index)
+        for name, values in before.arrays.items():
+            np.testing.assert_array_equal(after.arrays[name], values)
+    quarantined = [item["dataset_index"] for record in two.records() for item in record["quarantined"]]
+    assert quarantined == [5, 11, 5, 11]
+    assert sum(record["tail_mass"]["count"] for record in two.records()) == int(one.index["teacher_rows"].sum())
+    assert not verify_store(tmp_path / "b").damages
+
+
+def test_a_wrong_bit_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control of the comparison."""
+    write_store(tmp_path / "a", mode="bf16")
+    append = TarShardWriter.append
+
+    def damaging(self: TarShardWriter, item: Any) -> None:
+        item.arrays["tap_3"] = item.arrays["tap_3"].copy()
+        item.arrays["tap_3"][2, 1] ^= 1
+        append(self, item)
+
+    monkeypatch.setattr(TarShardWriter, "append", damaging)
+    with pytest.raises(StoreError, match=r"expected tap_3 as in .*read back other values"):
+        Conversion(tmp_path / "a", tmp_path / "b", layout="webdataset").run()
+    Conversion(tmp_path / "a", tmp_path / "c", layout="webdataset", check=False).run()
+
+
+def test_what_can_not_be_made_is_refused(tmp_path: Path) -> None:
+    write_store(tmp_path / "fp8", mode="fp8")
+    with pytest.raises(InputError, match="expected exact states to make int8 of, found fp8"):
+        Conversion(tmp_path / "fp8", tmp_path / "x", mode="int8")
+    Conversion(tmp_path / "fp8", tmp_path / "x", mode="int8", allow_lossy_source=True).run()
+    with pytest.raises(InputError, match="float32"):
+        Conversion(tmp_path / "fp8", tmp_path / "y", mode="float32", allow_lossy_source=True)
+    with pytest.raises(InputError, match="--shard-tokens"):
+        Conversion(tmp_path / "fp8", tmp_path / "y", shard_tokens=0)
+    with pytest.raises(ManifestMismatchError, match="layout: store has 'zarr', this job has 'webdataset'"):
+        Conversion(tmp_path / "fp8", tmp_path / "x", mode="int8", allow_lossy_source=True, layout="webdataset").run()
+    (tmp_path / "fp8" / "commit" / "index.json").unlink()
+    (tmp_path / "fp8" / "commit" / "00001.json").unlink()
+    with pytest.raises(StoreError, match="finished store"):
+        Conversion(tmp_path / "fp8", tmp_path / "y")
+    assert main(["convert", str(tmp_path / "x"), str(tmp_path / "y"), "--layout", "parquet"]) == 2
+
+
+def test_killed_and_rerun_equals_uninterrupted(tmp_path: Path) -> None:
+    many(tmp_path / "a", mode="lossless")
+    Conversion(tmp_path / "a", tmp_path / "whole", layout="webdataset", shard_tokens=50).run()
+    rng = np.random.default_rng(0)
+    kills = 0
+    for _ in range(60):
+        child = os.fork()
+        if child == 0:
+            try:
+                Conversion(tmp_path / "a", tmp_path / "cut", layout="webdataset", shard_tokens=50).run()
+            finally:
+                os._exit(0)
+        time.sleep(float(rng.uniform(0.005, 0.1)))
+        os.kill(child, signal.SIGKILL)
+        kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        if (tmp_path / "cut" / "commit" / "index.json").exists():
+            break
+    Conversion(tmp_path / "a", tmp_path / "cut", layout="webdataset", shard_tokens=50).run()
+    assert kills >= 2
+    assert shard_files(tmp_path / "cut") == shard_files(tmp_path / "whole")

@@ -1,0 +1,50 @@
+"""`draftcache convert`: copy a store into another layout, mode or shard size; what was written is read back."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `store.convert.Conversion`."""
+    parser.add_argument("source", help="directory, file://, s3:// or gs:// URL of a finished store")
+    parser.add_argument("target", help="the same, of the store to create or to go on with")
+    parser.add_argument("--layout", help="zarr or webdataset (default: the source's)")
+    parser.add_argument("--mode", help="bf16, lossless, int8 or fp8 (default: the source's)")
+    parser.add_argument("--shard-tokens", type=int, help="tokens per shard (default: the source's shards)")
+    parser.add_argument("--no-check", action="store_true", help="do not read back and compare")
+    parser.add_argument("--allow-lossy-source", action="store_true", help="convert from int8 or fp8 to another mode")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 0: the target is finished and, unless told otherwise, compared."""
+    from tqdm import tqdm
+
+    from store.codecs import MODES
+    from store.convert import Conversion
+    from store.errors import InputError
+    from store.manifest import LAYOUTS
+
+    for flag, value, choices in (("layout", arguments.layout, LAYOUTS), ("mode", arguments.mode, MODES)):
+        if value is not None and value not in choices:
+            raise InputError(f"--{flag}: expected one of {list(choices)}, found {value!r}")
+    conversion = Conversion(
+        arguments.source,
+        arguments.target,
+        layout=arguments.layout,
+        mode=arguments.mode,
+        shard_tokens=arguments.shard_tokens,
+        check=not arguments.no_check,
+        allow_lossy_source=arguments.allow_lossy_source,
+    )
+    with tqdm(unit="B", unit_scale=True, desc="convert") as bar:
+        summary = conversion.run(progress=lambda size: bar.update(size))
+    tokens = max(summary.tokens, 1)
+    print(
+        f"{arguments.target}: {summary.shards} of {len(conversion.plan)} shards written now, "
+        f"{summary.bytes_before / tokens:,.1f} -> {summary.bytes_after / tokens:,.1f} bytes/token, "
+        f"{summary.checked} conversations read back and compared"
+    )
+    for layer, error in summary.largest_error.items():
+        print(f"  tap {layer}: largest error of a conversation {error:.4f} of its channels' rms")
+    return 0

@@ -1,0 +1,195 @@
+"""`draftcache inspect`: what a store holds, in a second; or one conversation of it, decoded token by token."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+_BAR = 40
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which store, and which conversation of it if any."""
+    parser.add_argument("store", help="directory, file://, s3:// or gs:// URL of a store")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--conversation", type=int, metavar="N", help="decode the conversation N of the store's index")
+    which.add_argument("--split", help="decode a conversation of this split: needs --index")
+    parser.add_argument("--index", type=int, metavar="N", help="with --split: its number in the prepared dataset")
+    parser.add_argument("--rows", metavar="A,B", help="tokens A .. B-1 of the conversation (default: the first 64)")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer, to show tokens as text")
+    parser.add_argument("--allow-partial", action="store_true", help="accept a store whose capture has not finished")
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 0. Raises InputError for flags that do not go together."""
+    from store.errors import InputError
+    from tools.inspection import summarise
+
+    if (arguments.split is None) != (arguments.index is None):
+        raise InputError("expected --split and --index together, found one of them")
+    if arguments.conversation is None and arguments.split is None:
+        for flag in ("rows", "tokenizer"):
+            if getattr(arguments, flag) is not None:
+                raise InputError(f"--{flag}: expected --conversation, or --split and --index, beside it, found neither")
+        result = summarise(arguments.store, allow_partial=arguments.allow_partial)
+        print(json.dumps(result, indent=2) if arguments.json else format_summary(result))
+        return 0
+    result = _conversation(arguments)
+    print(json.dumps(result, indent=2) if arguments.json else format_conversation(result))
+    return 0
+
+
+def _conversation(arguments: argparse.Namespace) -> dict[str, Any]:
+    from store.reader import StoreReader
+    from tools.inspection import decode_conversation, find_conversation, token_text
+
+    rows = None if arguments.rows is None else parse_rows(arguments.rows)
+    text = None if arguments.tokenizer is None else token_text(arguments.tokenizer)
+    reader = StoreReader(arguments.store, allow_partial=arguments.allow_partial)
+    try:
+        number = arguments.conversation
+        if number is None:
+            number = find_conversation(reader, arguments.split, arguments.index)
+        return decode_conversation(reader, number, rows=rows, text=text)
+    finally:
+        reader.close()
+
+
+def parse_rows(text: str) -> tuple[int, int]:
+    """`A,B` as two numbers. Raises InputError."""
+    from store.errors import InputError
+
+    first, comma, last = text.partition(",")
+    if not comma or not first.strip().isdigit() or not last.strip().isdigit():
+        raise InputError(f"--rows: expected A,B, two numbers of tokens, found {text!r}")
+    return int(first), int(last)
+
+
+def format_summary(found: dict[str, Any]) -> str:
+    """Of `tools.inspection.summarise`."""
+    verifier, sizes = found["verifier"], found["bytes"]
+    lines = [
+        f"store       {found['store']}",
+        f"verifier    {verifier.get('name')} ({verifier.get('architecture')}, hidden {verifier.get('hidden_size')}, "
+        f"vocabulary {verifier.get('vocab_size')}), ran in {found['compute_dtype']}",
+        *(
+            f"tap         output of block {tap['layer']} = HF hidden_states[{tap['hf_hidden_states_index']}] = "
+            f"vLLM aux id {tap['vllm_aux_id']}"
+            for tap in found["taps"]
+        ),
+        f"form        mode {found['mode']}, layout {found['layout']}, window {found['window'] or 'none'}, "
+        f"top-k {found['top_k']}",
+        f"draft vocab {found['draft_vocab_size']:,} of {verifier.get('vocab_size')}, {found['draft_vocab_hash']}",
+        f"SSM state   {_pairs(found['ssm']) if found['ssm'] else 'none: the verifier has no Mamba block'}",
+        f"shards      {found['shards_committed']:,} of {found['shards_planned']:,} committed",
+        "",
+        f"{'split':<20} {'conversations':>14} {'tokens':>16}",
+        *(
+            f"{name:<20} {row['conversations']:>14,} {row['tokens']:>16,}"
+            for name, row in {
+                **found["splits"],
+                "all": {"conversations": found["conversations"], "tokens": found["tokens"]},
+            }.items()
+        ),
+        "",
+        f"loss        {found['loss_tokens']:,} tokens ({found['loss_fraction']:.1%}), "
+        f"teacher at {found['teacher_positions']:,} positions",
+        f"reach       {found['rows']:,} rows kept, {found['reach_saved']:.1%} saved",
+        *_format_lengths(found["lengths"]),
+        "",
+        *_format_bytes(sizes),
+        "",
+        _format_tail(found["tail_mass"]),
+        *(
+            f"tap norm    block {layer}: rms {row['rms']:.4g}, log-sigma {row['log_sigma']:.3f} over "
+            f"{row['conversations']:,} conversations"
+            for layer, row in found["tap_norms"].items()
+        ),
+        f"quarantined {len(found['quarantined'])} conversations",
+        *(f"  {item['split']}[{item['dataset_index']}] {item['reason']}" for item in found["quarantined"]),
+    ]
+    return "\n".join(lines)
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _format_lengths(lengths: dict[str, Any]) -> list[str]:
+    if not lengths["bins"]:
+        return ["lengths     none"]
+    most = max(item["count"] for item in lengths["bins"])
+    return [
+        f"lengths     min {lengths['min']:,}, mean {lengths['mean']:,.0f}, p50 {lengths['p50']:,.0f}, "
+        f"p90 {lengths['p90']:,.0f}, max {lengths['max']:,} tokens",
+        *(
+            f"  {item['from']:>9,} .. {item['to'] - 1:<9,} {item['count']:>9,} "
+            f"{'#' * (-(-item['count'] * _BAR // most))}"
+            for item in lengths["bins"]
+        ),
+    ]
+
+
+def _format_bytes(sizes: dict[str, Any]) -> list[str]:
+    total = sizes["shards"] or 1
+    return [
+        f"{'array':<24} {'bytes':>18} {'per token':>12} {'share':>7}",
+        *(
+            f"{name:<24} {row['bytes']:>18,} {row['per_token']:>12,.2f} {row['bytes'] / total:>7.1%}"
+            for name, row in sizes["arrays"].items()
+        ),
+        f"{'all shards':<24} {sizes['shards']:>18,} {sizes['per_token']:>12,.2f}",
+        *(f"{name:<24} {size:>18,}" for name, size in sizes["files"].items()),
+        f"{'total':<24} {sizes['total']:>18,}  ({sizes['total'] / 1e9:,.3f} GB)",
+    ]
+
+
+def _format_tail(tail: dict[str, Any] | None) -> str:
+    if tail is None:
+        return "tail mass   not recorded"
+    return (
+        f"tail mass   mean {tail['mean']:.3g}, largest p99 of a shard {tail['max_p99']:.3g}: probability, within the "
+        f"draft vocabulary, beyond the stored top-k ({tail['count']:,} positions)"
+    )
+
+
+def format_conversation(found: dict[str, Any]) -> str:
+    """Of `tools.inspection.decode_conversation`. Teacher columns are about the token that follows."""
+    first, last = found["shown"]
+    layers = [str(layer) for layer in found["layers"]]
+    with_text = any(row["text"] is not None for row in found["table"])
+    head = f"{'pos':>7} {'id':>7} " + (f"{'text':<16} " if with_text else "") + "loss "
+    head += "".join(f"{'rms ' + layer:>9} " for layer in layers) + f"{'p(next)':>8} {'tail':>8}  teacher"
+    lines = [
+        f"conversation {found['conversation']} = {found['split']}[{found['dataset_index']}] {found['content_hash']} in "
+        f"shard {found['shard']}",
+        f"{found['tokens']:,} tokens, {found['loss_tokens']:,} with loss, {found['rows']:,} rows, "
+        f"{found['teacher_rows']:,} teacher positions; tokens {first} .. {last - 1}:",
+        "",
+        head,
+    ]
+    for row in found["table"]:
+        cells = f"{row['position']:>7} {row['token_id']:>7} " + (f"{_shown(row['text']):<16} " if with_text else "")
+        cells += f"{'x' if row['loss'] else '':>4} "
+        cells += "".join(f"{'-' if row['taps'] is None else format(row['taps'][name], '.4g'):>9} " for name in layers)
+        lines.append((cells + _format_teacher(row["teacher"])).rstrip())
+    return "\n".join(lines)
+
+
+def _format_teacher(teacher: dict[str, Any] | None) -> str:
+    if teacher is None:
+        return ""
+    choices = "  ".join(
+        f"{item['token_id'] if item['text'] is None else _shown(item['text'])} {item['probability']:.3f}"
+        for item in teacher["choices"]
+    )
+    return f"{teacher['next_token_probability']:>8.4f} {teacher['tail_mass']:>8.1e}  {choices}"
+
+
+def _shown(text: str) -> str:
+    """Line breaks and other control characters escaped, cut to a cell."""
+    escaped = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return f"'{escaped if len(escaped) <= 14 else escaped[:13] + '…'}'"

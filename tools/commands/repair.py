@@ -1,0 +1,39 @@
+"""`draftcache repair`: take damaged shards out of a store, so that the capture command makes just those again."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of verify and repair."""
+    parser.add_argument("store", help="directory, file://, s3:// or gs:// URL of a store")
+    parser.add_argument("--quick", action="store_true", help="look for missing and cut files only")
+    parser.add_argument("--workers", type=int, help="processes for the search (default: one per CPU)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 0: nothing was damaged, or the store is whole again; 1: capture has shards to make again."""
+    from tqdm import tqdm
+
+    from store.repair import repair_store
+    from store.verify import verify_store
+
+    with tqdm(unit="B", unit_scale=True, desc="verify") as bar:
+        report = verify_store(
+            arguments.store, quick=arguments.quick, workers=arguments.workers, progress=lambda size: bar.update(size)
+        )
+    if not report.damages:
+        print(f"{report.location}: nothing is damaged, nothing was changed")
+        return 0
+    for damage in report.damages:
+        print(f"damaged {damage.name}: {damage.problem}")
+    repair = repair_store(arguments.store, report)
+    if repair.directory:
+        print(
+            f"{report.location}: shards {repair.shards} and files {repair.files} now lie in {repair.directory}; "
+            "run the same capture command to make them again"
+        )
+    if repair.index_rebuilt:
+        print(f"{report.location}: index.npy was made again from the shards")
+    return 1 if repair.directory else 0

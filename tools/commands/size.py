@@ -1,0 +1,270 @@
+"""`draftcache size`: bytes and wall time of a store, before anything runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tools.sizing import Counts
+
+_DRAFT_VOCAB = 32_000
+_UNITS = ((86400, "d"), (3600, "h"), (60, "min"))
+
+
+def _count(text: str) -> int:
+    return int(float(text))  # 450e6 is easier to read than its zeros
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What would be captured, of which verifier, how it would be stored, and on what it would run."""
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--dataset", type=Path, help="prepared dataset: counts are its own")
+    what.add_argument("--tokens", type=_count, help="tokens, for a guess without a dataset (450e6): needs the next")
+    parser.add_argument("--loss-fraction", type=float, help="with --tokens: share of tokens that the assistant wrote")
+    parser.add_argument("--mean-length", type=_count, default=8192, help="with --tokens: per conversation")
+    shape = parser.add_mutually_exclusive_group(required=True)
+    shape.add_argument("--verifier", type=Path, help="its directory: config.json is read")
+    shape.add_argument("--hidden-size", type=int, help="without a verifier at hand")
+    parser.add_argument("--layers", type=_layers, default=(2, 26, 48), help="taps (default: 2,26,48)")
+    parser.add_argument("--top-k", type=int, default=64, help="teacher logits per position (default: 64)")
+    parser.add_argument("--draft-vocab-size", type=_count, help="default: the dataset's map, else 32000")
+    parser.add_argument("--window", type=int, default=4096, help="rows beyond it are dropped; 0 keeps all")
+    parser.add_argument("--mode", help="only this mode (default: all, side by side)")
+    parser.add_argument("--layout", choices=("zarr", "webdataset"), default="zarr", help="form of the shards")
+    parser.add_argument("--shard-tokens", type=_count, default=65_536, help="tokens per shard (default: 65536)")
+    parser.add_argument("--tokens-per-second", type=float, help="the verifier's rate, where it was measured")
+    parser.add_argument("--gpu", choices=("h100", "h200", "a100"), default="h100", help="else: estimate for one of it")
+    parser.add_argument("--disk-gb-s", type=float, default=1.0, help="rate of writing, in 1e9 bytes (default: 1.0)")
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 0. Raises InputError for values that do not fit together."""
+    result = size(arguments)
+    print(json.dumps(result, indent=2) if arguments.json else format_sizes(result))
+    return 0
+
+
+def size(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Counts, compute time, bytes and times per mode, and peers' bytes, as JSON values."""
+    from store.codecs import MODES
+    from store.errors import InputError
+    from tools.sizing import count_dataset, frozen_bytes, guess_counts, peer_bytes
+
+    config = _config(arguments.verifier)
+    hidden = int(config["hidden_size"]) if config else arguments.hidden_size
+    _require_settings(arguments, hidden, config)
+    if arguments.mode is not None and arguments.mode not in MODES:
+        raise InputError(f"--mode: expected one of {list(MODES)}, found {arguments.mode!r}")
+    vocab_size = config.get("vocab_size")
+    if arguments.dataset is None:
+        if arguments.loss_fraction is None:
+            raise InputError("--tokens: expected --loss-fraction beside it, found none")
+        counts = guess_counts(arguments.tokens, arguments.loss_fraction, arguments.mean_length, arguments.shard_tokens)
+        draft_vocab = arguments.draft_vocab_size or _DRAFT_VOCAB
+    else:
+        from capture.token_dataset import TokenDataset
+
+        dataset = TokenDataset.open(arguments.dataset)
+        counts = count_dataset(dataset, arguments.window or None, arguments.shard_tokens)
+        draft_vocab = arguments.draft_vocab_size or _dataset_draft_vocab(dataset.path)
+        vocab_size = vocab_size or dataset.vocab_size
+    if arguments.top_k > draft_vocab:
+        raise InputError(f"--top-k: expected at most the draft vocabulary's {draft_vocab}, found {arguments.top_k}")
+    compute = _compute(arguments, config, counts)
+    frozen = frozen_bytes(hidden, vocab_size, draft_vocab) if vocab_size else 0
+    modes = [arguments.mode] if arguments.mode else list(MODES)
+    tokens = round(counts.tokens.sum())
+    return {
+        "counts": counts.to_json(),
+        "settings": {
+            "hidden_size": hidden,
+            "layers": list(arguments.layers),
+            "top_k": arguments.top_k,
+            "draft_vocab_size": draft_vocab,
+            "window": arguments.window or None,
+            "layout": arguments.layout,
+            "shard_tokens": arguments.shard_tokens,
+            "disk_gb_s": arguments.disk_gb_s,
+        },
+        "compute": compute,
+        "frozen_bytes": frozen,
+        "modes": {mode: _mode(arguments, mode, counts, hidden, draft_vocab, frozen, compute) for mode in modes},
+        "peers": {
+            name: {"bytes": total, "bytes_per_token": total / tokens}
+            for name, total in peer_bytes(tokens, len(arguments.layers), hidden).items()
+        },
+    }
+
+
+def _config(verifier: Path | None) -> dict[str, Any]:
+    """The verifier's config.json, that of its text part where it has several; empty without a verifier."""
+    from store.errors import InputError
+    from store.files import read_json
+
+    if verifier is None:
+        return {}
+    found = read_json(verifier / "config.json")
+    config = found.get("text_config", found) if isinstance(found, dict) else None
+    if not isinstance(config, dict) or not isinstance(config.get("hidden_size"), int):
+        raise InputError(f"{verifier / 'config.json'}: expected a model's config with hidden_size, found none")
+    return config
+
+
+def _require_settings(arguments: argparse.Namespace, hidden: int, config: Mapping[str, Any]) -> None:
+    from store.errors import InputError
+
+    layers = arguments.layers
+    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
+        raise InputError(f"--layers: expected ascending, distinct block numbers >= 0, found {list(layers)}")
+    blocks = config.get("num_hidden_layers") or len(config.get("layers_block_type") or ())
+    if blocks and layers[-1] >= blocks:
+        raise InputError(f"--layers: expected blocks 0 to {blocks - 1} of {arguments.verifier}, found {list(layers)}")
+    least = {"hidden_size": 1, "top_k": 1, "shard_tokens": 1, "draft_vocab_size": 1, "window": 0}
+    for name, low in least.items():
+        value = hidden if name == "hidden_size" else getattr(arguments, name)
+        if value is not None and value < low:
+            raise InputError(f"--{name.replace('_', '-')}: expected at least {low}, found {value}")
+    for name in ("tokens_per_second", "disk_gb_s"):
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise InputError(f"--{name.replace('_', '-')}: expected a rate above 0, found {value}")
+
+
+def _dataset_draft_vocab(dataset: Path) -> int:
+    from capture.token_dataset import VOCAB_MAP
+    from store.vocab_map import VocabMap
+
+    return len(VocabMap.load(dataset / VOCAB_MAP)) if (dataset / VOCAB_MAP).is_file() else _DRAFT_VOCAB
+
+
+def _compute(arguments: argparse.Namespace, config: Mapping[str, Any], counts: Counts) -> dict[str, Any] | None:
+    """Seconds of the verifier's forward passes, by the rate given or by FLOPs; None where neither is known."""
+    from tools.sizing import FORWARD_SHARE, GPU_TFLOPS, verifier_flops
+
+    tokens = float(counts.tokens.sum())
+    if arguments.tokens_per_second:
+        rate = arguments.tokens_per_second
+        return {"seconds": tokens / rate, "tokens_per_second": rate, "basis": "the rate given by --tokens-per-second"}
+    flops = verifier_flops(config)
+    if flops is None:
+        return None
+    total, ceiling = flops.total(counts.tokens, float(counts.teacher.sum())), GPU_TFLOPS[arguments.gpu] * 1e12
+    seconds = total / (ceiling * FORWARD_SHARE)
+    return {
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "flops_per_token": total / tokens,
+        "floor_seconds": total / ceiling,
+        "basis": f"ESTIMATE for one {arguments.gpu.upper()}: {total / tokens / 1e9:.2f} GFLOP per token by the "
+        f"verifier's config, at {FORWARD_SHARE:.0%} of {GPU_TFLOPS[arguments.gpu]:.0f} TFLOP/s of matmul (the share "
+        "that a Hugging Face forward of a 30B-A3B NemotronH reached on an H100 at 32k tokens; at 1k tokens, a third "
+        "of that). Measure your own and give --tokens-per-second",
+    }
+
+
+def _mode(
+    arguments: argparse.Namespace,
+    mode: str,
+    counts: Counts,
+    hidden: int,
+    draft_vocab: int,
+    frozen: int,
+    compute: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    from tools.sizing import shard_bytes, specs_of
+
+    specs = specs_of(
+        mode, layers=arguments.layers, hidden_size=hidden, draft_vocab_size=draft_vocab, top_k=arguments.top_k
+    )
+    arrays = shard_bytes(counts, specs, arguments.layout)
+    shards = sum(arrays.values())
+    total = shards + frozen + arrays["index.npy"]  # the whole store's index repeats the shards'
+    write = total / (arguments.disk_gb_s * 1e9)
+    seconds = None if compute is None else max(write, compute["seconds"])
+    return {
+        "shard_bytes": round(shards),
+        "bytes": round(total),
+        "bytes_per_token": shards / float(counts.tokens.sum()),
+        "arrays": {name: round(value) for name, value in arrays.items()},
+        "write_seconds": write,
+        "wall_seconds": seconds,
+        "limit": None if seconds is None else "compute" if seconds > write else "writing",
+    }
+
+
+def format_sizes(found: dict[str, Any]) -> str:
+    """Of `size`."""
+    counts, settings, compute = found["counts"], found["settings"], found["compute"]
+    spec_forge = found["peers"]["SpecForge"]["bytes"]
+    saved = 1 - counts["rows"] / counts["tokens"]
+    lines = [
+        f"{counts['conversations']:,} conversations, {counts['tokens']:,} tokens, "
+        f"{counts['loss_tokens'] / counts['tokens']:.1%} with loss, {counts['rows']:,} rows ({saved:.1%} saved by "
+        f"window {settings['window'] or 'none'}), {counts['teacher_positions']:,} teacher positions",
+        f"counts: {counts['basis']}",
+        f"{settings['layout']}, {counts['shards']:,} shards, taps {settings['layers']} of hidden size "
+        f"{settings['hidden_size']}, top-{settings['top_k']} of {settings['draft_vocab_size']:,}",
+        _format_compute(compute),
+        "",
+        f"{'':<12} {'B/token':>10} {'total':>12} {'SpecForge /':>12} {'writing':>10} {'wall':>10}  limit",
+    ]
+    for mode, row in found["modes"].items():
+        wall = "?" if row["wall_seconds"] is None else duration(row["wall_seconds"])
+        lines.append(
+            f"{mode:<12} {row['bytes_per_token']:>10,.0f} {byte_text(row['bytes']):>12} "
+            f"{spec_forge / row['bytes']:>11.2f}x {duration(row['write_seconds']):>10} {wall:>10}  "
+            f"{row['limit'] or '?'}"
+        )
+    for name, row in found["peers"].items():
+        write = duration(row["bytes"] / settings["disk_gb_s"] / 1e9)
+        lines.append(
+            f"{name:<12} {row['bytes_per_token']:>10,.0f} {byte_text(row['bytes']):>12} "
+            f"{spec_forge / row['bytes']:>11.2f}x {write:>10}"
+        )
+    frozen = found["frozen_bytes"]
+    lines += [
+        "",
+        (
+            f"Totals hold {byte_text(frozen)} of frozen weights."
+            if frozen
+            else "Totals are without frozen weights: no --verifier, so the vocabulary's size is not known."
+        )
+        + f" Writing at {settings['disk_gb_s']:g} GB/s beside compute: wall is the larger of the two. Peers (formulas "
+        "of their formats): the last state instead of top-k, every row, no compression.",
+    ]
+    return "\n".join(lines)
+
+
+def _format_compute(compute: dict[str, Any] | None) -> str:
+    if compute is None:
+        return "compute: not known without a --verifier of a kind whose FLOPs we count; give --tokens-per-second"
+    floor = f", floor {duration(compute['floor_seconds'])}" if "floor_seconds" in compute else ""
+    return (
+        f"compute: {duration(compute['seconds'])} at {compute['tokens_per_second']:,.0f} tok/s{floor}; "
+        f"{compute['basis']}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """In the largest unit that gives at least 1."""
+    for size_s, unit in _UNITS:
+        if seconds >= size_s:
+            return f"{seconds / size_s:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def byte_text(size_bytes: float) -> str:
+    """In decimal units."""
+    for size_b, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size_bytes >= size_b:
+            return f"{size_bytes / size_b:.2f} {unit}"
+    return f"{size_bytes:.0f} B"

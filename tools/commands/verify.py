@@ -1,0 +1,47 @@
+"""`draftcache verify`: is a store what was committed? Names what is damaged, down to the conversation."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `store.verify.verify_store`."""
+    parser.add_argument("store", help="directory, file://, s3:// or gs:// URL of a store")
+    parser.add_argument("--quick", action="store_true", help="only commit records and file sizes; reads no array")
+    parser.add_argument("--allow-partial", action="store_true", help="accept a store whose capture has not finished")
+    parser.add_argument("--workers", type=int, help="processes (default: one per CPU)")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 1 for a store that is damaged, or unfinished without --allow-partial."""
+    from tqdm import tqdm
+
+    from store.verify import verify_store
+
+    with tqdm(unit="B", unit_scale=True, desc="verify", disable=arguments.json) as bar:
+        report = verify_store(
+            arguments.store, quick=arguments.quick, workers=arguments.workers, progress=lambda size: bar.update(size)
+        )
+    good = not report.damages and (report.finished or arguments.allow_partial)
+    if arguments.json:
+        print(json.dumps(report.to_json(), indent=2))
+        return 0 if good else 1
+    for damage in report.damages:
+        print(f"DAMAGED {damage.name}: {damage.problem}")
+        for item in damage.conversations:
+            print(f"  touches {item['split']}[{item['dataset_index']}] {item['content_hash']}")
+    for name in report.strays:
+        print(f"stray   {name}: no commit record names it")
+    print(
+        f"{report.location}: {report.committed} of {report.shards} shards committed, {report.conversations:,} "
+        f"conversations, {report.bytes / 1e9:.3f} GB, {len(report.damages)} damages in "
+        f"{len(report.damaged_shards)} shards" + (" (quick: sizes and records only)" if report.quick else "")
+    )
+    if report.damages:
+        print("Run `draftcache repair` to take the damaged shards out, then the capture command to make them again.")
+    elif not report.finished:
+        print("The capture has not finished: run its command again.")
+    return 0 if good else 1
