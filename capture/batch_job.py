@@ -1,90 +1,46 @@
-"""The capture job: prepared conversations -> verifier -> gates -> committed shards.
+"""The capture job of one worker: prepared conversations -> verifier -> gates -> committed shards.
 
-The plan (which conversation goes into which shard) is a pure function of the dataset and `--shard-tokens`, so a
-killed job resumes by skipping committed shards, and the finished store is the same as an uninterrupted one's.
+Any number of workers may run on one store, on any number of machines. They share nothing but the store: a shard is
+taken by its lock (where the storage has locks) and published by its commit record, which the first writer wins. A
+killed worker's shard is taken by whoever comes next, and the finished store does not depend on who did what.
 """
 
 from __future__ import annotations
 
 import platform
 import time
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from safetensors.torch import save_file
-from tqdm import tqdm
 
+from capture.calibration import calibrate
 from capture.config import CaptureConfig
-from capture.gates import Gates
+from capture.progress import CaptureSummary, JobProgress, Line
+from capture.shard_capture import ShardCapture
+from capture.shard_worker import POLL_S, ShardWorker, WorkerRole
 from capture.ssm_precision import enforce_contract
-from capture.teacher_topk import teacher_signal
-from capture.token_dataset import TokenDataset
-from capture.verifier import (
-    choose_device,
-    choose_dtype,
-    describe_verifier,
-    load_verifier,
-)
-from store.commits import read_record
-from store.errors import GateError, InputError
-from store.files import atomic_path
+from capture.stopping import StopRequest
+from capture.verifier import choose_device, choose_dtype, describe_verifier, load_verifier
+from capture.work_plan import WorkPlan
+from store.errors import InputError, ManifestMismatchError
 from store.manifest import StoreManifest, Tap
-from store.reader import FROZEN_NAME, VOCAB_MAP_NAME, shard_name
-from store.rows import rows_in_reach, teacher_positions
-from store.schema import Conversation, tap_name
+from store.reader import FROZEN_NAME, VOCAB_MAP_NAME
+from store.storage import open_storage
 from store.vocab_map import VocabMap
 from store.writer import StoreWriter
 
 
-@dataclass(frozen=True)
-class ShardPlan:
-    """One shard's conversations: numbers `first .. last` of one split, and how many tokens they have."""
-
-    split: int
-    first: int
-    last: int
-    tokens: int
-
-
-@dataclass
-class CaptureSummary:
-    """What one run of the job did, and what the store holds now."""
-
-    shards: int = 0
-    tokens: int = 0
-    payload_bytes: int = 0
-    seconds: float = 0.0
-    quarantined: list[dict[str, Any]] = field(default_factory=list)
-
-
-def plan_shards(dataset: TokenDataset, splits: tuple[str, ...], shard_tokens: int) -> list[ShardPlan]:
-    """Fill shards in the dataset's order until each holds at least `shard_tokens`; no shard spans two splits."""
-    plan = []
-    for split, name in enumerate(splits):
-        lengths = np.asarray(dataset.split(name).conversations["tokens"])
-        first, tokens = 0, 0
-        for number, length in enumerate(lengths):
-            tokens += int(length)
-            if tokens >= shard_tokens or number + 1 == len(lengths):
-                plan.append(ShardPlan(split=split, first=first, last=number + 1, tokens=tokens))
-                first, tokens = number + 1, 0
-    return plan
-
-
 class CaptureJob:
-    """Loads what the job needs, refuses what does not fit together, then runs the shards that are missing."""
+    """Loads what the job needs, refuses what does not fit together, then runs shards until none is missing."""
 
     def __init__(self, config: CaptureConfig) -> None:
         self.config = config
-        self.dataset = TokenDataset.open(config.dataset)
-        self.splits = config.splits or tuple(self.dataset.splits)
-        unknown = [name for name in self.splits if name not in self.dataset.splits]
-        if unknown:
-            raise InputError(f"{config.dataset}: expected splits among {list(self.dataset.splits)}, found {unknown}")
+        self.work = WorkPlan.of(config)
         self.vocab_map = VocabMap.load(config.vocab_map or config.dataset / VOCAB_MAP_NAME)
         if config.top_k > len(self.vocab_map):
             raise InputError(
@@ -98,8 +54,7 @@ class CaptureJob:
         self._require_fit()
         self.ssm = enforce_contract(self.verifier.model, config.verifier, allow_fallback=config.allow_fallback)
         self.self_check = self.verifier.self_check(config.layers)
-        self.plan = plan_shards(self.dataset, self.splits, config.shard_tokens)
-        self.manifest = self._manifest()
+        self.storage = open_storage(config.output)
 
     def _require_fit(self) -> None:
         verifier, config = self.verifier, self.config
@@ -109,7 +64,7 @@ class CaptureJob:
                 f"found {list(config.layers)}"
             )
         for name, size in (
-            ("dataset", self.dataset.vocab_size),
+            ("dataset", self.work.dataset.vocab_size),
             ("vocabulary map", self.vocab_map.vocab_size),
         ):
             if size > verifier.vocab_size:
@@ -118,23 +73,25 @@ class CaptureJob:
                     f"found {size}; it was prepared with another tokenizer"
                 )
 
-    def _manifest(self) -> StoreManifest:
-        config = self.config
+    def settings(self) -> StoreManifest:
+        """The store's manifest, but for what the calibration measures."""
+        config, work = self.config, self.work
         return StoreManifest(
             verifier=describe_verifier(config.verifier, self.verifier),
-            tokenizer_hash=self.dataset.tokenizer_hash,
-            chat_template_hash=self.dataset.chat_template_hash,
-            dataset_hash=self.dataset.content_hash(self.splits),
-            splits=self.splits,
+            tokenizer_hash=work.dataset.tokenizer_hash,
+            chat_template_hash=work.dataset.chat_template_hash,
+            dataset_hash=work.dataset.content_hash(work.splits),
+            splits=work.splits,
             taps=tuple(Tap(layer=layer) for layer in config.layers),
-            tap_dtype=config.tap_dtype,
+            mode=config.mode,
+            layout=config.layout,
             compute_dtype=str(self.dtype).removeprefix("torch."),
             window=config.window or None,
             top_k=config.top_k,
             draft_vocab_size=len(self.vocab_map),
             draft_vocab_hash=self.vocab_map.hash,
             shard_tokens=config.shard_tokens,
-            shards=len(self.plan),
+            shards=len(work.shards),
             ssm=self.ssm,
             provenance=self._provenance(),
         )
@@ -150,108 +107,50 @@ class CaptureJob:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
 
-    def run(self) -> CaptureSummary:
-        """Write every shard that is not committed yet, then the store's index."""
-        summary = CaptureSummary()
-        with StoreWriter(self.config.output, self.manifest, self._write_files) as writer:
-            done = writer.committed()
-            missing = [shard for shard in range(len(self.plan)) if shard not in done]
-            if missing:
-                writer.discard_index()
-            total = sum(self.plan[shard].tokens for shard in missing)
-            started = time.monotonic()
-            with tqdm(total=total, unit="tok", unit_scale=True, desc="capture", disable=not missing) as bar:
-                for shard in missing:
-                    self._run_shard(writer, shard, summary, bar)
-            summary.seconds = time.monotonic() - started
-            writer.finish()
-        return summary
+    def run(self, stop: StopRequest | None = None) -> CaptureSummary:
+        """All that is missing, by this worker alone or beside others; returns when the store is whole."""
+        stop = stop or StopRequest(self.config.grace_seconds)
+        with JobProgress(self.work, self.storage) as progress:
+            self.run_worker(WorkerRole(report=lambda event: progress.take(0, event), stop=stop))
+        return progress.summary()
 
-    def _run_shard(self, writer: StoreWriter, shard: int, summary: CaptureSummary, bar: Any) -> None:
-        plan = self.plan[shard]
-        gates = self._gates_before(shard)
-        tokens = self.dataset.split(self.splits[plan.split])
-        kept: list[Conversation] = []
-        quarantined: list[dict[str, Any]] = []
-        tails: list[np.ndarray[Any, Any]] = []
-        for number in range(plan.first, plan.last):
-            token_ids, loss_mask, content_hash = tokens[number]
+    def run_worker(self, role: WorkerRole) -> None:
+        """Be one of a command's workers; returns when no shard is missing and the index is written.
+
+        Raises CaptureStopped when `role.stop` says so: what is committed stays, what was begun is removed.
+        """
+        manifest = self.agree_on_manifest(role)
+        shards = ShardCapture(self.config, self.work, self.verifier, self.vocab_map, manifest)
+        with StoreWriter(self.config.output, manifest, self._write_files) as writer:
+            ShardWorker(self.work, shards, writer, role, self._provenance).run()
+
+    def agree_on_manifest(self, role: WorkerRole) -> StoreManifest:
+        """The settings with the store's calibration: the first job makes it, all others take it over.
+
+        Raises ManifestMismatchError naming the fields where the store was made with other settings.
+        """
+        settings = self.settings()
+        while not StoreManifest.exists(self.storage):
+            calibrating = self.storage.lock("calibrate")
+            if calibrating is None:
+                role.stop.wait(POLL_S)
+                continue
             try:
-                arrays = self.capture_one(token_ids, loss_mask, gates)
-            except GateError as exc:
-                quarantined.append(
-                    {
-                        "split": self.splits[plan.split],
-                        "dataset_index": number,
-                        "content_hash": content_hash,
-                        "reason": str(exc),
-                    }
-                )
-                bar.write(f"quarantined {self.splits[plan.split]}[{number}]: {exc}")
-            else:
-                tails.append(tail_mass(arrays))
-                kept.append(
-                    Conversation(content_hash=content_hash, split=plan.split, dataset_index=number, arrays=arrays)
-                )
-            bar.update(len(token_ids))
-            bar.set_postfix_str(f"{summary.payload_bytes / 1e9:.2f} GB, {len(summary.quarantined)} quarantined")
-        summary.payload_bytes += writer.write_shard(
-            shard,
-            kept,
-            {
-                "tokens": plan.tokens,
-                "quarantined": quarantined,
-                "gates": gates.to_json(),
-                "tail_mass": _describe(np.concatenate(tails) if tails else np.empty(0)),
-                "provenance": self._provenance(),
-            },
-        )
-        summary.shards += 1
-        summary.tokens += plan.tokens
-        summary.quarantined += quarantined
+                if not StoreManifest.exists(self.storage):
+                    self._begin_store(settings, role)
+            finally:
+                calibrating.release()
+        stored = StoreManifest.load(self.storage)
+        stored.require_same(settings, self.storage.describe(), calibrated=False)
+        return settings.with_calibration_of(stored)
 
-    def _gates_before(self, shard: int) -> Gates:
-        """Bands as they stood after the shard before this one, so that a resumed job judges alike."""
-        record = read_record(self.config.output, shard_name(shard - 1)) if shard else None
-        return Gates.from_json(record["gates"]) if record else Gates()
-
-    def capture_one(
-        self, token_ids: np.ndarray[Any, Any], loss_mask: np.ndarray[Any, Any], gates: Gates
-    ) -> dict[str, np.ndarray[Any, Any]]:
-        """Arrays of `store.schema` for one conversation. Raises GateError."""
-        config = self.config
-        positions = rows_in_reach(loss_mask, config.window or None)
-        teacher = teacher_positions(loss_mask)
-        if teacher.size == 0:
-            raise GateError("expected an assistant turn of at least two tokens after the first token, found none")
-        ids = torch.from_numpy(token_ids.astype(np.int64)).to(self.device)
-        states = self.verifier.forward(ids, config.layers)
-        rows = torch.from_numpy(positions).to(self.device)
-        places = torch.from_numpy(teacher).to(self.device)
-        taps = {layer: states.taps[layer][rows] for layer in config.layers}
-        final = states.final[places]
-        gates.check(taps, final)
-        signal = teacher_signal(
-            final,
-            ids[places + 1],
-            self.verifier.head,
-            torch.from_numpy(self.vocab_map.target_ids).to(self.device),
-            top_k=config.top_k,
-            head_slice=config.head_slice,
-        )
-        return {
-            "token_ids": token_ids.astype(np.uint32),
-            "loss_mask": loss_mask.astype(np.uint8),
-            "positions": positions.astype(np.int32),
-            "teacher_positions": teacher.astype(np.int32),
-            **{tap_name(layer): self._stored(tap) for layer, tap in taps.items()},
-            **{name: value.cpu().numpy() for name, value in signal.items()},
-        }
-
-    def _stored(self, tap: torch.Tensor) -> np.ndarray[Any, Any]:
-        if self.config.tap_dtype == "float32":
-            return np.asarray(tap.float().cpu().numpy())
-        return np.asarray(tap.to(torch.bfloat16).view(torch.uint16).cpu().numpy())
+    def _begin_store(self, settings: StoreManifest, role: WorkerRole) -> None:
+        role.report(Line("calibrating: one pass over some conversations, for the norms that the gates expect"))
+        measured = calibrate(self.config, self.work, self.verifier)
+        manifest = replace(settings, norm_bands=measured.norm_bands, channel_scales=measured.channel_scales)
+        # In an object store two jobs may come this far. One manifest is created; the other job's bands are not its.
+        with suppress(ManifestMismatchError), StoreWriter(self.config.output, manifest, self._write_files):
+            pass
 
     def _write_files(self, root: Path) -> list[Path]:
         """Frozen weights that a trainer needs, so that it never loads the verifier; and the vocabulary map."""
@@ -264,22 +163,6 @@ class CaptureJob:
             "norm": norm,
             "lm_head": verifier.head.weight[target_ids],
         }
-        with atomic_path(root / FROZEN_NAME) as partial:
-            save_file({name: value.detach().contiguous().cpu() for name, value in tensors.items()}, partial)
+        save_file({name: value.detach().contiguous().cpu() for name, value in tensors.items()}, root / FROZEN_NAME)
         self.vocab_map.save(root / VOCAB_MAP_NAME)
         return [root / FROZEN_NAME, root / VOCAB_MAP_NAME]
-
-
-def tail_mass(arrays: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
-    """tau [P] float32: draft-vocabulary probability that the stored top-k leaves out."""
-    logits = arrays["teacher_max"][:, None] - arrays["teacher_gaps"].astype(np.float32)
-    kept = np.exp(logits - arrays["log_z_draft"][:, None]).sum(axis=1)
-    return np.asarray(np.clip(1.0 - kept, 0.0, None))
-
-
-def _describe(values: np.ndarray[Any, Any]) -> dict[str, float | int]:
-    """Count, mean, median and 99th percentile."""
-    if values.size == 0:
-        return {"count": 0}
-    p50, p99 = np.quantile(values, [0.5, 0.99])
-    return {"count": int(values.size), "mean": float(values.mean()), "p50": float(p50), "p99": float(p99)}

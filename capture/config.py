@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from store.codecs import MODES
 from store.errors import InputError
+from store.manifest import LAYOUTS
+from store.storage import Location
+
+ENGINES = ("local", "ray")
 
 
 def _doc(text: str) -> dict[str, str]:
@@ -18,7 +23,7 @@ class CaptureConfig:
 
     verifier: Path = field(metadata=_doc("directory of a Hugging Face causal language model"))
     dataset: Path = field(metadata=_doc("prepared dataset: the --output of `draftcache prepare`"))
-    output: Path = field(metadata=_doc("store to create or resume"))
+    output: Location = field(metadata=_doc("store to create or resume"))
     layers: tuple[int, ...] = field(
         metadata=_doc("blocks whose outputs are kept, counted from 0, ascending (2,26,48 for Nemotron-Cascade-2)")
     )
@@ -31,7 +36,14 @@ class CaptureConfig:
         metadata=_doc("drop rows that no start row within this window reads; 0 keeps every earlier row"),
     )
     top_k: int = field(default=64, metadata=_doc("teacher logits kept per position, over the draft vocabulary"))
-    tap_dtype: str = field(default="bfloat16", metadata=_doc("stored taps: bfloat16 or float32"))
+    mode: str = field(
+        default="lossless",
+        metadata=_doc("stored taps: bf16, lossless (the same bits, about 1.45 times smaller), int8, fp8 or float32"),
+    )
+    layout: str = field(default="zarr", metadata=_doc("form of the shards: zarr or webdataset"))
+    calibration_tokens: int = field(
+        default=65_536, metadata=_doc("int8: tokens that the verifier reads first, to scale the channels by")
+    )
     compute_dtype: str = field(
         default="auto",
         metadata=_doc("verifier weights: bfloat16, float32, or auto (bfloat16 on a GPU, else float32)"),
@@ -39,21 +51,55 @@ class CaptureConfig:
     device: str = field(default="auto", metadata=_doc("cuda, cuda:N, cpu, or auto"))
     shard_tokens: int = field(default=65_536, metadata=_doc("tokens per shard: the unit that is redone after a kill"))
     head_slice: int = field(default=1024, metadata=_doc("rows per slice of the head, so that no [L, V] tensor exists"))
+    batch_tokens: int = field(
+        default=32_768,
+        metadata=_doc("tokens that the verifier reads at once, padding included: conversations of like length"),
+    )
+    prefill_chunk: int = field(
+        default=32_768,
+        metadata=_doc("longer conversations are read in pieces of this size, state carried in float32"),
+    )
+    buffer_gb: float = field(
+        default=8.0, metadata=_doc("host memory for what is computed and not written yet, in 1e9 bytes")
+    )
     allow_fallback: bool = field(
         default=False,
         metadata=_doc("on a GPU, run Mamba blocks without mamba-ssm's kernels (about 15 times slower)"),
+    )
+    engine: str = field(
+        default="local",
+        metadata=_doc("local (all visible GPUs of this machine) or ray (the running cluster at RAY_ADDRESS, or auto)"),
+    )
+    workers: int = field(
+        default=0,
+        metadata=_doc(
+            "worker processes; 0: one per GPU, or a single one in this process without GPUs (several on a CPU need "
+            "OMP_NUM_THREADS, each would take all cores)"
+        ),
+    )
+    grace_seconds: float = field(
+        default=25.0, metadata=_doc("after SIGTERM, time to finish the shard in; a second SIGTERM ends it at once")
     )
     trust_remote_code: bool = field(default=False, metadata=_doc("run the model code that the checkpoint brings along"))
 
     def __post_init__(self) -> None:
         if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
             raise InputError(f"--layers: expected ascending, distinct block numbers >= 0, found {list(self.layers)}")
-        if self.tap_dtype not in ("bfloat16", "float32"):
-            raise InputError(f"--tap-dtype: expected bfloat16 or float32, found {self.tap_dtype!r}")
+        for name, choices in (("mode", MODES), ("layout", LAYOUTS), ("engine", ENGINES)):
+            if getattr(self, name) not in choices:
+                raise InputError(f"--{name}: expected one of {list(choices)}, found {getattr(self, name)!r}")
         if self.compute_dtype not in ("auto", "bfloat16", "float32"):
             raise InputError(f"--compute-dtype: expected auto, bfloat16 or float32, found {self.compute_dtype!r}")
-        for name in ("top_k", "shard_tokens", "head_slice"):
+        for name in ("top_k", "shard_tokens", "head_slice", "calibration_tokens", "batch_tokens", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(self, name)}")
+        for name in ("workers", "grace_seconds", "buffer_gb"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name.replace('_', '-')}: expected at least 0, found {getattr(self, name)}")
         if self.window < 0:
             raise InputError(f"--window: expected 0 (keep all) or a number of rows, found {self.window}")
+
+    @property
+    def buffer_bytes(self) -> int:
+        """`buffer_gb` in bytes."""
+        return round(self.buffer_gb * 1e9)

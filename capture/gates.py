@@ -1,86 +1,95 @@
-"""Validity gates: engines have shipped all-zero and NaN captures that nobody noticed until acceptance was zero."""
+"""Validity gates: engines have shipped all-zero and NaN captures that nobody noticed until acceptance was zero.
+
+Every conversation must be finite, without rows of zeros, its taps apart, and its norms inside the store's bands. The
+device only adds up a few numbers (`gate_statistics`); they are judged when they have arrived, so that it never waits.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from store.errors import GateError
-
-_WARM_UP = 16  # conversations before the band is trusted
-_SIGMAS = 8.0
-_LEAST_BAND = math.log(4.0)
+from store.norm_band import NormBand
 
 
-@dataclass
-class NormBand:
-    """Running mean and variance of the log of a tap's rms, over conversations; restarts from commit records."""
+def gate_statistics(taps: Mapping[int, torch.Tensor], final: torch.Tensor) -> torch.Tensor:
+    """Sums that the gates judge by, [len(taps) + 1, 4] float32 on the taps' device, without waiting for it.
 
-    count: int = 0
-    total: float = 0.0
-    squares: float = 0.0
-
-    def add(self, value: float) -> None:
-        """Count one conversation's log rms."""
-        self.count += 1
-        self.total += value
-        self.squares += value * value
-
-    def limits(self) -> tuple[float, float] | None:
-        """Lowest and highest log rms that pass, or None before 16 conversations: 8 sigma, at least a factor of 4."""
-        if self.count < _WARM_UP:
-            return None
-        mean = self.total / self.count
-        sigma = math.sqrt(max(self.squares / self.count - mean * mean, 0.0))
-        half = max(_SIGMAS * sigma, _LEAST_BAND)
-        return mean - half, mean + half
+    `taps`: outputs [R, H] by block number; `final` [P, H]: states that the teacher was computed from. Row i is the
+    i-th tap in ascending order, the last row is `final`; columns are the rows counted, the sum over them of each
+    one's mean square, how many are all zero, and how many differ from the tap before. Statistics of a conversation's
+    pieces add up to those of the whole; NaN and infinity stay in the second column.
+    """
+    states = [taps[layer] for layer in sorted(taps)]
+    different = [_count((second != first).any(dim=-1)) for first, second in itertools.pairwise(states)]
+    zero = final.new_zeros((), dtype=torch.float32)
+    columns = zip([*states, final], [zero, *different, zero], strict=True)
+    return torch.stack([torch.stack([*_row(item), differ]) for item, differ in columns])
 
 
-@dataclass
+def _row(states: torch.Tensor) -> list[torch.Tensor]:
+    norms = torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32)
+    largest = torch.linalg.vector_norm(states, ord=math.inf, dim=-1)  # a norm could be 0 by underflow
+    rows = norms.new_full((), float(states.shape[0]))
+    return [rows, norms.square().sum() / states.shape[-1], _count(largest == 0)]
+
+
+def _count(flags: torch.Tensor) -> torch.Tensor:
+    return flags.sum(dtype=torch.float32)
+
+
 class Gates:
-    """Checks every conversation: finite, non-zero, taps apart, norms inside a running band."""
+    """Judges conversations by bands that were fixed before the first shard, so that their order does not matter."""
 
-    bands: dict[int, NormBand] = field(default_factory=dict)
+    def __init__(self, layers: Sequence[int], bands: Mapping[int, NormBand] | None = None) -> None:
+        self._layers = sorted(layers)
+        self._bands = bands or {}
+        self.norms = {layer: NormBand() for layer in self._layers}
+        """Log rms of the conversations that passed."""
 
-    def check(self, taps: dict[int, torch.Tensor], final: torch.Tensor) -> None:
-        """Raise GateError saying which tap fails, what was expected and what was found; else extend the bands.
+    def check(self, taps: Mapping[int, torch.Tensor], final: torch.Tensor) -> None:
+        """The statistics and their judgement in one; see `gate_statistics` and `judge`."""
+        self.judge(gate_statistics(taps, final).cpu())
 
-        `taps`: outputs [R, H] by block number; `final` [P, H]: states that the teacher was computed from.
+    def judge(self, statistics: torch.Tensor) -> None:
+        """Raise GateError saying which tap fails, what was expected and what was found; else count the norms.
+
+        `statistics`: one conversation's, on the CPU.
         """
+        *taps, final = statistics.tolist()
         norms = {}
-        for layer, tap in taps.items():
-            rms = _checked_rms(f"tap {layer}", tap)
+        for layer, row in zip(self._layers, taps, strict=True):
+            rms = _checked_rms(f"tap {layer}", *row[:3])
+            if rms is None:
+                continue
             norms[layer] = math.log(rms)
-            limits = self.bands.setdefault(layer, NormBand()).limits()
+            limits = self._bands[layer].limits() if layer in self._bands else None
             if limits is not None and not limits[0] <= norms[layer] <= limits[1]:
                 low, high = (math.exp(value) for value in limits)
                 raise GateError(f"tap {layer}: expected rms between {low:.4g} and {high:.4g}, found {rms:.4g}")
-        _checked_rms("final state", final)
-        layers = sorted(taps)
-        for first, second in itertools.pairwise(layers):
-            if torch.equal(taps[first], taps[second]):
+        _checked_rms("final state", *final[:3])
+        for (first, _), (second, row) in itertools.pairwise(zip(self._layers, taps, strict=True)):
+            if row[0] and not row[3]:
                 raise GateError(f"taps {first} and {second}: expected different states, found equal ones")
         for layer, value in norms.items():
-            self.bands[layer].add(value)
+            self.norms[layer].add(value)
 
-    def to_json(self) -> dict[str, Any]:
-        """State for a shard's commit record."""
-        return {str(layer): [band.count, band.total, band.squares] for layer, band in self.bands.items()}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Gates:
-        """State from a shard's commit record."""
-        return cls(bands={int(layer): NormBand(*numbers) for layer, numbers in value.items()})
+    def norms_json(self) -> dict[str, Any]:
+        """Per layer the count, sum and sum of squares of log rms, for a shard's commit record."""
+        return {str(layer): band.to_json() for layer, band in self.norms.items()}
 
 
-def _checked_rms(name: str, states: torch.Tensor) -> float:
-    rms = float(states.float().pow(2).mean().sqrt())
-    if not math.isfinite(rms):
+def _checked_rms(name: str, rows: float, squares: float, zero_rows: float) -> float | None:
+    """Root of the mean square; None without rows."""
+    if not rows:
+        return None
+    if not math.isfinite(squares):
         raise GateError(f"{name}: expected finite values, found NaN or infinity")
-    if rms == 0.0 or bool((states == 0).all(dim=-1).any()):
+    if zero_rows or squares == 0.0:
         raise GateError(f"{name}: expected non-zero rows, found a row of zeros")
-    return rms
+    return math.sqrt(squares / rows)

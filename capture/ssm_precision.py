@@ -10,10 +10,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -68,6 +72,44 @@ def restore_fp32_parameters(model: nn.Module, path: Path) -> list[str]:
     return restored
 
 
+def stand_in_for_extension() -> None:
+    """Let transformers find mamba-ssm's Triton scan where the package's CUDA extension was not built.
+
+    The scan needs nothing of it, but the package imports it: an empty module stands in. transformers looks for the
+    scan once, when it loads NemotronH, so this has to come before.
+    """
+    name = "selective_scan_cuda"
+    if name not in sys.modules and find_spec("mamba_ssm") is not None and find_spec(name) is None:
+        sys.modules[name] = ModuleType(name)
+
+
+def torch_forms_on_the_cpu(mixers: list[Any]) -> None:
+    """Let Mamba blocks run on the CPU of a machine that has mamba-ssm.
+
+    transformers chooses between kernels and torch once, by what is installed; Triton's kernels then refuse tensors of
+    the CPU. Each function is replaced by one that chooses by where its first argument is.
+    """
+    for module in {sys.modules[type(mixer).__module__] for mixer in mixers if not mixer.A_log.is_cuda}:
+        for name in ("mamba2_chunk_scan", "mamba2_selective_state_update", "causal_conv1d_fn", "causal_conv1d_update"):
+            function = getattr(module, name, None)
+            if hasattr(function, "__wrapped__") and not hasattr(function, "chooses_by_device"):
+                setattr(module, name, _chosen_by_device(function))
+
+
+def _chosen_by_device(function: Any) -> Any:
+    plain = inspect.unwrap(function)
+
+    @functools.wraps(function)
+    def chosen(first: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        if first.is_cuda:
+            return function(first, *arguments, **named)
+        known = inspect.signature(plain).parameters
+        return plain(first, *arguments, **{name: value for name, value in named.items() if name in known})
+
+    chosen.chooses_by_device = True  # type: ignore[attr-defined]
+    return chosen
+
+
 def scan_function(mixer: Any) -> Any:
     """The chunked-scan function that this mixer's forward calls."""
     module = sys.modules[type(mixer).__module__]
@@ -82,6 +124,8 @@ def scan_function(mixer: Any) -> Any:
 
 def scan_implementation(mixer: Any) -> str:
     """ "mamba-ssm <version>" or "torch": what really runs behind the scan, found by following its wrappers."""
+    if not mixer.A_log.is_cuda:
+        return "torch"  # see `torch_forms_on_the_cpu`
     function = scan_function(mixer)
     for _ in range(4):
         names, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)

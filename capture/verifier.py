@@ -7,6 +7,7 @@ Nothing here names a model class. What was found is proved at start-up by `Verif
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ import transformers
 import xxhash
 from torch import nn
 
+from capture.nemotron_forward import NemotronForward, unsupported
+from capture.prefill import Forward, Piece, PlainForward
+from capture.ssm_precision import mamba_mixers, stand_in_for_extension, torch_forms_on_the_cpu
 from store.errors import InputError
 from store.files import hash_json, read_json
 
@@ -42,6 +46,8 @@ class Verifier:
     final_norm: nn.Module
     head: nn.Linear
     device: torch.device
+    engine: Forward
+    """What runs the body: see `choose_forward`."""
 
     @property
     def hidden_size(self) -> int:
@@ -63,26 +69,14 @@ class Verifier:
             f"{type(self.final_norm).__name__}: expected an epsilon in `variance_epsilon` or `eps`, found neither"
         )
 
-    @torch.inference_mode()
     def forward(self, token_ids: torch.Tensor, layers: tuple[int, ...]) -> VerifierStates:
-        """Run one conversation, `token_ids` [L] int64, and keep the outputs of the blocks `layers`."""
-        taps: dict[int, torch.Tensor] = {}
-        final: list[torch.Tensor] = []
+        """Run one conversation, `token_ids` [L] int64, in one piece, and keep the outputs of the blocks `layers`."""
+        (piece,) = self.prefill(token_ids[None], layers, token_ids.shape[0])
+        return VerifierStates(taps={layer: tap[0] for layer, tap in piece.taps.items()}, final=piece.final[0])
 
-        def keep(layer: int) -> Any:
-            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                taps[layer] = (output[0] if isinstance(output, tuple) else output)[0]
-
-            return hook
-
-        handles = [self.blocks[layer].register_forward_hook(keep(layer)) for layer in layers]
-        handles.append(self.final_norm.register_forward_hook(lambda _m, _i, output: final.append(output[0])))
-        try:
-            self.body(input_ids=token_ids[None].to(self.device), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return VerifierStates(taps=taps, final=final[-1])
+    def prefill(self, token_ids: torch.Tensor, layers: tuple[int, ...], chunk_tokens: int) -> Iterator[Piece]:
+        """Pieces of at most `chunk_tokens` rows of `token_ids` [B, L] int64; see `capture.prefill.Forward`."""
+        return self.engine.prefill(token_ids.to(self.device), layers, max(1, chunk_tokens))
 
     @torch.inference_mode()
     def self_check(self, layers: tuple[int, ...]) -> dict[str, float]:
@@ -146,6 +140,7 @@ def load_verifier(path: Path, *, device: torch.device, dtype: torch.dtype, trust
     """Load a model directory, frozen, in evaluation mode, from safetensors only. Raises InputError."""
     if not (path / "config.json").is_file():
         raise InputError(f"{path}: expected a model directory, found no config.json")
+    stand_in_for_extension()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path,
@@ -157,6 +152,7 @@ def load_verifier(path: Path, *, device: torch.device, dtype: torch.dtype, trust
     except (OSError, ValueError, KeyError) as exc:
         raise InputError(f"{path}: could not be loaded as a causal language model ({exc})") from exc
     model.to(device).eval().requires_grad_(False)
+    torch_forms_on_the_cpu(mamba_mixers(model))
     return find_modules(model, device)
 
 
@@ -193,7 +189,15 @@ def find_modules(model: Any, device: torch.device) -> Verifier:
         final_norm=norms[0],
         head=head,
         device=device,
+        engine=choose_forward(model, blocks, norms[0]),
     )
+
+
+def choose_forward(model: Any, blocks: nn.ModuleList, final_norm: nn.Module) -> Forward:
+    """Our own forward where it handles the model, else the model's own code; `Forward.name` says which."""
+    if unsupported(model) is None:
+        return NemotronForward(model)
+    return PlainForward(model.base_model, blocks, final_norm)
 
 
 def weights_fingerprint(path: Path) -> str:

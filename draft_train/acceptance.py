@@ -132,8 +132,8 @@ def _measure(
 ) -> AcceptanceCounts:
     counts = AcceptanceCounts(draft_tokens=draft_tokens)
     for number in members:
-        item = store.read(int(number))
-        batch = build_batch([item], store.manifest.layers, max_steps=draft_tokens, window=window)
+        item = store.read(int(number), decode=False)
+        batch = build_batch([item], store.codec, max_steps=draft_tokens, window=window)
         count_chain(counts, item.loss_mask, hits_of(item, batch))
         positions, agreements = _agreements(item)
         counts.teacher_positions += positions

@@ -16,10 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from store import torch_codecs
+from store.codecs import TapCodec
 from store.errors import InputError
 from store.reader import StoreReader
 from store.rows import start_rows, tokens_left
-from store.schema import Conversation, tap_name
+from store.schema import Conversation
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,22 +69,33 @@ class Batch:
         return replace(self, **moved)  # type: ignore[arg-type]  # tensors only
 
 
-def stored_taps(conversation: Conversation, layers: tuple[int, ...]) -> torch.Tensor:
-    """[R, taps * H]: outputs of `layers`, concatenated in ascending order, in the dtype of the store's taps."""
-    parts = []
-    for layer in layers:
-        values = torch.from_numpy(conversation.arrays[tap_name(layer)])
-        parts.append(values.view(torch.bfloat16) if values.dtype == torch.uint16 else values)
-    return torch.cat(parts, dim=-1)
+def stored_taps(conversation: Conversation, codec: TapCodec, device: torch.device) -> torch.Tensor:
+    """[R, taps * H]: the taps, concatenated in ascending order, bf16 or float32 as the codec has it.
+
+    What is stored goes to `device` as it is, and is decoded there: the smaller form crosses the bus.
+    """
+    taps = []
+    for layer in codec.layers:
+        parts = {name: torch.from_numpy(conversation.arrays[name]).to(device) for name in codec.specs(layer)}
+        taps.append(torch_codecs.decode(codec, layer, parts))
+    return torch.cat(taps, dim=-1)
 
 
 def build_batch(
-    conversations: list[Conversation], layers: tuple[int, ...], *, max_steps: int, window: int | None
+    conversations: list[Conversation],
+    codec: TapCodec,
+    *,
+    max_steps: int,
+    window: int | None,
+    device: torch.device = _CPU,
 ) -> Batch:
-    """Pack conversations. `window` None attends to every earlier row of the same conversation."""
+    """Pack conversations read with `decode=False`, onto `device`.
+
+    `window` None attends to every earlier row of the same conversation.
+    """
     longest = max(item.arrays["token_ids"].shape[0] for item in conversations)
     reach = window if window is not None else longest + max_steps
-    parts = [_one(item, layers, max_steps) for item in conversations]
+    parts = [_one(item, codec, max_steps, device) for item in conversations]
     joined: dict[str, list[torch.Tensor]] = {name: [] for name in parts[0]}
     position = rows = teacher = tokens = 0
     for number, part in enumerate(parts):
@@ -96,14 +111,14 @@ def build_batch(
         teacher += part["teacher_ids"].shape[0]
         tokens += length
     return Batch(
-        **{name: torch.cat(values) for name, values in joined.items()},
+        **{name: torch.cat(values).to(device, non_blocking=True) for name, values in joined.items()},
         conversations=len(conversations),
         tokens=tokens,
         window=reach,
     )
 
 
-def _one(item: Conversation, layers: tuple[int, ...], max_steps: int) -> dict[str, torch.Tensor]:
+def _one(item: Conversation, codec: TapCodec, max_steps: int, device: torch.device) -> dict[str, torch.Tensor]:
     arrays = item.arrays
     token_ids = arrays["token_ids"].astype(np.int64)
     positions = arrays["positions"].astype(np.int64)
@@ -127,7 +142,7 @@ def _one(item: Conversation, layers: tuple[int, ...], max_steps: int) -> dict[st
         "log_z_draft": arrays["log_z_draft"],
         "argmax": arrays["argmax"].astype(np.int64),
     }
-    return {"aux": stored_taps(item, layers)} | {name: torch.from_numpy(value) for name, value in values.items()}
+    return {"aux": stored_taps(item, codec, device)} | {name: torch.from_numpy(value) for name, value in values.items()}
 
 
 def _positions_of(wanted: np.ndarray[Any, Any], stored: np.ndarray[Any, Any], item: Conversation, what: str) -> Any:
@@ -155,14 +170,16 @@ def epoch_batches(
     batch_conversations: int,
     max_steps: int,
     window: int | None,
+    device: torch.device,
 ) -> Iterator[Batch]:
     """Batches of one epoch from step `first_step` of it on."""
     order = epoch_order(members, seed, epoch)
     for first in range(first_step * batch_conversations, len(order), batch_conversations):
         chosen = order[first : first + batch_conversations]
         yield build_batch(
-            [store.read(int(number)) for number in chosen],
-            store.manifest.layers,
+            [store.read(int(number), decode=False) for number in chosen],
+            store.codec,
             max_steps=max_steps,
             window=window,
+            device=device,
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from store.errors import InputError
+from store.storage import Location
 
 
 def _doc(text: str) -> dict[str, str]:
@@ -49,7 +50,7 @@ class DraftShape:
 class TrainConfig:
     """Everything that shapes a training run. A checkpoint resumes only under the same settings."""
 
-    store: Path = field(metadata=_doc("store to train from: the --output of `draftcache capture`"))
+    store: Location = field(metadata=_doc("store to train from: the --output of `draftcache capture`"))
     output: Path = field(metadata=_doc("directory for checkpoints and metrics; the same command resumes it"))
     splits: tuple[str, ...] = field(metadata=_doc("splits of the store to train on"))
     init_from: Path | None = field(

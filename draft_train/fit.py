@@ -16,7 +16,7 @@ def require_window(window: int | None, store: StoreReader) -> None:
     kept = store.manifest.window
     if kept is not None and (window is None or window > kept):
         raise ManifestMismatchError(
-            f"{store.root}: expected a draft window of at most {kept}, the reach that capture kept, "
+            f"{store.location}: expected a draft window of at most {kept}, the reach that capture kept, "
             f"found {window or 'full attention'}; capture again with --window {window or 0}"
         )
 
@@ -36,5 +36,5 @@ def require_fit(path: Path, state: CheckpointState, store: StoreReader) -> None:
         "verifier weights": (state.verifier["weights_hash"], manifest.verifier["weights_hash"]),
         "taps": (state.taps, [tap.to_json() for tap in manifest.taps]),
     }
-    require_equal(path, pairs, f"it belongs to another store than {store.root}")
+    require_equal(path, pairs, f"it belongs to another store than {store.location}")
     require_window(state.shape.sliding_window, store)

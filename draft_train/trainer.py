@@ -195,6 +195,7 @@ class Trainer:
                 batch_conversations=self.config.batch_conversations,
                 max_steps=self.config.ttt_steps,
                 window=self.shape.sliding_window,
+                device=self.device,
             )
 
     def _train_step(self, batch: Batch) -> dict[str, Any]:

@@ -42,8 +42,8 @@ def test_taps_are_block_outputs_and_final_is_after_the_norm(tmp_path: Path, kind
     with torch.inference_mode():
         reference = verifier.model(input_ids=ids[None], output_hidden_states=True, use_cache=False)
     for layer in layers[:-1]:
-        assert torch.equal(states.taps[layer], reference.hidden_states[layer + 1][0])
-    assert torch.equal(states.final, reference.hidden_states[-1][0])
+        torch.testing.assert_close(states.taps[layer], reference.hidden_states[layer + 1][0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(states.final, reference.hidden_states[-1][0], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(states.taps[layers[-1]], states.final)  # the last block's output is before the norm
     torch.testing.assert_close(verifier.head(states.final), reference.logits[0])
     assert max(verifier.self_check((0, 2)).values()) < 1e-5
@@ -187,16 +187,16 @@ def test_each_gate_fires(break_it: Any, message: str) -> None:
     broken = taps()
     break_it(broken)
     with pytest.raises(GateError, match=message):
-        Gates().check(broken, torch.ones(3, 8))
+        Gates((1, 4)).check(broken, torch.ones(3, 8))
 
 
 def test_final_state_and_norm_band_gates() -> None:
-    gates = Gates()
+    gates = Gates((1, 4))
     with pytest.raises(GateError, match="final state"):
         gates.check(taps(), torch.zeros(3, 8))
     for _ in range(20):
         gates.check(taps(), torch.ones(3, 8))
-    restored = Gates.from_json(gates.to_json())
-    restored.check(taps(2.0), torch.ones(3, 8))
+    banded = Gates((1, 4), gates.norms)
+    banded.check(taps(2.0), torch.ones(3, 8))
     with pytest.raises(GateError, match="tap 1: expected rms between"):
-        restored.check(taps(50.0), torch.ones(3, 8))
+        banded.check(taps(50.0), torch.ones(3, 8))

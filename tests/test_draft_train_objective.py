@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic import DRAFT_VOCAB, LAYERS, VOCAB, conversation, turns, vocab_map
+from synthetic import DRAFT_VOCAB, VOCAB, conversation, manifest, turns, vocab_map
 from test_draft_train_unroll import embeddings, make_model
 
 from draft_train.batches import Batch, build_batch
@@ -110,7 +110,7 @@ def objective(**changes: object) -> Objective:
 def batches() -> tuple[Batch, list[Batch]]:
     rng = np.random.default_rng(0)
     items = [conversation(rng, mask) for mask in (turns(30, (5, 25)), turns(20, (3, 6), (9, 19)))]
-    make = lambda chosen: build_batch(chosen, LAYERS, max_steps=4, window=7)  # noqa: E731
+    make = lambda chosen: build_batch(chosen, manifest().codec, max_steps=4, window=7)  # noqa: E731
     return make(items), [make([item]) for item in items]
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from synthetic import DRAFT_VOCAB, HIDDEN, LAYERS, VOCAB, conversation, turns
+from synthetic import DRAFT_VOCAB, HIDDEN, LAYERS, VOCAB, conversation, manifest, turns
 
 from draft_train.batches import build_batch
 from draft_train.config import DraftShape
@@ -110,7 +110,7 @@ MASKS = {
 def fast_outputs(
     model: DraftModel, items: list[Conversation], window: int | None
 ) -> dict[tuple[int, int, int], torch.Tensor]:
-    batch = build_batch(items, LAYERS, max_steps=STEPS, window=window)
+    batch = build_batch(items, manifest().codec, max_steps=STEPS, window=window)
     found = {}
     for step in unroll(model, embeddings(), batch, STEPS):
         for row, hidden in zip(step.rows.tolist(), step.hidden, strict=True):

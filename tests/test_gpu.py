@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic import LAYERS, conversation, turns, write_store
+from synthetic import conversation, manifest, turns, write_store
 from test_draft_train_objective import objective
 from test_draft_train_trainer import config, metrics
 from tiny_models import save_model
@@ -52,7 +52,7 @@ def test_objective_values_and_gradients_against_float64_on_the_cpu() -> None:
     rng = np.random.default_rng(0)
     # More than 1,024 start rows, so that the blocked attention path runs.
     items = [conversation(rng, turns(1500, (100, 800), (900, 1490)), window=64) for _ in range(2)]
-    batch = build_batch(items, LAYERS, max_steps=4, window=64)
+    batch = build_batch(items, manifest().codec, max_steps=4, window=64)
 
     def run(model: DraftModel, table: torch.Tensor, device: torch.device) -> list[torch.Tensor]:
         made = objective()

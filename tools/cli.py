@@ -18,6 +18,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("tools.commands.train", "train the draft from a store, with no verifier in memory"),
     "eval": ("tools.commands.eval", "offline acceptance length of a draft, from a store"),
     "export": ("tools.commands.export", "write a checkpoint in the form that an inference engine serves"),
+    "size": ("tools.commands.size", "bytes and wall time of a capture, before anything runs"),
+    "inspect": ("tools.commands.inspect", "what is in a store, or in one of its conversations"),
+    "verify": ("tools.commands.verify", "check every byte and every row of a store; name what is damaged"),
+    "convert": ("tools.commands.convert", "copy a store into another layout, mode or shard size, bit-checked"),
+    "repair": ("tools.commands.repair", "take damaged shards out of a store, so that capture makes them again"),
     "demo": ("tools.commands.demo", "the whole pipeline on a tiny verifier and real text"),
 }
 

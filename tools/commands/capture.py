@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from capture.config import CaptureConfig
 from tools.arguments import add_settings, read_settings
@@ -14,24 +15,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 1 when conversations were quarantined, now or in an earlier run of the same job."""
+    """Exit code 1 when conversations were quarantined, whoever did so; 143 after SIGTERM, 130 after SIGINT."""
     config = read_settings(CaptureConfig, arguments)
 
-    from capture.batch_job import CaptureJob
-    from store.commits import committed_shards, read_record
-    from store.reader import StoreReader, shard_name
+    from capture.engines import capture
+    from capture.stopping import CaptureStopped
+    from store.reader import StoreReader
 
-    summary = CaptureJob(config).run()
+    try:
+        summary = capture(config)
+    except CaptureStopped as exc:
+        print(
+            "draftcache capture: stopped; what was committed stays, and nothing unfinished was left: "
+            "run the same command again to go on",
+            file=sys.stderr,
+        )
+        return exc.exit_code
     store = StoreReader(config.output)
     tokens = int(store.index["tokens"].sum())
-    records = [read_record(config.output, shard_name(shard)) for shard in committed_shards(config.output)]
-    quarantined = [item for record in records if record for item in record["quarantined"]]
     rate = f", {summary.tokens / summary.seconds:,.0f} tokens/s" if summary.shards else ""
     print(
         f"{config.output}: {len(store):,} conversations, {tokens:,} tokens, "
         f"{store.bytes_on_disk() / max(tokens, 1):,.0f} bytes/token; "
-        f"{summary.shards} of {store.manifest.shards} shards written now{rate}; {len(quarantined)} quarantined"
+        f"{summary.shards} of {store.manifest.shards} shards written now{rate}; {len(summary.quarantined)} quarantined"
     )
-    for item in quarantined:
+    for item in summary.quarantined:
         print(f"  quarantined {item['split']}[{item['dataset_index']}] {item['content_hash']}: {item['reason']}")
-    return 1 if quarantined else 0
+    return 1 if summary.quarantined else 0

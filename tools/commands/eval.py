@@ -9,13 +9,13 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the evaluation."""
-    parser.add_argument("--store", type=Path, required=True, help="store to evaluate on")
+    parser.add_argument("--store", required=True, help="store to evaluate on")
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="checkpoint, or a training --output (its newest)"
     )
     parser.add_argument("--splits", required=True, help="splits to evaluate, comma-separated")
     parser.add_argument("--draft-tokens", type=int, default=5, help="tokens proposed per verify step (default: 5)")
-    parser.add_argument("--bigram-store", type=Path, help="store that the bigram baseline counts (default: --store)")
+    parser.add_argument("--bigram-store", help="store that the bigram baseline counts (default: --store)")
     parser.add_argument(
         "--bigram-splits",
         help="its splits, comma-separated (default: the splits that the checkpoint was trained on)",

@@ -5,17 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from store.commits import committed_shards, read_record
-from store.reader import StoreReader, shard_name
+from store.reader import StoreReader
 from tools.demo.truth import TruthResult
 
 
 def store_totals(path: Path) -> dict[str, float]:
     """Tokens, bytes and teacher positions of one store, with the summed tail mass."""
     store = StoreReader(path)
-    tails = [
-        record["tail_mass"] for shard in committed_shards(path) if (record := read_record(path, shard_name(shard)))
-    ]
+    tails = [record["tail_mass"] for record in store.records()]
     return {
         "tokens": float(store.index["tokens"].sum()),
         "bytes": float(store.bytes_on_disk()),

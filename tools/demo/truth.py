@@ -116,7 +116,7 @@ def _capture_traces(
         output=directory / "store",
         layers=layers,
         vocab_map=vocab_map,
-        tap_dtype="float32",
+        mode="float32",
         window=0,
         device="cpu",
     )

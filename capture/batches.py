@@ -1,0 +1,25 @@
+"""Token-budget batches: conversations of like length side by side, padded on the right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_LEAST_SHARE = 0.8
+"""A shorter conversation than this share of its batch's longest starts a new batch: padding costs what tokens cost."""
+
+
+def token_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Numbers of the conversations of each batch, longest first; a pure function of its arguments.
+
+    A batch's size times its longest length is at most `batch_tokens`, but for a single longer conversation.
+    """
+    order = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
+    batches: list[list[int]] = []
+    for number in order:
+        longest = lengths[batches[-1][0]] if batches else 0
+        fits = batches and (len(batches[-1]) + 1) * longest <= batch_tokens
+        if fits and lengths[number] >= _LEAST_SHARE * longest:
+            batches[-1].append(number)
+        else:
+            batches.append([number])
+    return batches

@@ -1,0 +1,49 @@
+"""`draftcache capture`: which processes do the job, how they are told to stop, and the line that shows all of them."""
+
+from __future__ import annotations
+
+import torch
+
+from capture.batch_job import CaptureJob
+from capture.config import CaptureConfig
+from capture.progress import CaptureSummary, JobProgress
+from capture.stopping import StopRequest, StopSignals
+from capture.work_plan import WorkPlan
+from store.storage import open_storage
+
+
+def capture(config: CaptureConfig) -> CaptureSummary:
+    """Run the job with the engine of the settings; returns when the store is whole. For the main thread.
+
+    Raises CaptureStopped after SIGTERM or SIGINT, and DraftcacheErrors. With several workers the caller's `__main__`
+    is imported by each, as always with `spawn`: a script guards its calls by `if __name__ == "__main__"`.
+    """
+    stop = StopRequest(config.grace_seconds)
+    workers = config.workers or local_workers(config.device)
+    if config.engine == "local" and workers == 1:
+        with StopSignals(stop):
+            return CaptureJob(config).run(stop)
+    with JobProgress(WorkPlan.of(config), open_storage(config.output)) as progress:
+        if config.engine == "ray":
+            from capture.ray_workers import run_on_ray
+
+            run_on_ray(config, progress, stop)
+        else:
+            from capture.local_workers import run_processes
+
+            run_processes(config, workers, progress, stop)
+    return progress.summary()
+
+
+def local_workers(device: str) -> int:
+    """One per visible GPU, unless one device was named; one without GPUs."""
+    if device not in ("auto", "cuda"):
+        return 1
+    return max(1, torch.cuda.device_count())
+
+
+def worker_device(device: str, number: int) -> str:
+    """The device of a worker process, dealt out in turn where all GPUs are meant."""
+    if device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return device
+    return f"cuda:{number % torch.cuda.device_count()}"

@@ -1,0 +1,190 @@
+"""Computing, copying and writing at the same time: what a conversation leaves on the device, on its way to a shard."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Item = TypeVar("Item")
+_ALIGNMENT = 512
+_POLL_S = 0.05
+
+
+class HostMemory:
+    """Pinned memory, taken once and handed out as a ring: what is taken first is expected back first.
+
+    Pinning costs a second for every few gigabytes, so nothing is pinned while the device waits.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._slab = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        self._size = size
+        self._taken: deque[tuple[int, int]] = deque()
+        """(start, end) of what is out, oldest first."""
+        self._returned: set[int] = set()
+        self._changed = threading.Condition()
+
+    def take(self, size: int, *, wait: Callable[[], bool]) -> Tensor | None:
+        """`size` bytes [size] uint8, or None: waits for others to come back as long as `wait()` says that some will."""
+        size = -(-size // _ALIGNMENT) * _ALIGNMENT
+        with self._changed:
+            while (start := self._place(size)) is None:
+                if size > self._size or not wait():
+                    return None
+                self._changed.wait(_POLL_S)
+            self._taken.append((start, start + size))
+            return self._slab[start : start + size]
+
+    def give_back(self, memory: Tensor) -> None:
+        """End of a `take`."""
+        with self._changed:
+            self._returned.add(memory.data_ptr() - self._slab.data_ptr())
+            while self._taken and self._taken[0][0] in self._returned:
+                self._returned.remove(self._taken.popleft()[0])
+            self._changed.notify_all()
+
+    def _place(self, size: int) -> int | None:
+        """Where `size` bytes are free: behind the newest, or at the beginning."""
+        if not self._taken:
+            return 0 if size <= self._size else None
+        oldest, newest = self._taken[0][0], self._taken[-1][1]
+        if oldest < newest:
+            if newest + size <= self._size:
+                return newest
+            return 0 if size < oldest else None
+        return newest if newest + size < oldest else None
+
+
+class HostArrays:
+    """Arrays of one conversation in host memory, filled piece by piece without waiting for the device.
+
+    Copies from a GPU run on a stream of their own, into `memory` where it has room and else into fresh pinned memory.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream | None, memory: HostMemory | None = None) -> None:
+        self._stream, self._memory = stream, memory
+        self._done = None if stream is None else torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._arrays: dict[str, Tensor] = {}
+        self._filled: dict[str, int] = {}
+        self._taken: list[Tensor] = []
+
+    def add(self, parts: dict[str, Tensor], rows: dict[str, int], wait: Callable[[], bool] = lambda: False) -> None:
+        """Append each part's rows; `rows` says how many the conversation has in all. `wait`: see HostMemory.take."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+        for name, part in parts.items():
+            if name not in self._arrays:
+                self._arrays[name] = self._empty((rows[name], *part.shape[1:]), part, wait)
+                self._filled[name] = 0
+            first = self._filled[name]
+            self._filled[name] += part.shape[0]
+            target = self._arrays[name][first : self._filled[name]]
+            if self._stream is None or not part.is_cuda:
+                target.copy_(part)
+            else:
+                with torch.cuda.stream(self._stream):
+                    target.copy_(part, non_blocking=True)
+                part.record_stream(self._stream)
+        if self._done is not None:
+            self._done.record(self._stream)
+
+    def _empty(self, shape: tuple[int, ...], like: Tensor, wait: Callable[[], bool]) -> Tensor:
+        size = math.prod(shape) * like.element_size()
+        memory = self._memory.take(size, wait=wait) if self._memory is not None and size else None
+        if memory is None:
+            return torch.empty(shape, dtype=like.dtype, pin_memory=like.is_cuda)
+        self._taken.append(memory)
+        return memory[:size].view(like.dtype).view(shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory."""
+        return sum(array.nbytes for array in self._arrays.values())
+
+    def numpy(self) -> dict[str, NDArray[Any]]:
+        """The arrays, once the copies have arrived; waits for them. They end with `release`."""
+        if self._done is not None:
+            self._done.synchronize()
+        assert all(self._filled[name] == array.shape[0] for name, array in self._arrays.items())
+        return {name: np.asarray(array.numpy()) for name, array in self._arrays.items()}
+
+    def release(self) -> None:
+        """Give the memory back, after the last copy into it and the last use of it."""
+        if self._done is not None:
+            self._done.synchronize()
+        self._arrays.clear()
+        while self._taken:
+            assert self._memory is not None
+            self._memory.give_back(self._taken.pop(0))
+
+
+class Writing(Generic[Item]):
+    """A thread that handles items in order, while no more than `limit` bytes of them wait.
+
+    An exception in the thread comes out of the next `put`, or of `finish`. Items that come after it, or after
+    `abandon`, are dropped instead of handled.
+    """
+
+    def __init__(self, handle: Callable[[Item], None], limit: int, drop: Callable[[Item], None] | None = None) -> None:
+        self._handle, self._drop, self._limit = handle, drop, limit
+        self._waiting = 0
+        self._changed = threading.Condition()
+        self._queue: SimpleQueue[tuple[Item, int] | None] = SimpleQueue()
+        self._error: BaseException | None = None
+        self._abandoned = False
+        self._thread = threading.Thread(target=self._run, name="draftcache-writing", daemon=True)
+        self._thread.start()
+
+    def put(self, item: Item, size: int) -> None:
+        """Hand over an item of `size` bytes; waits while too much is waiting. One that is larger goes alone."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._error is not None or not self._waiting or self._waiting + size <= self._limit
+            )
+            self._raise()
+            self._waiting += size
+        self._queue.put((item, size))
+
+    @property
+    def busy(self) -> bool:
+        """Whether something waits to be handled or dropped."""
+        return self._waiting > 0
+
+    def finish(self) -> None:
+        """Wait until everything is handled."""
+        self._queue.put(None)
+        self._thread.join()
+        self._raise()
+
+    def abandon(self) -> None:
+        """Handle nothing more; returns when the thread has ended."""
+        self._abandoned = True
+        self._queue.put(None)
+        self._thread.join()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while (entry := self._queue.get()) is not None:
+            item, size = entry
+            try:
+                if self._error is None and not self._abandoned:
+                    self._handle(item)
+                elif self._drop is not None:
+                    self._drop(item)
+            except BaseException as exc:
+                self._error = exc
+            with self._changed:
+                self._waiting -= size
+                self._changed.notify_all()

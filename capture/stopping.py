@@ -1,0 +1,161 @@
+"""Being told to stop: a preempted job finishes its shard within the grace, or leaves it without a trace."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Self
+
+
+class CaptureStopped(KeyboardInterrupt):
+    """The job was told to stop, and what was begun could not be finished in time. It may come at any instant."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.exit_code = 128 + signal_number
+        """143 for SIGTERM, 130 for SIGINT: what shells and schedulers expect."""
+
+
+class StopRequest:
+    """Whether, and until when, a worker may go on. Safe to use from several threads."""
+
+    def __init__(self, grace_seconds: float) -> None:
+        self.grace_seconds = grace_seconds
+        self.signal_number: int = signal.SIGTERM
+        self.in_unit = False
+        """Between the beginning of a shard and its end: only then is there anything to finish."""
+        self._asked = threading.Event()
+        self._deadline = 0.0
+        self._in_commit = False
+        self._held_back = False
+
+    @property
+    def asked(self) -> bool:
+        """Whether `ask` was called."""
+        return self._asked.is_set()
+
+    def ask(self, grace_seconds: float | None = None) -> None:
+        """Begin no other shard; the current one may take `grace_seconds` more (default: those of the settings)."""
+        seconds = self.grace_seconds if grace_seconds is None else grace_seconds
+        self._deadline = time.monotonic() + seconds
+        self._asked.set()
+
+    def seconds_left(self) -> float:
+        """Until the grace is over, once asked."""
+        return self._deadline - time.monotonic()
+
+    def check(self) -> None:
+        """Raise CaptureStopped where the worker was asked to stop and no time is left to finish the shard in."""
+        if self.asked and (not self.in_unit or self.seconds_left() <= 0):
+            raise CaptureStopped(self.signal_number)
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, unless asked to stop: then raise CaptureStopped."""
+        self._asked.wait(seconds)
+        self.check()
+
+    @contextmanager
+    def unit(self) -> Iterator[None]:
+        """Around one shard, commit included. Raises CaptureStopped where the worker was asked to stop."""
+        self.check()
+        self.in_unit = True
+        try:
+            yield
+        finally:
+            self.in_unit = False
+
+    @contextmanager
+    def commit(self) -> Iterator[None]:
+        """Around a commit, which takes seconds and which `hold_back` lets come to its end."""
+        self._in_commit = True
+        try:
+            yield
+        finally:
+            self._in_commit = False
+        if self._held_back:
+            raise CaptureStopped(self.signal_number)
+
+    def hold_back(self) -> bool:
+        """Whether to stop after the commit that is under way rather than now; once only, for one may hang."""
+        first = self._in_commit and not self._held_back
+        self._held_back = self._held_back or first
+        return first
+
+
+class StopSignals:
+    """Turns signals of this process into a StopRequest. Use as a context manager, in the main thread.
+
+    The first `gentle` signal asks; it raises CaptureStopped at once where no shard was begun, else when the grace is
+    over. A second one, or SIGINT, raises at once, or after the commit where one is under way.
+    """
+
+    def __init__(self, stop: StopRequest, gentle: signal.Signals = signal.SIGTERM) -> None:
+        self._stop = stop
+        self._gentle = gentle
+        self._previous = {number: signal.getsignal(number) for number in (gentle, signal.SIGINT, signal.SIGALRM)}
+
+    def __enter__(self) -> Self:
+        signal.signal(self._gentle, self._ask)
+        signal.signal(signal.SIGINT, self._at_once)
+        signal.signal(signal.SIGALRM, self._at_once)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._stop.asked:
+            self._at_once(number, frame)
+            return
+        self._stop.ask()
+        if not self._stop.in_unit:
+            self._raise()
+        # Progress is reported once per batch; a long one must not outlast the grace.
+        signal.setitimer(signal.ITIMER_REAL, max(self._stop.grace_seconds, 1e-3))
+
+    def _at_once(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and not self._stop.asked:
+            self._stop.signal_number = signal.SIGINT
+        self._stop.ask(0.0)
+        if not self._stop.hold_back():
+            self._raise()
+
+    def _raise(self) -> None:
+        for number in self._previous:  # what is cleaned up now must not be interrupted again
+            signal.signal(number, signal.SIG_IGN)
+        raise CaptureStopped(self._stop.signal_number)
+
+
+class ParentSignals(StopSignals):
+    """Signals of a command whose workers do the job: it notes them, and `StopSteps` says what to tell the workers."""
+
+    def _raise(self) -> None:
+        pass
+
+
+class StopSteps:
+    """How a command stops its workers: asks them, presses them when the grace is over, and does not wait for ever."""
+
+    LEAVING_S = 15.0
+    """What a worker may take over the grace, for a commit that is under way or for removing what it began."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self._stop = stop
+        self._taken: list[str] = []
+
+    def due(self) -> list[str]:
+        """Of "ask", "hurry" and "kill", those whose time came since the last call."""
+        left = self._stop.seconds_left() if self._stop.asked else math.inf
+        limits = {"ask": math.inf, "hurry": 0.0, "kill": -self.LEAVING_S}
+        due = [step for step, limit in limits.items() if left < math.inf and left <= limit and step not in self._taken]
+        self._taken += due
+        return due

@@ -1,0 +1,171 @@
+"""Capture at the 30B verifier's shape: the model's own forward, ours, and whole capture to disk, in one run.
+
+`python -m tools.bench.capture [--output FILE]` needs one GPU of 80 GB and mamba-ssm. Weights are random and made on
+the GPU, so that times are right and values mean nothing. `hf-forward-32k` is the model's own code with the same scan
+kernels; `forward-32k` and `prefill-256k` are ours without head, teacher and copies; `capture-32k` and `capture-mixed`
+are what `draftcache capture` does from token ids to committed shards, and `capture-*-memory` the same into memory
+(--memory), which shows what the disk costs.
+
+- `tok_s`: tokens over wall time, medians of several runs after one that is not counted; captures run once, after one.
+- `matmul_share`: the matrix products' and attention's operations per second over a bf16 product's, measured first.
+- `gpu_idle_share`: wall time in which no kernel ran, in the captures. `gb_s`: bytes of the committed shards per second.
+- Mixed lengths are 30 to 32,768 tokens, 14k in the mean; 48 % of the tokens carry loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from capture.prefill import Forward, PlainForward
+from capture.ssm_precision import mamba_mixers, scan_implementation
+from capture.verifier import Verifier, find_modules
+from store.errors import InputError
+from store.files import write_json
+from tools.bench.capture_job import CaptureRun, run_capture
+from tools.bench.rows import report, result_row
+from tools.bench.verifier_shape import LAYERS, random_verifier, verifier_config
+
+LONG = 32_768
+_BODY_FLOPS, _ATTENTION_FLOPS_PER_TOKEN, _HEAD_FLOPS = 5.75e9 + 0.08e9, 49_152.0, 0.70e9
+"""Per token; attention's grow with the length: see `matmul_flops`."""
+UNITS = {
+    "tok_s": "tok/s",
+    "peak_gb": "GB",
+    "matmul_share": "of bf16 matmul",
+    "gpu_idle_share": "of wall",
+    "gb_s": "GB/s",
+}
+
+Metrics = dict[str, float]
+
+
+def main() -> None:
+    """Run the cases that were asked for and report them."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--output", type=Path, metavar="FILE")
+    parser.add_argument("--cases", default="hf,forward,capture,mixed,prefill", help="(%(default)s)")
+    parser.add_argument("--mode", default="lossless", help="of the captured stores (%(default)s)")
+    parser.add_argument("--work", type=Path, metavar="DIRECTORY", help="where stores are written (a temporary one)")
+    parser.add_argument("--memory", type=Path, metavar="DIRECTORY", help="a directory in memory, such as /dev/shm")
+    parser.add_argument("--tokens", type=int, default=20 * LONG, help="tokens per capture (%(default)s)")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise InputError("expected a CUDA device, found none; this benchmark measures one")
+    device = torch.device("cuda")
+    ceiling = matmul_ceiling(device)
+    print(f"bf16 matmul {ceiling / 1e12:.0f} TFLOP/s", flush=True)
+    verifier = find_modules(random_verifier(verifier_config(), device), device)
+    print("scan:", scan_implementation(mamba_mixers(verifier.model)[0]), flush=True)
+    rows = []
+    name = torch.cuda.get_device_name(device)
+    for case, metrics in measure(verifier, ceiling, arguments):
+        print(case, {key: round(value, 3) for key, value in metrics.items()}, flush=True)
+        rows += [result_row(case, metric, value, UNITS[metric], name) for metric, value in metrics.items()]
+        if arguments.output:  # a run that is cut short leaves the cases it came to
+            write_json(arguments.output, rows)
+    report(rows, arguments.output)
+
+
+def measure(verifier: Verifier, ceiling: float, arguments: argparse.Namespace) -> Iterator[tuple[str, Metrics]]:
+    """Each case's metrics, as they are measured."""
+    wanted = arguments.cases.split(",")
+    ids = torch.randint(0, verifier.vocab_size, (1, 8 * LONG), device=verifier.device)
+    if "hf" in wanted:
+        plain = PlainForward(verifier.body, verifier.blocks, verifier.final_norm)
+        yield "hf-forward-32k", forward_metrics(plain, ids[:, :LONG], ceiling, runs=3)
+    if "forward" in wanted:
+        yield "forward-32k", forward_metrics(verifier.engine, ids[:, :LONG], ceiling, runs=7)
+    places = [("", arguments.work)] + ([("-memory", arguments.memory)] if arguments.memory else [])
+    for kind, lengths in (("capture", fixed_lengths), ("mixed", mixed_lengths)):
+        if kind not in wanted:
+            continue
+        case = "capture-32k" if kind == "capture" else "capture-mixed"
+        for suffix, place in places:
+            with TemporaryDirectory(dir=place) as directory:
+                run_capture(verifier, lengths(4 * LONG), Path(directory) / "warm", arguments.mode)
+                run = run_capture(verifier, lengths(arguments.tokens), Path(directory) / "store", arguments.mode)
+            yield case + suffix, capture_metrics(run, ceiling)
+    if "prefill" in wanted:
+        yield "prefill-256k", forward_metrics(verifier.engine, ids, ceiling, runs=1)
+
+
+def fixed_lengths(tokens: int) -> list[int]:
+    """As many conversations of 32,768 tokens."""
+    return [LONG] * max(1, tokens // LONG)
+
+
+def mixed_lengths(tokens: int) -> list[int]:
+    """30 to 32,768 tokens, 14k in the mean."""
+    rng = np.random.default_rng(0)
+    lengths: list[int] = []
+    while sum(lengths) < tokens:
+        lengths.append(int(30 + (LONG - 30) * rng.beta(0.85, 1.14)))
+    return lengths
+
+
+def matmul_flops(length: float) -> float:
+    """Operations per token of a causal forward of `length` tokens, head left out."""
+    return _BODY_FLOPS + _ATTENTION_FLOPS_PER_TOKEN * length
+
+
+def forward_metrics(forward: Forward, ids: Tensor, ceiling: float, runs: int) -> Metrics:
+    """Tokens per second of one conversation, nothing kept."""
+
+    def once() -> None:
+        for _ in forward.prefill(ids, LAYERS, LONG):
+            pass
+
+    once()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    rate = ids.shape[1] / statistics.median(timed(once) for _ in range(runs))
+    return {
+        "tok_s": rate,
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "matmul_share": rate * matmul_flops(ids.shape[1]) / ceiling,
+    }
+
+
+def capture_metrics(run: CaptureRun, ceiling: float) -> Metrics:
+    """Of a capture that was run."""
+    lengths = np.array(run.lengths, np.float64)
+    flops = float((lengths * [matmul_flops(length) for length in lengths]).sum()) + _HEAD_FLOPS * run.teacher_rows
+    return {
+        "tok_s": float(lengths.sum()) / run.seconds,
+        "peak_gb": run.peak_bytes / 1e9,
+        "matmul_share": flops / run.seconds / ceiling,
+        "gpu_idle_share": 1 - run.kernel_seconds / run.seconds,
+        "gb_s": run.bytes_written / run.seconds / 1e9,
+    }
+
+
+def matmul_ceiling(device: torch.device) -> float:
+    """FLOP/s of a bf16 product of 8192-square matrices of random numbers."""
+    left, right = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(5):
+        left @ right
+    torch.cuda.synchronize()
+    seconds = statistics.median(timed(lambda: [left @ right for _ in range(10)]) for _ in range(5)) / 10
+    return float(2 * 8192**3 / seconds)
+
+
+def timed(function: Callable[[], Any]) -> float:
+    """Seconds, the device's work included."""
+    started = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

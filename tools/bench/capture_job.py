@@ -1,0 +1,145 @@
+"""One capture of made-up conversations through the job's own worker, with a verifier that is in memory already."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+from torch.profiler import ProfilerActivity, profile
+
+from capture.config import CaptureConfig
+from capture.progress import Event
+from capture.shard_capture import ShardCapture
+from capture.shard_worker import ShardWorker, WorkerRole
+from capture.stopping import StopRequest
+from capture.token_dataset import TokenDataset
+from capture.verifier import Verifier
+from capture.work_plan import WorkPlan, plan_shards
+from store import torch_codecs
+from store.codecs import Calibration
+from store.files import hash_bytes
+from store.manifest import StoreManifest, Tap
+from store.reader import FROZEN_NAME, VOCAB_MAP_NAME, StoreReader
+from store.rows import teacher_positions
+from store.vocab_map import VocabMap
+from store.writer import StoreWriter
+from tools.bench.verifier_shape import DRAFT_VOCAB, LAYERS
+
+LOSS_SHARE = 0.48
+_TURNS = 8
+
+
+@dataclass(frozen=True)
+class CaptureRun:
+    """What one capture took."""
+
+    lengths: list[int]
+    teacher_rows: int
+    seconds: float
+    kernel_seconds: float
+    """In which some kernel ran, copies left out."""
+    bytes_written: int
+    peak_bytes: int
+
+
+class Conversations:
+    """A prepared dataset of random tokens: turns of equal length, the second part of each written by the assistant."""
+
+    def __init__(self, lengths: Sequence[int], vocab_size: int) -> None:
+        rng = np.random.default_rng(0)
+        self.conversations = {"tokens": np.array(lengths)}
+        self._tokens = [rng.integers(0, vocab_size, length).astype(np.uint32) for length in lengths]
+
+    def split(self, _name: str) -> Conversations:
+        """Itself: there is one split."""
+        return self
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, number: int) -> tuple[NDArray[Any], NDArray[np.bool_], str]:
+        tokens = self._tokens[number]
+        turn = np.arange(tokens.size) * _TURNS % max(tokens.size, 1) / max(tokens.size, 1)
+        return tokens, turn >= 1 - LOSS_SHARE, hash_bytes(tokens.tobytes())
+
+
+def run_capture(verifier: Verifier, lengths: list[int], root: Path, mode: str) -> CaptureRun:
+    """Capture conversations of these lengths into a store at `root`, read its index back, and say what it took."""
+    dataset = Conversations(lengths, verifier.vocab_size)
+    config = CaptureConfig(
+        verifier=Path("random"), dataset=Path("random"), output=root, layers=LAYERS, mode=mode, shard_tokens=262_144
+    )
+    work = WorkPlan(
+        dataset=cast("TokenDataset", dataset),
+        splits=("train",),
+        shards=plan_shards(cast("TokenDataset", dataset), ("train",), config.shard_tokens),
+    )
+    every = np.linspace(0, verifier.vocab_size - 1, DRAFT_VOCAB).astype(np.int64)
+    vocab_map = VocabMap(target_ids=every, vocab_size=verifier.vocab_size)
+    manifest = _manifest(config, verifier, vocab_map, work)
+    if mode == "int8":
+        manifest = _calibrated(manifest, verifier)
+
+    def write_files(directory: Path) -> list[Path]:
+        save_file({"norm": np.ones(1, np.float32)}, directory / FROZEN_NAME)
+        vocab_map.save(directory / VOCAB_MAP_NAME)
+        return [directory / FROZEN_NAME, directory / VOCAB_MAP_NAME]
+
+    def report(_event: Event) -> None:
+        pass
+
+    torch.cuda.reset_peak_memory_stats()
+    with StoreWriter(root, manifest, write_files) as writer, profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        shards = ShardCapture(config, work, verifier, vocab_map, manifest)
+        worker = ShardWorker(work, shards, writer, WorkerRole(report, StopRequest(25.0)), dict)
+        started = time.perf_counter()
+        worker.run()
+        seconds = time.perf_counter() - started
+    reader = StoreReader(root)
+    assert len(reader) == len(lengths), "every conversation was stored"
+    kernels = [event for event in profiler.key_averages() if not event.key.startswith(("Memcpy", "Memset"))]
+    return CaptureRun(
+        lengths=lengths,
+        teacher_rows=sum(teacher_positions(dataset[number][1]).size for number in range(len(dataset))),
+        seconds=seconds,
+        kernel_seconds=sum(event.self_device_time_total for event in kernels) / 1e6,
+        bytes_written=reader.bytes_on_disk(),
+        peak_bytes=torch.cuda.max_memory_allocated(),
+    )
+
+
+def _manifest(config: CaptureConfig, verifier: Verifier, vocab_map: VocabMap, work: WorkPlan) -> StoreManifest:
+    return StoreManifest(
+        verifier={"name": "random", "hidden_size": verifier.hidden_size, "vocab_size": verifier.vocab_size},
+        tokenizer_hash="",
+        chat_template_hash="",
+        dataset_hash="",
+        splits=work.splits,
+        taps=tuple(Tap(layer=layer) for layer in LAYERS),
+        mode=config.mode,
+        layout=config.layout,
+        compute_dtype="bfloat16",
+        window=config.window,
+        top_k=config.top_k,
+        draft_vocab_size=len(vocab_map),
+        draft_vocab_hash=vocab_map.hash,
+        shard_tokens=config.shard_tokens,
+        shards=len(work.shards),
+        ssm=None,
+    )
+
+
+def _calibrated(manifest: StoreManifest, verifier: Verifier) -> StoreManifest:
+    """With the scales of one conversation."""
+    calibration = Calibration(LAYERS, verifier.hidden_size)
+    states = verifier.forward(torch.randint(0, verifier.vocab_size, (4096,)), LAYERS)
+    for layer, tap in states.taps.items():
+        torch_codecs.add_squares(calibration, layer, tap)
+    return replace(manifest, channel_scales=calibration.finish().to_json())

@@ -1,0 +1,65 @@
+"""The 30B verifier's shape with random weights, made on the GPU: for timing, not for numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from capture.ssm_precision import lift_dt_limit, mamba_mixers, stand_in_for_extension
+
+PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+LAYERS = (2, 26, 48)
+DRAFT_VOCAB = 32_000
+
+
+def verifier_config(pattern: str = PATTERN) -> Any:
+    """Nemotron-3-Nano-30B-A3B's architecture; another `pattern` of blocks makes it shorter."""
+    from transformers import NemotronHConfig
+
+    return NemotronHConfig(
+        vocab_size=131072, hidden_size=2688, hybrid_override_pattern=pattern, num_attention_heads=32,
+        num_key_value_heads=2, head_dim=128, mamba_num_heads=64, mamba_head_dim=64, ssm_state_size=128, n_groups=8,
+        conv_kernel=4, chunk_size=128, n_routed_experts=128, num_experts_per_tok=6, moe_intermediate_size=1856,
+        moe_shared_expert_intermediate_size=3712, intermediate_size=1856, n_group=1, topk_group=1,
+        routed_scaling_factor=2.5, norm_topk_prob=True, max_position_embeddings=262144, layer_norm_epsilon=1e-5,
+        tie_word_embeddings=False, mlp_hidden_act="relu2",
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def random_verifier(config: Any, device: torch.device, seed: int = 0) -> Any:
+    """A NemotronH in bf16 with small random weights, never in host memory; its dt limit is lifted."""
+    stand_in_for_extension()
+    from transformers import NemotronHForCausalLM
+
+    with torch.device("meta"):
+        model = NemotronHForCausalLM(config).to(torch.bfloat16)
+    model.to_empty(device=device)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        last = name.rpartition(".")[2]
+        if last == "A_log":
+            tensor.copy_(torch.arange(1, tensor.shape[0] + 1, device=device).log())
+        elif last == "dt_bias":
+            tensor.copy_(torch.linspace(-6.9, -2.2, tensor.shape[0], device=device))
+        elif tensor.dim() == 1:
+            tensor.fill_(0.0 if last in ("bias", "e_score_correction_bias") else 1.0)
+        else:
+            tensor.normal_(0.0, 0.02, generator=generator)
+    for mixer in mamba_mixers(model):
+        for name in ("A_log", "D", "dt_bias"):
+            parameter = getattr(mixer, name)
+            parameter.data = parameter.data.float()
+    for module in model.modules():
+        if hasattr(module, "e_score_correction_bias"):
+            module.e_score_correction_bias = nn.Buffer(module.e_score_correction_bias.float())
+    lift_dt_limit(mamba_mixers(model))
+    return model.eval().requires_grad_(False)
+
+
+def save_random_verifier(path: Path, config: Any, device: torch.device) -> None:
+    """As a model directory, for commands that load one."""
+    random_verifier(config, device).save_pretrained(path)
