@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import transformers
@@ -23,9 +23,10 @@ from capture.config import CaptureConfig
 from capture.progress import CaptureSummary, JobProgress, Line
 from capture.shard_capture import ShardCapture
 from capture.shard_worker import POLL_S, ShardWorker, WorkerRole
-from capture.ssm_precision import enforce_contract
+from capture.sharded_verifier import ShardedVerifier
+from capture.ssm_precision import enforce_contract, mamba_mixers
 from capture.stopping import StopRequest
-from capture.verifier import choose_device, choose_dtype, describe_verifier, load_verifier
+from capture.verifier import Verifier, choose_device, choose_dtype, describe_verifier, load_verifier
 from capture.work_plan import WorkPlan
 from store.errors import InputError, ManifestMismatchError
 from store.manifest import StoreManifest, Tap
@@ -38,6 +39,8 @@ from store.writer import StoreWriter
 class CaptureJob:
     """Loads what the job needs, refuses what does not fit together, then runs shards until none is missing."""
 
+    verifier: Verifier
+
     def __init__(self, config: CaptureConfig) -> None:
         self.config = config
         self.work = WorkPlan.of(config)
@@ -48,13 +51,46 @@ class CaptureJob:
             )
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(config.compute_dtype, self.device)
+        self.storage = open_storage(config.output)
+        self._followers = ShardedVerifier(config) if config.shard > 1 else None
+        try:
+            self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self) -> None:
+        if self._followers is None:
+            self._load_and_check()
+            return
+        with self._followers.all_alive():
+            self._followers.join()
+            self._load_and_check()
+        self.verifier = self._followers.lead(self.verifier)
+
+    def _load_and_check(self) -> None:
+        config = self.config
         self.verifier = load_verifier(
-            config.verifier, device=self.device, dtype=self.dtype, trust_remote_code=config.trust_remote_code
+            config.verifier,
+            device=self.device,
+            dtype=self.dtype,
+            trust_remote_code=config.trust_remote_code,
+            shard=config.shard,
         )
         self._require_fit()
         self.ssm = enforce_contract(self.verifier.model, config.verifier, allow_fallback=config.allow_fallback)
         self.self_check = self.verifier.self_check(config.layers)
-        self.storage = open_storage(config.output)
+
+    def close(self) -> None:
+        """End the processes that hold parts of a sharded verifier."""
+        if self._followers is not None:
+            self._followers.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
 
     def _require_fit(self) -> None:
         verifier, config = self.verifier, self.config
@@ -63,6 +99,12 @@ class CaptureJob:
                 f"--layers: expected blocks 0 to {len(verifier.blocks) - 1} of {config.verifier}, "
                 f"found {list(config.layers)}"
             )
+        for mixer in mamba_mixers(verifier.model)[:1]:
+            if config.prefill_chunk % mixer.chunk_size:
+                raise InputError(
+                    f"--prefill-chunk: expected a multiple of the scan's chunk of {mixer.chunk_size} tokens, so that "
+                    f"none is padded where a piece ends, found {config.prefill_chunk}"
+                )
         for name, size in (
             ("dataset", self.work.dataset.vocab_size),
             ("vocabulary map", self.vocab_map.vocab_size),
@@ -92,7 +134,7 @@ class CaptureJob:
             draft_vocab_hash=self.vocab_map.hash,
             shard_tokens=config.shard_tokens,
             shards=len(work.shards),
-            ssm=self.ssm,
+            ssm=self.ssm and self.ssm | {"forward": self.verifier.engine.name, "prefill_chunk": config.prefill_chunk},
             provenance=self._provenance(),
         )
 
@@ -102,7 +144,8 @@ class CaptureJob:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "device": gpu,
-            "attention": str(self.verifier.model.config._attn_implementation),
+            "shard": self.config.shard,
+            "forward": {"name": self.verifier.engine.name, **self.verifier.engine.implementations()},
             "self_check": self.self_check,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
@@ -119,10 +162,21 @@ class CaptureJob:
 
         Raises CaptureStopped when `role.stop` says so: what is committed stays, what was begun is removed.
         """
+        if role.number == 0:
+            role.report(Line(self._what_runs()))
         manifest = self.agree_on_manifest(role)
         shards = ShardCapture(self.config, self.work, self.verifier, self.vocab_map, manifest)
         with StoreWriter(self.config.output, manifest, self._write_files) as writer:
             ShardWorker(self.work, shards, writer, role, self._provenance).run()
+
+    def _what_runs(self) -> str:
+        engine = self.verifier.engine
+        details = dict(engine.implementations())
+        reason = details.pop("reason", "")
+        if self.ssm is not None:
+            details["scan"] = self.ssm["scan"]
+        listed = ", ".join(f"{name} {value}" for name, value in details.items())
+        return f"forward: {engine.name}" + (f", the model's own code, for {reason}" if reason else "") + f" ({listed})"
 
     def agree_on_manifest(self, role: WorkerRole) -> StoreManifest:
         """The settings with the store's calibration: the first job makes it, all others take it over.

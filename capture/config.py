@@ -77,6 +77,9 @@ class CaptureConfig:
             "OMP_NUM_THREADS, each would take all cores)"
         ),
     )
+    shard: int = field(
+        default=1, metadata=_doc("GPUs of one node over which each worker's verifier is split, where one is too small")
+    )
     grace_seconds: float = field(
         default=25.0, metadata=_doc("after SIGTERM, time to finish the shard in; a second SIGTERM ends it at once")
     )
@@ -90,7 +93,8 @@ class CaptureConfig:
                 raise InputError(f"--{name}: expected one of {list(choices)}, found {getattr(self, name)!r}")
         if self.compute_dtype not in ("auto", "bfloat16", "float32"):
             raise InputError(f"--compute-dtype: expected auto, bfloat16 or float32, found {self.compute_dtype!r}")
-        for name in ("top_k", "shard_tokens", "head_slice", "calibration_tokens", "batch_tokens", "prefill_chunk"):
+        at_least_one = ("top_k", "shard_tokens", "head_slice", "calibration_tokens", "batch_tokens", "prefill_chunk")
+        for name in (*at_least_one, "shard"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(self, name)}")
         for name in ("workers", "grace_seconds", "buffer_gb"):

@@ -19,10 +19,10 @@ def capture(config: CaptureConfig) -> CaptureSummary:
     is imported by each, as always with `spawn`: a script guards its calls by `if __name__ == "__main__"`.
     """
     stop = StopRequest(config.grace_seconds)
-    workers = config.workers or local_workers(config.device)
+    workers = config.workers or local_workers(config.device, config.shard)
     if config.engine == "local" and workers == 1:
-        with StopSignals(stop):
-            return CaptureJob(config).run(stop)
+        with StopSignals(stop), CaptureJob(config) as job:
+            return job.run(stop)
     with JobProgress(WorkPlan.of(config), open_storage(config.output)) as progress:
         if config.engine == "ray":
             from capture.ray_workers import run_on_ray
@@ -35,15 +35,15 @@ def capture(config: CaptureConfig) -> CaptureSummary:
     return progress.summary()
 
 
-def local_workers(device: str) -> int:
-    """One per visible GPU, unless one device was named; one without GPUs."""
+def local_workers(device: str, shard: int) -> int:
+    """One per `shard` visible GPUs, unless one device was named; one without GPUs."""
     if device not in ("auto", "cuda"):
         return 1
-    return max(1, torch.cuda.device_count())
+    return max(1, torch.cuda.device_count() // shard)
 
 
-def worker_device(device: str, number: int) -> str:
-    """The device of a worker process, dealt out in turn where all GPUs are meant."""
+def worker_device(device: str, number: int, shard: int) -> str:
+    """The (first) device of a worker process, dealt out in turn where all GPUs are meant."""
     if device not in ("auto", "cuda") or not torch.cuda.is_available():
         return device
-    return f"cuda:{number % torch.cuda.device_count()}"
+    return f"cuda:{number % local_workers(device, shard) * shard}"

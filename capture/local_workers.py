@@ -146,8 +146,8 @@ def _work(config: CaptureConfig, number: int, count: int, connection: Connection
         except OSError:  # the command is gone
             raise CaptureStopped(signal.SIGTERM) from None
 
-    job = CaptureJob(replace(config, device=worker_device(config.device, number)))
-    job.run_worker(WorkerRole(report=report, stop=stop, number=number, count=count))
+    with CaptureJob(replace(config, device=worker_device(config.device, number, config.shard))) as job:
+        job.run_worker(WorkerRole(report=report, stop=stop, number=number, count=count))
 
 
 def _leave_with_parent() -> None:

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 from capture.kernels.attention import KeyValues, causal_attention
 from capture.kernels.causal_conv import causal_conv_silu
@@ -21,6 +23,7 @@ from capture.kernels.experts import combine, dispatch, grouped_linear, relu_squa
 from capture.kernels.norms import add_rms_norm, gated_group_norm
 from capture.prefill import Piece
 from capture.ssm_precision import scan_function
+from store.errors import InputError
 
 _BLOCK_TYPES = {"linear_attention", "mamba", "full_attention", "attention", "moe", "mlp"}
 
@@ -69,6 +72,13 @@ class NemotronForward:
         self._blocks: list[Callable[[Tensor, Carried | None], Tensor]] = [
             self._block(number, block) for number, block in enumerate(self._body.layers)
         ]
+
+    def implementations(self) -> dict[str, str]:
+        """See Forward."""
+        weight = self._body.embeddings.weight
+        if weight.is_cuda and weight.dtype == torch.bfloat16:
+            return {"attention": "sdpa: cudnn or flash", "experts": "grouped_mm"}
+        return {"attention": "sdpa with a mask", "experts": "one after the other"}
 
     @torch.inference_mode()
     def prefill(self, token_ids: Tensor, layers: tuple[int, ...], chunk_tokens: int) -> Iterator[Piece]:
@@ -166,6 +176,7 @@ class _Experts:
         self._mixer = mixer
         gate = mixer.gate
         self._bias = gate.e_score_correction_bias.detach().float()
+        self._up, self._down, self._group = _local_experts(mixer.experts.up_proj, mixer.experts.down_proj)
 
     def __call__(self, rows: Tensor, carried: Carried | None) -> Tensor:
         mixer, gate = self._mixer, self._mixer.gate
@@ -176,13 +187,27 @@ class _Experts:
         )  # fmt: skip
         pairs = dispatch(ids, gate.num_experts)
         latent = mixer.fc1_latent_proj(flat)
-        hidden = relu_squared_(grouped_linear(latent[pairs.tokens], mixer.experts.up_proj, pairs.ends))
-        expert_rows = grouped_linear(hidden, mixer.experts.down_proj, pairs.ends)
+        hidden = relu_squared_(grouped_linear(latent[pairs.tokens], self._up, pairs.ends))
+        expert_rows = grouped_linear(hidden, self._down, pairs.ends)
         del hidden
-        if isinstance(mixer.fc2_latent_proj, nn.Identity):
+        if isinstance(mixer.fc2_latent_proj, nn.Identity) and self._group is None:
             return combine(expert_rows, weights, pairs.place, _mlp(mixer.shared_experts, flat)).view_as(rows)
         routed = combine(expert_rows, weights, pairs.place, torch.zeros_like(latent))
+        if self._group is not None:
+            dist.all_reduce(routed, group=self._group)
         return torch.add(mixer.fc2_latent_proj(routed), _mlp(mixer.shared_experts, flat)).view_as(rows)
+
+
+def _local_experts(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, dist.ProcessGroup | None]:
+    """The part of every expert's width, and the group whose sums make the whole; None where it is whole."""
+    if not isinstance(up, DTensor) or not isinstance(down, DTensor):
+        return up, down, None
+    if not (up.placements == (Shard(1),) and down.placements == (Shard(2),)):
+        raise InputError(
+            f"experts: expected a plan that splits their width (up_proj by Shard(1), down_proj by Shard(2)), found "
+            f"{up.placements} and {down.placements}; this version of transformers is not supported for --shard"
+        )
+    return up.to_local().contiguous(), down.to_local().contiguous(), up.device_mesh.get_group()
 
 
 def _mlp(mlp: Any, rows: Tensor) -> Tensor:

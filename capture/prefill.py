@@ -31,6 +31,10 @@ class Forward(Protocol):
     """Runs the verifier's body over token ids, without gradients."""
 
     name: str
+    """ "draftcache", or "transformers" for the model's own code."""
+
+    def implementations(self) -> dict[str, str]:
+        """What runs, for the log and the store's provenance: "attention", "experts", and "reason" for a fallback."""
 
     def prefill(self, token_ids: Tensor, layers: tuple[int, ...], chunk_tokens: int) -> Iterator[Piece]:
         """Pieces of at most `chunk_tokens` rows of `token_ids` [B, L] int64, which may be padded on the right.
@@ -44,8 +48,16 @@ class PlainForward:
 
     name = "transformers"
 
-    def __init__(self, body: Any, blocks: nn.ModuleList, final_norm: nn.Module) -> None:
+    def __init__(self, body: Any, blocks: nn.ModuleList, final_norm: nn.Module, reason: str = "") -> None:
+        """`reason` says why no faster forward was taken."""
         self._body, self._blocks, self._final_norm = body, blocks, final_norm
+        self._reason = reason
+
+    def implementations(self) -> dict[str, str]:
+        """See Forward."""
+        names = {"attention": "_attn_implementation", "experts": "_experts_implementation"}
+        found = {name: getattr(self._body.config, attribute, None) for name, attribute in names.items()}
+        return {name: str(value) for name, value in (found | {"reason": self._reason}).items() if value}
 
     @torch.inference_mode()
     def prefill(self, token_ids: Tensor, layers: tuple[int, ...], chunk_tokens: int) -> Iterator[Piece]:

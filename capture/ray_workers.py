@@ -44,7 +44,8 @@ class RayWorker:
     def run(self) -> DraftcacheError | None:
         """The worker's share of the job; what it was refused for, if so."""
         try:
-            CaptureJob(self._config).run_worker(self._role)
+            with CaptureJob(self._config) as job:
+                job.run_worker(self._role)
         except DraftcacheError as exc:
             return exc
         except CaptureStopped:
@@ -71,11 +72,11 @@ def run_on_ray(config: CaptureConfig, progress: JobProgress, stop: StopRequest) 
     with _cluster() as ray, ParentSignals(stop):
         resources = ray.cluster_resources()
         slot = "GPU" if resources.get("GPU") else "CPU"
-        slots = int(resources.get(slot, 0))
+        slots = int(resources.get(slot, 0)) // config.shard
         workers = config.workers or (slots if slot == "GPU" else 1)
         if workers > slots:
             progress.take(0, Line(f"{workers} workers, but the cluster has {slots} {slot} slots now: some must wait"))
-        options = {"num_gpus": 1} if slot == "GPU" else {"num_cpus": 1}
+        options = {"num_gpus": config.shard} if slot == "GPU" else {"num_cpus": config.shard}
         actor = ray.remote(max_concurrency=4, **options)(RayWorker)
         handles = [actor.remote(_everywhere(config), number, workers) for number in range(workers)]
         try:

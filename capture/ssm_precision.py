@@ -210,6 +210,7 @@ def enforce_contract(model: Any, path: Path, *, allow_fallback: bool) -> dict[st
         "mamba_blocks": len(mixers),
         "fp32_parameters": sorted({name.rpartition(".")[2] for name in restored}),
         "scan": scan,
-        "prefill": "one-shot",
+        # mamba-ssm's kernel casts the states at its chunks' borders to C's dtype before its dot product.
+        "snapshot_dtype": "float32" if scan == "torch" else str(mixers[0].in_proj.weight.dtype).removeprefix("torch."),
         **canary,
     }

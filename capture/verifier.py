@@ -136,10 +136,17 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
-def load_verifier(path: Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> Verifier:
-    """Load a model directory, frozen, in evaluation mode, from safetensors only. Raises InputError."""
+def load_verifier(
+    path: Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool, shard: int = 1
+) -> Verifier:
+    """Load a model directory, frozen, in evaluation mode, from safetensors only. Raises InputError.
+
+    With `shard` > 1 this is one of as many processes of a process group (see `capture.sharded_verifier`), and each
+    loads its part.
+    """
     if not (path / "config.json").is_file():
         raise InputError(f"{path}: expected a model directory, found no config.json")
+    _require_room(path, device, shard)
     stand_in_for_extension()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -148,12 +155,46 @@ def load_verifier(path: Path, *, device: torch.device, dtype: torch.dtype, trust
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             local_files_only=True,
+            **({} if shard == 1 else {"distributed_config": _sharding(path, shard, trust_remote_code)}),
         )
     except (OSError, ValueError, KeyError) as exc:
         raise InputError(f"{path}: could not be loaded as a causal language model ({exc})") from exc
-    model.to(device).eval().requires_grad_(False)
+    if shard == 1:
+        model.to(device)
+    model.eval().requires_grad_(False)
     torch_forms_on_the_cpu(mamba_mixers(model))
     return find_modules(model, device)
+
+
+def _require_room(path: Path, device: torch.device, shard: int) -> None:
+    """Raise InputError where the weights can't fit on the GPU, before minutes are spent on reading them."""
+    if device.type != "cuda" or shard > 1:  # what a plan divides is known when it is applied
+        return
+    needed = sum(item.stat().st_size for item in path.glob("*.safetensors"))
+    free, total = torch.cuda.mem_get_info(device)
+    if needed > free:
+        raise InputError(
+            f"{path}: expected weights of at most the {free / 1e9:.1f} GB that are free of {total / 1e9:.1f} GB on "
+            f"{device}, found {needed / 1e9:.1f} GB; use a larger GPU, or --shard N to split them over N of this node"
+        )
+
+
+def _sharding(path: Path, shard: int, trust_remote_code: bool) -> Any:
+    """The model class's own tensor-parallel plan, but for embeddings and head, which capture reads whole."""
+    try:
+        from transformers.distributed import DistributedConfig
+
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        plan = config.get_text_config().base_model_tp_plan
+        if not plan or "tp_size" not in DistributedConfig.__dataclass_fields__:
+            raise AttributeError("base_model_tp_plan")
+    except (ImportError, AttributeError) as exc:
+        raise InputError(
+            f"{path}: expected a tensor-parallel plan for --shard {shard}, found none for this model in transformers "
+            f"{transformers.__version__}; a newer one may have it (NemotronH has one in 5.23)"
+        ) from exc
+    names = {"lm_head", "model.embed_tokens"} if "embeddings" not in plan else {"lm_head", "model.embeddings"}
+    return DistributedConfig(tp_size=shard, tp_plan=dict.fromkeys(names, "replicate"))
 
 
 def find_modules(model: Any, device: torch.device) -> Verifier:
@@ -195,9 +236,8 @@ def find_modules(model: Any, device: torch.device) -> Verifier:
 
 def choose_forward(model: Any, blocks: nn.ModuleList, final_norm: nn.Module) -> Forward:
     """Our own forward where it handles the model, else the model's own code; `Forward.name` says which."""
-    if unsupported(model) is None:
-        return NemotronForward(model)
-    return PlainForward(model.base_model, blocks, final_norm)
+    reason = unsupported(model)
+    return NemotronForward(model) if reason is None else PlainForward(model.base_model, blocks, final_norm, reason)
 
 
 def weights_fingerprint(path: Path) -> str:

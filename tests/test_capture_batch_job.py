@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,9 @@ def test_manifest_records_the_contract_and_conventions(nemotron: Path, dataset: 
     manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
     assert manifest["ssm"]["dt_limit"] == [0.0, "inf"]
     assert manifest["ssm"]["canary_min"] == 264.0
-    assert manifest["ssm"]["carry_dtype"] == "float32"
+    assert manifest["ssm"]["carry_dtype"] == manifest["ssm"]["snapshot_dtype"] == "float32"
+    assert (manifest["ssm"]["forward"], manifest["ssm"]["prefill_chunk"]) == ("draftcache", 32_768)
+    assert manifest["provenance"]["forward"]["experts"] == "one after the other"
     assert [tap["vllm_aux_id"] for tap in manifest["taps"]] == [1, 2, 3]
     assert manifest["provenance"]["self_check"]["logits"] < 1e-5
     record = read_record(open_storage(tmp_path / "s"), "00000")
@@ -176,9 +178,14 @@ def test_manifest_records_the_contract_and_conventions(nemotron: Path, dataset: 
 
 
 def flags(settings: CaptureConfig) -> list[str]:
-    names = ("verifier", "dataset", "output", "top_k", "window", "shard_tokens", "head_slice", "device")
-    pairs = [(f"--{name.replace('_', '-')}", str(getattr(settings, name))) for name in names]
-    return ["--layers", ",".join(map(str, settings.layers)), *[part for pair in pairs for part in pair]]
+    """Of everything that differs from its default."""
+    found = []
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if value != item.default:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            found += [f"--{item.name.replace('_', '-')}", text]
+    return found
 
 
 def test_sigkill_then_the_same_command_gives_the_same_store(nemotron: Path, dataset: Path, tmp_path: Path) -> None:
@@ -306,6 +313,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     output = tmp_path / "s"
     for change, message in (
         ({"layers": (0, 2, 5)}, r"expected blocks 0 to 4 .* found \[0, 2, 5\]"),
+        ({"prefill_chunk": 24}, "expected a multiple of the scan's chunk of 16 tokens"),
         ({"top_k": 201}, "at most the draft vocabulary's 200"),
         ({"splits": ("test",)}, r"expected splits among \['train', 'val'\]"),
         ({"vocab_map": tmp_path / "none"}, "expected a vocabulary map"),

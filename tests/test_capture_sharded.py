@@ -1,0 +1,150 @@
+"""`--shard N`: a verifier over several processes, by the model class's own plan, beside one that is whole."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_capture_batch_job import config, flags, write_rows
+from test_capture_engines import ONE_THREAD, children, wait_for
+from tiny_models import KINDS, save_model
+
+from capture import nemotron_forward, sharded_verifier, verifier
+from capture.batch_job import CaptureJob
+from capture.config import CaptureConfig
+from capture.prepare import PrepareConfig, prepare
+from store.codecs import bf16_to_float32
+from store.commits import committed_shards
+from store.errors import InputError
+from store.reader import StoreReader
+from store.schema import tap_name
+from store.storage import open_storage
+from store.verify import verify_store
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.skipif(
+        torch.cuda.device_count() == 1, reason="one GPU can't be shared by ranks, and transformers takes it"
+    ),
+]
+DEADLINE_S = 120
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    root = tmp_path_factory.mktemp("dataset")
+    rows = write_rows(root / "rows.jsonl", rows=24)
+    prepare(
+        PrepareConfig(
+            tokenizer=tokenizer_dir, output=root / "prepared", splits={"train": [rows]}, held_out={},
+            draft_vocab_size=200, workers=1, progress=False,
+        )
+    )  # fmt: skip
+    return root / "prepared"
+
+
+def start(settings: CaptureConfig) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tools.cli", "capture", *flags(settings)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ONE_THREAD)
+
+
+def run(settings: CaptureConfig) -> tuple[int, str]:
+    with start(settings) as process:
+        _, errors = process.communicate(timeout=DEADLINE_S)
+    return process.returncode, errors
+
+
+def sharded(model: Path, dataset: Path, output: Path, **changes: Any) -> CaptureConfig:
+    return config(model, dataset, output, **{"shard": 2, "device": "auto", "compute_dtype": "float32"} | changes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_store_within_rounding(tmp_path: Path, dataset: Path, kind: str) -> None:
+    model = save_model(tmp_path / "model", kind)
+    code, errors = run(sharded(model, dataset, tmp_path / "sharded", prefill_chunk=48, mode="bf16"))
+    assert code == 0, errors
+    CaptureJob(config(model, dataset, tmp_path / "whole", prefill_chunk=48, mode="bf16")).run()
+    assert not verify_store(tmp_path / "sharded").damages
+    found, expected = StoreReader(tmp_path / "sharded"), StoreReader(tmp_path / "whole")
+    assert len(found) == len(expected) == 24
+    assert found.files.frozen.read_bytes() == expected.files.frozen.read_bytes()
+    for number in range(24):
+        mine, theirs = found.read(number).arrays, expected.read(number).arrays
+        for layer in found.manifest.layers:
+            a, b = (bf16_to_float32(arrays[tap_name(layer)]) for arrays in (mine, theirs))
+            assert np.linalg.norm(a - b) < 2e-3 * np.linalg.norm(b)
+        np.testing.assert_allclose(mine["log_z_full"], theirs["log_z_full"], atol=1e-3)
+    provenance = next(found.records())["provenance"]
+    assert provenance["shard"] == 2
+
+
+def test_without_the_sum_over_ranks_the_self_check_refuses(
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control: half of every expert is not the expert, and start-up says so."""
+    model = save_model(tmp_path / "model", "nemotron_h")
+    parts = nemotron_forward._local_experts
+    monkeypatch.setattr(nemotron_forward, "_local_experts", lambda up, down: (*parts(up, down)[:2], None))
+    monkeypatch.setattr(sharded_verifier, "_LAST_WORDS_S", 600.0)
+    with pytest.raises(InputError, match="conventions are not supported"):
+        CaptureJob(sharded(model, dataset, tmp_path / "s"))
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("victim", ["follower", "worker"])
+def test_a_dead_rank_ends_the_worker_and_the_same_command_goes_on(tmp_path: Path, dataset: Path, victim: str) -> None:
+    model = save_model(tmp_path / "model", "nemotron_h")
+    settings = sharded(model, dataset, tmp_path / "s")
+    with start(settings) as process:
+        wait_for(lambda: committed_shards(open_storage(tmp_path / "s")))
+        (follower,) = children(process.pid)
+        os.kill(follower if victim == "follower" else process.pid, signal.SIGKILL)
+        _, errors = process.communicate(timeout=DEADLINE_S)
+    wait_for(lambda: not Path(f"/proc/{follower}").exists())
+    if victim == "follower":
+        assert process.returncode == 2
+        assert "expected 1 followers of this worker" in errors
+        assert "found exit codes [-9]" in errors
+    shards = StoreReader(tmp_path / "s", allow_partial=True).manifest.shards
+    assert 0 < len(committed_shards(open_storage(tmp_path / "s"))) < shards
+    assert run(settings)[0] == 0
+    assert not verify_store(tmp_path / "s").damages
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_model(tmp_path / "model", "nemotron_h")
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1000, 2000))
+    with pytest.raises(InputError, match=r"expected weights of at most the 0\.0 GB that are free .* --shard N"):
+        verifier.load_verifier(model, device=gpu, dtype=torch.bfloat16, trust_remote_code=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device, number in (("cuda", 4), ("cuda:2", 2)):
+        with pytest.raises(InputError, match=rf"--shard {number}: expected {number} GPUs .*found 3 in all"):
+            sharded_verifier.first_gpu(sharded(model, dataset, tmp_path / "s", shard=number, device=device))
+    with pytest.raises(InputError, match="--device cpu: expected GPUs for --shard 2"):
+        sharded_verifier.first_gpu(sharded(model, dataset, tmp_path / "s", device="cpu"))
+
+
+def test_a_model_without_a_plan_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaConfig
+
+    model = save_model(tmp_path / "model", "llama")
+    monkeypatch.setattr(LlamaConfig, "base_model_tp_plan", None)
+    with pytest.raises(InputError, match="expected a tensor-parallel plan for --shard 2, found none"):
+        verifier.load_verifier(model, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=False, shard=2)
+
+
+def test_layers_that_are_not_there_are_refused_by_every_rank(tmp_path: Path, dataset: Path) -> None:
+    settings = sharded(save_model(tmp_path / "model", "llama"), dataset, tmp_path / "s")
+    code, errors = run(replace(settings, layers=(0, 9)))
+    assert code == 2, errors
+    assert "expected blocks 0 to 3" in errors
