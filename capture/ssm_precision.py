@@ -6,6 +6,12 @@
 - carry: a state carried from call to call must stay float32. The canary has A = 0 and an initial state of 256,
   and adds 0.5 in each of 16 calls of 128 tokens: a float32 carry ends at 264, a bfloat16 carry stays at 256,
   because 0.5 is a quarter of bfloat16's step there.
+
+A patch that goes round makes mamba-ssm's `_state_passing_fwd` return float32. It changes no bit of a prefill in one
+piece: within a call the state is carried in float32 registers, and what is written at the chunks' borders is cast to
+C's dtype by the kernel that reads it (a test on a GPU compares scan, taps and final states). Put on the module that
+defines the function it does not even run, since `ssd_combined` holds a name of its own. So it is not applied here;
+what is needed in its place is the carry above.
 """
 
 from __future__ import annotations

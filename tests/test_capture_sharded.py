@@ -15,6 +15,7 @@ import pytest
 import torch
 from test_capture_batch_job import config, flags, write_rows
 from test_capture_engines import ONE_THREAD, children, wait_for
+from test_capture_forward import DEMO
 from tiny_models import KINDS, save_model
 
 from capture import nemotron_forward, sharded_verifier, verifier
@@ -84,6 +85,24 @@ def test_the_same_store_within_rounding(tmp_path: Path, dataset: Path, kind: str
         np.testing.assert_allclose(mine["log_z_full"], theirs["log_z_full"], atol=1e-3)
     provenance = next(found.records())["provenance"]
     assert provenance["shard"] == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_trained_weights_in_bf16_on_two_gpus(tmp_path: Path, dataset: Path) -> None:
+    layers = (2, 5, 10)
+    both = {"layers": layers, "mode": "bf16", "compute_dtype": "bfloat16", "allow_fallback": True}
+    for name, more in (("whole", {"shard": 1, "device": "cuda:0"}), ("sharded", {})):
+        code, errors = run(sharded(DEMO, dataset, tmp_path / name, **both | more))
+        assert code == 0, errors
+    found, expected = StoreReader(tmp_path / "sharded"), StoreReader(tmp_path / "whole")
+    worst = dict.fromkeys(layers, 0.0)
+    for number in range(24):
+        for layer in layers:
+            a, b = (bf16_to_float32(store.read(number).arrays[tap_name(layer)]) for store in (found, expected))
+            worst[layer] = max(worst[layer], float(np.linalg.norm(a - b) / np.linalg.norm(b)))
+    print("relative difference of two ranks to one, by block:", worst)
+    assert 0 < max(worst.values()) < 2e-2
 
 
 def test_without_the_sum_over_ranks_the_self_check_refuses(
