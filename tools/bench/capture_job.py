@@ -97,7 +97,7 @@ def run_capture(verifier: Verifier, lengths: list[int], root: Path, mode: str) -
 
     torch.cuda.reset_peak_memory_stats()
     with StoreWriter(root, manifest, write_files) as writer, profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        shards = ShardCapture(config, work, verifier, vocab_map, manifest)
+        shards = ShardCapture(config, work, verifier, [vocab_map], manifest)
         worker = ShardWorker(work, shards, writer, WorkerRole(report, StopRequest(25.0)), dict)
         started = time.perf_counter()
         worker.run()
