@@ -3,8 +3,8 @@
 | teacher | kept at each position                  | what training makes of it                                         |
 |---------|----------------------------------------|-------------------------------------------------------------------|
 | draft   | top-k over the main draft vocabulary   | tail-bucket loss, for that vocabulary and its subsets             |
-| full    | top-k over the verifier's vocabulary   | tail-bucket loss, for any draft vocabulary: what is in it of S    |
-| hidden  | the final-norm state                   | exact cross entropy over any draft vocabulary whose head is stored|
+| full    | top-k over the verifier's vocabulary   | tail-bucket loss, for any declared draft vocabulary               |
+| hidden  | the final-norm state                   | exact cross entropy, for any declared draft vocabulary            |
 
 The scalars are kept in each: they make tail and out-of-vocabulary mass exact.
 """
