@@ -11,6 +11,7 @@ import platform
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,12 +28,12 @@ from capture.sharded_verifier import ShardedVerifier
 from capture.ssm_precision import enforce_contract, mamba_mixers
 from capture.stopping import StopRequest
 from capture.verifier import Verifier, choose_device, choose_dtype, describe_verifier, load_verifier
+from capture.vocab_map import load_vocab_maps
 from capture.work_plan import WorkPlan
 from store.errors import InputError, ManifestMismatchError
 from store.manifest import StoreManifest, Tap
 from store.reader import FROZEN_NAME, VOCAB_MAP_NAME
 from store.storage import open_storage
-from store.vocab_map import VocabMap
 from store.writer import StoreWriter
 
 
@@ -44,11 +45,9 @@ class CaptureJob:
     def __init__(self, config: CaptureConfig) -> None:
         self.config = config
         self.work = WorkPlan.of(config)
-        self.vocab_map = VocabMap.load(config.vocab_map or config.dataset / VOCAB_MAP_NAME)
-        if config.top_k > len(self.vocab_map):
-            raise InputError(
-                f"--top-k: expected at most the draft vocabulary's {len(self.vocab_map)}, found {config.top_k}"
-            )
+        self.vocab_maps = load_vocab_maps(config.vocab_map or config.dataset / VOCAB_MAP_NAME, config.more_vocab_maps)
+        if config.teacher == "draft" and config.top_k > (most := len(self.vocab_maps[0])):
+            raise InputError(f"--top-k: expected at most the draft vocabulary's {most}, found {config.top_k}")
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(config.compute_dtype, self.device)
         self.storage = open_storage(config.output)
@@ -107,13 +106,22 @@ class CaptureJob:
                 )
         for name, size in (
             ("dataset", self.work.dataset.vocab_size),
-            ("vocabulary map", self.vocab_map.vocab_size),
+            ("vocabulary map", self.vocab_maps[0].vocab_size),
         ):
             if size > verifier.vocab_size:
                 raise InputError(
                     f"{config.dataset}: expected a {name} of at most the verifier's {verifier.vocab_size} token ids, "
                     f"found {size}; it was prepared with another tokenizer"
                 )
+        if config.teacher == "full" and config.top_k > verifier.vocab_size:
+            raise InputError(
+                f"--top-k: expected at most the verifier's {verifier.vocab_size} token ids, found {config.top_k}"
+            )
+        if config.teacher == "hidden" and verifier.head.bias is not None:
+            raise InputError(
+                f"--teacher hidden: expected a head without bias in {config.verifier}, found one; its logits can't be "
+                "recomputed from the states and the head's rows alone: use --teacher full"
+            )
 
     def settings(self) -> StoreManifest:
         """The store's manifest, but for what the calibration measures."""
@@ -129,9 +137,11 @@ class CaptureJob:
             layout=config.layout,
             compute_dtype=str(self.dtype).removeprefix("torch."),
             window=config.window or None,
-            top_k=config.top_k,
-            draft_vocab_size=len(self.vocab_map),
-            draft_vocab_hash=self.vocab_map.hash,
+            teacher=config.teacher,
+            top_k=0 if config.teacher == "hidden" else config.top_k,
+            draft_vocab_size=len(self.vocab_maps[0]),
+            draft_vocab_hash=self.vocab_maps[0].hash,
+            more_draft_vocabs={str(len(item)): item.hash for item in self.vocab_maps[1:]},
             shard_tokens=config.shard_tokens,
             shards=len(work.shards),
             ssm=self.ssm and self.ssm | {"forward": self.verifier.engine.name, "prefill_chunk": config.prefill_chunk},
@@ -165,8 +175,8 @@ class CaptureJob:
         if role.number == 0:
             role.report(Line(self._what_runs()))
         manifest = self.agree_on_manifest(role)
-        shards = ShardCapture(self.config, self.work, self.verifier, self.vocab_map, manifest)
-        with StoreWriter(self.config.output, manifest, self._write_files) as writer:
+        shards = ShardCapture(self.config, self.work, self.verifier, self.vocab_maps, manifest)
+        with StoreWriter(self.config.output, manifest, partial(self._write_files, manifest)) as writer:
             ShardWorker(self.work, shards, writer, role, self._provenance).run()
 
     def _what_runs(self) -> str:
@@ -203,20 +213,20 @@ class CaptureJob:
         measured = calibrate(self.config, self.work, self.verifier)
         manifest = replace(settings, norm_bands=measured.norm_bands, channel_scales=measured.channel_scales)
         # In an object store two jobs may come this far. One manifest is created; the other job's bands are not its.
-        with suppress(ManifestMismatchError), StoreWriter(self.config.output, manifest, self._write_files):
+        prepare_files = partial(self._write_files, manifest)
+        with suppress(ManifestMismatchError), StoreWriter(self.config.output, manifest, prepare_files):
             pass
 
-    def _write_files(self, root: Path) -> list[Path]:
-        """Frozen weights that a trainer needs, so that it never loads the verifier; and the vocabulary map."""
+    def _write_files(self, manifest: StoreManifest, root: Path) -> list[Path]:
+        """Frozen weights that a trainer needs, so that it never loads the verifier; and the vocabulary maps."""
         verifier = self.verifier
-        target_ids = torch.from_numpy(self.vocab_map.target_ids).to(self.device)
         norm = verifier.final_norm.weight
         assert isinstance(norm, torch.Tensor)
-        tensors = {
-            "embed_tokens": verifier.embeddings.weight,
-            "norm": norm,
-            "lm_head": verifier.head.weight[target_ids],
-        }
-        save_file({name: value.detach().contiguous().cpu() for name, value in tensors.items()}, root / FROZEN_NAME)
-        self.vocab_map.save(root / VOCAB_MAP_NAME)
-        return [root / FROZEN_NAME, root / VOCAB_MAP_NAME]
+        tensors = {"embed_tokens": verifier.embeddings.weight, "norm": norm}
+        paths = [root / FROZEN_NAME]
+        for vocab, item in zip(manifest.teacher_form.vocabularies, self.vocab_maps, strict=True):
+            tensors[vocab.head] = verifier.head.weight[torch.from_numpy(item.target_ids).to(self.device)]
+            paths.append(root / vocab.map_name)
+            item.save(paths[-1])
+        save_file({name: value.detach().contiguous().cpu() for name, value in tensors.items()}, paths[0])
+        return paths

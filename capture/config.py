@@ -9,6 +9,7 @@ from store.codecs import MODES
 from store.errors import InputError
 from store.manifest import LAYOUTS
 from store.storage import Location
+from store.teacher_form import TEACHERS
 
 ENGINES = ("local", "ray")
 
@@ -30,12 +31,22 @@ class CaptureConfig:
     vocab_map: Path | None = field(
         default=None, metadata=_doc("draft-vocabulary map (default: the dataset's vocab_map.safetensors)")
     )
+    more_vocab_maps: tuple[Path, ...] = field(
+        default=(), metadata=_doc("further draft vocabularies, of other sizes, that drafts will be trained with")
+    )
     splits: tuple[str, ...] = field(default=(), metadata=_doc("splits to capture, in order (default: all)"))
     window: int = field(
         default=4096,
         metadata=_doc("drop rows that no start row within this window reads; 0 keeps every earlier row"),
     )
-    top_k: int = field(default=64, metadata=_doc("teacher logits kept per position, over the draft vocabulary"))
+    teacher: str = field(
+        default="draft",
+        metadata=_doc(
+            "what is kept of the verifier's distribution: draft (top-k over the draft vocabulary), full (top-k over "
+            "the verifier's), or hidden (the final-norm state, in the compute dtype: exact, for reference)"
+        ),
+    )
+    top_k: int = field(default=64, metadata=_doc("teacher logits kept per position; none with --teacher hidden"))
     mode: str = field(
         default="lossless",
         metadata=_doc("stored taps: bf16, lossless (the same bits, about 1.45 times smaller), int8, fp8 or float32"),
@@ -88,7 +99,7 @@ class CaptureConfig:
     def __post_init__(self) -> None:
         if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
             raise InputError(f"--layers: expected ascending, distinct block numbers >= 0, found {list(self.layers)}")
-        for name, choices in (("mode", MODES), ("layout", LAYOUTS), ("engine", ENGINES)):
+        for name, choices in (("mode", MODES), ("layout", LAYOUTS), ("engine", ENGINES), ("teacher", TEACHERS)):
             if getattr(self, name) not in choices:
                 raise InputError(f"--{name}: expected one of {list(choices)}, found {getattr(self, name)!r}")
         if self.compute_dtype not in ("auto", "bfloat16", "float32"):

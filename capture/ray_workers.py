@@ -194,4 +194,5 @@ def _everywhere(config: CaptureConfig) -> CaptureConfig:
     output = config.output if "://" in str(config.output) else Path(config.output).resolve()
     vocab_map = None if config.vocab_map is None else config.vocab_map.resolve()
     verifier, dataset = config.verifier.resolve(), config.dataset.resolve()
-    return replace(config, verifier=verifier, dataset=dataset, vocab_map=vocab_map, output=output)
+    more = tuple(path.resolve() for path in config.more_vocab_maps)
+    return replace(config, verifier=verifier, dataset=dataset, vocab_map=vocab_map, more_vocab_maps=more, output=output)

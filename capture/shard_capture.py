@@ -6,7 +6,7 @@ by a thread. Nothing is waited for but memory: at most `buffer_bytes` are on the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from capture.gates import Gates, gate_statistics
 from capture.overlap import HostArrays, HostMemory, Writing
 from capture.prefill import Piece
 from capture.progress import Progress
-from capture.teacher_topk import teacher_signal
+from capture.teacher_topk import TeacherHead, teacher_signal
 from capture.verifier import Verifier
 from capture.work_plan import ShardPlan, WorkPlan
 from store import torch_codecs
@@ -71,9 +71,10 @@ class ShardCapture:
         config: CaptureConfig,
         work: WorkPlan,
         verifier: Verifier,
-        vocab_map: VocabMap,
+        vocab_maps: Sequence[VocabMap],
         manifest: StoreManifest,
     ) -> None:
+        """`vocab_maps`: those of the manifest's draft vocabularies, in its order."""
         self.config = config
         self.work = work
         self.verifier = verifier
@@ -81,7 +82,15 @@ class ShardCapture:
         self.device = verifier.device
         self.writings: list[Writing[_Task]] = []
         """Of the shards that are not finished."""
-        self._target_ids = torch.from_numpy(vocab_map.target_ids).to(self.device)
+        self._teacher = TeacherHead(
+            head=verifier.head,
+            form=manifest.teacher_form,
+            target_ids=tuple(torch.from_numpy(item.target_ids).to(self.device) for item in vocab_maps),
+            slice_rows=config.head_slice,
+        )
+        full = manifest.teacher == "full"
+        self.in_draft = vocab_maps[0].padded(verifier.vocab_size).t2d if full else None
+        """See `store.teacher_stats.tail_mass`."""
         on_gpu = self.device.type == "cuda"
         self._memory = HostMemory(config.buffer_bytes) if on_gpu and config.buffer_bytes else None
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
@@ -113,14 +122,7 @@ class ShardCapture:
             parts |= torch_codecs.encode(self.manifest.codec, layer, tap, require_finite=False)
         counts = dict.fromkeys(parts, task.positions.size)
         if places.size:
-            signal = teacher_signal(
-                final,
-                self._rows(token_ids[row], places + piece.first + 1),
-                self.verifier.head,
-                self._target_ids,
-                top_k=config.top_k,
-                head_slice=config.head_slice,
-            )
+            signal = teacher_signal(final, self._rows(token_ids[row], places + piece.first + 1), self._teacher)
             parts |= signal
             counts |= dict.fromkeys(signal, task.teacher.size)
         task.host.add(parts, counts, wait)
@@ -226,7 +228,7 @@ class ShardRunning:
             "positions": task.positions.astype(np.int32),
             "teacher_positions": task.teacher.astype(np.int32),
         }
-        self._summary.tails.append(tail_mass(arrays))
+        self._summary.tails.append(tail_mass(arrays, self._capture.in_draft))
         self._begun.append(
             Conversation(
                 content_hash=task.content_hash, split=self._plan.split, dataset_index=task.number, arrays=arrays

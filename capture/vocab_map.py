@@ -6,8 +6,9 @@ its own map permutes the head that the first stage trained.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,27 @@ def build_vocab_map(counts: Mapping[str, np.ndarray], size: int) -> VocabMap:
     most_frequent = np.argsort(-total, kind="stable")[:size]
     ids = np.sort(most_frequent).astype(np.int64)
     return VocabMap(target_ids=ids, vocab_size=len(total), sources=tuple(counts))
+
+
+def load_vocab_maps(main: Path, more: Sequence[Path]) -> list[VocabMap]:
+    """The main draft-vocabulary map of a store, then the further ones. Raises InputError where they don't go together.
+
+    They are told apart by their sizes, so these must differ.
+    """
+    maps = [VocabMap.load(main)]
+    for path in more:
+        found = VocabMap.load(path)
+        if found.vocab_size != maps[0].vocab_size:
+            raise InputError(
+                f"--more-vocab-maps {path}: expected a map over {maps[0].vocab_size} token ids, as {main} is, "
+                f"found one over {found.vocab_size}; it was made for another tokenizer"
+            )
+        if (size := len(found)) in (sizes := [len(item) for item in maps]):
+            raise InputError(
+                f"--more-vocab-maps {path}: expected a size other than {sizes}, found {size}; make one of another size"
+            )
+        maps.append(found)
+    return maps
 
 
 def union_counts(counts: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -131,8 +131,9 @@ def _measure(
     hits_of: HitFunction,
 ) -> AcceptanceCounts:
     counts = AcceptanceCounts(draft_tokens=draft_tokens)
+    names = [name for name in store.specs if name not in store.manifest.teacher_form.entry_specs()]
     for number in members:
-        item = store.read(int(number), decode=False)
+        item = store.read(int(number), names, decode=False)
         batch = build_batch([item], store.codec, max_steps=draft_tokens, window=window)
         count_chain(counts, item.loss_mask, hits_of(item, batch))
         positions, agreements = _agreements(item)
@@ -150,9 +151,12 @@ def measure_acceptance(
     *,
     draft_tokens: int = 5,
 ) -> AcceptanceCounts:
-    """Acceptance of a draft on conversations `members` of a store, `draft_tokens` proposed per verify step."""
+    """Acceptance of a draft on conversations `members` of a store, `draft_tokens` proposed per verify step.
+
+    The draft's vocabulary is the store's of its size. Raises InputError where there is none.
+    """
     device = embeddings.device
-    target_ids = torch.from_numpy(store.vocab_map().target_ids).to(device)
+    target_ids = torch.from_numpy(store.vocab_map(model.shape.draft_vocab_size).target_ids).to(device)
 
     def hits_of(_item: Conversation, batch: Batch) -> NDArray[np.bool_]:
         batch = batch.to(device)

@@ -4,7 +4,8 @@ Conversations are packed by position: each one's positions are shifted past the 
 so that the causal sliding window itself keeps them apart, with no segment ids. Rotary angles use the same
 positions; only differences matter there.
 
-Shape legend: R key rows (all rows in reach), S start rows, P teacher positions, K teacher entries.
+Shape legend: R key rows (all rows in reach), S start rows, P teacher positions, K teacher entries, H hidden size of
+the verifier.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from draft_train.teacher import TeacherView
 from store import torch_codecs
 from store.codecs import TapCodec
 from store.errors import InputError
@@ -24,6 +26,7 @@ from store.rows import start_rows, tokens_left
 from store.schema import Conversation
 
 _CPU = torch.device("cpu")
+_AS_STORED = TeacherView()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +50,9 @@ class Batch:
     conversation: torch.Tensor
     """[S] int64: which conversation of the batch each start row belongs to."""
     teacher_ids: torch.Tensor
-    """[P, K] int64 draft-vocabulary ids."""
+    """[P, K] int64 draft-vocabulary ids; -1 where a stored entry is outside the vocabulary. K may be 0."""
     teacher_logits: torch.Tensor
-    """[P, K] float32."""
+    """[P, K] float32; -inf where the id is -1."""
     log_z_full: torch.Tensor
     log_z_draft: torch.Tensor
     argmax: torch.Tensor
@@ -58,6 +61,10 @@ class Batch:
     tokens: int
     window: int
     """Attention window that keeps packed conversations apart."""
+    absent_entries: bool = False
+    """Whether any teacher id is -1: known on the host, so that no loss waits for the device to find out."""
+    teacher_hidden: torch.Tensor | None = None
+    """[P, H] final-norm states in the verifier's compute dtype, where the store keeps these instead of entries."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -87,34 +94,37 @@ def build_batch(
     *,
     max_steps: int,
     window: int | None,
+    teacher: TeacherView = _AS_STORED,
     device: torch.device = _CPU,
 ) -> Batch:
     """Pack conversations read with `decode=False`, onto `device`.
 
-    `window` None attends to every earlier row of the same conversation.
+    `window` None attends to every earlier row of the same conversation; `teacher` says which draft vocabulary's.
     """
     longest = max(item.arrays["token_ids"].shape[0] for item in conversations)
     reach = window if window is not None else longest + max_steps
-    parts = [_one(item, codec, max_steps, device) for item in conversations]
+    parts = [_one(item, codec, max_steps, device) | teacher.columns(item.arrays) for item in conversations]
+    absent = teacher.lookup is not None and any(bool((part["teacher_ids"] < 0).any()) for part in parts)
     joined: dict[str, list[torch.Tensor]] = {name: [] for name in parts[0]}
-    position = rows = teacher = tokens = 0
+    position = rows = places = tokens = 0
     for number, part in enumerate(parts):
         part["key_positions"] = part["key_positions"] + position
         part["start_index"] = part["start_index"] + rows
-        part["teacher_index"] = part["teacher_index"] + teacher
+        part["teacher_index"] = part["teacher_index"] + places
         part["conversation"] = torch.full_like(part["start_index"], number)
         for name, value in part.items():
             joined.setdefault(name, []).append(value)
         length = conversations[number].arrays["token_ids"].shape[0]
         position += length + reach + max_steps
         rows += part["aux"].shape[0]
-        teacher += part["teacher_ids"].shape[0]
+        places += part["teacher_ids"].shape[0]
         tokens += length
     return Batch(
         **{name: torch.cat(values).to(device, non_blocking=True) for name, values in joined.items()},
         conversations=len(conversations),
         tokens=tokens,
         window=reach,
+        absent_entries=absent,
     )
 
 
@@ -136,11 +146,6 @@ def _one(item: Conversation, codec: TapCodec, max_steps: int, device: torch.devi
         "teacher_index": np.where(
             live, _positions_of(places, arrays["teacher_positions"].astype(np.int64), item, "teacher rows"), 0
         ),
-        "teacher_ids": arrays["teacher_ids"].astype(np.int64),
-        "teacher_logits": arrays["teacher_max"][:, None] - arrays["teacher_gaps"].astype(np.float32),
-        "log_z_full": arrays["log_z_full"],
-        "log_z_draft": arrays["log_z_draft"],
-        "argmax": arrays["argmax"].astype(np.int64),
     }
     return {"aux": stored_taps(item, codec, device)} | {name: torch.from_numpy(value) for name, value in values.items()}
 
@@ -170,6 +175,7 @@ def epoch_batches(
     batch_conversations: int,
     max_steps: int,
     window: int | None,
+    teacher: TeacherView,
     device: torch.device,
 ) -> Iterator[Batch]:
     """Batches of one epoch from step `first_step` of it on."""
@@ -181,5 +187,6 @@ def epoch_batches(
             store.codec,
             max_steps=max_steps,
             window=window,
+            teacher=teacher,
             device=device,
         )

@@ -76,6 +76,9 @@ class TrainConfig:
         default="weight",
         metadata=_doc("rows whose verifier argmax is outside the draft vocabulary: weight (by p(D)), drop, or keep"),
     )
+    draft_vocab_size: int = field(
+        default=0, metadata=_doc("which of the store's draft vocabularies, by its size; 0 for the main one")
+    )
     sliding_window: int = field(default=4096, metadata=_doc("draft attention window; 0 for full attention"))
     intermediate_size: int = field(default=0, metadata=_doc("width of the draft's MLP; 0 for 3 x hidden"))
     num_attention_heads: int = field(default=32, metadata=_doc("query heads of the draft"))
@@ -108,7 +111,7 @@ class TrainConfig:
             _require(name, getattr(self, name) > 0, "above 0", getattr(self, name))
         for name in ("warmup_ratio", "final_lr_ratio"):
             _require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1", getattr(self, name))
-        for name in ("eval_every", "sliding_window", "intermediate_size", "weight_decay"):
+        for name in ("eval_every", "draft_vocab_size", "sliding_window", "intermediate_size", "weight_decay"):
             _require(name, getattr(self, name) >= 0, "0 or more", getattr(self, name))
         _require("splits", bool(self.splits), "at least one split", self.splits)
         _require("out_of_vocab", self.out_of_vocab in OUT_OF_VOCAB, f"one of {OUT_OF_VOCAB}", self.out_of_vocab)
@@ -117,9 +120,13 @@ class TrainConfig:
         _require("eval_split", not (self.eval_every and not self.eval_split), "a split with --eval-every", None)
 
     def objective(self) -> dict[str, Any]:
-        """Settings that a resumed run must share with the run that it continues."""
+        """Settings that a resumed run must share with the run that it continues.
+
+        The draft vocabulary is compared by its hash and size, whichever flag has chosen it.
+        """
         loose = {"store", "output", "init_from", "device", "wandb", "wandb_project", "checkpoint_every"}
         loose |= {"keep_checkpoints", "eval_split", "eval_every", "eval_conversations", "loss_chunk"}
+        loose |= {"draft_vocab_size"}
         values = {name: value for name, value in asdict(self).items() if name not in loose}
         return values | {"splits": list(self.splits)}
 

@@ -9,6 +9,7 @@ from typing import Any
 from draft_train.checkpoint import CheckpointState
 from store.errors import CheckpointError, ManifestMismatchError
 from store.reader import StoreReader
+from store.teacher_form import DraftVocab
 
 
 def require_window(window: int | None, store: StoreReader) -> None:
@@ -28,13 +29,19 @@ def require_equal(path: Path, pairs: Mapping[str, tuple[Any, Any]], advice: str)
             raise CheckpointError(f"{path}: its {name} is {theirs!r}, here it is {ours!r}; {advice}")
 
 
-def require_fit(path: Path, state: CheckpointState, store: StoreReader) -> None:
-    """Raise unless the checkpoint's draft vocabulary, verifier, taps and window are the store's."""
+def require_fit(path: Path, state: CheckpointState, store: StoreReader) -> DraftVocab:
+    """The store's draft vocabulary that is the checkpoint's.
+
+    Raises unless there is one, and verifier, taps and window are the store's too.
+    """
     manifest = store.manifest
+    declared = {vocab.hash: vocab for vocab in manifest.teacher_form.vocabularies}
+    vocab = declared.get(state.draft_vocab_hash, manifest.teacher_form.main)
     pairs = {
-        "draft vocabulary": (state.draft_vocab_hash, manifest.draft_vocab_hash),
+        "draft vocabulary": (state.draft_vocab_hash, vocab.hash),
         "verifier weights": (state.verifier["weights_hash"], manifest.verifier["weights_hash"]),
         "taps": (state.taps, [tap.to_json() for tap in manifest.taps]),
     }
     require_equal(path, pairs, f"it belongs to another store than {store.location}")
     require_window(state.shape.sliding_window, store)
+    return vocab

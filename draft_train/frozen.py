@@ -5,21 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from store.reader import StoreReader
+from store.teacher_form import DraftVocab
 
 
 @dataclass(frozen=True)
 class FrozenWeights:
-    """embed_tokens [V, H], norm [H], lm_head [D, H], in the verifier's compute dtype."""
+    """embed_tokens [V, H], norm [H], lm_head [D, H] of one draft vocabulary, in the verifier's compute dtype."""
 
     embed_tokens: torch.Tensor
     norm: torch.Tensor
     lm_head: torch.Tensor
 
     @classmethod
-    def load(cls, store: StoreReader, device: torch.device) -> FrozenWeights:
-        """Read frozen.safetensors of a store."""
-        tensors = load_file(store.files.frozen, device=str(device))
-        return cls(embed_tokens=tensors["embed_tokens"], norm=tensors["norm"], lm_head=tensors["lm_head"])
+    def load(cls, store: StoreReader, device: torch.device, vocab: DraftVocab | None = None) -> FrozenWeights:
+        """Read frozen.safetensors of a store; the head's rows of `vocab`, by default the main one's."""
+        head = (vocab or store.manifest.teacher_form.main).head
+        with safe_open(store.files.frozen, framework="pt", device=str(device)) as file:
+            return cls(
+                embed_tokens=file.get_tensor("embed_tokens"),
+                norm=file.get_tensor("norm"),
+                lm_head=file.get_tensor(head),
+            )

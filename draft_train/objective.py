@@ -1,10 +1,13 @@
-"""The tail-bucket loss over the draft vocabulary, and its average over loss-carrying rows.
+"""The loss over the draft vocabulary, and its average over loss-carrying rows.
 
 Teacher over the draft vocabulary D: `p_i = exp(z_i - log_z_draft)` for the stored entries S, and the tail mass
 `tau = 1 - sum_S p_i`, which is exact because log_z_draft is. The loss of a row is
 `-sum_S p_i log q_i - tau log(1 - sum_S q_i)`: cross entropy over |S| + 1 outcomes. Head and total tail are exact;
 only the shape inside the tail is not, so the gradient is off by at most 2 tau in L1. It equals the KL divergence
-up to the teacher's own entropy, which has no gradient.
+up to the teacher's own entropy, which has no gradient. Entries that are absent (id -1) are not in S; where S is
+empty, tau = 1 and the loss is 0; where S is all of D, there is no tail and tau counts as 0, whatever rounding left.
+
+Where final-norm states are stored, p is known over all of D, and the loss is the cross entropy `-sum_D p_i log q_i`.
 """
 
 from __future__ import annotations
@@ -13,16 +16,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from draft_train.batches import Batch
 from draft_train.config import TrainConfig
 from draft_train.draft_model import DraftModel
+from draft_train.teacher import exact_probabilities
 from draft_train.unroll import unroll
 
 
 def teacher_probabilities(teacher_logits: torch.Tensor, log_z_draft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stored logits [T, K] and log_z_draft [T] -> p [T, K] and tau [T], which is clipped at 0 against rounding."""
+    """Stored logits [T, K] and log_z_draft [T] -> p [T, K] and tau [T], which is clipped at 0 against rounding.
+
+    An absent entry's logit is -inf, and its p is 0.
+    """
     p = torch.exp(teacher_logits - log_z_draft[:, None])
     return p, (1.0 - p.sum(-1)).clamp(min=0.0)
 
@@ -32,14 +40,30 @@ def tail_bucket_loss(
 ) -> torch.Tensor:
     """Per-row loss [T] of draft logits [T, V]; `teacher_ids` [T, K] int64, `p` [T, K], `tau` [T]. The plain twin.
 
-    The tail's log-probability is a log-sum-exp over the entries outside S, not log(1 - sum q), which cancels.
+    Ids are distinct or -1, where p is 0. The tail's log-probability is a log-sum-exp over the entries outside S, not
+    log(1 - sum q), which cancels.
     """
     log_normalizer = torch.logsumexp(logits, dim=-1)
-    head = (p * (logits.gather(1, teacher_ids) - log_normalizer[:, None])).sum(-1)
-    if teacher_ids.shape[1] == logits.shape[1]:
-        return -head  # S is the whole draft vocabulary: there is no tail
-    outside = logits.scatter(1, teacher_ids, -torch.inf)
-    return -head - tau * (torch.logsumexp(outside, dim=-1) - log_normalizer)
+    # One column more takes what is absent. It is no outcome, but where no other is left it keeps the sum from 0.
+    present, whole = _present(teacher_ids, logits.shape[1])
+    extra = torch.full_like(whole, -torch.inf, dtype=logits.dtype).masked_fill(whole, 0.0)
+    places = torch.where(present, teacher_ids, logits.shape[1])
+    outside = torch.cat((logits, logits.new_zeros(len(logits), 1)), dim=1).scatter(1, places, -torch.inf)
+    outside = torch.cat((outside[:, :-1], extra[:, None]), dim=1)
+    tail = tau.masked_fill(whole, 0.0) * (torch.logsumexp(outside, dim=-1) - log_normalizer)
+    return _head_loss(logits, teacher_ids.clamp(min=0), p, log_normalizer) - tail
+
+
+def _present(teacher_ids: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which ids [T, K] are in S, and the rows [T] where S is the whole draft vocabulary."""
+    present = teacher_ids >= 0
+    return present, present.sum(-1) == vocab_size
+
+
+def _head_loss(
+    logits: torch.Tensor, teacher_ids: torch.Tensor, p: torch.Tensor, log_normalizer: torch.Tensor
+) -> torch.Tensor:
+    return -(p * (logits.gather(1, teacher_ids) - log_normalizer[:, None])).sum(-1)
 
 
 class _FusedTailBucketLoss(torch.autograd.Function):
@@ -51,35 +75,58 @@ class _FusedTailBucketLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, teacher_ids: torch.Tensor, p: torch.Tensor, tau: torch.Tensor
+        ctx: Any, logits: torch.Tensor, teacher_ids: torch.Tensor, p: torch.Tensor, tau: torch.Tensor, absent: bool
     ) -> torch.Tensor:
         largest = logits.amax(-1, keepdim=True)
+        gradient = torch.sub(logits, largest).exp_()
+        if absent:  # stand-ins for absent ids are id 0, which may be in S too: they must change nothing there
+            present, whole = _present(teacher_ids, logits.shape[1])
+            teacher_ids, tau = teacher_ids.clamp(min=0), tau.masked_fill(whole, 0.0)
+            zeros = torch.full_like(p, torch.inf, dtype=logits.dtype).masked_fill_(present, 0.0)
+            gradient.scatter_reduce_(1, teacher_ids, zeros, "amin")
+        else:
+            gradient.scatter_(1, teacher_ids, 0.0)
         inside_logits = logits.gather(1, teacher_ids) - largest
         inside = inside_logits.exp()
-        gradient = torch.sub(logits, largest).exp_().scatter_(1, teacher_ids, 0.0)
+        if absent:
+            inside = inside.masked_fill_(~present, 0.0)
         # Below the smallest normal number the tail has no digits left; log(0) would poison the batch.
         rest = gradient.sum(-1).clamp_(min=torch.finfo(logits.dtype).tiny)
         normalizer = rest + inside.sum(-1)
         head = (p * (inside_logits - normalizer.log()[:, None])).sum(-1)
         total = p.sum(-1) + tau
         gradient.mul_((total / normalizer - tau / rest)[:, None])
-        gradient.scatter_(1, teacher_ids, inside * (total / normalizer)[:, None] - p)
+        values = inside * (total / normalizer)[:, None] - p  # 0 for what is absent; S holds 0 until here
+        gradient = (
+            gradient.scatter_add_(1, teacher_ids, values) if absent else gradient.scatter_(1, teacher_ids, values)
+        )
         ctx.save_for_backward(gradient)
         return -head - tau * (rest.log() - normalizer.log())
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[:, None], None, None, None
+        return gradient * upstream[:, None], None, None, None, None
 
 
 def fused_tail_bucket_loss(
-    logits: torch.Tensor, teacher_ids: torch.Tensor, p: torch.Tensor, tau: torch.Tensor
+    logits: torch.Tensor, teacher_ids: torch.Tensor, p: torch.Tensor, tau: torch.Tensor, *, absent: bool = False
 ) -> torch.Tensor:
-    """`tail_bucket_loss` in half the passes over [T, V], for constant teachers. Its backward runs once."""
-    if teacher_ids.shape[1] == logits.shape[1]:
-        return tail_bucket_loss(logits, teacher_ids, p, tau)
-    return _FusedTailBucketLoss.apply(logits, teacher_ids, p, tau)  # type: ignore[no-any-return, no-untyped-call]
+    """`tail_bucket_loss` in half the passes over [T, V], for constant teachers. Its backward runs once.
+
+    `absent` False promises that no id is -1.
+    """
+    if not absent and teacher_ids.shape[1] == logits.shape[1]:
+        return _head_loss(logits, teacher_ids, p, torch.logsumexp(logits, dim=-1))
+    return _FusedTailBucketLoss.apply(logits, teacher_ids, p, tau, absent)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def exact_loss(logits: torch.Tensor, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """Cross entropy [T] of draft logits [T, D] to the verifier's distribution over D.
+
+    `hidden` [T, H]: its final-norm states; `head` [D, H]: the draft vocabulary's rows of its head.
+    """
+    return F.cross_entropy(logits, exact_probabilities(hidden, head).to(logits.dtype), reduction="none")
 
 
 def row_weights(mode: str, batch: Batch, places: torch.Tensor, in_draft: torch.Tensor) -> torch.Tensor:
@@ -119,11 +166,21 @@ class Objective:
     `step_decay ** k`.
     """
 
-    def __init__(self, config: TrainConfig, target_ids: torch.Tensor, in_draft: torch.Tensor) -> None:
-        """`target_ids` [D] int64 maps draft ids to verifier ids; `in_draft` [V] bool is its inverse's support."""
+    def __init__(
+        self,
+        config: TrainConfig,
+        target_ids: torch.Tensor,
+        in_draft: torch.Tensor,
+        verifier_head: torch.Tensor | None = None,
+    ) -> None:
+        """`target_ids` [D] int64 maps draft ids to verifier ids; `in_draft` [V] bool is its inverse's support.
+
+        `verifier_head` [D, H], the vocabulary's rows, makes the teacher of batches that hold final-norm states.
+        """
         self.config = config
         self.target_ids = target_ids
         self.in_draft = in_draft
+        self.verifier_head = verifier_head
 
     def __call__(self, model: DraftModel, embeddings: torch.Tensor, batch: Batch) -> ObjectiveResult:
         """Unroll the draft over the batch and add up the loss."""
@@ -139,22 +196,25 @@ class Objective:
             metrics.append(
                 StepMetrics(rows=float(places.numel()), loss=float(losses.detach().sum()), hits=float(hits.sum()))
             )
-        _, tau = teacher_probabilities(batch.teacher_logits, batch.log_z_draft)
-        return ObjectiveResult(loss=total, steps=metrics, tail_mass=float(tau.mean()))
+        return ObjectiveResult(loss=total, steps=metrics, tail_mass=_mean_tail(batch))
 
     def _rows(
         self, model: DraftModel, batch: Batch, hidden: torch.Tensor, places: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss [T] and hits [T] in slices of `loss_chunk` rows; with several slices, logits are recomputed in
-        the backward pass, so that at most one slice of them is alive.
+        """Loss [T] and hits [T] in slices of `loss_chunk` rows; with several slices, logits (the verifier's too) are
+        recomputed in the backward pass, so that at most one slice of them is alive.
         """
 
         def one(hidden: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             logits = model.logits(hidden)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            p, tau = teacher_probabilities(batch.teacher_logits[places], batch.log_z_draft[places])
             hits = self.target_ids[logits.detach().argmax(-1)] == batch.argmax[places]
-            return fused_tail_bucket_loss(logits, batch.teacher_ids[places], p, tau), hits
+            if batch.teacher_hidden is not None:
+                assert self.verifier_head is not None, "the trainer gives it where a store holds states"
+                return exact_loss(logits, batch.teacher_hidden[places], self.verifier_head), hits
+            p, tau = teacher_probabilities(batch.teacher_logits[places], batch.log_z_draft[places])
+            ids = batch.teacher_ids[places]
+            return fused_tail_bucket_loss(logits, ids, p, tau, absent=batch.absent_entries), hits
 
         size = self.config.loss_chunk
         if places.numel() <= size:
@@ -162,3 +222,10 @@ class Objective:
         slices = [slice(first, first + size) for first in range(0, places.numel(), size)]
         parts = [checkpoint(one, hidden[rows], places[rows], use_reentrant=False) for rows in slices]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def _mean_tail(batch: Batch) -> float:
+    """Of tau; 0 where states are stored, which leave nothing out."""
+    if batch.teacher_hidden is not None:
+        return 0.0
+    return float(teacher_probabilities(batch.teacher_logits, batch.log_z_draft)[1].mean())

@@ -33,6 +33,7 @@ from draft_train.draft_model import DraftModel
 from draft_train.fit import require_equal, require_fit, require_window
 from draft_train.frozen import FrozenWeights
 from draft_train.objective import Objective, ObjectiveResult
+from draft_train.teacher import TeacherView
 from store.errors import InputError
 from store.files import atomic_path
 from store.reader import StoreReader
@@ -56,7 +57,7 @@ def draft_shape(config: TrainConfig, store: StoreReader) -> DraftShape:
         num_key_value_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         vocab_size=int(manifest.verifier["vocab_size"]),
-        draft_vocab_size=manifest.draft_vocab_size,
+        draft_vocab_size=manifest.teacher_form.choose(config.draft_vocab_size).size,
         sliding_window=config.sliding_window or None,
         rope_theta=config.rope_theta,
         rms_norm_eps=float(manifest.verifier["rms_norm_eps"]),
@@ -93,19 +94,22 @@ class Trainer:
         self.config = config
         self.device = choose_device(config.device)
         self.store = StoreReader(config.store)
-        self.vocab_map = self.store.vocab_map()
+        vocab = self.store.manifest.teacher_form.choose(config.draft_vocab_size)
+        self.teacher = TeacherView.of(self.store, vocab)
+        self.vocab_map = self.store.vocab_map(vocab.size)
         self.shape = draft_shape(config, self.store)
         require_window(self.shape.sliding_window, self.store)
         self.members = np.concatenate([self.store.members(split) for split in config.splits])
         if self.members.size == 0:
             raise InputError(f"{config.store}: expected conversations in {list(config.splits)}, found none")
-        self.frozen = FrozenWeights.load(self.store, self.device)
+        self.frozen = FrozenWeights.load(self.store, self.device, vocab)
         self.model = untrained_draft(self.shape, config.objective(), self.frozen)
         self.optimizer = self._optimizer()
         self.objective = Objective(
             config,
             torch.from_numpy(self.vocab_map.target_ids).to(self.device),
-            torch.from_numpy(self.vocab_map.t2d).to(self.device),
+            torch.from_numpy(self.vocab_map.padded(self.shape.vocab_size).t2d).to(self.device),
+            self.frozen.lm_head,
         )
         self.steps_per_epoch = -(-self.members.size // config.batch_conversations)
         self.total_steps = self.steps_per_epoch * config.epochs
@@ -142,7 +146,7 @@ class Trainer:
         require_equal(
             path,
             {f"draft {name}": (value, mine[name]) for name, value in asdict(state.shape).items()},
-            "use the same shape",
+            "use the same shape, --draft-vocab-size included",
         )
         if resuming:
             objective = self.config.objective()
@@ -195,6 +199,7 @@ class Trainer:
                 batch_conversations=self.config.batch_conversations,
                 max_steps=self.config.ttt_steps,
                 window=self.shape.sliding_window,
+                teacher=self.teacher,
                 device=self.device,
             )
 

@@ -149,7 +149,8 @@ class Conversion:
 
     def _top_level_files(self, directory: Path) -> Sequence[Path]:
         copies = []
-        for path in (self.source.files.frozen, self.source.files.vocab_map):
+        files = self.source.files
+        for path in (files.frozen, files.vocab_map, *files.more_vocab_maps.values()):
             copies.append(directory / path.name)
             copies[-1].write_bytes(path.read_bytes())
         return copies
@@ -171,8 +172,10 @@ class Conversion:
             return {name: value for name, value in self._records[shard].items() if name not in _WRITER_FIELDS}
         index = self.source.index
         places = range(plan.first, plan.last)
-        names = ["teacher_max", "teacher_gaps", "log_z_draft"]
-        tails = [tail_mass(self.source.read(place, names).arrays) for place in places]
+        form = self.source.manifest.teacher_form
+        names = [*form.entry_specs(), "teacher_max", "log_z_draft"] if form.kind != "hidden" else []
+        in_draft = self.source.vocab_map().padded(form.vocab_size).t2d if form.kind == "full" else None
+        tails = [tail_mass(self.source.read(place, names).arrays, in_draft) for place in places]
         last_source = self._records[int(index["shard"][plan.last - 1])]
         return {
             "tokens": int(index["tokens"][plan.first : plan.last].sum()),

@@ -14,9 +14,10 @@ from store.norm_band import NormBand, bands_from_json
 from store.schema import ArraySpec, array_specs
 from store.sealed_json import seal, unseal
 from store.storage import Storage
+from store.teacher_form import DraftVocab, TeacherForm
 
 FORMAT = "draftcache-store"
-VERSION = 3
+VERSION = 4
 MANIFEST_NAME = "manifest.json"
 LAYOUTS = ("zarr", "webdataset")
 CALIBRATED = ("channel_scales", "norm_bands")
@@ -69,12 +70,18 @@ class StoreManifest:
     window: int | None
     """Rows that no start row within this window reads were dropped; None kept every earlier row."""
     top_k: int
+    """Teacher entries per position; 0 where final-norm states are kept instead."""
     draft_vocab_size: int
+    """Of the main draft vocabulary."""
     draft_vocab_hash: str
     shard_tokens: int
     shards: int
     ssm: dict[str, Any] | None
     """fp32 state contract of a Mamba verifier: dt limit, carry dtype, canary, scan; None for others."""
+    teacher: str = "draft"
+    """What is kept of the verifier's distribution: one of `teacher_form.TEACHERS`."""
+    more_draft_vocabs: dict[str, str] = field(default_factory=dict)
+    """Further declared draft vocabularies: the hash of each one's map, by its size in decimal."""
     layout: str = "zarr"
     """Form of the shards: "zarr" groups or "webdataset" tar files."""
     channel_scales: dict[str, Any] | None = None
@@ -105,9 +112,22 @@ class StoreManifest:
         """By block number, what the gates judge by; {} where nothing was calibrated."""
         return {} if self.norm_bands is None else bands_from_json(self.norm_bands)
 
+    @cached_property
+    def teacher_form(self) -> TeacherForm:
+        """Which arrays hold the teacher, and the declared draft vocabularies."""
+        more = (DraftVocab.further(int(size), value) for size, value in self.more_draft_vocabs.items())
+        return TeacherForm(
+            kind=self.teacher,
+            top_k=self.top_k,
+            vocab_size=int(self.verifier["vocab_size"]),
+            hidden_size=self.hidden_size,
+            compute_dtype=self.compute_dtype,
+            vocabularies=(DraftVocab(size=self.draft_vocab_size, hash=self.draft_vocab_hash), *more),
+        )
+
     def array_specs(self) -> dict[str, ArraySpec]:
         """Every array of a shard of this store, as it is stored."""
-        return array_specs(codec=self.codec, draft_vocab_size=self.draft_vocab_size, top_k=self.top_k)
+        return array_specs(codec=self.codec, teacher=self.teacher_form)
 
     def settings(self) -> dict[str, Any]:
         """The fields that two jobs over one store must agree on, as JSON values."""

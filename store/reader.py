@@ -61,13 +61,21 @@ class Shard(Protocol):
 _FORMATS: dict[str, type[ZarrShard] | type[TarShard]] = {"zarr": ZarrShard, "webdataset": TarShard}
 
 
+def top_level_names(manifest: StoreManifest) -> tuple[str, ...]:
+    """Files that a store has beside its shards, each with a commit record of its own: frozen weights first."""
+    return (FROZEN_NAME, *(vocab.map_name for vocab in manifest.teacher_form.vocabularies))
+
+
 @dataclass(frozen=True)
 class StoreFiles:
     """Top-level files that a trainer needs besides the shards, on a local disk."""
 
     frozen: Path
-    """safetensors: embed_tokens [V, H], norm [H], lm_head [D, H] (the draft vocabulary's rows of the head)."""
+    """safetensors: embed_tokens [V, H], norm [H], lm_head [D, H] (the draft vocabulary's rows of the head), and
+    lm_head_<D> for each further draft vocabulary."""
     vocab_map: Path
+    more_vocab_maps: dict[int, Path]
+    """By size, of the further draft vocabularies."""
 
 
 class StoreReader:
@@ -121,8 +129,14 @@ class StoreReader:
 
     @cached_property
     def files(self) -> StoreFiles:
-        """Frozen weights and vocabulary map, their xxh3-128 checked; copied here from an object store."""
-        return StoreFiles(frozen=self._local_file(FROZEN_NAME), vocab_map=self._local_file(VOCAB_MAP_NAME))
+        """Frozen weights and vocabulary maps, their xxh3-128 checked; copied here from an object store."""
+        return StoreFiles(
+            frozen=self._local_file(FROZEN_NAME),
+            vocab_map=self._local_file(VOCAB_MAP_NAME),
+            more_vocab_maps={
+                vocab.size: self._local_file(vocab.map_name) for vocab in self.manifest.teacher_form.vocabularies[1:]
+            },
+        )
 
     def _local_file(self, name: str) -> Path:
         record = read_record(self.storage, Path(name).stem)
@@ -142,13 +156,16 @@ class StoreReader:
             raise ShardDamagedError(f"{self.storage.describe(name)}: expected xxh3-128 {expected}, found {found}")
         return path
 
-    def vocab_map(self) -> VocabMap:
-        """The draft-vocabulary map that the store was captured with, its hash checked against the manifest."""
-        loaded = VocabMap.load(self.files.vocab_map)
-        if loaded.hash != self.manifest.draft_vocab_hash:
-            raise StoreError(
-                f"{self.files.vocab_map}: expected vocabulary {self.manifest.draft_vocab_hash}, found {loaded.hash}"
-            )
+    def vocab_map(self, size: int = 0) -> VocabMap:
+        """A draft-vocabulary map that the store was captured with, its hash checked against the manifest.
+
+        `size` 0 is the main one's. Raises InputError naming the sizes that exist.
+        """
+        vocab = self.manifest.teacher_form.choose(size)
+        path = self.files.more_vocab_maps.get(vocab.size, self.files.vocab_map)
+        loaded = VocabMap.load(path)
+        if loaded.hash != vocab.hash:
+            raise StoreError(f"{path}: expected vocabulary {vocab.hash}, found {loaded.hash}")
         return loaded
 
     def members(self, split: str) -> NDArray[np.int64]:

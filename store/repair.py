@@ -9,7 +9,7 @@ from pathlib import Path
 from store.commits import SHARDS_DIRECTORY, record_name, shard_name
 from store.errors import StoreError
 from store.manifest import MANIFEST_NAME, StoreManifest
-from store.reader import FROZEN_NAME, VOCAB_MAP_NAME
+from store.reader import top_level_names
 from store.shard_index import INDEX_NAME, INDEX_RECORD, write_store_index
 from store.storage import Location, Storage, open_storage
 from store.verify import VerifyReport
@@ -51,7 +51,7 @@ def _repair(storage: Storage, report: VerifyReport) -> Repair:
             "back a copy of it, or move it away and run the same capture command: shards of equal settings are kept"
         )
     manifest = StoreManifest.load(storage)
-    files = sorted(names & {FROZEN_NAME, VOCAB_MAP_NAME})
+    files = sorted(names & set(top_level_names(manifest)))
     shards = report.damaged_shards
     target = f"{QUARANTINE_DIRECTORY}/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     # The store's index first: a finished store without one of its shards must never be seen.

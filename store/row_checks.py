@@ -74,30 +74,44 @@ def _check_norm(manifest: StoreManifest, layer: int, squares: float, values: int
 
 
 def _check_teacher(item: Conversation, manifest: StoreManifest) -> list[str]:
-    arrays = item.arrays
+    arrays, form = item.arrays, manifest.teacher_form
     if not arrays["teacher_positions"].size:
         return []
-    problems = []
-    scalars: dict[str, NDArray[Any]] = {
-        name: arrays[name] for name in ("teacher_max", "log_z_full", "log_z_draft", "next_token_logit")
-    }
-    for name, values in (scalars | {"teacher_gaps": arrays["teacher_gaps"]}).items():
-        if not np.isfinite(values).all():
+    hidden = form.kind == "hidden"
+    problems = _check_states(arrays["teacher_hidden"]) if hidden else []
+    for name in (*form.scalars, *(() if hidden else ("teacher_gaps",))):
+        if not np.isfinite(arrays[name]).all():
             problems.append(f"{name}: expected finite values, found NaN or infinity")
     if problems:
         return problems
+    if not hidden:
+        problems += _check_entries(arrays, form.ids_below)
+    largest_of = "log_z_full" if form.kind == "full" else form.main.log_z
+    order = [
+        (largest_of, "teacher_max"),
+        ("log_z_full", "next_token_logit"),
+        *(("log_z_full", vocab.log_z) for vocab in form.vocabularies),
+    ]
+    for larger, smaller in order:
+        if (arrays[larger] < arrays[smaller] - _ROUNDING).any():
+            problems.append(f"expected {larger} >= {smaller}, found less")
+    return problems
+
+
+def _check_states(stored: NDArray[Any]) -> list[str]:
+    states = stored if stored.dtype == np.float32 else bf16_to_float32(stored)
+    if not np.isfinite(states).all():
+        return ["teacher_hidden: expected finite values, found NaN or infinity"]
+    zeros = int((~states.any(axis=1)).sum())
+    return [f"teacher_hidden: expected non-zero rows, found {zeros} rows of zeros"] if zeros else []
+
+
+def _check_entries(arrays: dict[str, NDArray[Any]], ids_below: int) -> list[str]:
+    problems = []
     gaps = arrays["teacher_gaps"]
     if (gaps[:, 0] != 0).any() or (np.diff(gaps.astype(np.float32), axis=1) < 0).any():
         problems.append("teacher_gaps: expected 0 first, then ascending, found another order")
     ids = np.sort(arrays["teacher_ids"], axis=1)
-    if ids[:, -1].max() >= manifest.draft_vocab_size or (ids[:, 1:] == ids[:, :-1]).any():
-        problems.append(f"teacher_ids: expected distinct ids below {manifest.draft_vocab_size}, found others")
-    order = (
-        ("log_z_draft", "teacher_max"),
-        ("log_z_full", "log_z_draft"),
-        ("log_z_full", "next_token_logit"),
-    )
-    for larger, smaller in order:
-        if (scalars[larger] < scalars[smaller] - _ROUNDING).any():
-            problems.append(f"expected {larger} >= {smaller}, found less")
+    if ids[:, -1].max() >= ids_below or (ids[:, 1:] == ids[:, :-1]).any():
+        problems.append(f"teacher_ids: expected distinct ids below {ids_below}, found others")
     return problems

@@ -1,7 +1,8 @@
 """What a shard holds: arrays over three axes, and one index row per conversation.
 
 Legend: T tokens, R rows in reach, P teacher positions (all summed over the shard's conversations, packed flat),
-H hidden size of the verifier, K teacher entries per position.
+H hidden size of the verifier, K teacher entries per position. What is kept of the teacher depends on the store's
+`TeacherForm`: ids and gaps for teacher "draft" and "full", the state for "hidden"; the scalars always.
 
 | array              | shape   | dtype             | meaning                                                     |
 |--------------------|---------|-------------------|-------------------------------------------------------------|
@@ -11,11 +12,15 @@ H hidden size of the verifier, K teacher entries per position.
 | tap_<layer>        | [R, H]  | uint16 or float32 | output of block <layer>; uint16 is the bit pattern of bf16  |
 |                    |         |                   | (stored as it is, or as the parts that `codecs` makes of it)|
 | teacher_positions  | [P]     | int32             | p: the verifier has consumed x_p and predicts x_{p+1}       |
-| teacher_ids        | [P, K]  | uint16 or uint32  | draft-vocabulary ids of the K largest logits, largest first |
-| teacher_gaps       | [P, K]  | float16           | z_max - z, z_max the largest logit in the draft vocabulary  |
-| teacher_max        | [P]     | float32           | z_max                                                       |
+| teacher_ids        | [P, K]  | uint16 or uint32  | ids of the K largest logits, largest first: of the draft    |
+|                    |         |                   | vocabulary, or with teacher "full" of the verifier's        |
+| teacher_gaps       | [P, K]  | float16           | z_max - z                                                   |
+| teacher_hidden     | [P, H]  | uint16 or float32 | final-norm state in the verifier's compute dtype            |
+| teacher_max        | [P]     | float32           | z_max, the largest logit in the draft vocabulary, or with   |
+|                    |         |                   | teacher "full" in the verifier's                            |
 | log_z_full         | [P]     | float32           | log of the sum of exp(z) over the whole vocabulary          |
-| log_z_draft        | [P]     | float32           | the same over the draft vocabulary                          |
+| log_z_draft        | [P]     | float32           | the same over the (main) draft vocabulary                   |
+| log_z_draft_<D>    | [P]     | float32           | the same over the further draft vocabulary of size D        |
 | argmax             | [P]     | uint32            | the verifier's greedy choice, over the whole vocabulary     |
 | next_token_logit   | [P]     | float32           | logit of the realised token x_{p+1}                         |
 """
@@ -31,6 +36,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from store.codecs import TapCodec
+    from store.teacher_form import TeacherForm
 
 CHUNK_ROWS = 256
 """Rows of one inner chunk of a tap: the unit that is read and checksummed. Narrower arrays have longer ones."""
@@ -93,12 +99,12 @@ def tap_name(layer: int) -> str:
     return f"tap_{layer}"
 
 
-def draft_id_dtype(draft_vocab_size: int) -> str:
-    """Two bytes are enough for a draft vocabulary of up to 65,536 entries."""
-    return "uint16" if draft_vocab_size <= 1 << 16 else "uint32"
+def id_dtype(vocab_size: int) -> str:
+    """Two bytes are enough for a vocabulary of up to 65,536 entries."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def array_specs(*, codec: TapCodec, draft_vocab_size: int, top_k: int) -> dict[str, ArraySpec]:
+def array_specs(*, codec: TapCodec, teacher: TeacherForm) -> dict[str, ArraySpec]:
     """Every array of a shard, by name, taps in the form that `codec` stores."""
     taps = {name: spec for layer in codec.layers for name, spec in codec.specs(layer).items()}
     return {
@@ -106,30 +112,11 @@ def array_specs(*, codec: TapCodec, draft_vocab_size: int, top_k: int) -> dict[s
         "loss_mask": ArraySpec(axis=TOKENS_AXIS, dtype="uint8"),
         "positions": ArraySpec(axis=ROWS_AXIS, dtype="int32"),
         **taps,
-        "teacher_positions": ArraySpec(axis=TEACHER_AXIS, dtype="int32"),
-        "teacher_ids": ArraySpec(
-            axis=TEACHER_AXIS, dtype=draft_id_dtype(draft_vocab_size), inner=(top_k,), compress=False
-        ),
-        "teacher_gaps": ArraySpec(axis=TEACHER_AXIS, dtype="float16", inner=(top_k,), compress=False),
-        "argmax": ArraySpec(axis=TEACHER_AXIS, dtype="uint32"),
-        **{
-            name: ArraySpec(axis=TEACHER_AXIS, dtype="float32", compress=False)
-            for name in ("teacher_max", "log_z_full", "log_z_draft", "next_token_logit")
-        },
+        **teacher.array_specs(),
     }
 
 
 TOKEN_ARRAYS = ("token_ids", "loss_mask")
-TEACHER_ARRAYS = (
-    "teacher_positions",
-    "teacher_ids",
-    "teacher_gaps",
-    "argmax",
-    "teacher_max",
-    "log_z_full",
-    "log_z_draft",
-    "next_token_logit",
-)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def tail_mass(arrays: dict[str, NDArray[Any]]) -> NDArray[Any]:
-    """tau [P] float32: draft-vocabulary probability that the stored top-k leaves out."""
+def tail_mass(arrays: dict[str, NDArray[Any]], in_draft: NDArray[np.bool_] | None = None) -> NDArray[Any]:
+    """tau [P] float32: main-draft-vocabulary probability that the stored top-k leaves out.
+
+    `in_draft` [V] for teacher "full", whose ids are the verifier's: entries outside the draft vocabulary are none
+    of its probability. Empty [0] for teacher "hidden": a state leaves nothing out.
+    """
+    if "teacher_gaps" not in arrays:
+        return np.empty(0, np.float32)
     logits = arrays["teacher_max"][:, None] - arrays["teacher_gaps"].astype(np.float32)
+    if in_draft is not None:
+        logits = np.where(in_draft[arrays["teacher_ids"]], logits, np.float32(-np.inf))
     kept = np.exp(logits - arrays["log_z_draft"][:, None]).sum(axis=1)
     return np.asarray(np.clip(1.0 - kept, 0.0, None))
 

@@ -27,7 +27,7 @@ from store.commits import (
 from store.errors import DraftcacheError, ShardDamagedError, StoreError
 from store.files import Buffer, hash_blocks
 from store.manifest import StoreManifest
-from store.reader import FROZEN_NAME, VOCAB_MAP_NAME, StoreReader
+from store.reader import StoreReader, top_level_names
 from store.row_checks import check_conversation
 from store.schema import COUNT_FIELD, FIRST_FIELD
 from store.shard_index import INDEX_NAME, INDEX_RECORD, load_index, read_shard_index
@@ -209,9 +209,10 @@ def _blocks(storage: Storage, name: str) -> Iterator[Buffer]:
 
 
 def _check_top_level(storage: Storage, manifest: StoreManifest, quick: bool) -> list[Damage]:
-    """Frozen weights, vocabulary map, and the store's index where one is committed."""
+    """Frozen weights, vocabulary maps, and the store's index where one is committed."""
     damages = []
-    for name in (FROZEN_NAME, VOCAB_MAP_NAME, INDEX_NAME):
+    maps = {vocab.map_name: vocab.hash for vocab in manifest.teacher_form.vocabularies}
+    for name in (*top_level_names(manifest), INDEX_NAME):
         stem = Path(name).stem
         try:
             record = read_record(storage, stem)
@@ -221,10 +222,10 @@ def _check_top_level(storage: Storage, manifest: StoreManifest, quick: bool) -> 
                 raise StoreError(f"{storage.describe(record_name(stem))}: expected a commit record, found none")
             for damaged, problem in _damaged_files(storage, record, quick):
                 damages.append(Damage(name=damaged, problem=problem))
-            if name == VOCAB_MAP_NAME and not quick and storage.local_root is not None:
+            if name in maps and not quick and storage.local_root is not None:
                 found = VocabMap.load(storage.local_root / name).hash
-                if found != manifest.draft_vocab_hash:
-                    raise StoreError(f"{name}: expected vocabulary {manifest.draft_vocab_hash}, found {found}")
+                if found != maps[name]:
+                    raise StoreError(f"{name}: expected vocabulary {maps[name]}, found {found}")
         except DraftcacheError as exc:
             damages.append(Damage(name=name if stem != INDEX_RECORD else INDEX_NAME, problem=str(exc)))
     return damages

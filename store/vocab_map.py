@@ -8,7 +8,7 @@ trained on one map is wrong, silently and everywhere, under another.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -59,6 +59,10 @@ class VocabMap:
     def hash(self) -> str:
         """xxh3-128 of the target ids as little-endian int64, then V as one more."""
         return hash_bytes(self.target_ids.astype("<i8").tobytes(), np.array([self.vocab_size], "<i8").tobytes())
+
+    def padded(self, vocab_size: int) -> VocabMap:
+        """The same ids over a verifier's head of `vocab_size` rows, which may be more than its tokenizer has ids."""
+        return replace(self, vocab_size=vocab_size)
 
     def target_to_draft(self) -> np.ndarray:
         """int32 [V]: the draft id of each target id, -1 outside the draft vocabulary."""

@@ -25,7 +25,7 @@ from store.errors import StoreError
 from store.files import hash_file
 from store.local_storage import LocalStorage
 from store.manifest import StoreManifest
-from store.reader import FROZEN_NAME, VOCAB_MAP_NAME
+from store.reader import top_level_names
 from store.schema import COUNT_FIELD, FIRST_FIELD, INDEX_DTYPE, LENGTH_ARRAY, ArraySpec, Conversation, tap_name
 from store.shard_files import Files, npy_bytes, write_small_file
 from store.shard_index import INDEX_NAME, INDEX_RECORD, write_store_index
@@ -120,7 +120,7 @@ class StoreWriter:
         if not StoreManifest.exists(self.storage):
             return False
         StoreManifest.load(self.storage).require_same(self.manifest, self.storage.describe())
-        return all(read_record(self.storage, Path(name).stem) for name in (FROZEN_NAME, VOCAB_MAP_NAME))
+        return all(read_record(self.storage, Path(name).stem) for name in top_level_names(self.manifest))
 
     def _create(self, prepare_files: Callable[[Path], Sequence[Path]]) -> None:
         with tempfile.TemporaryDirectory(prefix="draftcache-") as directory:

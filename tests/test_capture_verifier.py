@@ -21,7 +21,6 @@ from capture.ssm_precision import (
     run_canary,
     scan_implementation,
 )
-from capture.teacher_topk import teacher_signal
 from capture.verifier import describe_verifier, find_modules, load_verifier, weights_fingerprint
 from store.errors import GateError, InputError, PrecisionError
 
@@ -150,24 +149,6 @@ def test_fp32_parameters_survive_a_bf16_load(tmp_path: Path) -> None:
     stored = exact.get(name, exact.get(name.replace("model.", "backbone.", 1)))
     assert stored is not None
     assert torch.equal(mixer.A_log, stored)
-
-
-def test_teacher_signal_is_the_softmax_it_says() -> None:
-    generator = torch.Generator().manual_seed(0)
-    head = torch.nn.Linear(16, VOCAB, bias=False)
-    final = torch.randn(23, 16, generator=generator)
-    realised = torch.randint(0, VOCAB, (23,), generator=generator)
-    target_ids = torch.arange(0, VOCAB, 2)
-    signal = teacher_signal(final, realised, head, target_ids, top_k=5, head_slice=7)
-    logits = (final.double() @ head.weight.double().T).detach()
-    inside = logits[:, target_ids]
-    torch.testing.assert_close(signal["log_z_full"].double(), logits.logsumexp(-1), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(signal["log_z_draft"].double(), inside.logsumexp(-1), rtol=1e-5, atol=1e-5)
-    assert torch.equal(signal["argmax"], logits.argmax(-1))
-    assert torch.equal(signal["teacher_ids"], inside.topk(5).indices)
-    restored = signal["teacher_max"][:, None].double() - signal["teacher_gaps"].double()
-    torch.testing.assert_close(restored, inside.topk(5).values, rtol=0, atol=2e-3)
-    torch.testing.assert_close(signal["next_token_logit"].double(), logits.gather(1, realised[:, None])[:, 0])
 
 
 def taps(scale: float = 1.0) -> dict[int, torch.Tensor]:

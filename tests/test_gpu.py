@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from synthetic import conversation, manifest, turns, write_store
+from teacher_stores import OTHER, SUBSET, write_teacher_store
 from test_draft_train_objective import objective
 from test_draft_train_trainer import config, metrics
 from tiny_models import save_model
@@ -18,6 +19,8 @@ from capture.verifier import load_verifier
 from draft_train.batches import build_batch
 from draft_train.config import DraftShape
 from draft_train.draft_model import DraftModel
+from draft_train.objective import fused_tail_bucket_loss, teacher_probabilities
+from draft_train.teacher import exact_probabilities
 from draft_train.trainer import Trainer
 from store.errors import PrecisionError
 from tools.demo.pipeline import LAYERS as DEMO_LAYERS
@@ -75,6 +78,39 @@ def test_training_on_the_gpu_follows_the_cpu_and_resumes(tmp_path: Path) -> None
     Trainer(config(tmp_path, output=tmp_path / "gpu", epochs=10, device="cuda")).run()
     cpu, gpu = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("cpu", "gpu"))
     np.testing.assert_allclose(gpu, cpu, rtol=0.05)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("draft", SUBSET), ("full", OTHER), ("hidden", OTHER)])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_losses_of_each_teacher_follow_the_cpu(tmp_path: Path, kind: str, size: int, bf16: bool) -> None:
+    """Absent entries, and exact teachers from float32 and bf16 states under autocast."""
+    write_teacher_store(tmp_path / "store", kind, per_shard=6, bf16=bf16)
+    for name in ("cpu", "cuda"):
+        made = config(tmp_path, output=tmp_path / name, epochs=10, device=name, draft_vocab_size=size, loss_chunk=16)
+        Trainer(made).run()
+    cpu, gpu = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("cpu", "cuda"))
+    np.testing.assert_allclose(gpu, cpu, rtol=0.05)
+
+
+def test_fused_loss_and_exact_probabilities_equal_the_cpu() -> None:
+    generator = torch.Generator().manual_seed(2)
+    teacher, logits = (4 * torch.randn(300, 640, generator=generator) for _ in range(2))
+    values, ids = teacher.topk(16)
+    ids = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.5, -1)
+    ids[7] = -1
+    p, tau = teacher_probabilities(values.masked_fill(ids < 0, -torch.inf), teacher.logsumexp(-1))
+    results = []
+    for device in (torch.device("cpu"), CUDA):
+        leaf = logits.to(device).requires_grad_()
+        losses = fused_tail_bucket_loss(leaf, ids.to(device), p.to(device), tau.to(device), absent=True)
+        results.append((losses.detach(), *torch.autograd.grad(losses.sum(), leaf)))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found.cpu(), expected, rtol=2e-5, atol=2e-5)
+    hidden, head = (torch.randn(n, 256, generator=generator).bfloat16() for n in (50, 640))
+    expected = torch.softmax(hidden.double() @ head.double().T, -1)
+    with torch.autocast("cuda", torch.bfloat16):
+        found = exact_probabilities(hidden.to(CUDA), head.to(CUDA))
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(("kind", "layers"), [("nemotron_h", (0,)), ("llama", (0, 1))])

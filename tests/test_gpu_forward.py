@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_capture_forward import DEMO, run, tokens, worst
@@ -9,8 +11,9 @@ from test_capture_forward import DEMO, run, tokens, worst
 from capture.nemotron_forward import NemotronForward
 from capture.prefill import PlainForward
 from capture.ssm_precision import enforce_contract, mamba_mixers, scan_implementation
-from capture.teacher_topk import teacher_signal
+from capture.teacher_topk import TeacherHead, teacher_signal
 from capture.verifier import load_verifier
+from store.teacher_form import TEACHERS, DraftVocab, TeacherForm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,14 +65,30 @@ def test_pieces_and_batches_are_within_the_rounding_of_bf16(chunk: int) -> None:
     assert padded < 2e-2
 
 
-def test_teacher_equals_the_cpu() -> None:
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_teacher_equals_the_cpu(kind: str) -> None:
     found = load_verifier(DEMO, device=torch.device("cuda"), dtype=torch.bfloat16, trust_remote_code=False)
     final = torch.randn(300, found.hidden_size, device="cuda").to(torch.bfloat16)
     following = on("cuda", 1, 300)[0]
     targets = torch.arange(0, found.vocab_size, 2, device="cuda")
-    head = found.head
-    gpu = teacher_signal(final, following, head, targets, top_k=16, head_slice=128)
-    cpu = teacher_signal(final.cpu(), following.cpu(), head.cpu(), targets.cpu(), top_k=16, head_slice=7)
+    form = TeacherForm(
+        kind=kind,
+        top_k=16,
+        vocab_size=found.vocab_size,
+        hidden_size=found.hidden_size,
+        compute_dtype="bfloat16",
+        vocabularies=(DraftVocab(size=len(targets), hash=""), DraftVocab.further(100)),
+    )
+    heads = TeacherHead(head=found.head, form=form, target_ids=(targets, targets[:100]), slice_rows=128)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gpu = teacher_signal(final, following, heads)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    host = replace(heads, head=found.head.cpu(), target_ids=(targets.cpu(), targets[:100].cpu()), slice_rows=7)
+    cpu = teacher_signal(final.cpu(), following.cpu(), host)
     assert float((gpu["argmax"].cpu() == cpu["argmax"]).float().mean()) > 0.99
-    for name in ("teacher_max", "log_z_full", "log_z_draft", "next_token_logit"):
+    if kind == "hidden":
+        assert torch.equal(gpu["teacher_hidden"].cpu(), cpu["teacher_hidden"])
+    for name in form.scalars:
         torch.testing.assert_close(gpu[name].cpu(), cpu[name], rtol=1e-4, atol=1e-4)

@@ -24,6 +24,7 @@ from store.manifest import LAYOUTS
 from store.reader import StoreReader
 from store.rows import rows_in_reach, teacher_positions
 from store.schema import Conversation, tap_name
+from store.teacher_form import draft_teacher
 from store.writer import StoreWriter
 from tools.commands import size
 from tools.sizing import count_dataset, frozen_bytes, guess_counts, shard_bytes, specs_of, verifier_flops
@@ -111,7 +112,8 @@ def test_estimate_against_bytes_on_disk(tmp_path: Path, dataset: TokenDataset, m
     counts = count_dataset(dataset, WINDOW, SHARD_TOKENS)
     assert counts.shards >= 3
     write_store(tmp_path / "s", dataset, mode, layout, counts.shard)
-    specs = specs_of(mode, layers=LAYERS, hidden_size=HIDDEN, draft_vocab_size=DRAFT_VOCAB, top_k=TOP_K)
+    teacher = draft_teacher(draft_vocab_size=DRAFT_VOCAB, top_k=TOP_K)
+    specs = specs_of(mode, layers=LAYERS, hidden_size=HIDDEN, teacher=teacher)
     found, reader = shard_bytes(counts, specs, layout), StoreReader(tmp_path / "s")
     tolerance = 0.05 if mode == "lossless" else 0.003  # the ratio of high planes is the one real uncertainty
     assert sum(found.values()) == pytest.approx(reader.bytes_on_disk(), rel=tolerance)
@@ -130,9 +132,9 @@ def test_estimate_against_bytes_on_disk(tmp_path: Path, dataset: TokenDataset, m
 def test_modes_are_ordered_by_their_bytes(dataset: TokenDataset) -> None:
     """The tolerance above can't hide a mix-up of modes: they lie further apart."""
     counts = count_dataset(dataset, WINDOW, SHARD_TOKENS)
-    sizes = {}
+    sizes, teacher = {}, draft_teacher(draft_vocab_size=32000, top_k=64)
     for mode in MODES:
-        specs = specs_of(mode, layers=LAYERS, hidden_size=2688, draft_vocab_size=32000, top_k=64)
+        specs = specs_of(mode, layers=LAYERS, hidden_size=2688, teacher=teacher)
         sizes[mode] = sum(shard_bytes(counts, specs, "zarr").values())
     for mode in LOSSY_MODES:
         assert sizes[mode] < 0.56 * sizes["bf16"]
@@ -173,7 +175,7 @@ def test_frozen_bytes(tmp_path: Path) -> None:
     save_file({name: np.zeros(shape, np.uint16) for name, shape in tensors.items()}, tmp_path / "frozen.safetensors")
     vocab_map().save(tmp_path / "map.safetensors")
     on_disk = sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert 0 < on_disk - frozen_bytes(hidden, vocab, draft) < 1024  # the two headers
+    assert 0 < on_disk - frozen_bytes(hidden, vocab, [draft]) < 1024  # the two headers
 
 
 def test_flops_of_the_30b_verifier() -> None:

@@ -21,10 +21,9 @@ from store.norm_band import NormBand
 from store.reader import StoreReader
 from store.schema import Conversation, tap_name
 from store.storage import Location, Storage
-from store.teacher_stats import tail_mass
+from tools.shown_teacher import shown_teacher
 
 DEFAULT_ROWS = 64
-TOP_CHOICES = 3
 _REMOTE_READS = 16  # records that are fetched at once from an object store
 _SEAL = "xxh3_128"  # as `store.sealed_json` writes it
 
@@ -153,9 +152,11 @@ def _manifest_figures(reader: StoreReader) -> Summary:
         "layout": manifest.layout,
         "compute_dtype": manifest.compute_dtype,
         "window": manifest.window,
+        "teacher": manifest.teacher,
         "top_k": manifest.top_k,
         "draft_vocab_size": manifest.draft_vocab_size,
         "draft_vocab_hash": manifest.draft_vocab_hash,
+        "more_draft_vocabs": manifest.more_draft_vocabs,
         "ssm": manifest.ssm,
         "provenance": manifest.provenance,
         "shards_planned": manifest.shards,
@@ -240,7 +241,7 @@ def decode_conversation(
             f"found {first},{last}"
         )
     item = reader.read(number, tokens=(first, last))
-    norms, teacher = _tap_rms(reader, item), _teacher(reader, item, text)
+    norms, teacher = _tap_rms(reader, item), shown_teacher(reader, item, text)
     ids, mask = item.arrays["token_ids"].tolist(), item.loss_mask.tolist()
     return {
         "store": reader.location,
@@ -275,33 +276,6 @@ def _tap_rms(reader: StoreReader, item: Conversation) -> dict[int, dict[str, flo
         columns[str(layer)] = np.sqrt(np.square(values, dtype=np.float64).mean(axis=1)).tolist()
     positions = item.arrays["positions"].tolist()
     return {position: {layer: columns[layer][at] for layer in columns} for at, position in enumerate(positions)}
-
-
-def _teacher(reader: StoreReader, item: Conversation, text: Callable[[int], str] | None) -> dict[int, dict[str, Any]]:
-    """{position: the verifier's distribution over the next token}, probabilities over its whole vocabulary."""
-    arrays = item.arrays
-    target_ids = reader.vocab_map().target_ids
-    log_z = arrays["log_z_full"].astype(np.float64)
-    top = min(TOP_CHOICES, reader.manifest.top_k)
-    logits = arrays["teacher_max"][:, None].astype(np.float64) - arrays["teacher_gaps"][:, :top]
-    choices = np.exp(logits - log_z[:, None]).tolist()
-    ids = target_ids[arrays["teacher_ids"][:, :top]].tolist()
-    columns = {
-        "argmax": arrays["argmax"].tolist(),
-        "next_token_probability": np.exp(arrays["next_token_logit"] - log_z).tolist(),
-        "draft_vocab_probability": np.exp(arrays["log_z_draft"] - log_z).tolist(),
-        "tail_mass": tail_mass(arrays).tolist(),
-    }
-    return {
-        position: {
-            "choices": [
-                {"token_id": token_id, "text": None if text is None else text(token_id), "probability": probability}
-                for token_id, probability in zip(ids[at], choices[at], strict=True)
-            ],
-            **{name: values[at] for name, values in columns.items()},
-        }
-        for at, position in enumerate(arrays["teacher_positions"].tolist())
-    }
 
 
 def token_text(directory: Path) -> Callable[[int], str]:

@@ -27,6 +27,7 @@ from store.schema import (
     ArraySpec,
     array_specs,
 )
+from store.teacher_form import TeacherForm
 from store.zarr_format import array_metadata
 
 # zstd level 1, chunk by chunk. High planes: 0.37 to 0.40 of their bytes on states of a trained 270M model and on a
@@ -171,13 +172,11 @@ def _shard_numbers(splits: Iterable[FloatArray], shard_tokens: int) -> NDArray[n
     return np.array(numbers, np.int64)
 
 
-def specs_of(
-    mode: str, *, layers: Sequence[int], hidden_size: int, draft_vocab_size: int, top_k: int
-) -> dict[str, ArraySpec]:
+def specs_of(mode: str, *, layers: Sequence[int], hidden_size: int, teacher: TeacherForm) -> dict[str, ArraySpec]:
     """The arrays of a shard. Scales of int8 do not matter to sizes."""
     scales = ChannelScales({layer: np.ones(hidden_size, np.float32) for layer in layers})
     codec = tap_codec(mode, layers=layers, hidden_size=hidden_size, channel_scales=scales)
-    return array_specs(codec=codec, draft_vocab_size=draft_vocab_size, top_k=top_k)
+    return array_specs(codec=codec, teacher=teacher)
 
 
 def shard_bytes(counts: Counts, specs: Mapping[str, ArraySpec], layout: str) -> dict[str, float]:
@@ -213,9 +212,10 @@ def _tar_bytes(counts: Counts, name: str, spec: ArraySpec) -> float:
     return float((_TAR_BLOCK + np.ceil(members / _TAR_BLOCK) * _TAR_BLOCK).sum())
 
 
-def frozen_bytes(hidden_size: int, vocab_size: int, draft_vocab_size: int) -> int:
-    """Frozen bf16 weights (embeddings, final norm, the draft vocabulary's rows of the head) and vocabulary map."""
-    return 2 * hidden_size * (vocab_size + 1 + draft_vocab_size) + 8 * draft_vocab_size + vocab_size
+def frozen_bytes(hidden_size: int, vocab_size: int, draft_vocab_sizes: Sequence[int]) -> int:
+    """Frozen bf16 weights (embeddings, final norm, each draft vocabulary's rows of the head) and vocabulary maps."""
+    maps = sum(2 * hidden_size * size + 8 * size + vocab_size for size in draft_vocab_sizes)
+    return 2 * hidden_size * (vocab_size + 1) + maps
 
 
 def peer_bytes(tokens: int, taps: int, hidden_size: int) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -44,7 +45,7 @@ class CaptureRun:
     teacher_rows: int
     seconds: float
     kernel_seconds: float
-    """In which some kernel ran, copies left out."""
+    """In which some kernel ran, copies left out; 0 where that was not traced."""
     bytes_written: int
     peak_bytes: int
 
@@ -70,8 +71,11 @@ class Conversations:
         return tokens, turn >= 1 - LOSS_SHARE, hash_bytes(tokens.tobytes())
 
 
-def run_capture(verifier: Verifier, lengths: list[int], root: Path, mode: str) -> CaptureRun:
-    """Capture conversations of these lengths into a store at `root`, read its index back, and say what it took."""
+def run_capture(verifier: Verifier, lengths: list[int], root: Path, mode: str, *, trace: bool = False) -> CaptureRun:
+    """Capture conversations of these lengths into a store at `root`, read its index back, and say what it took.
+
+    `trace` counts `kernel_seconds`, which takes time itself.
+    """
     dataset = Conversations(lengths, verifier.vocab_size)
     config = CaptureConfig(
         verifier=Path("random"), dataset=Path("random"), output=root, layers=LAYERS, mode=mode, shard_tokens=262_144
@@ -96,15 +100,17 @@ def run_capture(verifier: Verifier, lengths: list[int], root: Path, mode: str) -
         pass
 
     torch.cuda.reset_peak_memory_stats()
-    with StoreWriter(root, manifest, write_files) as writer, profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        shards = ShardCapture(config, work, verifier, vocab_map, manifest)
+    tracing = profile(activities=[ProfilerActivity.CUDA]) if trace else nullcontext()
+    with StoreWriter(root, manifest, write_files) as writer, tracing as profiler:
+        shards = ShardCapture(config, work, verifier, [vocab_map], manifest)
         worker = ShardWorker(work, shards, writer, WorkerRole(report, StopRequest(25.0)), dict)
         started = time.perf_counter()
         worker.run()
         seconds = time.perf_counter() - started
     reader = StoreReader(root)
     assert len(reader) == len(lengths), "every conversation was stored"
-    kernels = [event for event in profiler.key_averages() if not event.key.startswith(("Memcpy", "Memset"))]
+    events = profiler.key_averages() if profiler is not None else []
+    kernels = [event for event in events if not event.key.startswith(("Memcpy", "Memset"))]
     return CaptureRun(
         lengths=lengths,
         teacher_rows=sum(teacher_positions(dataset[number][1]).size for number in range(len(dataset))),

@@ -19,20 +19,21 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from store.codecs import float32_to_bf16
+from store.errors import InputError
 from store.files import hash_bytes
 from store.reader import StoreReader
 from store.rows import rows_in_reach, teacher_positions
 from store.schema import (
     LENGTH_ARRAY,
     ROWS_AXIS,
-    TEACHER_ARRAYS,
     TEACHER_AXIS,
     TOKEN_ARRAYS,
     TOKENS_AXIS,
     Conversation,
-    draft_id_dtype,
+    id_dtype,
     tap_name,
 )
+from store.teacher_form import draft_teacher
 
 LAYERS = (2, 26, 48)
 HIDDEN_SIZE = 2688
@@ -71,7 +72,9 @@ class Content:
             **dict.fromkeys(TOKEN_ARRAYS, TOKENS_AXIS),
             "positions": ROWS_AXIS,
             **dict.fromkeys(self.taps, ROWS_AXIS),
-            **dict.fromkeys(TEACHER_ARRAYS, TEACHER_AXIS),
+            **dict.fromkeys(
+                draft_teacher(draft_vocab_size=self.draft_vocab_size, top_k=self.top_k).array_specs(), TEACHER_AXIS
+            ),
         }
 
     @property
@@ -112,9 +115,11 @@ def generate_tiny(count: int, *, seed: int = 0) -> Content:
 
 
 def from_store(root: Path) -> Content:
-    """A store's conversations, decoded; float32 taps are rounded to bf16."""
+    """A store's conversations, decoded; float32 taps are rounded to bf16. Raises InputError for another teacher."""
     reader = StoreReader(root)
     manifest = reader.manifest
+    if manifest.teacher != "draft" or manifest.more_draft_vocabs:
+        raise InputError(f"{root}: expected a store of --teacher draft with one draft vocabulary, found another")
     conversations = []
     for number in range(len(reader)):
         item = reader.read(number)
@@ -233,7 +238,7 @@ def _teacher(rng: np.random.Generator, positions: NDArray[np.int64], top_k: int)
     best = rng.normal(20, 3, count).astype(np.float32)
     return {
         "teacher_positions": positions.astype(np.int32),
-        "teacher_ids": (ids % DRAFT_VOCAB_SIZE).astype(draft_id_dtype(DRAFT_VOCAB_SIZE)),
+        "teacher_ids": (ids % DRAFT_VOCAB_SIZE).astype(id_dtype(DRAFT_VOCAB_SIZE)),
         "teacher_gaps": (gaps - gaps[:, :1]).astype(np.float16),
         "argmax": rng.integers(VOCAB_SIZE, size=count).astype(np.uint32),
         "teacher_max": best,

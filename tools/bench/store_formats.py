@@ -24,6 +24,7 @@ from zarr.core.buffer.cpu import NDBuffer
 from store.codecs import tap_codec
 from store.files import fsync_directory, fsync_tree
 from store.schema import ROWS_AXIS, TEACHER_AXIS, TOKENS_AXIS, ArraySpec, array_specs
+from store.teacher_form import draft_teacher
 from tools.bench.store_content import Content
 
 Arrays = dict[str, NDArray[Any]]
@@ -59,7 +60,8 @@ class Case(ABC):
         """`durable` False leaves out fsync, where the files are many and writing is not what is measured."""
         self.root, self.content, self.buffers, self.durable = root, content, buffers, durable
         self.codec = tap_codec("bf16", layers=content.layers, hidden_size=content.hidden_size)
-        self.specs = array_specs(codec=self.codec, draft_vocab_size=content.draft_vocab_size, top_k=content.top_k)
+        teacher = draft_teacher(draft_vocab_size=content.draft_vocab_size, top_k=content.top_k)
+        self.specs = array_specs(codec=self.codec, teacher=teacher)
 
     @abstractmethod
     def write(self) -> None:

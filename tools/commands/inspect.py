@@ -81,8 +81,9 @@ def format_summary(found: dict[str, Any]) -> str:
             for tap in found["taps"]
         ),
         f"form        mode {found['mode']}, layout {found['layout']}, window {found['window'] or 'none'}, "
-        f"top-k {found['top_k']}",
+        f"teacher {found['teacher']}, top-k {found['top_k'] or 'none'}",
         f"draft vocab {found['draft_vocab_size']:,} of {verifier.get('vocab_size')}, {found['draft_vocab_hash']}",
+        *(f"  and       {int(size):,}, {value}" for size, value in found["more_draft_vocabs"].items()),
         f"SSM state   {_pairs(found['ssm']) if found['ssm'] else 'none: the verifier has no Mamba block'}",
         f"shards      {found['shards_committed']:,} of {found['shards_planned']:,} committed",
         "",
@@ -102,7 +103,7 @@ def format_summary(found: dict[str, Any]) -> str:
         "",
         *_format_bytes(sizes),
         "",
-        _format_tail(found["tail_mass"]),
+        _format_tail(found["tail_mass"], found["teacher"]),
         *(
             f"tap norm    block {layer}: rms {row['rms']:.4g}, log-sigma {row['log_sigma']:.3f} over "
             f"{row['conversations']:,} conversations"
@@ -147,9 +148,9 @@ def _format_bytes(sizes: dict[str, Any]) -> list[str]:
     ]
 
 
-def _format_tail(tail: dict[str, Any] | None) -> str:
+def _format_tail(tail: dict[str, Any] | None, teacher: str) -> str:
     if tail is None:
-        return "tail mass   not recorded"
+        return f"tail mass   {'none: states leave nothing out' if teacher == 'hidden' else 'not recorded'}"
     return (
         f"tail mass   mean {tail['mean']:.3g}, largest p99 of a shard {tail['max_p99']:.3g}: probability, within the "
         f"draft vocabulary, beyond the stored top-k ({tail['count']:,} positions)"
@@ -186,7 +187,8 @@ def _format_teacher(teacher: dict[str, Any] | None) -> str:
         f"{item['token_id'] if item['text'] is None else _shown(item['text'])} {item['probability']:.3f}"
         for item in teacher["choices"]
     )
-    return f"{teacher['next_token_probability']:>8.4f} {teacher['tail_mass']:>8.1e}  {choices}"
+    tail = "-" if teacher["tail_mass"] is None else f"{teacher['tail_mass']:.1e}"
+    return f"{teacher['next_token_probability']:>8.4f} {tail:>8}  {choices}"
 
 
 def _shown(text: str) -> str:

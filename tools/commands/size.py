@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from store.schema import ArraySpec
     from tools.sizing import Counts
 
 _DRAFT_VOCAB = 32_000
@@ -19,7 +20,7 @@ def _count(text: str) -> int:
     return int(float(text))  # 450e6 is easier to read than its zeros
 
 
-def _layers(text: str) -> tuple[int, ...]:
+def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if part)
 
 
@@ -33,9 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape = parser.add_mutually_exclusive_group(required=True)
     shape.add_argument("--verifier", type=Path, help="its directory: config.json is read")
     shape.add_argument("--hidden-size", type=int, help="without a verifier at hand")
-    parser.add_argument("--layers", type=_layers, default=(2, 26, 48), help="taps (default: 2,26,48)")
+    parser.add_argument("--layers", type=_numbers, default=(2, 26, 48), help="taps (default: 2,26,48)")
     parser.add_argument("--top-k", type=int, default=64, help="teacher logits per position (default: 64)")
+    parser.add_argument("--teacher", default="draft", help="draft, full or hidden, as of capture (default: draft)")
     parser.add_argument("--draft-vocab-size", type=_count, help="default: the dataset's map, else 32000")
+    parser.add_argument(
+        "--more-vocab-sizes", type=_numbers, default=(), help="further draft vocabularies: 8000,16000 (default: none)"
+    )
     parser.add_argument("--window", type=int, default=4096, help="rows beyond it are dropped; 0 keeps all")
     parser.add_argument("--mode", help="only this mode (default: all, side by side)")
     parser.add_argument("--layout", choices=("zarr", "webdataset"), default="zarr", help="form of the shards")
@@ -77,10 +82,10 @@ def size(arguments: argparse.Namespace) -> dict[str, Any]:
         counts = count_dataset(dataset, arguments.window or None, arguments.shard_tokens)
         draft_vocab = arguments.draft_vocab_size or _dataset_draft_vocab(dataset.path)
         vocab_size = vocab_size or dataset.vocab_size
-    if arguments.top_k > draft_vocab:
-        raise InputError(f"--top-k: expected at most the draft vocabulary's {draft_vocab}, found {arguments.top_k}")
+    sizes = (draft_vocab, *arguments.more_vocab_sizes)
+    _require_teacher(arguments, sizes, vocab_size)
     compute = _compute(arguments, config, counts)
-    frozen = frozen_bytes(hidden, vocab_size, draft_vocab) if vocab_size else 0
+    frozen = frozen_bytes(hidden, vocab_size, sizes) if vocab_size else 0
     modes = [arguments.mode] if arguments.mode else list(MODES)
     tokens = round(counts.tokens.sum())
     return {
@@ -88,8 +93,10 @@ def size(arguments: argparse.Namespace) -> dict[str, Any]:
         "settings": {
             "hidden_size": hidden,
             "layers": list(arguments.layers),
-            "top_k": arguments.top_k,
+            "teacher": arguments.teacher,
+            "top_k": arguments.top_k if arguments.teacher != "hidden" else 0,
             "draft_vocab_size": draft_vocab,
+            "more_vocab_sizes": list(arguments.more_vocab_sizes),
             "window": arguments.window or None,
             "layout": arguments.layout,
             "shard_tokens": arguments.shard_tokens,
@@ -97,7 +104,10 @@ def size(arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "compute": compute,
         "frozen_bytes": frozen,
-        "modes": {mode: _mode(arguments, mode, counts, hidden, draft_vocab, frozen, compute) for mode in modes},
+        "modes": {
+            mode: _mode(arguments, _specs(arguments, mode, hidden, sizes, vocab_size), counts, frozen, compute)
+            for mode in modes
+        },
         "peers": {
             name: {"bytes": total, "bytes_per_token": total / tokens}
             for name, total in peer_bytes(tokens, len(arguments.layers), hidden).items()
@@ -139,6 +149,47 @@ def _require_settings(arguments: argparse.Namespace, hidden: int, config: Mappin
             raise InputError(f"--{name.replace('_', '-')}: expected a rate above 0, found {value}")
 
 
+def _require_teacher(arguments: argparse.Namespace, sizes: tuple[int, ...], vocab_size: int | None) -> None:
+    from store.errors import InputError
+    from store.teacher_form import TEACHERS
+
+    teacher, top_k = arguments.teacher, arguments.top_k
+    if teacher not in TEACHERS:
+        raise InputError(f"--teacher: expected one of {list(TEACHERS)}, found {teacher!r}")
+    if min(sizes) < 1 or len(set(sizes)) < len(sizes):
+        raise InputError(f"--more-vocab-sizes: expected sizes of at least 1 that differ, found {list(sizes)} in all")
+    if teacher == "full" and vocab_size is None:
+        raise InputError(
+            "--teacher full: expected --verifier or --dataset beside it, found neither; ids take two bytes or four by "
+            "the verifier's vocabulary"
+        )
+    most = vocab_size if teacher == "full" else sizes[0]
+    if teacher != "hidden" and most is not None and top_k > most:
+        raise InputError(
+            f"--top-k: expected at most the {'verifier' if teacher == 'full' else 'draft vocabulary'}'s {most}, "
+            f"found {top_k}"
+        )
+
+
+def _specs(
+    arguments: argparse.Namespace, mode: str, hidden: int, sizes: tuple[int, ...], vocab_size: int | None
+) -> dict[str, ArraySpec]:
+    """Arrays of a shard in a mode. States of teacher "hidden" are float32 where the taps are, else bf16."""
+    from store.teacher_form import DraftVocab, TeacherForm
+    from tools.sizing import specs_of
+
+    main, *more = sizes
+    teacher = TeacherForm(
+        kind=arguments.teacher,
+        top_k=arguments.top_k,
+        vocab_size=vocab_size or 0,
+        hidden_size=hidden,
+        compute_dtype="float32" if mode == "float32" else "bfloat16",
+        vocabularies=(DraftVocab(size=main, hash=""), *map(DraftVocab.further, more)),
+    )
+    return specs_of(mode, layers=arguments.layers, hidden_size=hidden, teacher=teacher)
+
+
 def _dataset_draft_vocab(dataset: Path) -> int:
     from capture.token_dataset import VOCAB_MAP
     from store.vocab_map import VocabMap
@@ -173,18 +224,13 @@ def _compute(arguments: argparse.Namespace, config: Mapping[str, Any], counts: C
 
 def _mode(
     arguments: argparse.Namespace,
-    mode: str,
+    specs: Mapping[str, ArraySpec],
     counts: Counts,
-    hidden: int,
-    draft_vocab: int,
     frozen: int,
     compute: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    from tools.sizing import shard_bytes, specs_of
+    from tools.sizing import shard_bytes
 
-    specs = specs_of(
-        mode, layers=arguments.layers, hidden_size=hidden, draft_vocab_size=draft_vocab, top_k=arguments.top_k
-    )
     arrays = shard_bytes(counts, specs, arguments.layout)
     shards = sum(arrays.values())
     total = shards + frozen + arrays["index.npy"]  # the whole store's index repeats the shards'
@@ -212,7 +258,7 @@ def format_sizes(found: dict[str, Any]) -> str:
         f"window {settings['window'] or 'none'}), {counts['teacher_positions']:,} teacher positions",
         f"counts: {counts['basis']}",
         f"{settings['layout']}, {counts['shards']:,} shards, taps {settings['layers']} of hidden size "
-        f"{settings['hidden_size']}, top-{settings['top_k']} of {settings['draft_vocab_size']:,}",
+        f"{settings['hidden_size']}, teacher {_format_teacher(settings)}",
         _format_compute(compute),
         "",
         f"{'':<12} {'B/token':>10} {'total':>12} {'SpecForge /':>12} {'writing':>10} {'wall':>10}  limit",
@@ -242,6 +288,12 @@ def format_sizes(found: dict[str, Any]) -> str:
         "of their formats): the last state instead of top-k, every row, no compression.",
     ]
     return "\n".join(lines)
+
+
+def _format_teacher(settings: dict[str, Any]) -> str:
+    vocabs = ", ".join(f"{size:,}" for size in (settings["draft_vocab_size"], *settings["more_vocab_sizes"]))
+    kept = f"top-{settings['top_k']}" if settings["top_k"] else "final-norm states"
+    return f"{settings['teacher']}: {kept}, draft vocabulary of {vocabs}"
 
 
 def _format_compute(compute: dict[str, Any] | None) -> str:
