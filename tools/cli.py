@@ -20,6 +20,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("tools.commands.export", "write a checkpoint in the form that an inference engine serves"),
     "size": ("tools.commands.size", "bytes and wall time of a capture, before anything runs"),
     "inspect": ("tools.commands.inspect", "what is in a store, or in one of its conversations"),
+    "probe": (
+        "tools.commands.probe",
+        "dump the verifier's states on a fixed input, or compare them with an engine's",
+    ),
     "verify": ("tools.commands.verify", "check every byte and every row of a store; name what is damaged"),
     "convert": ("tools.commands.convert", "copy a store into another layout, mode or shard size, bit-checked"),
     "repair": ("tools.commands.repair", "take damaged shards out of a store, so that capture makes them again"),
