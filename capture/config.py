@@ -18,6 +18,12 @@ def _doc(text: str) -> dict[str, str]:
     return {"help": text}
 
 
+def require_ascending(layers: tuple[int, ...]) -> None:
+    """Raise InputError unless these are block numbers in order."""
+    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
+        raise InputError(f"--layers: expected ascending, distinct block numbers >= 0, found {list(layers)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class CaptureConfig:
     """What to run, what to keep, and where to write it."""
@@ -97,8 +103,7 @@ class CaptureConfig:
     trust_remote_code: bool = field(default=False, metadata=_doc("run the model code that the checkpoint brings along"))
 
     def __post_init__(self) -> None:
-        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
-            raise InputError(f"--layers: expected ascending, distinct block numbers >= 0, found {list(self.layers)}")
+        require_ascending(self.layers)
         for name, choices in (("mode", MODES), ("layout", LAYOUTS), ("engine", ENGINES), ("teacher", TEACHERS)):
             if getattr(self, name) not in choices:
                 raise InputError(f"--{name}: expected one of {list(choices)}, found {getattr(self, name)!r}")

@@ -88,9 +88,7 @@ class ShardCapture:
             target_ids=tuple(torch.from_numpy(item.target_ids).to(self.device) for item in vocab_maps),
             slice_rows=config.head_slice,
         )
-        full = manifest.teacher == "full"
-        self.in_draft = vocab_maps[0].padded(verifier.vocab_size).t2d if full else None
-        """See `store.teacher_stats.tail_mass`."""
+        self.in_draft = manifest.teacher_form.in_draft(vocab_maps[0])
         on_gpu = self.device.type == "cuda"
         self._memory = HostMemory(config.buffer_bytes) if on_gpu and config.buffer_bytes else None
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import FileStore
 
 from capture.config import CaptureConfig
 from capture.prefill import Forward, Piece
@@ -163,7 +162,7 @@ def _join(rank: int, size: int, first: int, meeting: str) -> None:
     os.environ["LOCAL_RANK"] = str(first + rank)  # transformers binds the process to the GPU of this number
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
-        store=FileStore(f"{meeting}/meeting", size),
+        store=dist.FileStore(f"{meeting}/meeting", size),  # type: ignore[attr-defined]  # public, but not re-exported
         rank=rank,
         world_size=size,
         timeout=_LOADING,

@@ -7,6 +7,7 @@ Nothing here names a model class. What was found is proved at start-up by `Verif
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 import xxhash
+from safetensors import safe_open
 from torch import nn
 
 from capture.nemotron_forward import NemotronForward, unsupported
@@ -146,7 +148,8 @@ def load_verifier(
     """
     if not (path / "config.json").is_file():
         raise InputError(f"{path}: expected a model directory, found no config.json")
-    _require_room(path, device, shard)
+    if shard == 1 and device.type == "cuda":  # what a plan divides is known when it is applied
+        _require_room(path, device, dtype)
     stand_in_for_extension()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -166,11 +169,13 @@ def load_verifier(
     return find_modules(model, device)
 
 
-def _require_room(path: Path, device: torch.device, shard: int) -> None:
+def _require_room(path: Path, device: torch.device, dtype: torch.dtype) -> None:
     """Raise InputError where the weights can't fit on the GPU, before minutes are spent on reading them."""
-    if device.type != "cuda" or shard > 1:  # what a plan divides is known when it is applied
-        return
-    needed = sum(item.stat().st_size for item in path.glob("*.safetensors"))
+    needed = 0
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118  (no mapping)
+        needed += dtype.itemsize * sum(math.prod(shape) for shape in shapes)  # as computed with, not as stored
     free, total = torch.cuda.mem_get_info(device)
     if needed > free:
         raise InputError(

@@ -174,7 +174,7 @@ class Conversion:
         places = range(plan.first, plan.last)
         form = self.source.manifest.teacher_form
         names = [*form.entry_specs(), "teacher_max", "log_z_draft"] if form.kind != "hidden" else []
-        in_draft = self.source.vocab_map().padded(form.vocab_size).t2d if form.kind == "full" else None
+        in_draft = form.in_draft(self.source.vocab_map())
         tails = [tail_mass(self.source.read(place, names).arrays, in_draft) for place in places]
         last_source = self._records[int(index["shard"][plan.last - 1])]
         return {

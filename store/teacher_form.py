@@ -12,9 +12,16 @@ The scalars are kept in each: they make tail and out-of-vocabulary mass exact.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from store.errors import InputError
 from store.schema import TEACHER_AXIS, ArraySpec, id_dtype
+
+if TYPE_CHECKING:
+    from store.vocab_map import VocabMap
 
 TEACHERS = ("draft", "full", "hidden")
 
@@ -80,6 +87,13 @@ class TeacherForm:
     def sizes(self) -> tuple[int, ...]:
         """Of the declared vocabularies, the main one's first."""
         return tuple(vocab.size for vocab in self.vocabularies)
+
+    def in_draft(self, main: VocabMap) -> NDArray[np.bool_] | None:
+        """[V]: which of `teacher_ids`, as teacher "full" has them, are in the main draft vocabulary of this map.
+
+        None for the others, whose ids are no verifier's; see `teacher_stats.tail_mass`.
+        """
+        return main.padded(self.vocab_size).t2d if self.kind == "full" else None
 
     @property
     def ids_below(self) -> int:

@@ -144,6 +144,11 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, dataset: Path, monkeypatch
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1000, 2000))
     with pytest.raises(InputError, match=r"expected weights of at most the 0\.0 GB that are free .* --shard N"):
         verifier.load_verifier(model, device=gpu, dtype=torch.bfloat16, trust_remote_code=False)
+    stored = sum(file.stat().st_size for file in model.glob("*.safetensors"))  # in float32
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (stored * 3 // 4, stored))
+    verifier._require_room(model, gpu, torch.bfloat16)
+    with pytest.raises(InputError, match="--shard N"):
+        verifier._require_room(model, gpu, torch.float32)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for device, number in (("cuda", 4), ("cuda:2", 2)):

@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
+from capture.config import require_ascending
 from capture.ssm_precision import enforce_contract
 from capture.tokenizer_files import load_tokenizer
 from capture.verifier import Verifier, choose_device, choose_dtype, describe_verifier, load_verifier
@@ -70,8 +71,7 @@ class ProbeConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
-            raise InputError(f"--layers: expected ascending, distinct block numbers >= 0, found {list(self.layers)}")
+        require_ascending(self.layers)
         if self.output.exists():
             raise InputError(f"{self.output}: expected a new file, found one that exists; remove it or choose another")
 

@@ -1,7 +1,6 @@
 """Files of hidden states: the dump of `draftcache probe`, Hugging Face's states, what vLLM extracts.
 
-Only safetensors are read, mapped from the file, without torch. numpy has no bfloat16, so such tensors are taken as
-bit patterns and widened row by row as they are compared.
+Only safetensors are read, without torch, and widened to float32 row by row as they are compared.
 
 What vLLM writes, by its source and documentation (`extract_hidden_states` as the speculative method, with the
 ExampleHiddenStatesConnector: v1/spec_decode/extract_hidden_states.py,
@@ -27,11 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (makes numpy, and with it safetensors, know bfloat16)
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from store.codecs import bf16_to_float32
 from store.errors import InputError
 
 METADATA_KEY = "draftcache_probe"
@@ -44,8 +43,7 @@ EMBEDDINGS_BLOCK = -1
 
 _NUMBERED = re.compile(r"hidden_states[._](\d+)")
 _STACKED = "hidden_states"
-_BF16 = "BF16"
-_DTYPES = {_BF16: "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4"}
+_DTYPES = ("BF16", "F16", "F32", "F64", "I64", "I32")
 
 
 def block_tensor(block: int) -> str:
@@ -61,12 +59,11 @@ class StateTensor:
     number: int | None
     """The layer's id in the file's own convention; None for the state after the final norm."""
     values: NDArray[Any]
-    """float16, float32 or float64 [L, H], or bfloat16 as uint16."""
+    """bfloat16, float16, float32 or float64 [L, H]."""
 
     def rows(self, count: int) -> NDArray[np.float32]:
         """The first `count` rows as float32."""
-        values = self.values[:count]
-        return bf16_to_float32(values) if values.dtype == np.uint16 else values.astype(np.float32)
+        return self.values[:count].astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ def read_states(path: Path, *, ids: tuple[int, ...] | None = None, layer_axis: i
     `ids` are those of the entries of a stacked tensor, in its order (default: 0, 1, ..); `layer_axis` is its axis of
     layers, needed where shapes leave it open. Raises InputError naming what was expected.
     """
-    tensors, metadata = _map_safetensors(path)
+    tensors, metadata = _load_safetensors(path)
     details = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
     if details is not None and details.get("version") != VERSION:
         raise InputError(
@@ -127,14 +124,13 @@ def read_states(path: Path, *, ids: tuple[int, ...] | None = None, layer_axis: i
     return StateFile(path, token_ids, states, details, by_position=stacked and ids is None)
 
 
-def _map_safetensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """Every tensor as an array over the mapped file (bfloat16 as uint16), and the metadata."""
+def _load_safetensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """Every tensor of numbers, and the metadata."""
     try:
-        with safe_open(path, framework="np"):  # checks the header against the file's size
-            pass
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(header_bytes))
+        with safe_open(path, framework="np") as file:
+            # Masks and the like are left where they are.
+            names = [name for name in file.keys() if file.get_slice(name).get_dtype() in _DTYPES]  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except FileNotFoundError as exc:
         raise InputError(f"{path}: expected a safetensors file, found nothing there") from exc
     except (SafetensorError, OSError) as exc:
@@ -142,14 +138,6 @@ def _map_safetensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str
             f"{path}: expected a safetensors file, found something else ({exc}); pickle files (.pt, .ckpt) are never "
             "read: save the states with safetensors.torch.save_file"
         ) from exc
-    data = np.memmap(path, np.uint8, mode="r")
-    tensors, metadata = {}, header.pop("__metadata__", {})
-    for name, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
-            continue  # masks and the like
-        first, last = (8 + header_bytes + offset for offset in entry["data_offsets"])
-        tensors[name] = data[first:last].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return tensors, metadata
 
 
 def _listed(tensors: dict[str, NDArray[Any]]) -> str:

@@ -29,7 +29,7 @@ def shown_teacher(
     log_z = arrays["log_z_full"].astype(np.float64)
     ids, logits = _choices(reader, item)
     probabilities = np.exp(logits - log_z[:, None]).tolist()
-    in_draft = reader.vocab_map().padded(form.vocab_size).t2d if form.kind == "full" else None
+    in_draft = form.in_draft(reader.vocab_map())
     tails = [None] * log_z.size if form.kind == "hidden" else tail_mass(arrays, in_draft).tolist()
     columns = {
         "argmax": arrays["argmax"].tolist(),
