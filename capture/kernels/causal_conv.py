@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from capture.kernels.launch import jit, tl
+from store.triton_launch import jit, tl
 
 TAPS = 4
 """Kernel length that the Triton form is written for."""

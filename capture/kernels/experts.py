@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from capture.kernels.launch import jit, tl
+from store.triton_launch import jit, tl
 
 _ELEMENTS = 4096
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from capture.kernels.launch import jit, tl
+from store.triton_launch import jit, power_of_two, tl
 
 _GATED_ROWS = 4
 
@@ -22,7 +22,7 @@ def add_rms_norm(residual: Tensor, update: Tensor | None, weight: Tensor, eps: f
     rows = residual.numel() // width
     total = residual if update is None else update
     _add_rms_norm_kernel[(rows,)](
-        residual, total, weight, out, width, eps, ADD=update is not None, BLOCK=_power_of_two(width), num_warps=8
+        residual, total, weight, out, width, eps, ADD=update is not None, BLOCK=power_of_two(width), num_warps=8
     )
     return total, out
 
@@ -49,7 +49,7 @@ def gated_group_norm(values: Tensor, gate: Tensor, weight: Tensor, eps: float, g
     rows = values.numel() // width
     flat = gate.flatten(0, 1)
     _gated_group_norm_kernel[(rows, width // group)](
-        values, flat, weight, flat.stride(0), width, eps, GROUP=group, BLOCK=_power_of_two(group), num_warps=4
+        values, flat, weight, flat.stride(0), width, eps, GROUP=group, BLOCK=power_of_two(group), num_warps=4
     )
     return values
 
@@ -60,10 +60,6 @@ def gated_group_norm_reference(values: Tensor, gate: Tensor, weight: Tensor, eps
     grouped = gated.view(*gated.shape[:-1], -1, group)
     grouped = grouped * torch.rsqrt(grouped.pow(2).mean(-1, keepdim=True) + eps)
     return weight * grouped.view(values.shape).to(values.dtype)
-
-
-def _power_of_two(value: int) -> int:
-    return 1 << (value - 1).bit_length()
 
 
 @jit

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from capture.kernels.launch import jit, tl
+from store.triton_launch import jit, tl
 
 _BLOCK = 4096
 

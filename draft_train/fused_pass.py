@@ -1,0 +1,289 @@
+"""Forward and backward pass of the unroll by hand, for GPUs: the same loss and gradients as `unroll` and autograd.
+
+Only needed work is done. Queries, output projections, MLP and head run on the rows of each step that carry loss;
+other rows give step-0 keys and values. The embeddings' half of the attention input, `input_layernorm(emb(x))`, is the
+same for row t at step k as for row t + k at step 0, so its projection is made once, not once per step (5 % of all
+matrix work), and so is its gradient's. Head and loss run in the backward sweep, a slice of rows at a time, and give
+the gradient at once: no logits are kept.
+
+Matrix products are bf16 with float32 accumulation; weight gradients are float32 from the first addition on.
+Kept per row and step: the layer's input and output, queries, attention output, the MLP's input and (unless
+`recompute_mlp`) its gate and up: 30,208 values at the seed's shape, 14,080 with recomputation.
+
+Shape suffixes: R key rows, S start rows, T rows of a step, H hidden, N query heads, G key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from draft_train.batches import Batch
+from draft_train.draft_model import DraftModel
+from draft_train.fused_weights import FusedWeights, add_product
+from draft_train.head_loss import HeadLoss
+from draft_train.kernels.attention import Sight, attend, attend_backward
+from draft_train.kernels.norms import rms_norm, rms_norm_backward
+from draft_train.kernels.rotary import join_heads, rotary_table, split_heads
+from draft_train.kernels.swiglu import swiglu, swiglu_backward_
+from draft_train.objective import Objective, ObjectiveResult
+
+Ready = Callable[[list[nn.Parameter]], None]
+
+
+@dataclass(frozen=True)
+class PassSettings:
+    """What trades memory for time."""
+
+    mlp_rows: int = 8192
+    """Rows of the MLP at a time."""
+    head_rows: int = 8192
+    """Rows whose logits are there at once."""
+    recompute_mlp: bool = False
+    """Make gate and up again in the backward pass instead of keeping them."""
+
+
+@dataclass
+class _Base:
+    """What every step shares."""
+
+    tokens: Tensor
+    """[R, H] normed embeddings."""
+    projected: Tensor
+    """[R, (N + 2G) D]: their part of queries, keys and values."""
+    hidden: Tensor
+    """[R, H]: fc's output, un-normed."""
+    table: Tensor
+    kv: Tensor
+    """[R, 2, G, D]."""
+    own: Tensor
+    """[steps - 1, S, 2, G, D]."""
+    positions: Tensor
+    """[R] int32."""
+
+
+@dataclass
+class _Step:
+    """What one step keeps for the backward pass; T rows."""
+
+    number: int
+    places: Tensor
+    """[T] int64: the key row whose token this step consumes."""
+    kept: Tensor | None
+    """[T] int64: which rows of the previous step these are; None where all."""
+    sight: Sight
+    hidden: Tensor
+    q: Tensor
+    out: Tensor
+    log_sum_exp: Tensor
+    after: Tensor
+    """[T, H]: what the MLP reads, un-normed."""
+    gate_up: list[Tensor]
+    result: Tensor
+
+
+class FusedPass:
+    """A `GradientPass` for the draft on one GPU; on the CPU it runs the kernels' plain twins, for tests."""
+
+    def __init__(
+        self,
+        model: DraftModel,
+        objective: Objective,
+        embeddings: Tensor,
+        settings: PassSettings | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        """`embeddings` [V, H]: the verifier's frozen table; `dtype`: of the matrix products."""
+        self.model, self.layer = model, model.midlayer
+        self.shape, self.eps = model.shape, model.shape.rms_norm_eps
+        self.embeddings = embeddings
+        self.settings = settings or PassSettings()
+        self.head_loss = HeadLoss(objective, model.norm, self.settings.head_rows)
+        self.weights = FusedWeights(model, dtype)
+        self.matrices = self.weights.matrices
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, ready: Ready | None = None) -> ObjectiveResult:
+        """See `GradientPass`. `ready` hears of gradients in the order: head, MLP, attention and fc."""
+        self.weights.refresh()
+        base = self._base(batch)
+        steps: list[_Step] = []
+        for number, rows, kept in self._live_rows(batch):
+            steps.append(self._forward_step(batch, base, number, rows, kept, steps[-1] if steps else None))
+        return self._backward(batch, base, steps, ready or (lambda _: None))
+
+    def _live_rows(self, batch: Batch) -> list[tuple[int, Tensor, Tensor | None]]:
+        """Rows of each step, and which of the step before's they are (None: all), by one look at the device.
+
+        A `nonzero` there would wait for it at every step.
+        """
+        left, device = batch.steps.cpu(), batch.steps.device
+        rows = torch.arange(left.numel())
+        found: list[tuple[int, Tensor, Tensor | None]] = []
+        for number in range(batch.step_tokens.shape[1]):
+            alive = torch.nonzero(left[rows] > number)[:, 0]
+            if alive.numel() == 0:
+                break
+            kept = None if alive.numel() == rows.numel() else alive.to(device)
+            rows = rows[alive]
+            found.append((number, rows.to(device), kept))
+        return found
+
+    def _base(self, batch: Batch) -> _Base:
+        shape, matrices, dtype = self.shape, self.matrices, self.weights.dtype
+        tokens = rms_norm(self._embedded(batch), self.layer.input_layernorm.weight, self.eps)
+        projected = tokens @ matrices.qkv_tokens.t()
+        hidden = batch.aux.to(dtype) @ matrices.fc.t()
+        heads = (2, shape.num_key_value_heads, shape.head_dim)
+        base = _Base(
+            tokens=tokens,
+            projected=projected,
+            hidden=hidden,
+            table=rotary_table(batch.key_positions, shape.head_dim, shape.rope_theta, dtype),
+            kv=hidden.new_empty(hidden.shape[0], *heads),
+            own=hidden.new_empty(max(0, batch.step_tokens.shape[1] - 1), batch.start_index.shape[0], *heads),
+            positions=batch.key_positions.to(torch.int32),
+        )
+        queries, every = self.weights.queries, torch.arange(hidden.shape[0], device=hidden.device)
+        normed = rms_norm(hidden, self.layer.hidden_norm.weight, self.eps)
+        keys = torch.addmm(projected[:, queries:], normed, matrices.qkv_states[queries:].t())
+        split_heads(keys, base.table, every, 0, base.kv, every)
+        return base
+
+    def _embedded(self, batch: Batch) -> Tensor:
+        return F.embedding(batch.key_tokens, self.embeddings).to(self.weights.dtype)
+
+    def _forward_step(
+        self, batch: Batch, base: _Base, number: int, rows: Tensor, kept: Tensor | None, previous: _Step | None
+    ) -> _Step:
+        starts = batch.start_index[rows]
+        if previous is None:
+            hidden = base.hidden[starts]
+        else:
+            hidden = previous.result if kept is None else previous.result[kept]
+        normed = rms_norm(hidden, self.layer.hidden_norm.weight, self.eps)
+        # Row t + k is a start row too, k places on: the turn goes on at least that far, or step k had no loss.
+        places = starts + number
+        states = self.matrices.qkv_states[: self.weights.queries if number == 0 else None]
+        projected = base.projected[places, : states.shape[0]].addmm_(normed, states.t())
+        kv = base.own[number - 1] if number else base.kv[:, :, :0]
+        q = split_heads(projected, base.table, places, self.shape.num_attention_heads, kv, rows)
+        del projected, normed
+        sight = Sight(rows, base.positions[starts], base.positions, number, batch.window)
+        out, log_sum_exp = attend(q, base.kv, base.own, sight)
+        after = torch.addmm(hidden, out.flatten(1), self.matrices.output.t())
+        result, gate_up = self._mlp(after)
+        return _Step(number, places, kept, sight, hidden, q, out, log_sum_exp, after, gate_up, result)
+
+    def _mlp(self, after: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Residual included; keeps gate and up of every slice unless they are to be made again."""
+        result, held = torch.empty_like(after), []
+        for rows in self._slices(after):
+            gate_up = self._mlp_input(after[rows]) @ self.matrices.gate_up.t()
+            torch.addmm(after[rows], swiglu(gate_up), self.matrices.down.t(), out=result[rows])
+            if not self.settings.recompute_mlp:
+                held.append(gate_up)
+        return result, held
+
+    def _mlp_input(self, after: Tensor) -> Tensor:
+        return rms_norm(after, self.layer.post_attention_layernorm.weight, self.eps)
+
+    def _slices(self, rows: Tensor) -> list[slice]:
+        size = self.settings.mlp_rows
+        return [slice(first, min(first + size, len(rows))) for first in range(0, len(rows), size)]
+
+    def _backward(self, batch: Batch, base: _Base, steps: list[_Step], ready: Ready) -> ObjectiveResult:
+        gradients, wide = self.weights.gradients(), self.weights.wide
+        result = ObjectiveResult.zeros(batch.step_tokens.shape[1], batch.aux.device)
+        total = torch.zeros_like(base.projected)
+        kv_gradient, own_gradient = (torch.zeros_like(held, dtype=wide) for held in (base.kv, base.own))
+        carried: Tensor | None = None
+        while steps:
+            step = steps.pop()
+            chosen = self.head_loss.rows_of(batch, step.number, step.sight.rows)
+            upstream, losses, hits = self.head_loss.backward(
+                batch, chosen, step.result, carried, self.matrices.head, gradients
+            )
+            result.add_step(step.number, losses, hits, chosen.weight)
+            if step.number == 0:
+                ready(self.weights.head_parameters)
+            after = self._mlp_backward(step, upstream)
+            if step.number == 0:
+                ready(self.weights.mlp_parameters)
+            del upstream
+            attended = (after @ self.matrices.output).view_as(step.out)
+            add_product(gradients.output, after, step.out.flatten(1))
+            q_gradient = attend_backward(
+                attended, step.q, base.kv, base.own, step.out, step.log_sum_exp, step.sight, kv_gradient, own_gradient
+            )
+            del attended
+            if step.number:
+                carried = self._inputs_backward(base, step, q_gradient, own_gradient[step.number - 1], total, after)
+                if step.kept is not None:
+                    carried = torch.zeros_like(steps[-1].result).index_copy_(0, step.kept, carried)
+            else:
+                self._base_backward(batch, base, step, q_gradient, kv_gradient, total, after)
+        ready(self.weights.attention_parameters)
+        return result.with_tail(batch)
+
+    def _mlp_backward(self, step: _Step, upstream: Tensor) -> Tensor:
+        """Gradient [T, H] of the MLP's input from that of its output, residual included."""
+        gradients, weight = self.weights.gradients(), self.layer.post_attention_layernorm.weight
+        out = torch.empty_like(upstream)
+        for number, rows in enumerate(self._slices(upstream)):
+            normed = self._mlp_input(step.after[rows])
+            gate_up = step.gate_up[number] if step.gate_up else normed @ self.matrices.gate_up.t()
+            activation = swiglu_backward_(upstream[rows] @ self.matrices.down, gate_up)
+            add_product(gradients.down, upstream[rows], activation)
+            del activation
+            add_product(gradients.gate_up, gate_up, normed)
+            given = gate_up @ self.matrices.gate_up
+            out[rows] = rms_norm_backward(
+                given, step.after[rows], weight, self.eps, gradients.vectors[weight], upstream[rows]
+            )
+        step.gate_up.clear()
+        return out
+
+    def _inputs_backward(
+        self, base: _Base, step: _Step, q_gradient: Tensor, own_gradient: Tensor, total: Tensor, after: Tensor
+    ) -> Tensor:
+        """Gradient [T, H] of a later step's input; that of its tokens' projections is added to `total`."""
+        gradients, weight = self.weights.gradients(), self.layer.hidden_norm.weight
+        projected = join_heads(q_gradient, own_gradient, base.table, step.places, step.sight.rows, total)
+        add_product(gradients.qkv_states, projected, rms_norm(step.hidden, weight, self.eps))
+        given = projected @ self.matrices.qkv_states
+        return rms_norm_backward(given, step.hidden, weight, self.eps, gradients.vectors[weight], after)
+
+    def _base_backward(
+        self,
+        batch: Batch,
+        base: _Base,
+        step: _Step,
+        q_gradient: Tensor,
+        kv_gradient: Tensor,
+        total: Tensor,
+        after: Tensor,
+    ) -> None:
+        """Step 0's inputs, the tokens' projections of all steps, and fc."""
+        gradients, matrices, queries = self.weights.gradients(), self.matrices, self.weights.queries
+        rows, every = step.places, torch.arange(base.hidden.shape[0], device=total.device)
+        asked = join_heads(q_gradient, kv_gradient[:, :, :0], base.table, rows, rows, total[:, :queries])
+        no_queries = q_gradient.new_empty(base.hidden.shape[0], 0, q_gradient.shape[-1])
+        keys = join_heads(no_queries, kv_gradient, base.table, every, every, total[:, queries:])
+        weight = self.layer.hidden_norm.weight
+        normed = rms_norm(base.hidden, weight, self.eps)
+        add_product(gradients.qkv_states[queries:], keys, normed)
+        add_product(gradients.qkv_states[:queries], asked, normed[rows])
+        given = keys @ matrices.qkv_states[queries:]
+        given[rows] += asked @ matrices.qkv_states[:queries]
+        residual = torch.zeros_like(base.hidden).index_copy_(0, rows, after)
+        hidden = rms_norm_backward(given, base.hidden, weight, self.eps, gradients.vectors[weight], residual)
+        add_product(gradients.fc, hidden, batch.aux.to(hidden.dtype))
+        add_product(gradients.qkv_tokens, total, base.tokens)
+        weight = self.layer.input_layernorm.weight
+        given = total @ matrices.qkv_tokens
+        rms_norm_backward(given, self._embedded(batch), weight, self.eps, gradients.vectors[weight])

@@ -1,0 +1,171 @@
+"""The draft's kernels beside their plain twins, values and gradients, in the dtypes and shapes that they run in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from draft_train.kernels.attention import (
+    Sight,
+    attend,
+    attend_backward,
+    attend_backward_reference,
+    attend_reference,
+)
+from draft_train.kernels.norms import (
+    rms_norm,
+    rms_norm_backward,
+    rms_norm_backward_reference,
+    rms_norm_reference,
+)
+from draft_train.kernels.rotary import (
+    join_heads,
+    join_heads_reference,
+    rotary_table,
+    split_heads,
+    split_heads_reference,
+)
+from draft_train.kernels.swiglu import swiglu, swiglu_backward_, swiglu_backward_reference_, swiglu_reference
+from draft_train.kernels.tail_kl import tail_kl, tail_kl_reference
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+BF16, F32 = torch.bfloat16, torch.float32
+BOUND = {F32: 3e-5, BF16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def rand(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative in the 2-norm; NaN fails every comparison."""
+    assert found.shape == expected.shape
+    return float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("shape", [(1, 8), (37, 2688), (1500, 260)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_rms_norm(dtype: torch.dtype, shape: tuple[int, int], residual: bool) -> None:
+    x, weight, given = rand(*shape, dtype=dtype), rand(shape[1]), rand(*shape, dtype=dtype)
+    added = rand(*shape, dtype=dtype) if residual else None
+    assert error(rms_norm(x, weight, 1e-5), rms_norm_reference(x.double(), weight.double(), 1e-5)) < BOUND[dtype]
+    sums, expected_sums = rand(shape[1]), None
+    expected_sums = sums.double()
+    found = rms_norm_backward(given, x, weight, 1e-5, sums, added)
+    wide = None if added is None else added.double()
+    expected = rms_norm_backward_reference(given.double(), x.double(), weight.double(), 1e-5, expected_sums, wide)
+    assert error(found, expected) < BOUND[dtype]
+    assert error(sums, expected_sums) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("shape", [(1, 6), (37, 8064), (300, 1025)])
+def test_swiglu(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    gate_up, given = rand(shape[0], 2 * shape[1], dtype=dtype), rand(*shape, dtype=dtype)
+    assert error(swiglu(gate_up), swiglu_reference(gate_up.double())) < BOUND[dtype]
+    wide, wide_given = gate_up.double(), given.double()
+    expected = swiglu_backward_reference_(wide_given, wide)
+    assert error(swiglu_backward_(given, gate_up), expected) < BOUND[dtype]
+    assert error(gate_up, wide) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize(("queries", "groups", "width"), [(32, 2, 128), (0, 2, 64), (6, 0, 16), (4, 4, 24)])
+def test_heads(dtype: torch.dtype, queries: int, groups: int, width: int) -> None:
+    rows, slots = 50, 70
+    positions = torch.arange(90, device="cuda") * 400
+    table = rotary_table(positions, width, 10_000.0, dtype)
+    places, taken = torch.randperm(90, device="cuda")[:rows], torch.randperm(slots, device="cuda")[:rows]
+    projected = rand(rows, (queries + 2 * groups) * width, dtype=dtype)
+    kv = [torch.zeros(slots, 2, groups, width, device="cuda", dtype=dtype) for _ in range(2)]
+    found = split_heads(projected, table, places, queries, kv[0], taken)
+    expected = split_heads_reference(projected, table, places, queries, kv[1], taken)
+    for ours, theirs in ((found, expected), (kv[0], kv[1])):
+        assert error(ours, theirs) < BOUND[dtype]
+    given, kv_given = rand(rows, queries, width, dtype=dtype), rand(slots, 2, groups, width)
+    totals = [rand(90, projected.shape[1], dtype=dtype)]
+    totals.append(totals[0].clone())
+    found = join_heads(given, kv_given, table, places, taken, totals[0])
+    expected = join_heads_reference(given, kv_given, table, places, taken, totals[1])
+    for ours, theirs in ((found, expected), (totals[0], totals[1])):
+        assert error(ours, theirs) < BOUND[dtype]
+    assert not torch.equal(found, projected)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize(("vocab", "entries"), [(32_000, 64), (1000, 20), (64, 64), (40, 3)])
+@pytest.mark.parametrize("absent", ["none", "some", "all"])
+def test_tail_kl(dtype: torch.dtype, vocab: int, entries: int, absent: str) -> None:
+    rows = 40
+    logits = 4 * rand(rows, vocab)
+    ids = torch.rand(rows, vocab, device="cuda").argsort(-1)[:, :entries].contiguous()
+    p = torch.softmax(rand(rows, vocab), -1).gather(1, ids)
+    gone = torch.rand(rows, entries, device="cuda") < {"none": 0.0, "some": 0.4, "all": 1.1}[absent]
+    ids, p = ids.masked_fill(gone, -1), p.masked_fill(gone, 0.0)
+    tau, weight = (1 - p.sum(-1)).clamp(min=0.0), torch.rand(rows, device="cuda")
+    outs = [torch.full((rows, vocab), torch.nan, device="cuda", dtype=kind) for kind in (dtype, torch.float64)]
+    expected = tail_kl_reference(logits.double(), ids, p.double(), tau.double(), weight.double(), outs[1])
+    losses, argmax = tail_kl(logits.clone(), ids, p, tau, weight, outs[0])
+    assert torch.equal(argmax, expected[1])
+    torch.testing.assert_close(losses.double(), expected[0], rtol=1e-4, atol=1e-5)
+    if absent == "all":
+        assert float(outs[0].abs().max()) < 1e-6
+    else:
+        assert error(outs[0], outs[1]) < BOUND[dtype]
+
+
+def sight_of(positions: torch.Tensor, key_positions: torch.Tensor, step: int, window: int, slots: int) -> Sight:
+    rows = torch.arange(slots, device="cuda")[-positions.numel() :]
+    return Sight(rows, positions.to("cuda", torch.int32), key_positions.to("cuda", torch.int32), step, window)
+
+
+def cases() -> dict[str, tuple[torch.Tensor, torch.Tensor, int]]:
+    """Query positions, key positions, window."""
+    every = torch.arange(1000)
+    holes = every[(every % 7 != 3) & ~((every > 300) & (every < 420))]
+    packed = torch.cat((torch.arange(90), 400 + torch.arange(333), 1100 + torch.arange(5), 1500 + torch.arange(400)))
+    return {
+        "all rows": (every, every, 300),
+        "turns": (torch.cat((every[100:260], every[500:900])), every, 300),
+        "holes": (holes[40::2], holes, 64),
+        "packed": (packed[packed % 3 > 0], packed, 256),
+        "whole": (every[::3], every, 5000),
+        "narrow": (every, every, 8),
+        "few": (every[-3:], every, 300),
+    }
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("step", [0, 1, 5])
+@pytest.mark.parametrize(("heads", "groups", "width"), [(8, 2, 64), (32, 2, 128)])
+@pytest.mark.parametrize("name", cases())
+def test_attention(name: str, heads: int, groups: int, width: int, step: int, dtype: torch.dtype) -> None:
+    positions, key_positions, window = cases()[name]
+    slots = positions.numel() + 9
+    sight = sight_of(positions, key_positions, step, window, slots)
+    q = (2 * rand(positions.numel(), heads, width)).to(dtype)  # logits of tens: where gradients of the LSE matter
+    kv, own = rand(key_positions.numel(), 2, groups, width, dtype=dtype), rand(5, slots, 2, groups, width, dtype=dtype)
+    out, log_sum_exp = attend(q, kv, own, sight)
+    wide = [value.double() for value in (q, kv, own)]
+    expected = attend_reference(*wide, sight)
+    assert error(out, expected[0]) < BOUND[dtype]
+    torch.testing.assert_close(log_sum_exp.double(), expected[1], rtol=1e-3, atol=1e-3 if dtype == F32 else 2e-2)
+    given = rand(*q.shape, dtype=dtype)
+    sums = [torch.zeros_like(value, dtype=F32) for value in (kv, own)]
+    wide_sums = [torch.zeros_like(value) for value in wide[1:]]
+    found = attend_backward(given, q, kv, own, out, log_sum_exp, sight, *sums)
+    expected_q = attend_backward_reference(given.double(), *wide, *expected, sight, *wide_sums)
+    assert error(found, expected_q) < 2 * BOUND[dtype]
+    for ours, theirs in zip(sums, wide_sums, strict=True):
+        assert error(ours, theirs) < 2 * BOUND[dtype]
+    if step:  # negative control: rows that see one key more are told apart
+        wider = attend_reference(*wide, sight_of(positions, key_positions, step, window + step, slots))
+        assert name == "whole" or error(wider[0], expected[0]) > BOUND[F32]
+    again = attend_backward(given, q, kv, own, out, log_sum_exp, sight, *(torch.zeros_like(part) for part in sums))
+    assert torch.equal(found, again)

@@ -1,0 +1,227 @@
+"""Draft training at the seed's shape: hidden 2688, 32 / 2 heads, 32k of 131k words, window 4096, 6 unroll steps.
+
+`python -m tools.bench.train [--output FILE]` needs one GPU of 80 GB. Batches are synthetic store rows; one step is
+forward, backward, clipping and AdamW, as `draftcache train` does them; weights are float32, products bf16.
+
+- `tok_s`: tokens of the batch over the median of several steps, after two that are not counted.
+- `peak_gib`: most memory that PyTorch held at once in those steps.
+- `matmul_share`: the needed matrix products' and attention's operations per second (what is made again for memory's
+  sake not counted) over a bf16 product's, measured first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from draft_train.batches import Batch
+from draft_train.config import DraftShape, TrainConfig
+from draft_train.draft_model import DraftModel
+from draft_train.fused_pass import FusedPass, PassSettings
+from draft_train.objective import Objective
+from store.errors import InputError
+from store.files import write_json
+from tools.bench.capture import matmul_ceiling
+from tools.bench.rows import report, result_row
+
+SHAPE = DraftShape(
+    hidden_size=2688, taps=3, intermediate_size=8064, num_attention_heads=32, num_key_value_heads=2, head_dim=128,
+    vocab_size=131_072, draft_vocab_size=32_000, sliding_window=4096, rope_theta=10_000.0, rms_norm_eps=1e-5,
+)  # fmt: skip
+STEPS, TOP_K, TURNS = 6, 64, 8
+UNITS = {"tok_s": "tok/s", "peak_gib": "GiB", "matmul_share": "of bf16 matmul"}
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Conversations of one batch, the share of rows that carry loss, and how memory is spared."""
+
+    lengths: tuple[int, ...]
+    share: float = 1.0
+    lean: bool = False
+
+
+CASES = {
+    "train-32k": Case((32_768,)),
+    "train-32k-lean": Case((32_768,), lean=True),
+    "train-32k-90": Case((32_768,), 0.9),
+    "train-32k-48": Case((32_768,), 0.48),
+    "train-8k": Case((8192,)),
+    "train-8k-packed": Case((8192,) * 4),
+    "train-64k": Case((65_536,)),
+    "train-64k-lean": Case((65_536,), lean=True),
+    "train-256k": Case((262_144,), lean=True),
+}
+LEAN = PassSettings(mlp_rows=4096, head_rows=4096, recompute_mlp=True)
+
+
+def main() -> None:
+    """Run the cases that were asked for and report them."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--output", type=Path, metavar="FILE")
+    parser.add_argument("--cases", default=",".join(CASES), help="(%(default)s)")
+    parser.add_argument("--profile", action="store_true", help="print where the time of one more step goes")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise InputError("expected a CUDA device, found none; this benchmark measures one")
+    device = torch.device("cuda")
+    ceiling = matmul_ceiling(device)
+    print(f"bf16 matmul {ceiling / 1e12:.0f} TFLOP/s", flush=True)
+    rows = []
+    for case, metrics in measure(arguments, device, ceiling):
+        print(case, {key: round(value, 3) for key, value in metrics.items()}, flush=True)
+        name = torch.cuda.get_device_name(device)
+        rows += [result_row(case, metric, value, UNITS[metric], name) for metric, value in metrics.items()]
+        if arguments.output:  # a run that is cut short leaves the cases it came to
+            write_json(arguments.output, rows)
+    report(rows, arguments.output)
+
+
+def measure(arguments: argparse.Namespace, device: torch.device, ceiling: float) -> Iterator[tuple[str, Metrics]]:
+    """Each case's metrics, as they are measured."""
+    for name in arguments.cases.split(","):
+        case = CASES[name]
+        batch = synthetic_batch(case, device)
+        step = optimizer_step(device, LEAN if case.lean else PassSettings())
+        seconds, peak = timed_steps(lambda step=step, batch=batch: step(batch))
+        tokens = sum(case.lengths)
+        yield name, {
+            "tok_s": tokens / seconds,
+            "peak_gib": peak / 2**30,
+            "matmul_share": needed_flops(batch) / seconds / ceiling,
+        }
+        if arguments.profile:
+            print_profile(lambda step=step, batch=batch: step(batch))
+        del step, batch
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def optimizer_step(device: torch.device, settings: PassSettings) -> Callable[[Batch], Any]:
+    """A fresh draft, and a function that trains it by one batch."""
+    with torch.device(device):
+        model = DraftModel(SHAPE)
+        embeddings = torch.randn(SHAPE.vocab_size, SHAPE.hidden_size, dtype=torch.bfloat16)
+        target_ids = torch.arange(SHAPE.draft_vocab_size)
+        in_draft = torch.arange(SHAPE.vocab_size) < SHAPE.draft_vocab_size
+    config = TrainConfig(store=Path("synthetic"), output=Path("synthetic"), splits=("train",))
+    training = FusedPass(model, Objective(config, target_ids, in_draft), embeddings, settings)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+
+    def step(batch: Batch) -> Any:
+        result = training(batch)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return result
+
+    return step
+
+
+def synthetic_batch(case: Case, device: torch.device) -> Batch:
+    """Random states and teacher of conversations of 8 turns, the loss rows at the end of each."""
+    parts = [_conversation(length, case.share) for length in case.lengths]
+    sizes = [rows.numel() for rows, _ in parts]
+    first_row = [sum(case.lengths[:number]) for number in range(len(parts))]
+    starts = torch.cat([rows + first for (rows, _), first in zip(parts, first_row, strict=True)])
+    steps = torch.cat([left for _, left in parts])
+    positions = [torch.arange(length) + 2 * number * 300_000 for number, length in enumerate(case.lengths)]
+    total, places = sum(case.lengths), starts[:, None] + torch.arange(STEPS)
+    live = torch.arange(STEPS)[None] < steps[:, None]
+    generator = torch.Generator(device=device).manual_seed(0)
+    with torch.device(device):
+        aux = torch.randn(total, 3 * SHAPE.hidden_size, generator=generator, dtype=torch.bfloat16)
+        tokens = torch.randint(SHAPE.vocab_size, (total,), generator=generator)
+        ids = torch.randint(SHAPE.draft_vocab_size // TOP_K, (total, TOP_K), generator=generator)
+        ids = ids + torch.arange(TOP_K) * (SHAPE.draft_vocab_size // TOP_K)
+        logits = 2 * torch.randn(total, TOP_K, generator=generator)
+        log_z = torch.logsumexp(logits, -1) + 0.05
+    places, live = places.to(device).clamp(max=total - 1), live.to(device)
+    return Batch(
+        aux=aux,
+        key_tokens=tokens,
+        key_positions=torch.cat(positions).to(device),
+        start_index=starts.to(device),
+        steps=steps.to(device),
+        step_tokens=torch.where(live, tokens[places], 0),
+        teacher_index=torch.where(live, places, 0),
+        conversation=torch.repeat_interleave(torch.tensor(sizes)).to(device),
+        teacher_ids=ids,
+        teacher_logits=logits,
+        log_z_full=log_z + 0.01,
+        log_z_draft=log_z,
+        argmax=ids[:, 0].clone(),
+        conversations=len(parts),
+        tokens=total,
+        window=SHAPE.sliding_window or total,
+    )
+
+
+def _conversation(length: int, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Start rows, and how many steps of each carry loss. With share 1 it is one turn of all rows."""
+    rows = torch.arange(length)
+    if share == 1.0:
+        return rows, (length - rows).clamp(max=STEPS)
+    turn = length // TURNS
+    place = rows % turn
+    chosen = rows[(place >= round(turn * (1 - share))) & (rows < turn * TURNS)]
+    return chosen, (turn - chosen % turn).clamp(max=STEPS)
+
+
+def needed_flops(batch: Batch) -> float:
+    """Operations of the needed products and of attention, forward and backward (2x, attention 2.5x).
+
+    Every step projects its rows' states and tokens here, as the formulas have it, although tokens are projected once.
+    """
+    shape = SHAPE
+    hidden, queries = shape.hidden_size, shape.num_attention_heads * shape.head_dim
+    keys = 2 * shape.num_key_value_heads * shape.head_dim
+    per_row = 2 * hidden * (2 * queries + keys * 2 + queries + 3 * shape.intermediate_size + shape.draft_vocab_size)
+    live = [int((batch.steps > number).sum()) for number in range(STEPS)]
+    base = batch.aux.shape[0] * 2 * hidden * (shape.taps * hidden + 2 * keys)
+    products = 3 * (sum(live) * per_row - live[0] * 4 * hidden * keys + base)
+    positions, all_keys = batch.key_positions[batch.start_index], batch.key_positions
+    seen = torch.searchsorted(all_keys, positions, right=True) - torch.searchsorted(
+        all_keys, positions - (shape.sliding_window or 0) + 1
+    )
+    scores = sum(int(seen[batch.steps > number].sum()) for number in range(STEPS))
+    return float(products + 3.5 * 4 * queries * scores)
+
+
+def timed_steps(step: Callable[[], Any], runs: int = 5) -> tuple[float, int]:
+    """Median seconds of a step, and the most bytes held."""
+    for _ in range(2):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds), torch.cuda.max_memory_allocated()
+
+
+def print_profile(step: Callable[[], Any], most: int = 40) -> None:
+    """Kernels of one step by their time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        step()
+        torch.cuda.synchronize()
+    for item in sorted(trace.key_averages(), key=lambda item: -item.self_device_time_total)[:most]:
+        print(f"{item.self_device_time_total / 1e3:9.2f} ms {item.count:5d}  {item.key[:110]}")
+
+
+if __name__ == "__main__":
+    main()
