@@ -58,6 +58,8 @@ class Batch:
     argmax: torch.Tensor
     """[P] int64, over the verifier's vocabulary."""
     conversations: int
+    loss_share: float
+    """Weight of one conversation's mean loss: 1 over the conversations of the whole optimizer step."""
     tokens: int
     window: int
     """Attention window that keeps packed conversations apart."""
@@ -96,10 +98,12 @@ def build_batch(
     window: int | None,
     teacher: TeacherView = _AS_STORED,
     device: torch.device = _CPU,
+    loss_share: float | None = None,
 ) -> Batch:
     """Pack conversations read with `decode=False`, onto `device`.
 
-    `window` None attends to every earlier row of the same conversation; `teacher` says which draft vocabulary's.
+    `window` None attends to every earlier row of the same conversation; `teacher` says which draft vocabulary's;
+    `loss_share` None makes these conversations the whole optimizer step.
     """
     longest = max(item.arrays["token_ids"].shape[0] for item in conversations)
     reach = window if window is not None else longest + max_steps
@@ -122,6 +126,7 @@ def build_batch(
     return Batch(
         **{name: torch.cat(values).to(device, non_blocking=True) for name, values in joined.items()},
         conversations=len(conversations),
+        loss_share=1 / len(conversations) if loss_share is None else loss_share,
         tokens=tokens,
         window=reach,
         absent_entries=absent,

@@ -143,26 +143,45 @@ def row_weights(mode: str, batch: Batch, places: torch.Tensor, in_draft: torch.T
 
 
 @dataclass(frozen=True)
-class StepMetrics:
-    """Sums over the rows of one unroll step, for averages over any number of batches."""
-
-    rows: float
-    loss: float
-    hits: float
-    """Rows whose draft argmax is the verifier's argmax; an argmax outside the draft vocabulary is a miss."""
-
-
-@dataclass(frozen=True)
 class ObjectiveResult:
-    """Loss to differentiate, and what to log."""
+    """Loss and what to log, all of it sums, so that micro-batches and ranks add up. Nothing waits for the device."""
 
     loss: torch.Tensor
-    steps: list[StepMetrics]
-    tail_mass: float
+    """[]: the batch's share of the loss; may be detached."""
+    rows: torch.Tensor
+    """[ttt_steps] loss rows of each unroll step; like all below float32 or float64, on the loss's device."""
+    losses: torch.Tensor
+    """[ttt_steps] their losses, unweighted."""
+    hits: torch.Tensor
+    """[ttt_steps] those whose draft argmax is the verifier's; an argmax outside the draft vocabulary is a miss."""
+    tail_mass: torch.Tensor
+    """[] of tau; 0 where states are stored, which leave nothing out."""
+    tail_positions: torch.Tensor
+    """[] teacher positions that tau is summed over."""
+
+    @classmethod
+    def zeros(cls, steps: int, device: torch.device) -> ObjectiveResult:
+        """Of no batch at all."""
+        return cls.unpack(torch.zeros(3 * steps + 3, dtype=torch.float64, device=device))
+
+    @classmethod
+    def unpack(cls, values: torch.Tensor) -> ObjectiveResult:
+        """What `packed` made."""
+        rows, losses, hits = values[3:].view(3, -1)
+        return cls(loss=values[0], tail_mass=values[1], tail_positions=values[2], rows=rows, losses=losses, hits=hits)
+
+    def packed(self) -> torch.Tensor:
+        """[3 * ttt_steps + 3] float64, detached: one tensor to add up or to copy."""
+        scalars = torch.stack([value.detach().double() for value in (self.loss, self.tail_mass, self.tail_positions)])
+        return torch.cat([scalars, *(value.detach().double() for value in (self.rows, self.losses, self.hits))])
+
+    def __add__(self, other: ObjectiveResult) -> ObjectiveResult:
+        """Sums over both, detached."""
+        return self.unpack(self.packed() + other.packed())
 
 
 class Objective:
-    """Loss of a batch: per step, the mean over each conversation's rows, then over conversations; step k weighs
+    """Loss of a batch: per step, the mean over each conversation's rows, times the batch's `loss_share`; step k weighs
     `step_decay ** k`.
     """
 
@@ -184,19 +203,28 @@ class Objective:
 
     def __call__(self, model: DraftModel, embeddings: torch.Tensor, batch: Batch) -> ObjectiveResult:
         """Unroll the draft over the batch and add up the loss."""
-        total = torch.zeros((), device=batch.aux.device)
-        metrics = []
+        device = batch.aux.device
+        total = torch.zeros((), device=device)
+        sums = torch.zeros(3, self.config.ttt_steps, dtype=torch.float64, device=device)
         for step in unroll(model, embeddings, batch, self.config.ttt_steps):
             places = batch.teacher_index[step.rows, step.number]
             losses, hits = self._rows(model, batch, step.hidden, places)
             conversation = batch.conversation[step.rows]
             counts = torch.bincount(conversation, minlength=batch.conversations)
             weight = row_weights(self.config.out_of_vocab, batch, places, self.in_draft) / counts[conversation]
-            total = total + self.config.step_decay**step.number * (losses * weight).sum() / batch.conversations
-            metrics.append(
-                StepMetrics(rows=float(places.numel()), loss=float(losses.detach().sum()), hits=float(hits.sum()))
-            )
-        return ObjectiveResult(loss=total, steps=metrics, tail_mass=_mean_tail(batch))
+            total = total + self.config.step_decay**step.number * (losses * weight).sum() * batch.loss_share
+            sums[0, step.number] = places.numel()
+            sums[1, step.number] = losses.detach().sum()
+            sums[2, step.number] = hits.sum()
+        tail_mass, tail_positions = _tail_sums(batch)
+        return ObjectiveResult(
+            loss=total,
+            rows=sums[0],
+            losses=sums[1],
+            hits=sums[2],
+            tail_mass=tail_mass,
+            tail_positions=tail_positions,
+        )
 
     def _rows(
         self, model: DraftModel, batch: Batch, hidden: torch.Tensor, places: torch.Tensor
@@ -224,8 +252,9 @@ class Objective:
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
-def _mean_tail(batch: Batch) -> float:
-    """Of tau; 0 where states are stored, which leave nothing out."""
+def _tail_sums(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of tau, and the positions it is summed over."""
+    positions = torch.full((), batch.argmax.shape[0], dtype=torch.float64, device=batch.argmax.device)
     if batch.teacher_hidden is not None:
-        return 0.0
-    return float(teacher_probabilities(batch.teacher_logits, batch.log_z_draft)[1].mean())
+        return torch.zeros_like(positions), positions
+    return teacher_probabilities(batch.teacher_logits, batch.log_z_draft)[1].double().sum(), positions

@@ -32,7 +32,8 @@ from draft_train.config import DraftShape, TrainConfig
 from draft_train.draft_model import DraftModel
 from draft_train.fit import require_equal, require_fit, require_window
 from draft_train.frozen import FrozenWeights
-from draft_train.objective import Objective, ObjectiveResult
+from draft_train.gradient_pass import GradientPass, PlainPass
+from draft_train.objective import Objective
 from draft_train.teacher import TeacherView
 from store.errors import InputError
 from store.files import atomic_path
@@ -111,6 +112,7 @@ class Trainer:
             torch.from_numpy(self.vocab_map.padded(self.shape.vocab_size).t2d).to(self.device),
             self.frozen.lm_head,
         )
+        self.gradients: GradientPass = PlainPass(self.model, self.objective, self.frozen.embed_tokens)
         self.steps_per_epoch = -(-self.members.size // config.batch_conversations)
         self.total_steps = self.steps_per_epoch * config.epochs
         self.step = 0
@@ -208,20 +210,19 @@ class Trainer:
         rate = learning_rate(self.config, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            result = self.objective(self.model, self.frozen.embed_tokens, batch)
-        result.loss.backward()  # type: ignore[no-untyped-call]
+        result = self.gradients(batch)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        if not math.isfinite(loss := float(result.loss.detach())) or not math.isfinite(float(norm)):
+        *figures, norm_value = torch.cat((result.packed(), norm.double()[None])).tolist()
+        if not math.isfinite(figures[0]) or not math.isfinite(norm_value):
             raise InputError(
-                f"step {self.step}: expected a finite loss and gradient, found loss {loss}, norm {float(norm)}; "
+                f"step {self.step}: expected a finite loss and gradient, found loss {figures[0]}, norm {norm_value}; "
                 "lower --learning-rate, or verify the store"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         seconds = time.monotonic() - started
-        return _record(self.step, result, rate, float(norm), batch, seconds)
+        return _record(self.step, figures, rate, norm_value, batch.tokens, seconds)
 
     def _evaluate(self) -> dict[str, Any]:
         assert self.config.eval_split is not None
@@ -246,19 +247,21 @@ class Trainer:
         prune_checkpoints(self.config.output, self.config.keep_checkpoints)
 
 
-def _record(
-    step: int, result: ObjectiveResult, rate: float, norm: float, batch: Batch, seconds: float
-) -> dict[str, Any]:
+def _record(step: int, figures: list[float], rate: float, norm: float, tokens: int, seconds: float) -> dict[str, Any]:
+    """`figures`: an `ObjectiveResult`, packed."""
+    loss, tail_mass, tail_positions, *by_step = figures
+    rows, losses, hits = np.array(by_step).reshape(3, -1)
+    taken = rows > 0
     return {
         "step": step,
-        "loss": float(result.loss.detach()),
+        "loss": loss,
         "learning_rate": rate,
         "grad_norm": norm,
-        "tokens": batch.tokens,
-        "tokens_per_second": batch.tokens / seconds,
-        "tail_mass": result.tail_mass,
-        "step_loss": [item.loss / item.rows for item in result.steps],
-        "step_accuracy": [item.hits / item.rows for item in result.steps],
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "tail_mass": tail_mass / max(1.0, tail_positions),
+        "step_loss": (losses[taken] / rows[taken]).tolist(),
+        "step_accuracy": (hits[taken] / rows[taken]).tolist(),
     }
 
 
