@@ -72,6 +72,10 @@ class TrainConfig:
     max_grad_norm: float = field(default=0.5, metadata=_doc("gradient norm above which gradients are scaled down"))
     ttt_steps: int = field(default=6, metadata=_doc("training-time-test steps: how far the draft is unrolled"))
     step_decay: float = field(default=0.8, metadata=_doc("weight of step k in the loss is step_decay ** k"))
+    loss: str = field(
+        default="tail-kl",
+        metadata=_doc("loss of a row: tail-kl, renormalized-kl, tv, lk or lk-alpha (see draft_train/losses.py)"),
+    )
     out_of_vocab: str = field(
         default="weight",
         metadata=_doc("rows whose verifier argmax is outside the draft vocabulary: weight (by p(D)), drop, or keep"),
@@ -114,6 +118,7 @@ class TrainConfig:
         for name in ("eval_every", "draft_vocab_size", "sliding_window", "intermediate_size", "weight_decay"):
             _require(name, getattr(self, name) >= 0, "0 or more", getattr(self, name))
         _require("splits", bool(self.splits), "at least one split", self.splits)
+        _require("loss", self.loss in LOSSES, f"one of {LOSSES}", self.loss)
         _require("out_of_vocab", self.out_of_vocab in OUT_OF_VOCAB, f"one of {OUT_OF_VOCAB}", self.out_of_vocab)
         _require("head_init", self.head_init in ("verifier", "random"), "verifier or random", self.head_init)
         _require("wandb", self.wandb in ("off", "online", "offline"), "off, online or offline", self.wandb)
@@ -131,6 +136,7 @@ class TrainConfig:
         return values | {"splits": list(self.splits)}
 
 
+LOSSES = ("tail-kl", "renormalized-kl", "tv", "lk", "lk-alpha")
 OUT_OF_VOCAB = ("weight", "drop", "keep")
 
 
