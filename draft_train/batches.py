@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from draft_train.loss_rows import LOSS_ROW_RULES
 from draft_train.teacher import TeacherView
 from store import torch_codecs
 from store.codecs import TapCodec
 from store.errors import InputError
-from store.rows import start_rows, tokens_left
 from store.schema import Conversation
 
 _CPU = torch.device("cpu")
@@ -63,6 +63,9 @@ class Batch:
     """Attention window that keeps packed conversations apart."""
     absent_entries: bool = False
     """Whether any teacher id is -1: known on the host, so that no loss waits for the device to find out."""
+    pair_weight: torch.Tensor | None = None
+    """[S] float32: weight of a start row's loss at any step in its conversation's mean; None: 1 over the step's rows.
+    Where it is given, teacher_index may be -1: no loss at that step."""
     teacher_hidden: torch.Tensor | None = None
     """[P, H] final-norm states in the verifier's compute dtype, where the store keeps these instead of entries."""
 
@@ -97,13 +100,14 @@ def build_batch(
     teacher: TeacherView = _AS_STORED,
     device: torch.device = _CPU,
     loss_share: float | None = None,
+    loss_rows: str = "turns",
 ) -> Batch:
     """Pack conversations read with `decode=False`, onto `device`.
 
     `window` None attends to every earlier row of the same conversation; `teacher` says which draft vocabulary's;
-    `loss_share` None makes these conversations the whole optimizer step.
+    `loss_share` None makes these conversations the whole optimizer step; `loss_rows`: see `draft_train.loss_rows`.
     """
-    columns = pack_columns(conversations, max_steps=max_steps, window=window, teacher=teacher)
+    columns = pack_columns(conversations, max_steps=max_steps, window=window, teacher=teacher, loss_rows=loss_rows)
     tensors = {name: value.to(device, non_blocking=True) for name, value in columns.tensors.items()}
     tensors["aux"] = torch.cat([stored_taps(item, codec, device) for item in conversations])
     return columns.batch(tensors, loss_share)
@@ -134,12 +138,17 @@ class Columns:
 
 
 def pack_columns(
-    conversations: list[Conversation], *, max_steps: int, window: int | None, teacher: TeacherView
+    conversations: list[Conversation],
+    *,
+    max_steps: int,
+    window: int | None,
+    teacher: TeacherView,
+    loss_rows: str = "turns",
 ) -> Columns:
     """Everything but `aux`; `teacher_hidden` only where it was read. See `build_batch`."""
     lengths = [item.arrays["token_ids"].shape[0] for item in conversations]
     reach = window if window is not None else max(lengths) + max_steps
-    parts = [_one(item, max_steps) | teacher.columns(item.arrays) for item in conversations]
+    parts = [_one(item, max_steps, loss_rows) | teacher.columns(item.arrays) for item in conversations]
     absent = teacher.lookup is not None and any(bool((part["teacher_ids"] < 0).any()) for part in parts)
     joined: dict[str, list[torch.Tensor]] = {name: [] for name in parts[0]}
     position = rows = places = 0
@@ -147,8 +156,10 @@ def pack_columns(
         rows_here, places_here = part["key_positions"].shape[0], part["argmax"].shape[0]
         part["key_positions"] = part["key_positions"] + position
         part["start_index"] = part["start_index"] + rows
-        part["teacher_index"] = part["teacher_index"] + places
+        part["teacher_index"] = torch.where(part["teacher_index"] < 0, -1, part["teacher_index"] + places)
         part["conversation"] = torch.full_like(part["start_index"], number)
+        if loss_rows == "unshifted":
+            part["pair_weight"] = torch.full(part["start_index"].shape, 1 / max(lengths))
         for name, value in part.items():
             joined.setdefault(name, []).append(value)
         position += lengths[number] + reach + max_steps
@@ -163,31 +174,32 @@ def pack_columns(
     )
 
 
-def _one(item: Conversation, max_steps: int) -> dict[str, torch.Tensor]:
+def _one(item: Conversation, max_steps: int, loss_rows: str) -> dict[str, torch.Tensor]:
     arrays = item.arrays
     token_ids = arrays["token_ids"].astype(np.int64)
     positions = arrays["positions"].astype(np.int64)
-    starts = start_rows(item.loss_mask)
-    steps = np.minimum(tokens_left(item.loss_mask, starts), max_steps)
+    rows = LOSS_ROW_RULES[loss_rows](item.loss_mask, max_steps)
     offsets = np.arange(max_steps)
-    live = offsets[None, :] < steps[:, None]
-    places = np.where(live, starts[:, None] + 1 + offsets, starts[:, None] + 1)
+    live = offsets[None, :] < rows.steps[:, None]
+    places = rows.starts[:, None] + 1 + offsets
+    teacher_index = np.where(live, -1, 0)
+    teacher_index[rows.carries] = _positions_of(
+        places[rows.carries], arrays["teacher_positions"].astype(np.int64), item, "teacher rows"
+    )
     values = {
         "key_tokens": token_ids[positions + 1],
         "key_positions": positions,
-        "start_index": _positions_of(starts, positions, item, "rows"),
-        "steps": steps,
-        "step_tokens": np.where(live, token_ids[places], 0),
-        "teacher_index": np.where(
-            live, _positions_of(places, arrays["teacher_positions"].astype(np.int64), item, "teacher rows"), 0
-        ),
+        "start_index": _positions_of(rows.starts, positions, item, "rows"),
+        "steps": rows.steps,
+        "step_tokens": np.where(live, token_ids[np.where(live, places, 0)], 0),
+        "teacher_index": teacher_index,
     }
     return {name: torch.from_numpy(value) for name, value in values.items()}
 
 
 def _positions_of(wanted: np.ndarray[Any, Any], stored: np.ndarray[Any, Any], item: Conversation, what: str) -> Any:
     found = np.searchsorted(stored, wanted)
-    if stored.size == 0 or not np.array_equal(stored[np.minimum(found, stored.size - 1)], wanted):
+    if wanted.size and (stored.size == 0 or not np.array_equal(stored[np.minimum(found, stored.size - 1)], wanted)):
         raise InputError(
             f"conversation {item.content_hash}: expected {what} for every start row and step, found some missing; "
             "the store was captured with another rule, capture it again"

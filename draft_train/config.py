@@ -85,6 +85,10 @@ class TrainConfig:
         default="tail-kl",
         metadata=_doc("loss of a row: tail-kl, renormalized-kl, tv, lk or lk-alpha (see draft_train/losses.py)"),
     )
+    loss_rows: str = field(
+        default="turns",
+        metadata=_doc("which rows carry loss at which steps: turns, or unshifted (see draft_train/loss_rows.py)"),
+    )
     out_of_vocab: str = field(
         default="weight",
         metadata=_doc("rows whose verifier argmax is outside the draft vocabulary: weight (by p(D)), drop, or keep"),
@@ -135,6 +139,7 @@ class TrainConfig:
             _require(name, getattr(self, name) >= 0, "0 or more", getattr(self, name))
         _require("splits", bool(self.splits), "at least one split", self.splits)
         _require("loss", self.loss in LOSSES, f"one of {LOSSES}", self.loss)
+        _require("loss_rows", self.loss_rows in LOSS_ROWS, f"one of {LOSS_ROWS}", self.loss_rows)
         _require("order", self.order in ORDERS, f"one of {ORDERS}", self.order)
         _require("out_of_vocab", self.out_of_vocab in OUT_OF_VOCAB, f"one of {OUT_OF_VOCAB}", self.out_of_vocab)
         _require("head_init", self.head_init in ("verifier", "random"), "verifier or random", self.head_init)
@@ -160,6 +165,7 @@ class TrainConfig:
 
 ORDERS = ("shuffle", "bucketed")
 LOSSES = ("tail-kl", "renormalized-kl", "tv", "lk", "lk-alpha")
+LOSS_ROWS = ("turns", "unshifted")
 OUT_OF_VOCAB = ("weight", "drop", "keep")
 
 

@@ -54,7 +54,8 @@ class PlainPass:
             for parameter in waiting
         ]
         try:
-            result.loss.backward()  # type: ignore[no-untyped-call]
+            if result.loss.requires_grad:  # not where no row carries loss
+                result.loss.backward()  # type: ignore[no-untyped-call]
         finally:
             for hook in hooks:
                 hook.remove()

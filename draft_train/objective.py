@@ -50,6 +50,14 @@ def row_weights(mode: str, batch: Batch, places: torch.Tensor, in_draft: torch.T
     return torch.ones(places.shape[0], device=places.device)
 
 
+def row_means(batch: Batch, rows: torch.Tensor) -> torch.Tensor:
+    """Weight [T] float32 of each start row in `rows` [T], those of one step, in its conversation's mean."""
+    if batch.pair_weight is not None:
+        return batch.pair_weight[rows]
+    conversation = batch.conversation[rows]
+    return 1.0 / torch.bincount(conversation, minlength=batch.conversations)[conversation]
+
+
 @dataclass(frozen=True)
 class ObjectiveResult:
     """Loss and what to log, all of it sums, so that micro-batches and ranks add up. Nothing waits for the device."""
@@ -115,11 +123,13 @@ class Objective:
         total = torch.zeros((), device=device)
         sums = torch.zeros(3, self.config.ttt_steps, dtype=torch.float64, device=device)
         for step in unroll(model, embeddings, batch, self.config.ttt_steps):
-            places = batch.teacher_index[step.rows, step.number]
-            losses, hits = self._rows(model, batch, step.hidden, places)
-            conversation = batch.conversation[step.rows]
-            counts = torch.bincount(conversation, minlength=batch.conversations)
-            weight = row_weights(self.config.out_of_vocab, batch, places, self.in_draft) / counts[conversation]
+            rows, hidden = step.rows, step.hidden
+            places = batch.teacher_index[rows, step.number]
+            if batch.pair_weight is not None:  # there may be rows without loss at this step
+                carries = torch.nonzero(places >= 0)[:, 0]
+                rows, hidden, places = rows[carries], hidden[carries], places[carries]
+            losses, hits = self._rows(model, batch, hidden, places)
+            weight = row_weights(self.config.out_of_vocab, batch, places, self.in_draft) * row_means(batch, rows)
             total = total + self.config.step_decay**step.number * (losses * weight).sum() * batch.loss_share
             sums[0, step.number] = places.numel()
             sums[1, step.number] = losses.detach().sum()

@@ -92,10 +92,18 @@ class PackedBatch:
 class BatchLoader:
     """Reads micro-batches from a store: only what the draft's loss depends on."""
 
-    def __init__(self, store: StoreReader, *, max_steps: int, window: int | None, teacher: TeacherView) -> None:
+    def __init__(
+        self,
+        store: StoreReader,
+        *,
+        max_steps: int,
+        window: int | None,
+        teacher: TeacherView,
+        loss_rows: str = "turns",
+    ) -> None:
         """`window` is the draft's; None attends to every earlier row."""
         self.codec = store.codec
-        self.max_steps, self.window, self.teacher = max_steps, window, teacher
+        self.max_steps, self.window, self.teacher, self.loss_rows = max_steps, window, teacher, loss_rows
         kept = store.manifest.window
         # Where capture kept more rows than this draft can see, the others are not read.
         self.read_window = window if window is not None and (kept is None or kept > window) else None
@@ -111,7 +119,8 @@ class BatchLoader:
     def _bytes(self, index: NDArray[Any]) -> NDArray[np.int64]:
         """What each conversation takes at most, as `read` lays it out. [conversations] int64."""
         entries = self._specs["teacher_ids"].inner[0] if "teacher_ids" in self._specs else 0
-        columns = index["rows"] * 16 + index["teacher_rows"] * (40 + 16 * self.max_steps + 12 * entries)
+        starts = index["teacher_rows" if self.loss_rows == "turns" else "rows"]
+        columns = index["rows"] * 16 + starts * (28 + 16 * self.max_steps) + index["teacher_rows"] * (16 + 12 * entries)
         specs = [self._specs[name] for name in self.state_names]
         states = [index[COUNT_FIELD[spec.axis]] * spec.row_bytes for spec in specs]
         return np.asarray(columns + sum(states), np.int64)
@@ -125,7 +134,9 @@ class BatchLoader:
     ) -> PackedBatch:
         """Read conversations into `memory`, uint8 of at least `most_bytes(numbers)`. Raises what `store.read` does."""
         items = [store.read(int(number), self.column_names, window=self.read_window) for number in numbers]
-        columns = pack_columns(items, max_steps=self.max_steps, window=self.window, teacher=self.teacher)
+        columns = pack_columns(
+            items, max_steps=self.max_steps, window=self.window, teacher=self.teacher, loss_rows=self.loss_rows
+        )
         stretch = _Stretch(memory)
         places = {}
         for name, value in columns.tensors.items():

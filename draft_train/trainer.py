@@ -27,6 +27,7 @@ from draft_train.config import TrainConfig
 from draft_train.fit import require_equal, require_fit, require_window
 from draft_train.frozen import FrozenWeights
 from draft_train.gradient_pass import GradientPass, PlainPass
+from draft_train.loss_rows import left_out_pairs
 from draft_train.objective import Objective, ObjectiveResult
 from draft_train.optimizer import learning_rate, make_optimizer
 from draft_train.order import Schedule, StepPlan
@@ -116,6 +117,9 @@ class Trainer:
         self.config.output.mkdir(parents=True, exist_ok=True)
         self._restore()
         if self.step < self.total_steps:
+            if self.config.loss_rows == "unshifted":
+                left, wanted = left_out_pairs(self.store, self.members, self.config.ttt_steps)
+                print(f"--loss-rows unshifted: no teacher is stored for {left} of its {wanted} pairs: left out")
             with self._log() as log, self._prefetcher() as data:
                 for plan in self.schedule.steps(self.step):
                     record = self._train_step(plan, data)
@@ -137,7 +141,11 @@ class Trainer:
 
     def _prefetcher(self) -> Prefetcher:
         loader = BatchLoader(
-            self.store, max_steps=self.config.ttt_steps, window=self.shape.sliding_window, teacher=self.teacher
+            self.store,
+            max_steps=self.config.ttt_steps,
+            window=self.shape.sliding_window,
+            teacher=self.teacher,
+            loss_rows=self.config.loss_rows,
         )
         parts = ((part, 1 / len(plan.conversations)) for plan in self.schedule.steps(self.step) for part in plan.parts)
         room = ring_bytes(self.store, loader, self.schedule, int(self.config.prefetch_gb * 1e9))
