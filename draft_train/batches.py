@@ -10,19 +10,17 @@ the verifier.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from draft_train.loss_rows import LOSS_ROW_RULES
 from draft_train.teacher import TeacherView
 from store import torch_codecs
 from store.codecs import TapCodec
 from store.errors import InputError
-from store.reader import StoreReader
-from store.rows import start_rows, tokens_left
 from store.schema import Conversation
 
 _CPU = torch.device("cpu")
@@ -58,11 +56,16 @@ class Batch:
     argmax: torch.Tensor
     """[P] int64, over the verifier's vocabulary."""
     conversations: int
+    loss_share: float
+    """Weight of one conversation's mean loss: 1 over the conversations of the whole optimizer step."""
     tokens: int
     window: int
     """Attention window that keeps packed conversations apart."""
     absent_entries: bool = False
     """Whether any teacher id is -1: known on the host, so that no loss waits for the device to find out."""
+    pair_weight: torch.Tensor | None = None
+    """[S] float32: weight of a start row's loss at any step in its conversation's mean; None: 1 over the step's rows.
+    Where it is given, teacher_index may be -1: no loss at that step."""
     teacher_hidden: torch.Tensor | None = None
     """[P, H] final-norm states in the verifier's compute dtype, where the store keeps these instead of entries."""
 
@@ -96,97 +99,109 @@ def build_batch(
     window: int | None,
     teacher: TeacherView = _AS_STORED,
     device: torch.device = _CPU,
+    loss_share: float | None = None,
+    loss_rows: str = "turns",
 ) -> Batch:
     """Pack conversations read with `decode=False`, onto `device`.
 
-    `window` None attends to every earlier row of the same conversation; `teacher` says which draft vocabulary's.
+    `window` None attends to every earlier row of the same conversation; `teacher` says which draft vocabulary's;
+    `loss_share` None makes these conversations the whole optimizer step; `loss_rows`: see `draft_train.loss_rows`.
     """
-    longest = max(item.arrays["token_ids"].shape[0] for item in conversations)
-    reach = window if window is not None else longest + max_steps
-    parts = [_one(item, codec, max_steps, device) | teacher.columns(item.arrays) for item in conversations]
+    columns = pack_columns(conversations, max_steps=max_steps, window=window, teacher=teacher, loss_rows=loss_rows)
+    tensors = {name: value.to(device, non_blocking=True) for name, value in columns.tensors.items()}
+    tensors["aux"] = torch.cat([stored_taps(item, codec, device) for item in conversations])
+    return columns.batch(tensors, loss_share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """A batch without its verifier states, on the host."""
+
+    tensors: dict[str, torch.Tensor]
+    """By `Batch` field."""
+    conversations: int
+    tokens: int
+    window: int
+    absent_entries: bool
+
+    def batch(self, tensors: dict[str, torch.Tensor], loss_share: float | None) -> Batch:
+        """The batch of `tensors`, which are these and `aux` on some device. `loss_share` as in `build_batch`."""
+        values: dict[str, Any] = {**tensors}
+        return Batch(
+            **values,
+            conversations=self.conversations,
+            loss_share=1 / self.conversations if loss_share is None else loss_share,
+            tokens=self.tokens,
+            window=self.window,
+            absent_entries=self.absent_entries,
+        )
+
+
+def pack_columns(
+    conversations: list[Conversation],
+    *,
+    max_steps: int,
+    window: int | None,
+    teacher: TeacherView,
+    loss_rows: str = "turns",
+) -> Columns:
+    """Everything but `aux`; `teacher_hidden` only where it was read. See `build_batch`."""
+    lengths = [item.arrays["token_ids"].shape[0] for item in conversations]
+    reach = window if window is not None else max(lengths) + max_steps
+    parts = [_one(item, max_steps, loss_rows) | teacher.columns(item.arrays) for item in conversations]
     absent = teacher.lookup is not None and any(bool((part["teacher_ids"] < 0).any()) for part in parts)
     joined: dict[str, list[torch.Tensor]] = {name: [] for name in parts[0]}
-    position = rows = places = tokens = 0
+    position = rows = places = 0
     for number, part in enumerate(parts):
+        rows_here, places_here = part["key_positions"].shape[0], part["argmax"].shape[0]
         part["key_positions"] = part["key_positions"] + position
         part["start_index"] = part["start_index"] + rows
-        part["teacher_index"] = part["teacher_index"] + places
+        part["teacher_index"] = torch.where(part["teacher_index"] < 0, -1, part["teacher_index"] + places)
         part["conversation"] = torch.full_like(part["start_index"], number)
+        if loss_rows == "unshifted":
+            part["pair_weight"] = torch.full(part["start_index"].shape, 1 / max(lengths))
         for name, value in part.items():
             joined.setdefault(name, []).append(value)
-        length = conversations[number].arrays["token_ids"].shape[0]
-        position += length + reach + max_steps
-        rows += part["aux"].shape[0]
-        places += part["teacher_ids"].shape[0]
-        tokens += length
-    return Batch(
-        **{name: torch.cat(values).to(device, non_blocking=True) for name, values in joined.items()},
+        position += lengths[number] + reach + max_steps
+        rows += rows_here
+        places += places_here
+    return Columns(
+        tensors={name: torch.cat(values) for name, values in joined.items()},
         conversations=len(conversations),
-        tokens=tokens,
+        tokens=sum(lengths),
         window=reach,
         absent_entries=absent,
     )
 
 
-def _one(item: Conversation, codec: TapCodec, max_steps: int, device: torch.device) -> dict[str, torch.Tensor]:
+def _one(item: Conversation, max_steps: int, loss_rows: str) -> dict[str, torch.Tensor]:
     arrays = item.arrays
     token_ids = arrays["token_ids"].astype(np.int64)
     positions = arrays["positions"].astype(np.int64)
-    starts = start_rows(item.loss_mask)
-    steps = np.minimum(tokens_left(item.loss_mask, starts), max_steps)
+    rows = LOSS_ROW_RULES[loss_rows](item.loss_mask, max_steps)
     offsets = np.arange(max_steps)
-    live = offsets[None, :] < steps[:, None]
-    places = np.where(live, starts[:, None] + 1 + offsets, starts[:, None] + 1)
+    live = offsets[None, :] < rows.steps[:, None]
+    places = rows.starts[:, None] + 1 + offsets
+    teacher_index = np.where(live, -1, 0)
+    teacher_index[rows.carries] = _positions_of(
+        places[rows.carries], arrays["teacher_positions"].astype(np.int64), item, "teacher rows"
+    )
     values = {
         "key_tokens": token_ids[positions + 1],
         "key_positions": positions,
-        "start_index": _positions_of(starts, positions, item, "rows"),
-        "steps": steps,
-        "step_tokens": np.where(live, token_ids[places], 0),
-        "teacher_index": np.where(
-            live, _positions_of(places, arrays["teacher_positions"].astype(np.int64), item, "teacher rows"), 0
-        ),
+        "start_index": _positions_of(rows.starts, positions, item, "rows"),
+        "steps": rows.steps,
+        "step_tokens": np.where(live, token_ids[np.where(live, places, 0)], 0),
+        "teacher_index": teacher_index,
     }
-    return {"aux": stored_taps(item, codec, device)} | {name: torch.from_numpy(value) for name, value in values.items()}
+    return {name: torch.from_numpy(value) for name, value in values.items()}
 
 
 def _positions_of(wanted: np.ndarray[Any, Any], stored: np.ndarray[Any, Any], item: Conversation, what: str) -> Any:
     found = np.searchsorted(stored, wanted)
-    if stored.size == 0 or not np.array_equal(stored[np.minimum(found, stored.size - 1)], wanted):
+    if wanted.size and (stored.size == 0 or not np.array_equal(stored[np.minimum(found, stored.size - 1)], wanted)):
         raise InputError(
             f"conversation {item.content_hash}: expected {what} for every start row and step, found some missing; "
             "the store was captured with another rule, capture it again"
         )
     return found
-
-
-def epoch_order(members: np.ndarray[Any, Any], seed: int, epoch: int) -> np.ndarray[Any, Any]:
-    """Order of an epoch: a pure function of (seed, epoch), so that (epoch, step) is all a resume needs."""
-    return np.random.default_rng([seed, epoch]).permutation(members)
-
-
-def epoch_batches(
-    store: StoreReader,
-    members: np.ndarray[Any, Any],
-    *,
-    seed: int,
-    epoch: int,
-    first_step: int,
-    batch_conversations: int,
-    max_steps: int,
-    window: int | None,
-    teacher: TeacherView,
-    device: torch.device,
-) -> Iterator[Batch]:
-    """Batches of one epoch from step `first_step` of it on."""
-    order = epoch_order(members, seed, epoch)
-    for first in range(first_step * batch_conversations, len(order), batch_conversations):
-        chosen = order[first : first + batch_conversations]
-        yield build_batch(
-            [store.read(int(number), decode=False) for number in chosen],
-            store.codec,
-            max_steps=max_steps,
-            window=window,
-            teacher=teacher,
-            device=device,
-        )

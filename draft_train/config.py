@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,16 @@ class TrainConfig:
     eval_every: int = field(default=0, metadata=_doc("steps between those evaluations; 0 for none"))
     eval_conversations: int = field(default=64, metadata=_doc("conversations of the split to evaluate on"))
     epochs: int = field(default=1, metadata=_doc("passes over the splits"))
-    batch_conversations: int = field(default=1, metadata=_doc("conversations per optimizer step"))
+    batch_conversations: int = field(default=1, metadata=_doc("conversations per optimizer step, over all ranks"))
+    order: str = field(
+        default="shuffle",
+        metadata=_doc("shuffle conversations, or bucketed: each step has conversations of like length"),
+    )
+    pack_tokens: int = field(
+        default=8192,
+        metadata=_doc("a rank's conversations of a step go through in packs of up to so many tokens; 0: one by one"),
+    )
+    prefetch_gb: float = field(default=4.0, metadata=_doc("host memory per rank for reading ahead of the training"))
     learning_rate: float = field(default=1e-4, metadata=_doc("peak AdamW learning rate"))
     warmup_ratio: float = field(default=0.02, metadata=_doc("share of the steps that warm up linearly"))
     final_lr_ratio: float = field(default=0.0, metadata=_doc("learning rate at the end of the cosine, over the peak"))
@@ -72,6 +81,14 @@ class TrainConfig:
     max_grad_norm: float = field(default=0.5, metadata=_doc("gradient norm above which gradients are scaled down"))
     ttt_steps: int = field(default=6, metadata=_doc("training-time-test steps: how far the draft is unrolled"))
     step_decay: float = field(default=0.8, metadata=_doc("weight of step k in the loss is step_decay ** k"))
+    loss: str = field(
+        default="tail-kl",
+        metadata=_doc("loss of a row: tail-kl, renormalized-kl, tv, lk or lk-alpha (see draft_train/losses.py)"),
+    )
+    loss_rows: str = field(
+        default="turns",
+        metadata=_doc("which rows carry loss at which steps: turns, or unshifted (see draft_train/loss_rows.py)"),
+    )
     out_of_vocab: str = field(
         default="weight",
         metadata=_doc("rows whose verifier argmax is outside the draft vocabulary: weight (by p(D)), drop, or keep"),
@@ -107,13 +124,23 @@ class TrainConfig:
             "keep_checkpoints",
         ):
             _require(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
-        for name in ("learning_rate", "max_grad_norm", "step_decay", "rope_theta"):
+        for name in ("learning_rate", "max_grad_norm", "step_decay", "rope_theta", "prefetch_gb"):
             _require(name, getattr(self, name) > 0, "above 0", getattr(self, name))
         for name in ("warmup_ratio", "final_lr_ratio"):
             _require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1", getattr(self, name))
-        for name in ("eval_every", "draft_vocab_size", "sliding_window", "intermediate_size", "weight_decay"):
+        for name in (
+            "eval_every",
+            "draft_vocab_size",
+            "sliding_window",
+            "intermediate_size",
+            "weight_decay",
+            "pack_tokens",
+        ):
             _require(name, getattr(self, name) >= 0, "0 or more", getattr(self, name))
         _require("splits", bool(self.splits), "at least one split", self.splits)
+        _require("loss", self.loss in LOSSES, f"one of {LOSSES}", self.loss)
+        _require("loss_rows", self.loss_rows in LOSS_ROWS, f"one of {LOSS_ROWS}", self.loss_rows)
+        _require("order", self.order in ORDERS, f"one of {ORDERS}", self.order)
         _require("out_of_vocab", self.out_of_vocab in OUT_OF_VOCAB, f"one of {OUT_OF_VOCAB}", self.out_of_vocab)
         _require("head_init", self.head_init in ("verifier", "random"), "verifier or random", self.head_init)
         _require("wandb", self.wandb in ("off", "online", "offline"), "off, online or offline", self.wandb)
@@ -126,11 +153,19 @@ class TrainConfig:
         """
         loose = {"store", "output", "init_from", "device", "wandb", "wandb_project", "checkpoint_every"}
         loose |= {"keep_checkpoints", "eval_split", "eval_every", "eval_conversations", "loss_chunk"}
-        loose |= {"draft_vocab_size"}
+        loose |= {"draft_vocab_size", "pack_tokens", "prefetch_gb"}
         values = {name: value for name, value in asdict(self).items() if name not in loose}
         return values | {"splits": list(self.splits)}
 
+    @classmethod
+    def objective_defaults(cls) -> dict[str, Any]:
+        """What a run had before a setting existed: its default."""
+        return {item.name: item.default for item in fields(cls) if item.default is not MISSING}
 
+
+ORDERS = ("shuffle", "bucketed")
+LOSSES = ("tail-kl", "renormalized-kl", "tv", "lk", "lk-alpha")
+LOSS_ROWS = ("turns", "unshifted")
 OUT_OF_VOCAB = ("weight", "drop", "keep")
 
 

@@ -42,7 +42,7 @@ def unroll(model: DraftModel, embeddings: torch.Tensor, batch: Batch, steps: int
     hidden, inputs = base[batch.start_index], inputs[batch.start_index]
     own_keys: list[torch.Tensor] = []
     own_values: list[torch.Tensor] = []
-    for step in range(steps):
+    for step in range(steps if rows.numel() else 0):
         if step:
             alive = torch.nonzero(batch.steps[rows] > step)[:, 0]
             if alive.numel() == 0:

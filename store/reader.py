@@ -99,6 +99,10 @@ class StoreReader:
         reader.index = index
         return reader
 
+    def another(self) -> Self:
+        """A reader of the same conversations with open files of its own, for another thread."""
+        return type(self).of_shard(self.storage, self.manifest, self.index)
+
     def _begin(self, storage: Storage, manifest: StoreManifest) -> None:
         self.storage, self.manifest = storage, manifest
         self.location = storage.describe()

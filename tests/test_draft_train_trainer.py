@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,10 @@ import torch
 from safetensors.torch import load_file
 from synthetic import vocab_map, write_store
 
-from draft_train.batches import epoch_order
 from draft_train.checkpoint import checkpoints, load_state, resolve_checkpoint
 from draft_train.config import TrainConfig
-from draft_train.trainer import Trainer, learning_rate
+from draft_train.optimizer import learning_rate
+from draft_train.trainer import Trainer
 from store.errors import CheckpointError, InputError, ManifestMismatchError
 
 
@@ -63,8 +64,9 @@ def test_loss_falls_and_every_step_is_logged_once(store: Path) -> None:
     assert len(checkpoints(settings.output)) == 3
 
 
-def test_resume_after_a_stop_is_exact_to_the_bit(store: Path) -> None:
-    whole, cut = config(store, output=store / "whole"), config(store, output=store / "cut")
+@pytest.mark.parametrize("changes", [{}, {"order": "bucketed", "batch_conversations": 4, "pack_tokens": 100}])
+def test_resume_after_a_stop_is_exact_to_the_bit(store: Path, changes: dict[str, object]) -> None:
+    whole, cut = config(store, output=store / "whole", **changes), config(store, output=store / "cut", **changes)
     Trainer(whole).run()
     stopped = Trainer(cut)
     steps = 0
@@ -74,23 +76,40 @@ def test_resume_after_a_stop_is_exact_to_the_bit(store: Path) -> None:
 
     original = stopped._train_step
 
-    def stop_after_seven(batch: object) -> object:
+    def stop_after_seven(*arguments: object) -> object:
         nonlocal steps
         steps += 1
         if steps == 8:
             raise StopError
-        return original(batch)  # type: ignore[arg-type]
+        return original(*arguments)  # type: ignore[arg-type]
 
     stopped._train_step = stop_after_seven  # type: ignore[method-assign, assignment]
     with pytest.raises(StopError):
         stopped.run()
     assert checkpoints(cut.output)[-1].name == "step_00000006"
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("prefetch", "read"))]
     Trainer(cut).run()
     for name in ("model.safetensors", "optimizer.safetensors"):
         mine, theirs = (load_file(checkpoints(run.output)[-1] / name) for run in (cut, whole))
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
     assert [row["loss"] for row in metrics(cut.output)] == [row["loss"] for row in metrics(whole.output)]
+
+
+def test_packing_changes_no_step_and_an_order_does(store: Path) -> None:
+    """Batches of 4 in one pack, in packs of at most two conversations, and one by one; then the negative control."""
+    runs = {}
+    settings = {"all": {}, "two": {"pack_tokens": 100}, "one": {"pack_tokens": 0}, "order": {"seed": 1}}
+    for name, changes in settings.items():
+        trainer = Trainer(config(store, output=store / name, batch_conversations=4, **changes))
+        if name == "order":
+            trainer.model.load_state_dict(Trainer(config(store)).model.state_dict())
+        trainer.run()
+        runs[name] = np.array([row["loss"] for row in metrics(store / name)])
+    assert len(runs["all"]) == 8
+    np.testing.assert_allclose(runs["two"], runs["all"], rtol=1e-4)
+    np.testing.assert_allclose(runs["one"], runs["all"], rtol=1e-4)
+    assert not np.allclose(runs["order"], runs["all"], rtol=1e-4)
 
 
 def test_another_seed_gives_other_weights(store: Path) -> None:
@@ -140,6 +159,9 @@ def test_stage_two_starts_from_stage_one_weights_only(store: Path) -> None:
     [
         ({"ttt_steps": 2}, "its ttt_steps is 3, here it is 2"),
         ({"out_of_vocab": "drop"}, "its out_of_vocab is 'weight'"),
+        ({"order": "bucketed"}, "its order is 'shuffle'"),
+        ({"batch_conversations": 3}, "its batch_conversations is 2"),
+        ({"seed": 1}, "its seed is 0"),
         ({"splits": ("val",)}, r"its splits is \['train'\]"),
         ({"intermediate_size": 8}, "its draft intermediate_size is 24"),
     ],
@@ -148,6 +170,22 @@ def test_resume_under_other_settings_is_refused_by_name(store: Path, change: dic
     Trainer(config(store)).run()
     with pytest.raises(CheckpointError, match=message):
         Trainer(replace(config(store), **change)).run()  # type: ignore[arg-type]
+
+
+def test_what_shapes_no_step_may_change(store: Path) -> None:
+    Trainer(config(store)).run()
+    Trainer(replace(config(store), pack_tokens=0, prefetch_gb=0.1, loss_chunk=7, keep_checkpoints=1)).run()
+
+
+def test_a_setting_that_a_checkpoint_does_not_know_counts_as_its_default(store: Path) -> None:
+    """Checkpoints of before there was --order."""
+    last = Trainer(config(store)).run()
+    body = json.loads((last / "state.json").read_text())
+    del body["objective"]["order"]
+    (last / "state.json").write_text(json.dumps(body))
+    Trainer(config(store)).run()
+    with pytest.raises(CheckpointError, match="its order is 'shuffle', here it is 'bucketed'"):
+        Trainer(config(store, order="bucketed")).run()
 
 
 def test_another_vocabulary_is_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +242,9 @@ def test_bad_settings_name_their_flag(tmp_path: Path) -> None:
         ({"epochs": 0}, "--epochs"),
         ({"out_of_vocab": "x"}, "--out-of-vocab"),
         ({"splits": ()}, "--splits"),
+        ({"order": "sorted"}, "--order"),
+        ({"pack_tokens": -1}, "--pack-tokens"),
+        ({"prefetch_gb": 0}, "--prefetch-gb"),
     ):
         with pytest.raises(InputError, match=flag):
             config(tmp_path, **change)
@@ -218,14 +259,6 @@ def test_learning_rate_warms_up_and_ends_at_the_floor(tmp_path: Path) -> None:
     assert rates[9] == rates[10] == 1.0
     assert rates[99] == pytest.approx(0.1, abs=1e-3)
     assert all(later <= earlier for earlier, later in itertools.pairwise(rates[10:]))
-
-
-def test_order_is_a_pure_function_of_seed_and_epoch() -> None:
-    members = np.arange(100)
-    assert np.array_equal(epoch_order(members, 1, 2), epoch_order(members, 1, 2))
-    assert not np.array_equal(epoch_order(members, 1, 2), epoch_order(members, 1, 3))
-    assert not np.array_equal(epoch_order(members, 1, 2), epoch_order(members, 2, 2))
-    assert np.array_equal(np.sort(epoch_order(members, 1, 2)), members)
 
 
 def test_wandb_offline_writes_a_run(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,9 +30,11 @@ def make_model(window: int | None = WINDOW) -> DraftModel:
     )  # fmt: skip
     model = DraftModel(shape)
     model.initialize(0)
+    noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(8.0) if parameter.ndim == 2 else parameter.add_(0.3 * torch.randn(parameter.shape))
+            vector = 0.3 * torch.randn(parameter.shape, generator=noise)
+            parameter.mul_(8.0) if parameter.ndim == 2 else parameter.add_(vector)
     return model.double()
 
 

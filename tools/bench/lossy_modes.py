@@ -10,20 +10,12 @@ interval by Student's t over the seeds.
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from store.files import read_json
-from tools.bench.rows import cpu_name, report, result_row
-from tools.demo.pipeline import TRACE_SPLITS
+from tools.bench import demo_training
+from tools.bench.rows import cpu_name, report
 
 MODES = ("lossless", "int8", "fp8")
-_T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""Student's t, 97.5 %, by degrees of freedom."""
 
 
 def main() -> None:
@@ -35,10 +27,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    if arguments.seeds - 1 not in _T_975:
+    if arguments.seeds - 1 not in demo_training.T_975:
         parser.error("--seeds: expected 2 to 10")
     figures = {mode: [acceptance(arguments, mode, seed) for seed in range(arguments.seeds)] for mode in MODES}
-    report(rows(figures, cpu_name()), arguments.output)
+    report(demo_training.rows(figures, cpu_name(), spread=False), arguments.output)
 
 
 def acceptance(arguments: argparse.Namespace, mode: str, seed: int) -> dict[str, float]:
@@ -47,43 +39,10 @@ def acceptance(arguments: argparse.Namespace, mode: str, seed: int) -> dict[str,
     directory = arguments.demo / "lossy_modes"
     store = exact if mode == "lossless" else directory / f"store-{mode}"
     if store != exact:
-        _draftcache("convert", exact, store, "--mode", mode)
+        demo_training.draftcache("convert", exact, store, "--mode", mode)
     run = directory / f"{mode}-{seed}"
-    _draftcache(
-        "train", "--store", store, "--splits", "traces", "--output", run, "--seed", seed, "--epochs", arguments.epochs,
-        "--learning-rate", 2e-3, "--weight-decay", 0.3, "--beta2", 0.99, "--batch-conversations", 2,
-        "--sliding-window", 512, "--intermediate-size", 512, "--num-attention-heads", 4, "--num-key-value-heads", 2,
-        "--head-dim", 64, "--ttt-steps", 5, "--device", arguments.device,
-    )  # fmt: skip
-    result = run / "acceptance.json"
-    if not result.exists():
-        _draftcache(
-            "eval", "--store", exact, "--checkpoint", run, "--splits", ",".join(TRACE_SPLITS), "--device",
-            arguments.device, "--bigram-splits", "traces", "--output", result,
-        )  # fmt: skip
-    return {split: float(read_json(result)["splits"][split]["draft"]["acceptance_length"]) for split in TRACE_SPLITS}
-
-
-def rows(figures: dict[str, list[dict[str, float]]], device: str) -> list[dict[str, Any]]:
-    """Means, and paired differences to the first mode."""
-    found = []
-    for mode, by_seed in figures.items():
-        for split in by_seed[0]:
-            lengths = np.array([item[split] for item in by_seed])
-            case = f"{mode}/{split}"
-            found.append(result_row(case, "acceptance_length", float(lengths.mean()), "tokens/step", device))
-            if mode != MODES[0]:
-                change = lengths - np.array([item[split] for item in figures[MODES[0]]])
-                half = _T_975[len(change) - 1] * float(change.std(ddof=1)) / len(change) ** 0.5
-                found.append(result_row(case, "difference", float(change.mean()), "tokens/step", device))
-                found.append(result_row(case, "difference_ci95", half, "tokens/step", device))
-    return found
-
-
-def _draftcache(*words: object) -> None:
-    command = [sys.executable, "-m", "tools.cli", *map(str, words)]
-    print("$ draftcache", *words, flush=True)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[2])
+    found = demo_training.acceptance(store, exact, run, (), seed=seed, epochs=arguments.epochs, device=arguments.device)
+    return {split: float(figures["acceptance_length"]) for split, figures in found.items()}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,29 @@
+"""AdamW over the float32 weights, and its learning rate."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from draft_train.config import TrainConfig
+from draft_train.draft_model import DraftModel
+
+
+def make_optimizer(config: TrainConfig, model: DraftModel) -> torch.optim.AdamW:
+    """Weight decay for matrices, none for the norms' vectors."""
+    groups = [
+        {"params": [item for item in model.parameters() if item.ndim == 2], "weight_decay": config.weight_decay},
+        {"params": [item for item in model.parameters() if item.ndim != 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+    """Linear warm-up, then a cosine to `final_lr_ratio` of the peak. `step` counts from 0."""
+    warmup = max(1, math.ceil(config.warmup_ratio * total))
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    floor = config.final_lr_ratio
+    return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))

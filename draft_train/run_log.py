@@ -1,0 +1,107 @@
+"""What a run says of itself while it trains: metrics.jsonl, a progress bar, weights and biases."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from tqdm import tqdm
+
+from draft_train.config import TrainConfig
+from store.errors import InputError
+from store.files import atomic_path
+
+_WORTH_SAYING = 0.03  # of the wall time waited for data
+
+
+class RunLog:
+    """Writes one record per step. Use as a context manager."""
+
+    def __init__(self, config: TrainConfig, store_hash: str, *, step: int, total_steps: int, epoch_tokens: int) -> None:
+        """`step` steps are done; records of later ones, which a killed run left, are dropped."""
+        path = config.output / "metrics.jsonl"
+        _trim_metrics(path, step)
+        self._total_steps = total_steps
+        self._tracker = _wandb_run(config, store_hash)
+        self._metrics = path.open("a", encoding="utf-8")
+        tokens = epoch_tokens * config.epochs
+        done = int(tokens * step / total_steps)
+        self._bar = tqdm(total=tokens, initial=done, unit="tok", unit_scale=True, desc="train")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._metrics.close()
+        self._bar.close()
+        if self._tracker is not None:
+            self._tracker.finish(exit_code=int(kind is not None))
+
+    def write(self, record: dict[str, Any]) -> None:
+        """`record` of one step, see `step_record`."""
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+        if self._tracker is not None:
+            self._tracker.log(record, step=record["step"])
+        self._bar.update(record["tokens"])
+        text = f"step {record['step']}/{self._total_steps} loss {record['loss']:.3f}"
+        if record["data_wait_share"] > _WORTH_SAYING:
+            text += f", waiting for data {record['data_wait_share']:.0%}"
+        self._bar.set_postfix_str(text)
+
+
+def step_record(
+    step: int, figures: list[float], *, rate: float, norm: float, tokens: int, seconds: float, waited: float
+) -> dict[str, Any]:
+    """What is logged of optimizer step `step`, the first being 1. `figures`: an `ObjectiveResult`, packed."""
+    loss, tail_mass, tail_positions, *by_step = figures
+    rows, losses, hits = np.array(by_step).reshape(3, -1)
+    taken = rows > 0
+    return {
+        "step": step,
+        "loss": loss,
+        "learning_rate": rate,
+        "grad_norm": norm,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "data_wait_share": waited / seconds,
+        "tail_mass": tail_mass / max(1.0, tail_positions),
+        "step_loss": (losses[taken] / rows[taken]).tolist(),
+        "step_accuracy": (hits[taken] / rows[taken]).tolist(),
+    }
+
+
+def _trim_metrics(path: Path, step: int) -> None:
+    """Drop what a killed run logged after the checkpoint that is resumed, so that every step stands there once."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):  # the line that the kill cut
+            continue
+    with atomic_path(path) as partial:
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def _wandb_run(config: TrainConfig, store_hash: str) -> Any:
+    if config.wandb == "off":
+        return None
+    try:
+        import wandb
+    except ImportError as exc:
+        raise InputError("--wandb: expected the wandb package, found none; install draftcache[track]") from exc
+    settings = config.objective() | {"store": str(config.store), "store_hash": store_hash}
+    return wandb.init(
+        project=config.wandb_project,
+        mode=config.wandb,  # type: ignore[arg-type]  # checked by TrainConfig
+        config=settings,
+        dir=str(config.output),
+    )

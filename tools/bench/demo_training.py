@@ -1,0 +1,71 @@
+"""Drafts trained on a finished demo's traces under several recipes and seeds, and their acceptance side by side."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from store.files import read_json
+from tools.bench.rows import result_row
+from tools.demo.pipeline import TRACE_SPLITS
+
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""Student's t, 97.5 %, by degrees of freedom."""
+
+DRAFT_FLAGS = (
+    "--learning-rate", 2e-3, "--weight-decay", 0.3, "--beta2", 0.99, "--batch-conversations", 2,
+    "--sliding-window", 512, "--intermediate-size", 512, "--num-attention-heads", 4, "--num-key-value-heads", 2,
+    "--head-dim", 64, "--ttt-steps", 5,
+)  # fmt: skip
+"""The demo's stage 2, from scratch."""
+
+
+def acceptance(
+    store: Path, exact: Path, run: Path, flags: Sequence[object], *, seed: int, epochs: int, device: str
+) -> dict[str, Any]:
+    """Train on `store` into `run`, evaluate on the states of `exact`; what is finished is taken as it is.
+
+    Returns the draft's figures by split.
+    """
+    draftcache(
+        "train", "--store", store, "--splits", "traces", "--output", run, "--seed", seed, "--epochs", epochs,
+        *DRAFT_FLAGS, "--device", device, *flags,
+    )  # fmt: skip
+    result = run / "acceptance.json"
+    if not result.exists():
+        draftcache(
+            "eval", "--store", exact, "--checkpoint", run, "--splits", ",".join(TRACE_SPLITS), "--device", device,
+            "--bigram-splits", "traces", "--output", result,
+        )  # fmt: skip
+    return {split: read_json(result)["splits"][split]["draft"] for split in TRACE_SPLITS}
+
+
+def rows(figures: Mapping[str, Sequence[Mapping[str, float]]], device: str, *, spread: bool) -> list[dict[str, Any]]:
+    """Means over seeds, their standard deviation where `spread`, and paired differences to the first recipe."""
+    first = next(iter(figures))
+    found = []
+    for recipe, by_seed in figures.items():
+        for split in by_seed[0]:
+            lengths = np.array([item[split] for item in by_seed])
+            case = f"{recipe}/{split}" if split else recipe
+            values = {"acceptance_length": float(lengths.mean())}
+            if spread:
+                values["acceptance_length_std"] = float(lengths.std(ddof=1))
+            if recipe != first:
+                change = lengths - np.array([item[split] for item in figures[first]])
+                values["difference"] = float(change.mean())
+                values["difference_ci95"] = T_975[len(change) - 1] * float(change.std(ddof=1)) / len(change) ** 0.5
+            found += [result_row(case, metric, value, "tokens/step", device) for metric, value in values.items()]
+    return found
+
+
+def draftcache(*words: object) -> None:
+    """Print and run one `draftcache` command. Raises CalledProcessError where it fails."""
+    command = [sys.executable, "-m", "tools.cli", *map(str, words)]
+    print("$ draftcache", *words, flush=True)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[2])

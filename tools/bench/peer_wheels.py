@@ -1,0 +1,121 @@
+"""Other projects' trainer modules out of their wheels, without the dependencies that their trainers do not need."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.util
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+
+import torch
+
+from store.errors import InputError
+
+WHEELS = ("specforge", "nemo_automodel")
+_BARE = ("speculative", "speculative.eagle", "datasets", "datasets.llm")
+
+
+@contextmanager
+def unpacked_wheels(directory: Path) -> Iterator[Path]:
+    """Both wheels, importable while the context lasts (they import lazily, and triton reads kernels' sources)."""
+    with TemporaryDirectory() as root:
+        for name in WHEELS:
+            found = sorted(directory.glob(f"{name}-*.whl"))
+            if len(found) != 1:
+                raise InputError(f"{directory}: expected one wheel {name}-*.whl, found {len(found)}")
+            print(f"{found[0].stem}", flush=True)
+            with zipfile.ZipFile(found[0]) as archive:
+                archive.extractall(root)
+        sys.path.insert(0, root)
+        try:
+            yield Path(root)
+        finally:
+            sys.path.remove(root)
+
+
+def automodel_modules() -> tuple[ModuleType, ModuleType]:
+    """Automodel's Eagle3 draft and trainer core, with torch's FlashAttention in place of the flash-attn package's.
+
+    The packages around them stay empty: their own `__init__` imports every recipe's dependencies.
+    """
+    components = "nemo_automodel.components"
+    root = Path(next(folder for folder in sys.path if (Path(folder) / "nemo_automodel").is_dir()))
+    for name in (f"{components}.{package}" for package in _BARE):
+        if name not in sys.modules:
+            module = ModuleType(name)
+            module.__path__ = [str(root.joinpath(*name.split(".")))]
+            sys.modules[name] = module
+    lacks_datasets = importlib.util.find_spec("datasets") is None
+    if lacks_datasets:  # named in annotations only
+        module = ModuleType("datasets")
+        module.__spec__ = importlib.machinery.ModuleSpec("datasets", None)
+        module.Dataset = module.DatasetDict = object  # type: ignore[attr-defined]
+        sys.modules["datasets"] = module
+    try:
+        draft = importlib.import_module(f"{components}.speculative.eagle.draft_llama")
+        core = importlib.import_module(f"{components}.speculative.eagle.core")
+    finally:
+        if lacks_datasets:
+            del sys.modules["datasets"]
+    vars(draft).update(_HAS_FA=True, _flash_attn_func=flash_attention, _flash_attn_varlen_func=flash_attention_varlen)
+    return draft, core
+
+
+def flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    softmax_scale: float,
+    causal: bool,
+    return_attn_probs: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """flash-attn's `flash_attn_func` by torch's copy of its kernels: [B, T, N, D] in bf16 -> output, LSE [B, N, T].
+
+    As there, the LSE carries no gradient. On a CPU the same by plain products.
+    """
+    if query.is_cuda:
+        found = torch.ops.aten._flash_attention_forward(
+            query, key, value, None, None, query.shape[1], key.shape[1], 0.0, causal, False, scale=softmax_scale
+        )
+        return found[0], found[1], None
+    scores = torch.einsum("btnd,bsnd->bnts", query.float(), key.float()) * softmax_scale
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+    output = torch.einsum("bnts,bsnd->btnd", torch.softmax(scores, dim=-1), value.float())
+    return output.to(query.dtype), torch.logsumexp(scores, dim=-1).detach(), None
+
+
+def flash_attention_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    return_attn_probs: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """flash-attn's `flash_attn_varlen_func`, likewise: [T, N, D] -> output, LSE [N, T]."""
+    if query.is_cuda:
+        found = torch.ops.aten._flash_attention_forward(
+            query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, causal, False,
+            scale=softmax_scale,
+        )  # fmt: skip
+        return found[0], found[1], None
+    outputs, lses = [], []
+    for first, last in zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), strict=True):
+        part = (tensor[None, first:last] for tensor in (query, key, value))
+        output, lse, _ = flash_attention(*part, softmax_scale=softmax_scale, causal=causal)
+        outputs.append(output[0])
+        lses.append(lse[0])
+    return torch.cat(outputs), torch.cat(lses, dim=-1), None
