@@ -106,7 +106,15 @@ class TrainConfig:
         default="verifier",
         metadata=_doc("lm_head and norm start as the verifier's rows (verifier) or at random (random)"),
     )
-    loss_chunk: int = field(default=4096, metadata=_doc("rows per slice of the draft's head and loss"))
+    loss_chunk: int = field(default=8192, metadata=_doc("rows per slice of the draft's head and loss, and of its MLP"))
+    compute: str = field(
+        default="auto",
+        metadata=_doc("fused: hand-written pass for GPUs; plain: autograd; auto: fused where it can run"),
+    )
+    recompute_mlp: bool = field(
+        default=False,
+        metadata=_doc("make the MLP's inputs again in the backward pass: about half the memory, 9% slower"),
+    )
     checkpoint_every: int = field(default=500, metadata=_doc("steps between checkpoints"))
     keep_checkpoints: int = field(default=3, metadata=_doc("newest checkpoints kept"))
     seed: int = field(default=0, metadata=_doc("initial weights and order of conversations"))
@@ -140,6 +148,7 @@ class TrainConfig:
         _require("splits", bool(self.splits), "at least one split", self.splits)
         _require("loss", self.loss in LOSSES, f"one of {LOSSES}", self.loss)
         _require("loss_rows", self.loss_rows in LOSS_ROWS, f"one of {LOSS_ROWS}", self.loss_rows)
+        _require("compute", self.compute in COMPUTE, f"one of {COMPUTE}", self.compute)
         _require("order", self.order in ORDERS, f"one of {ORDERS}", self.order)
         _require("out_of_vocab", self.out_of_vocab in OUT_OF_VOCAB, f"one of {OUT_OF_VOCAB}", self.out_of_vocab)
         _require("head_init", self.head_init in ("verifier", "random"), "verifier or random", self.head_init)
@@ -153,6 +162,7 @@ class TrainConfig:
         """
         loose = {"store", "output", "init_from", "device", "wandb", "wandb_project", "checkpoint_every"}
         loose |= {"keep_checkpoints", "eval_split", "eval_every", "eval_conversations", "loss_chunk"}
+        loose |= {"compute", "recompute_mlp"}
         loose |= {"draft_vocab_size", "pack_tokens", "prefetch_gb"}
         values = {name: value for name, value in asdict(self).items() if name not in loose}
         return values | {"splits": list(self.splits)}
@@ -163,6 +173,7 @@ class TrainConfig:
         return {item.name: item.default for item in fields(cls) if item.default is not MISSING}
 
 
+COMPUTE = ("auto", "fused", "plain")
 ORDERS = ("shuffle", "bucketed")
 LOSSES = ("tail-kl", "renormalized-kl", "tv", "lk", "lk-alpha")
 LOSS_ROWS = ("turns", "unshifted")

@@ -15,24 +15,22 @@ Shape suffixes: R key rows, S start rows, T rows of a step, H hidden, N query he
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from draft_train.batches import Batch
 from draft_train.draft_model import DraftModel
+from draft_train.gradient_pass import Ready
 from draft_train.fused_weights import FusedWeights, add_product
 from draft_train.head_loss import HeadLoss
 from draft_train.kernels.attention import Sight, attend, attend_backward
 from draft_train.kernels.norms import rms_norm, rms_norm_backward
 from draft_train.kernels.rotary import join_heads, rotary_table, split_heads
 from draft_train.kernels.swiglu import swiglu, swiglu_backward_
-from draft_train.objective import Objective, ObjectiveResult
-
-Ready = Callable[[list[nn.Parameter]], None]
+from draft_train.objective import Objective, ObjectiveResult, tail_sums
 
 
 @dataclass(frozen=True)
@@ -208,7 +206,10 @@ class FusedPass:
             upstream, losses, hits = self.head_loss.backward(
                 batch, chosen, step.result, carried, self.matrices.head, gradients
             )
-            result.add_step(step.number, losses, hits, chosen.weight)
+            result.loss.add_((losses * chosen.weight).sum())
+            result.rows[step.number] = losses.numel()
+            result.losses[step.number] = losses.sum()
+            result.hits[step.number] = hits.sum()
             if step.number == 0:
                 ready(self.weights.head_parameters)
             after = self._mlp_backward(step, upstream)
@@ -228,7 +229,9 @@ class FusedPass:
             else:
                 self._base_backward(batch, base, step, q_gradient, kv_gradient, total, after)
         ready(self.weights.attention_parameters)
-        return result.with_tail(batch)
+        for total_of, added in zip((result.tail_mass, result.tail_positions), tail_sums(batch), strict=True):
+            total_of.copy_(added)
+        return result
 
     def _mlp_backward(self, step: _Step, upstream: Tensor) -> Tensor:
         """Gradient [T, H] of the MLP's input from that of its output, residual included."""

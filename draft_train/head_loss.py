@@ -50,7 +50,13 @@ class HeadLoss:
         return HeadSlice(places, weight * (objective.config.step_decay**number * batch.loss_share))
 
     def backward(
-        self, batch: Batch, chosen: HeadSlice, hidden: Tensor, residual: Tensor | None, head: Tensor, gradients: Matrices
+        self,
+        batch: Batch,
+        chosen: HeadSlice,
+        hidden: Tensor,
+        residual: Tensor | None,
+        head: Tensor,
+        gradients: Matrices,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient [T, H] of `hidden` plus `residual`, losses [T] float32 and hits [T] bool.
 
@@ -73,7 +79,7 @@ class HeadLoss:
         return out, torch.cat(losses), torch.cat(hits)
 
     def _fused(self, batch: Batch) -> bool:
-        return batch.teacher_hidden is None
+        return batch.teacher_hidden is None and self.objective.config.loss == "tail-kl"
 
     def _slice(
         self, batch: Batch, normed: Tensor, head: Tensor, places: Tensor, weight: Tensor

@@ -134,7 +134,7 @@ class Objective:
             sums[0, step.number] = places.numel()
             sums[1, step.number] = losses.detach().sum()
             sums[2, step.number] = hits.sum()
-        tail_mass, tail_positions = _tail_sums(batch)
+        tail_mass, tail_positions = tail_sums(batch)
         return ObjectiveResult(
             loss=total,
             rows=sums[0],
@@ -175,7 +175,7 @@ class Objective:
         return loss(logits, batch.teacher_ids[places], p, tau, mass), hits
 
 
-def _tail_sums(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def tail_sums(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of tau, and the positions it is summed over."""
     positions = torch.full((), batch.argmax.shape[0], dtype=torch.float64, device=batch.argmax.device)
     if batch.teacher_hidden is not None:

@@ -23,10 +23,10 @@ from draft_train.checkpoint import (
     resolve_checkpoint,
     save_checkpoint,
 )
+from draft_train.choose_pass import choose_pass
 from draft_train.config import TrainConfig
 from draft_train.fit import require_equal, require_fit, require_window
 from draft_train.frozen import FrozenWeights
-from draft_train.gradient_pass import GradientPass, PlainPass
 from draft_train.loss_rows import left_out_pairs
 from draft_train.objective import Objective, ObjectiveResult
 from draft_train.optimizer import learning_rate, make_optimizer
@@ -71,7 +71,7 @@ class Trainer:
             torch.from_numpy(self.vocab_map.padded(self.shape.vocab_size).t2d).to(self.device),
             self.frozen.lm_head,
         )
-        self.gradients: GradientPass = PlainPass(self.model, self.objective, self.frozen.embed_tokens)
+        self.gradients = choose_pass(config, self.model, self.objective, self.frozen.embed_tokens)
         self.schedule = Schedule(
             members=self.members,
             tokens=self.store.index["tokens"],

@@ -94,11 +94,14 @@ def measure(arguments: argparse.Namespace, device: torch.device, ceiling: float)
         step = optimizer_step(device, LEAN if case.lean else PassSettings())
         seconds, peak = timed_steps(lambda step=step, batch=batch: step(batch))
         tokens = sum(case.lengths)
-        yield name, {
-            "tok_s": tokens / seconds,
-            "peak_gib": peak / 2**30,
-            "matmul_share": needed_flops(batch) / seconds / ceiling,
-        }
+        yield (
+            name,
+            {
+                "tok_s": tokens / seconds,
+                "peak_gib": peak / 2**30,
+                "matmul_share": needed_flops(batch) / seconds / ceiling,
+            },
+        )
         if arguments.profile:
             print_profile(lambda step=step, batch=batch: step(batch))
         del step, batch
@@ -161,6 +164,7 @@ def synthetic_batch(case: Case, device: torch.device) -> Batch:
         log_z_draft=log_z,
         argmax=ids[:, 0].clone(),
         conversations=len(parts),
+        loss_share=1 / len(parts),
         tokens=total,
         window=SHAPE.sliding_window or total,
     )

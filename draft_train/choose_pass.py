@@ -1,0 +1,51 @@
+"""Which gradient pass trains a draft here, and why."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from draft_train.config import TrainConfig
+from draft_train.draft_model import DraftModel
+from draft_train.fused_pass import FusedPass, PassSettings
+from draft_train.gradient_pass import GradientPass, PlainPass
+from draft_train.objective import Objective
+from store.errors import InputError
+from store.triton_launch import tl
+
+_LEAN_ROWS = 4096
+
+
+def choose_pass(
+    config: TrainConfig, model: DraftModel, objective: Objective, embeddings: torch.Tensor, *, say: bool = True
+) -> GradientPass:
+    """The one that --compute asks for. With auto, the fused pass on a GPU wherever it can run; `say` tells if it can't.
+
+    Raises InputError where --compute fused, or --recompute-mlp, can't be had.
+    """
+    reason = why_not_fused(config, model, embeddings.device)
+    if reason is None and config.compute != "plain":
+        rows = min(_LEAN_ROWS, config.loss_chunk) if config.recompute_mlp else config.loss_chunk
+        settings = PassSettings(mlp_rows=rows, head_rows=rows, recompute_mlp=config.recompute_mlp)
+        return FusedPass(model, objective, embeddings, settings)
+    if config.compute == "fused" or config.recompute_mlp:
+        asked = "--compute fused" if config.compute == "fused" else "--recompute-mlp"
+        raise InputError(f"{asked}: expected the fused pass, found {reason or '--compute plain'}")
+    if say and reason is not None and embeddings.is_cuda:
+        print(f"draftcache train: the plain pass runs, several times slower, because of {reason}", file=sys.stderr)
+    return PlainPass(model, objective, embeddings)
+
+
+def why_not_fused(config: TrainConfig, model: DraftModel, device: torch.device) -> str | None:
+    """What keeps the fused pass from running; None where nothing does."""
+    width = model.shape.head_dim
+    if device.type != "cuda":
+        return f"device {device}: its kernels need a GPU"
+    if tl is None:
+        return "no triton; install it, it comes with torch on Linux"
+    if width & (width - 1) or not 16 <= width <= 256:
+        return f"--head-dim {width}: its kernels need a power of two from 16 to 256"
+    if config.loss_rows != "turns":
+        return f"--loss-rows {config.loss_rows}: its rows may unroll past the end of their turn"
+    return None

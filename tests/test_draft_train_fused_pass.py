@@ -1,0 +1,147 @@
+"""The hand-written pass against autograd over the unroll: loss and every gradient, in float64 with the plain twins."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from synthetic import VOCAB, conversation, manifest, vocab_map
+from test_draft_train_unroll import MASKS, STEPS, WINDOW, embeddings, make_model
+from torch import nn
+
+from draft_train.batches import Batch, build_batch
+from draft_train.choose_pass import choose_pass
+from draft_train.config import TrainConfig
+from draft_train.draft_model import DraftModel
+from draft_train.fused_pass import FusedPass, PassSettings
+from draft_train.gradient_pass import GradientPass, PlainPass
+from draft_train.objective import Objective
+from store.errors import InputError
+
+SMALL = PassSettings(mlp_rows=7, head_rows=16)
+
+
+def config(**changes: object) -> TrainConfig:
+    values = {"store": Path("s"), "output": Path("o"), "splits": ("train",), "ttt_steps": STEPS}
+    return TrainConfig(**values | changes)  # type: ignore[arg-type]
+
+
+def objective(**changes: object) -> Objective:
+    words = vocab_map()
+    return Objective(config(**changes), torch.from_numpy(words.target_ids), torch.from_numpy(words.padded(VOCAB).t2d))
+
+
+def batch_of(names: list[str], window: int | None) -> Batch:
+    rng = np.random.default_rng(1)
+    items = [conversation(rng, MASKS[name]) for name in names]
+    return build_batch(items, manifest().codec, max_steps=STEPS, window=window)
+
+
+def run(training: GradientPass, model: DraftModel, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Packed result, and a copy of every gradient."""
+    result = training(batch).packed()
+    found = {}
+    for name, value in model.named_parameters():
+        assert value.grad is not None
+        found[name] = value.grad.clone()
+    model.zero_grad(set_to_none=True)
+    return result, found
+
+
+def fused(model: DraftModel, settings: PassSettings = SMALL, **changes: object) -> FusedPass:
+    return FusedPass(model, objective(**changes), embeddings(), settings, dtype=torch.float64)
+
+
+def near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float = 1e-6) -> bool:
+    return all(float((found[name] - value).norm()) <= bound * float(value.norm()) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("window", [WINDOW, 3, None])
+@pytest.mark.parametrize("names", [[name] for name in MASKS] + [list(MASKS)])
+def test_equals_autograd(names: list[str], window: int | None) -> None:
+    model, batch = make_model(window), batch_of(names, window)
+    expected = run(PlainPass(model, objective(), embeddings()), model, batch)
+    for settings in (SMALL, replace(SMALL, recompute_mlp=True), PassSettings()):
+        found = run(fused(model, settings), model, batch)
+        torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=1e-9)
+        assert near(found[1], expected[1])
+    wider = run(fused(model), model, replace(batch, window=batch.window + 1))
+    assert window is None or not near(wider[1], expected[1])  # negative control: one key more
+
+
+@pytest.mark.parametrize("changes", [{"loss": "tv"}, {"loss": "renormalized-kl"}, {"out_of_vocab": "drop"}])
+def test_equals_autograd_under_other_objectives(changes: dict[str, str]) -> None:
+    model, batch = make_model(), batch_of(["three turns"], WINDOW)
+    expected = run(PlainPass(model, objective(**changes), embeddings()), model, batch)
+    found = run(fused(model, **changes), model, batch)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=1e-9)
+    assert near(found[1], expected[1])
+    assert not near(run(fused(model), model, batch)[1], expected[1])
+
+
+def test_gradients_of_micro_batches_add_up_and_weights_are_read_anew() -> None:
+    model = make_model()
+    training, plain = fused(model), PlainPass(model, objective(), embeddings())
+    batches = [batch_of([name], WINDOW) for name in ("one turn", "to the end")]
+    for _ in range(2):
+        sums = []
+        for one in (training, plain):
+            for batch in batches[:1]:
+                one(batch)
+            sums.append(run(one, model, batches[1])[1])
+        assert near(*sums)
+        with torch.no_grad():
+            for value in model.parameters():
+                value.mul_(1.1)
+
+
+def test_every_gradient_is_announced_once_and_complete() -> None:
+    model, batch = make_model(), batch_of(["three turns"], WINDOW)
+    heard: dict[nn.Parameter, torch.Tensor] = {}
+
+    def ready(parameters: list[nn.Parameter]) -> None:
+        for value in parameters:
+            assert value not in heard
+            assert value.grad is not None
+            heard[value] = value.grad.clone()
+
+    fused(model)(batch, ready)
+    assert heard.keys() == set(model.parameters())
+    assert all(torch.equal(value.grad, seen) for value, seen in heard.items())  # type: ignore[arg-type]
+
+
+def test_asking_for_what_can_not_run_is_refused() -> None:
+    model = make_model()
+    for changes, name in (({"compute": "fused"}, "--compute fused"), ({"recompute_mlp": True}, "--recompute-mlp")):
+        with pytest.raises(InputError, match=f"{name}.*its kernels need a GPU"):
+            choose_pass(config(**changes), model, objective(), embeddings())
+    assert isinstance(choose_pass(config(), model, objective(), embeddings()), PlainPass)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 6e-2)])
+def test_on_a_gpu(dtype: torch.dtype, bound: float) -> None:
+    shape = replace(make_model().shape, head_dim=16, sliding_window=37)
+    expected_model = DraftModel(shape)
+    expected_model.initialize(0)
+    with torch.no_grad():
+        for value in expected_model.parameters():
+            value.mul_(8.0) if value.ndim == 2 else value.add_(0.3 * torch.randn(value.shape))
+    model = DraftModel(shape).cuda()
+    model.load_state_dict(expected_model.state_dict())
+    batch = batch_of(list(MASKS), 37)
+    expected = run(PlainPass(expected_model.double(), objective(), embeddings()), expected_model, batch)
+    words = vocab_map()
+    there = Objective(
+        config(), torch.from_numpy(words.target_ids).cuda(), torch.from_numpy(words.padded(VOCAB).t2d).cuda()
+    )
+    training = FusedPass(model, there, embeddings().float().cuda(), SMALL, dtype=dtype)
+    found = run(training, model, batch.to(torch.device("cuda")))
+    torch.testing.assert_close(found[0][0].cpu(), expected[0][0], rtol=bound, atol=0)
+    assert near({name: value.cpu().double() for name, value in found[1].items()}, expected[1], bound)
+    again = run(training, model, batch.to(torch.device("cuda")))
+    assert all(torch.equal(again[1][name], value) for name, value in found[1].items())
