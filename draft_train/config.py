@@ -147,6 +147,11 @@ class TrainConfig:
         values = {name: value for name, value in asdict(self).items() if name not in loose}
         return values | {"splits": list(self.splits)}
 
+    def everywhere(self) -> dict[str, Any]:
+        """Settings that all ranks of a run must share; paths may differ from machine to machine."""
+        apart = {"store", "output", "init_from", "device", "prefetch_gb", "wandb", "wandb_project"}
+        return {name: value for name, value in asdict(self).items() if name not in apart}
+
     @classmethod
     def objective_defaults(cls) -> dict[str, Any]:
         """What a run had before a setting existed: its default."""
