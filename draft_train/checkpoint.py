@@ -122,6 +122,19 @@ def load_optimizer(path: Path, model: DraftModel, optimizer: torch.optim.AdamW) 
         }
 
 
+def blank_optimizer(model: DraftModel, optimizer: torch.optim.AdamW) -> list[torch.Tensor]:
+    """Give AdamW a state to be overwritten; returns its tensors, in the same order for every such model."""
+    for parameter in model.parameters():
+        if not optimizer.state[parameter]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    keys = ("step", "exp_avg", "exp_avg_sq")
+    return [optimizer.state[parameter][key] for parameter in model.parameters() for key in keys]
+
+
 def load_vocab_map(path: Path, state: CheckpointState) -> VocabMap:
     """The checkpoint's own map, checked against its recorded hash."""
     loaded = VocabMap.load(path / _FILES[2])

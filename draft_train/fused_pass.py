@@ -23,8 +23,8 @@ from torch import Tensor
 
 from draft_train.batches import Batch
 from draft_train.draft_model import DraftModel
-from draft_train.gradient_pass import Ready
 from draft_train.fused_weights import FusedWeights, add_product
+from draft_train.gradient_pass import Ready
 from draft_train.head_loss import HeadLoss
 from draft_train.kernels.attention import Sight, attend, attend_backward
 from draft_train.kernels.norms import rms_norm, rms_norm_backward
@@ -159,10 +159,8 @@ class FusedPass:
         self, batch: Batch, base: _Base, number: int, rows: Tensor, kept: Tensor | None, previous: _Step | None
     ) -> _Step:
         starts = batch.start_index[rows]
-        if previous is None:
-            hidden = base.hidden[starts]
-        else:
-            hidden = previous.result if kept is None else previous.result[kept]
+        hidden = base.hidden[starts] if previous is None else previous.result
+        hidden = hidden if kept is None else hidden[kept]
         normed = rms_norm(hidden, self.layer.hidden_norm.weight, self.eps)
         # Row t + k is a start row too, k places on: the turn goes on at least that far, or step k had no loss.
         places = starts + number

@@ -7,6 +7,7 @@ Shape suffixes as in `fused_pass`; C = (N + 2G) D, I intermediate, V draft vocab
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,19 +54,18 @@ class FusedWeights:
         self.dtype, self.wide = dtype, model.fc.weight.dtype
         self.queries = attention.q_proj.weight.shape[0]
         """N D: rows of qkv that make queries."""
-        self.head_parameters = [model.lm_head.weight, model.norm.weight]
-        self.mlp_parameters = [mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight]
-        self.mlp_parameters.append(layer.post_attention_layernorm.weight)
+        self.head_parameters = _weights(model.lm_head, model.norm)
+        self.mlp_parameters = _weights(mlp.gate_proj, mlp.up_proj, mlp.down_proj, layer.post_attention_layernorm)
         held = {id(value) for value in (*self.head_parameters, *self.mlp_parameters)}
         self.attention_parameters = [value for value in model.parameters() if id(value) not in held]
         self._parameters = list(model.parameters())
         self._groups: dict[str, list[nn.Parameter]] = {
-            "fc": [model.fc.weight],
-            "qkv": [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight],
-            "output": [attention.o_proj.weight],
-            "gate_up": [mlp.gate_proj.weight, mlp.up_proj.weight],
-            "down": [mlp.down_proj.weight],
-            "head": [model.lm_head.weight],
+            "fc": _weights(model.fc),
+            "qkv": _weights(attention.q_proj, attention.k_proj, attention.v_proj),
+            "output": _weights(attention.o_proj),
+            "gate_up": _weights(mlp.gate_proj, mlp.up_proj),
+            "down": _weights(mlp.down_proj),
+            "head": _weights(model.lm_head),
         }
         self.matrices = self._memory(dtype)
         self._gradients = self._memory(self.wide)
@@ -75,7 +75,7 @@ class FusedWeights:
         self._versions: list[int] = []
 
     def _memory(self, dtype: torch.dtype) -> Matrices:
-        tensors = {}
+        tensors: dict[str, Any] = {}
         for name, group in self._groups.items():
             rows = sum(value.shape[0] for value in group)
             tensors[name] = group[0].new_zeros(rows, group[0].shape[1], dtype=dtype, requires_grad=False)
@@ -102,7 +102,11 @@ class FusedWeights:
 
 
 def _parts(matrix: Tensor, group: list[nn.Parameter]) -> list[Tensor]:
-    return list(matrix.split([value.shape[0] for value in group]))
+    return list(torch.split(matrix, [value.shape[0] for value in group]))
+
+
+def _weights(*modules: nn.Module) -> list[nn.Parameter]:
+    return [module.get_parameter("weight") for module in modules]
 
 
 def _attach(parameter: nn.Parameter, memory: Tensor) -> None:

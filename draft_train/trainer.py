@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from draft_train.acceptance import measure_acceptance
 from draft_train.checkpoint import (
     CheckpointState,
+    blank_optimizer,
     checkpoint_path,
     checkpoints,
     load_optimizer,
@@ -32,27 +35,26 @@ from draft_train.objective import Objective, ObjectiveResult
 from draft_train.optimizer import learning_rate, make_optimizer
 from draft_train.order import Schedule, StepPlan
 from draft_train.packed_batch import BatchLoader
+from draft_train.parallel import GradientSums, Ranks, choose_device
 from draft_train.prefetch import Prefetcher, ring_bytes
 from draft_train.run_log import RunLog, step_record
+from draft_train.stopping import StopRequest, TrainingStopped
 from draft_train.teacher import TeacherView
 from draft_train.untrained import draft_shape, untrained_draft
-from store.errors import InputError
+from store.errors import DraftcacheError, InputError
 from store.reader import StoreReader
-
-
-def choose_device(name: str) -> torch.device:
-    """ "auto" takes the GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
 
 
 class Trainer:
     """One run: `Trainer(config).run()` starts it, or continues it from its newest checkpoint."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, ranks: Ranks | None = None, stop: StopRequest | None = None) -> None:
+        """`ranks`: this process among several; `stop` is looked at after every step."""
         self.config = config
-        self.device = choose_device(config.device)
+        self.ranks = ranks or Ranks(choose_device(config.device))
+        self.stop = stop or StopRequest()
+        self.device = self.ranks.device
+        require_work(config, self.ranks)
         self.store = StoreReader(config.store)
         vocab = self.store.manifest.teacher_form.choose(config.draft_vocab_size)
         self.teacher = TeacherView.of(self.store, vocab)
@@ -71,7 +73,8 @@ class Trainer:
             torch.from_numpy(self.vocab_map.padded(self.shape.vocab_size).t2d).to(self.device),
             self.frozen.lm_head,
         )
-        self.gradients = choose_pass(config, self.model, self.objective, self.frozen.embed_tokens)
+        self.gradients = choose_pass(config, self.model, self.objective, self.frozen.embed_tokens, say=self.ranks.leads)
+        self.sums = GradientSums(self.model, self.ranks)
         self.schedule = Schedule(
             members=self.members,
             tokens=self.store.index["tokens"],
@@ -80,12 +83,28 @@ class Trainer:
             epochs=config.epochs,
             batch_conversations=config.batch_conversations,
             pack_tokens=config.pack_tokens,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
         )
         self.total_steps = self.schedule.total_steps
         self.step = 0
 
     def _restore(self) -> None:
-        """Continue from this run's newest checkpoint, or start from --init-from's weights."""
+        """Begin as rank 0 does: from this run's newest checkpoint, or from --init-from's weights."""
+        problem: DraftcacheError | None = None
+        if self.ranks.leads:
+            try:
+                self._load()
+            except DraftcacheError as exc:
+                problem = exc
+        self.ranks.agree(problem)
+        step = torch.tensor([self.step], device=self.device)
+        self.ranks.copy_from_leader([step, *self.model.parameters()])
+        self.step = int(step)
+        if self.step and self.ranks.world > 1:
+            self.ranks.copy_from_leader(blank_optimizer(self.model, self.optimizer))
+
+    def _load(self) -> None:
         found = checkpoints(self.config.output)
         if found:
             state = load_state(found[-1])
@@ -113,8 +132,10 @@ class Trainer:
             require_equal(path, pairs, "use the same settings to resume it, or another --output")
 
     def run(self) -> Path:
-        """Train to the end; returns the last checkpoint's directory."""
-        self.config.output.mkdir(parents=True, exist_ok=True)
+        """Train to the end; returns the last checkpoint's directory. Raises TrainingStopped where told to stop."""
+        self.ranks.require_same(self.config.everywhere() | {"store": self.store.manifest.hash})
+        if self.ranks.leads:
+            self.config.output.mkdir(parents=True, exist_ok=True)
         self._restore()
         if self.step < self.total_steps:
             if self.config.loss_rows == "unshifted":
@@ -122,15 +143,26 @@ class Trainer:
                 print(f"--loss-rows unshifted: no teacher is stored for {left} of its {wanted} pairs: left out")
             with self._log() as log, self._prefetcher() as data:
                 for plan in self.schedule.steps(self.step):
-                    record = self._train_step(plan, data)
-                    if self._due(self.config.eval_every):
-                        record |= self._evaluate()
-                    log.write(record)  # before the checkpoint: a step that is resumed from has been logged
-                    if self._due(self.config.checkpoint_every):
-                        self._save(record)
+                    self._finish_step(log, self._train_step(plan, data))
+        self.ranks.meet()  # rank 0 has saved
         return checkpoint_path(self.config.output, self.total_steps)
 
-    def _log(self) -> RunLog:
+    def _finish_step(self, log: RunLog | None, record: dict[str, Any]) -> None:
+        """Evaluate, log and save, where each is due."""
+        stopping = bool(record.pop("stopping"))
+        if self._due(self.config.eval_every):
+            record |= self._evaluate()
+        if log is not None:
+            log.write(record)  # before the checkpoint: a step that is resumed from has been logged
+            if stopping or self._due(self.config.checkpoint_every):
+                self._save(record)
+        if stopping and self.step < self.total_steps:
+            self.ranks.meet()
+            raise TrainingStopped(self.step)
+
+    def _log(self) -> AbstractContextManager[RunLog | None]:
+        if not self.ranks.leads:
+            return nullcontext()
         return RunLog(
             self.config,
             self.store.manifest.hash,
@@ -157,10 +189,17 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         result = ObjectiveResult.zeros(self.config.ttt_steps, self.device)
-        for _ in plan.parts:
-            result = result + self.gradients(data.next_batch())
+        for left in reversed(range(len(plan.parts))):
+            last = left == 0 and self.ranks.world > 1
+            result = result + self.gradients(data.next_batch(), self.sums.ready if last else None)
+        self.sums.finish()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        *figures, norm_value = torch.cat((result.packed(), norm.double()[None])).tolist()
+        mine = torch.tensor([float(self.stop.asked), *[0.0] * self.ranks.world], dtype=torch.float64)
+        mine[1 + self.ranks.rank] = data.waited - waited
+        sums = self.ranks.add_up(torch.cat((mine.to(self.device), result.packed())))
+        # The step's one wait for the device. What is not finite is so on all ranks, and no weight has changed yet.
+        norm_value, stopping, *values = torch.cat((norm.double()[None], sums)).tolist()
+        waits, figures = values[: self.ranks.world], values[self.ranks.world :]
         if not math.isfinite(figures[0]) or not math.isfinite(norm_value):
             raise InputError(
                 f"step {self.step}: expected a finite loss and gradient, found loss {figures[0]}, norm {norm_value}; "
@@ -176,18 +215,22 @@ class Trainer:
             norm=norm_value,
             tokens=int(self.schedule.tokens[plan.conversations].sum()),
             seconds=time.monotonic() - started,
-            waited=data.waited - waited,
-        )
+            waited=max(waits),
+        ) | {"stopping": stopping}
 
     def _due(self, every: int) -> bool:
         """Whether something that is done each `every` steps (0: never) and after the last one is to be done now."""
         return every > 0 and (self.step == self.total_steps or self.step % every == 0)
 
     def _evaluate(self) -> dict[str, Any]:
+        """Each rank measures its part of the conversations."""
         assert self.config.eval_split is not None
         members = self.store.members(self.config.eval_split)[: self.config.eval_conversations]
-        counts = measure_acceptance(self.model, self.frozen.embed_tokens, self.store, members)
-        return {"eval_acceptance_length": counts.acceptance_length}
+        mine = members[self.ranks.rank :: self.ranks.world]
+        counts = measure_acceptance(self.model, self.frozen.embed_tokens, self.store, mine)
+        sums = torch.tensor([counts.tokens, counts.verify_steps], dtype=torch.float64, device=self.device)
+        tokens, steps = self.ranks.add_up(sums).tolist()
+        return {"eval_acceptance_length": tokens / max(1.0, steps)}
 
     def _save(self, metrics: dict[str, Any]) -> None:
         state = CheckpointState(
@@ -204,3 +247,19 @@ class Trainer:
         path = checkpoint_path(self.config.output, self.step)
         save_checkpoint(path, state, self.model, self.optimizer, self.vocab_map)
         prune_checkpoints(self.config.output, self.config.keep_checkpoints)
+
+
+def require_work(config: TrainConfig, ranks: Ranks) -> None:
+    """Raise InputError where a rank would never have a conversation; say so where some have fewer than others."""
+    size, world = config.batch_conversations, ranks.world
+    if size < world:
+        raise InputError(
+            f"--batch-conversations: expected at least one for each of the {world} ranks, found {size}: it counts "
+            f"those of all ranks; pass a multiple of {world}, or start fewer ranks"
+        )
+    if size % world and ranks.leads:
+        print(
+            f"draftcache train: {world} ranks share steps of {size} conversations, so some wait for others in every "
+            f"step; a multiple of {world} keeps all of them busy",
+            file=sys.stderr,
+        )

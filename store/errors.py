@@ -11,6 +11,7 @@ DraftcacheError
 │   └── StreamingError             what reading tar shards in a stream cannot do
 ├── GateError                      a captured conversation failed a validity gate
 ├── PrecisionError                 the verifier's fp32 state contract is not met
+├── RankError                      another process of a parallel run refused it, ended or does not answer
 └── CheckpointError                a draft checkpoint is incomplete or belongs to something else
 
 Messages name what was expected, what was found, the path, and what to do.
@@ -25,6 +26,7 @@ __all__ = [
     "InputError",
     "ManifestMismatchError",
     "PrecisionError",
+    "RankError",
     "ShardDamagedError",
     "StorageError",
     "StoreError",
@@ -76,6 +78,10 @@ class GateError(DraftcacheError):
 
 class PrecisionError(DraftcacheError):
     """The verifier's fp32 SSM contract is not met on this machine."""
+
+
+class RankError(DraftcacheError):
+    """Another process of a parallel training run refused it, ended, or does not answer."""
 
 
 class CheckpointError(DraftcacheError):

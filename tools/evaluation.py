@@ -11,7 +11,7 @@ from draft_train.acceptance import bigram_table, measure_acceptance, measure_big
 from draft_train.checkpoint import load_model, load_state, resolve_checkpoint
 from draft_train.fit import require_fit
 from draft_train.frozen import FrozenWeights
-from draft_train.trainer import choose_device
+from draft_train.parallel import choose_device
 from draft_train.untrained import untrained_draft
 from store.errors import InputError, ManifestMismatchError
 from store.reader import StoreReader

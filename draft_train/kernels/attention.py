@@ -69,7 +69,8 @@ def attend_reference(q: Tensor, kv: Tensor, own: Tensor, sight: Sight) -> tuple[
     held = [own[step, sight.rows].transpose(0, 1) for step in range(sight.step)]
     out = dense_window_attention(
         q.transpose(0, 1),
-        *(part.transpose(0, 1) for part in kv.unbind(1)),
+        kv[:, 0].transpose(0, 1),
+        kv[:, 1].transpose(0, 1),
         [part[0].transpose(0, 1) for part in held],
         [part[1].transpose(0, 1) for part in held],
         sight.positions,
@@ -108,7 +109,7 @@ def attend_backward_reference(
     """See `attend_backward`; by autograd, so `out` and `log_sum_exp` are made anew."""
     with torch.enable_grad():
         leaves = [part.detach().requires_grad_() for part in (q, kv, own)]
-        found, _ = attend_reference(*leaves, sight)
+        found, _ = attend_reference(leaves[0], leaves[1], leaves[2], sight)
         gradients = torch.autograd.grad(found, leaves, upstream, materialize_grads=True)
     kv_gradient += gradients[1]
     own_gradient += gradients[2]

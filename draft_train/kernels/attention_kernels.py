@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def backward(
     return query_gradient
 
 
-def _launch(tiles: dict[str, int], q: Tensor) -> dict[str, int | str]:
+def _launch(tiles: dict[str, int], q: Tensor) -> dict[str, Any]:
     """Float32 operands take twice the shared memory; products of them must be exact in the tests that use them."""
     if q.dtype == torch.float32:
         return {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1, "PRECISION": "ieee"}

@@ -88,7 +88,7 @@ def _rms_norm_gradient_kernel(
     factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     sums = tl.zeros((BLOCK,), tl.float32)
     for row in range(program, rows, programs):
-        start = row.to(tl.int64) * width
+        start = tl.cast(row, tl.int64) * width
         values = tl.load(x + start + columns, mask=inside, other=0.0).to(tl.float32)
         given = tl.load(upstream + start + columns, mask=inside, other=0.0).to(tl.float32)
         scale = 1.0 / tl.sqrt(tl.sum(values * values, 0) / width + eps)

@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def measure(arguments: argparse.Namespace, device: torch.device, ceiling: float)
         case = CASES[name]
         batch = synthetic_batch(case, device)
         step = optimizer_step(device, LEAN if case.lean else PassSettings())
-        seconds, peak = timed_steps(lambda step=step, batch=batch: step(batch))
+        seconds, peak = timed_steps(partial(step, batch))
         tokens = sum(case.lengths)
         yield (
             name,
@@ -103,7 +104,7 @@ def measure(arguments: argparse.Namespace, device: torch.device, ceiling: float)
             },
         )
         if arguments.profile:
-            print_profile(lambda step=step, batch=batch: step(batch))
+            print_profile(partial(step, batch))
         del step, batch
         gc.collect()
         torch.cuda.empty_cache()

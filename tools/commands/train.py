@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 
 from draft_train.config import TrainConfig
+from store.errors import DraftcacheError
 from tools.arguments import add_settings, read_settings
 
 
@@ -16,8 +19,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train, or resume, to the end."""
     config = read_settings(TrainConfig, arguments)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return _train(config)
+    try:
+        code = _train(config)
+    except DraftcacheError as exc:
+        print(f"draftcache train: error: {exc}", file=sys.stderr)
+        code = 2
+    # Not by way of the interpreter's end: threads of torch's process group may abort there, or wait for lost ranks.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
+
+def _train(config: TrainConfig) -> int:
+    from draft_train.parallel import joined_ranks
+    from draft_train.stopping import StopRequest, TrainingStopped
     from draft_train.trainer import Trainer
 
-    print(f"checkpoint: {Trainer(config).run()}")
+    try:
+        with StopRequest() as stop, joined_ranks(config.device) as ranks:
+            last = Trainer(config, ranks, stop).run()
+    except TrainingStopped as exc:
+        print(
+            f"draftcache train: stopped after step {exc.step}, which is saved: run the same command again to go on",
+            file=sys.stderr,
+        )
+        return exc.exit_code
+    if ranks.leads:
+        print(f"checkpoint: {last}")
     return 0

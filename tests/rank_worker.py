@@ -1,0 +1,40 @@
+"""One rank of a training run under torchrun's variables, which also writes down the weights that it ends with."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from draft_train.config import TrainConfig
+from draft_train.parallel import joined_ranks
+from draft_train.trainer import Trainer
+
+
+def main() -> None:
+    """`rank_worker.py SETTINGS [BREAK]`: TrainConfig as JSON; BREAK is the rank whose fc becomes infinite."""
+    values = json.loads(sys.argv[1])
+    config = TrainConfig(**values | {"store": values["store"], "output": Path(values["output"])})
+    with joined_ranks(config.device) as ranks:
+        trainer = Trainer(config, ranks)
+        if sys.argv[2:] == [str(ranks.rank)]:
+            restore = trainer._restore
+
+            def restore_and_break() -> None:
+                restore()
+                with torch.no_grad():
+                    trainer.model.fc.weight.fill_(torch.inf)
+
+            trainer._restore = restore_and_break  # type: ignore[method-assign]
+        try:
+            trainer.run()
+        finally:
+            weights = trainer.model.state_dict()
+            save_file(weights, config.output.with_name(f"{config.output.name}-{ranks.rank}.safetensors"))
+
+
+if __name__ == "__main__":
+    main()
