@@ -16,6 +16,7 @@ from test_draft_train_trainer import config
 from draft_train import objective
 from draft_train.batches import Batch, build_batch
 from draft_train.checkpoint import load_state
+from draft_train.config import LOSSES
 from draft_train.export import export_draft
 from draft_train.objective import (
     ObjectiveResult,
@@ -185,6 +186,19 @@ def test_whole_top_k_equals_the_exact_teacher(stores: Path, size: int) -> None:
         result, gradients = loss_and_gradients(stores, name, draft_vocab_size=size)
         assert result.tail_mass > 0.05 * result.tail_positions
         assert abs(float((result.loss - exact.loss).detach())) > 1e-2 * float(exact.loss.detach())
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_every_loss_reads_the_exact_teacher(stores: Path, kind: str) -> None:
+    exact, expected = loss_and_gradients(stores, "hidden", loss=kind)
+    result, gradients = loss_and_gradients(stores, "draft-whole", loss=kind)
+    torch.testing.assert_close(result.loss, exact.loss, rtol=2e-3, atol=0)
+    for mine, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-2 * float(theirs.abs().max()) + 1e-6)
+    _, of_part = loss_and_gradients(stores, "draft", loss=kind)  # a small top-k is another loss
+    assert any(
+        (mine - theirs).abs().max() > 5e-2 * theirs.abs().max() for mine, theirs in zip(of_part, expected, strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", ["draft", "full", "hidden"])
