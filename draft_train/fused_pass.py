@@ -115,20 +115,22 @@ class FusedPass:
         return self._backward(batch, base, steps, ready or (lambda _: None))
 
     def _live_rows(self, batch: Batch) -> list[tuple[int, Tensor, Tensor | None]]:
-        """Rows of each step, and which of the step before's they are (None: all), by one look at the device.
+        """Rows of each step, and which of the step before's they are (None: all).
 
-        A `nonzero` there would wait for it at every step.
+        Only their numbers are asked of the device, once: a `nonzero` there would wait for it at every step.
         """
-        left, device = batch.steps.cpu(), batch.steps.device
-        rows = torch.arange(left.numel())
+        steps = range(batch.step_tokens.shape[1])
+        numbers = torch.stack([(batch.steps > number).sum() for number in steps]).tolist()
+        rows = torch.arange(batch.steps.shape[0], device=batch.steps.device)
         found: list[tuple[int, Tensor, Tensor | None]] = []
-        for number in range(batch.step_tokens.shape[1]):
-            alive = torch.nonzero(left[rows] > number)[:, 0]
-            if alive.numel() == 0:
+        for step, number in zip(steps, numbers, strict=True):
+            if number == 0:
                 break
-            kept = None if alive.numel() == rows.numel() else alive.to(device)
-            rows = rows[alive]
-            found.append((number, rows.to(device), kept))
+            kept = None
+            if number < rows.shape[0]:
+                kept = torch.sort(batch.steps[rows] <= step, stable=True).indices[:number]
+                rows = rows[kept]
+            found.append((step, rows, kept))
         return found
 
     def _base(self, batch: Batch) -> _Base:

@@ -1,7 +1,9 @@
 """Draft training at the seed's shape: hidden 2688, 32 / 2 heads, 32k of 131k words, window 4096, 6 unroll steps.
 
-`python -m tools.bench.train [--output FILE]` needs one GPU of 80 GB. Batches are synthetic store rows; one step is
-forward, backward, clipping and AdamW, as `draftcache train` does them; weights are float32, products bf16.
+`python -m tools.bench.train [--output FILE]` needs one GPU of 80 GB; `torchrun --nproc-per-node N -m
+tools.bench.train` measures N GPUs beside one (case ddpN-32k, one conversation of 32k on each). Batches are synthetic
+store rows; one step is forward, backward, clipping and AdamW, as `draftcache train` does them; weights are float32,
+products bf16.
 
 - `tok_s`: tokens of the batch over the median of several steps, after two that are not counted.
 - `peak_gib`: most memory that PyTorch held at once in those steps.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +31,7 @@ from draft_train.config import DraftShape, TrainConfig
 from draft_train.draft_model import DraftModel
 from draft_train.fused_pass import FusedPass, PassSettings
 from draft_train.objective import Objective
+from draft_train.parallel import GradientSums, Ranks, joined_ranks
 from store.errors import InputError
 from store.files import write_json
 from tools.bench.capture import matmul_ceiling
@@ -37,7 +41,7 @@ SHAPE = DraftShape(
     hidden_size=2688, taps=3, intermediate_size=8064, num_attention_heads=32, num_key_value_heads=2, head_dim=128,
     vocab_size=131_072, draft_vocab_size=32_000, sliding_window=4096, rope_theta=10_000.0, rms_norm_eps=1e-5,
 )  # fmt: skip
-STEPS, TOP_K, TURNS = 6, 64, 8
+STEPS, TOP_K, TURNS, LONG = 6, 64, 8, 32_768
 UNITS = {"tok_s": "tok/s", "peak_gib": "GiB", "matmul_share": "of bf16 matmul"}
 Metrics = dict[str, float]
 
@@ -74,6 +78,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise InputError("expected a CUDA device, found none; this benchmark measures one")
+    if "WORLD_SIZE" in os.environ:
+        measure_ranks(arguments)
+        return
     device = torch.device("cuda")
     ceiling = matmul_ceiling(device)
     print(f"bf16 matmul {ceiling / 1e12:.0f} TFLOP/s", flush=True)
@@ -110,8 +117,30 @@ def measure(arguments: argparse.Namespace, device: torch.device, ceiling: float)
         torch.cuda.empty_cache()
 
 
-def optimizer_step(device: torch.device, settings: PassSettings) -> Callable[[Batch], Any]:
-    """A fresh draft, and a function that trains it by one batch."""
+def measure_ranks(arguments: argparse.Namespace) -> None:
+    """Case ddp<N>-32k under torchrun, and ddp1-32k, the same on each GPU by itself, in one run."""
+    with joined_ranks("cuda") as ranks:
+        batch, rows = synthetic_batch(CASES["train-32k"], ranks.device), []
+        for world in (1, ranks.world):
+            step = optimizer_step(ranks.device, PassSettings(), ranks if world > 1 else None)
+            seconds, peak = timed_steps(partial(step, batch))
+            slowest = ranks.add_up(
+                torch.nn.functional.one_hot(torch.tensor(ranks.rank), ranks.world).to(ranks.device) * seconds
+            )
+            metrics = {"tok_s": world * LONG / float(slowest.max()), "peak_gib": peak / 2**30}
+            name = torch.cuda.get_device_name(ranks.device)
+            rows += [
+                result_row(f"ddp{world}-32k", metric, value, UNITS[metric], name) for metric, value in metrics.items()
+            ]
+            del step
+            gc.collect()
+            torch.cuda.empty_cache()
+        if ranks.leads:
+            report(rows, arguments.output)
+
+
+def optimizer_step(device: torch.device, settings: PassSettings, ranks: Ranks | None = None) -> Callable[[Batch], Any]:
+    """A fresh draft, and a function that trains it by one batch; with `ranks`, by one batch of each."""
     with torch.device(device):
         model = DraftModel(SHAPE)
         embeddings = torch.randn(SHAPE.vocab_size, SHAPE.hidden_size, dtype=torch.bfloat16)
@@ -121,8 +150,12 @@ def optimizer_step(device: torch.device, settings: PassSettings) -> Callable[[Ba
     training = FusedPass(model, Objective(config, target_ids, in_draft), embeddings, settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
 
+    sums = None if ranks is None else GradientSums(model, ranks)
+
     def step(batch: Batch) -> Any:
-        result = training(batch)
+        result = training(batch, sums.ready if sums else None)
+        if sums:
+            sums.finish()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
