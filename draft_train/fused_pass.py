@@ -7,8 +7,8 @@ matrix work), and so is its gradient's. Head and loss run in the backward sweep,
 the gradient at once: no logits are kept.
 
 Matrix products are bf16 with float32 accumulation; weight gradients are float32 from the first addition on.
-Kept per row and step: the layer's input and output, queries, attention output, the MLP's input and (unless
-`recompute_mlp`) its gate and up: 30,208 values at the seed's shape, 14,080 with recomputation.
+Kept per row and step: the layer's output, queries, attention output, the MLP's input and (unless `recompute_mlp`)
+its gate and up: 29,696 values at the seed's shape, 13,568 with recomputation.
 
 Shape suffixes: R key rows, S start rows, T rows of a step, H hidden, N query heads, G key-value heads, D head width.
 """
@@ -49,10 +49,8 @@ class PassSettings:
 class _Base:
     """What every step shares."""
 
-    tokens: Tensor
-    """[R, H] normed embeddings."""
     projected: Tensor
-    """[R, (N + 2G) D]: their part of queries, keys and values."""
+    """[R, (N + 2G) D]: the tokens' part of queries, keys and values."""
     hidden: Tensor
     """[R, H]: fc's output, un-normed."""
     table: Tensor
@@ -74,7 +72,6 @@ class _Step:
     kept: Tensor | None
     """[T] int64: which rows of the previous step these are; None where all."""
     sight: Sight
-    hidden: Tensor
     q: Tensor
     out: Tensor
     log_sum_exp: Tensor
@@ -135,12 +132,10 @@ class FusedPass:
 
     def _base(self, batch: Batch) -> _Base:
         shape, matrices, dtype = self.shape, self.matrices, self.weights.dtype
-        tokens = rms_norm(self._embedded(batch), self.layer.input_layernorm.weight, self.eps)
-        projected = tokens @ matrices.qkv_tokens.t()
+        projected = self._tokens(batch) @ matrices.qkv_tokens.t()
         hidden = batch.aux.to(dtype) @ matrices.fc.t()
         heads = (2, shape.num_key_value_heads, shape.head_dim)
         base = _Base(
-            tokens=tokens,
             projected=projected,
             hidden=hidden,
             table=rotary_table(batch.key_positions, shape.head_dim, shape.rope_theta, dtype),
@@ -157,12 +152,15 @@ class FusedPass:
     def _embedded(self, batch: Batch) -> Tensor:
         return F.embedding(batch.key_tokens, self.embeddings).to(self.weights.dtype)
 
+    def _tokens(self, batch: Batch) -> Tensor:
+        """[R, H]: normed embeddings."""
+        return rms_norm(self._embedded(batch), self.layer.input_layernorm.weight, self.eps)
+
     def _forward_step(
         self, batch: Batch, base: _Base, number: int, rows: Tensor, kept: Tensor | None, previous: _Step | None
     ) -> _Step:
         starts = batch.start_index[rows]
-        hidden = base.hidden[starts] if previous is None else previous.result
-        hidden = hidden if kept is None else hidden[kept]
+        hidden = _step_input(batch, base, kept, rows, previous)
         normed = rms_norm(hidden, self.layer.hidden_norm.weight, self.eps)
         # Row t + k is a start row too, k places on: the turn goes on at least that far, or step k had no loss.
         places = starts + number
@@ -175,7 +173,7 @@ class FusedPass:
         out, log_sum_exp = attend(q, base.kv, base.own, sight)
         after = torch.addmm(hidden, out.flatten(1), self.matrices.output.t())
         result, gate_up = self._mlp(after)
-        return _Step(number, places, kept, sight, hidden, q, out, log_sum_exp, after, gate_up, result)
+        return _Step(number, places, kept, sight, q, out, log_sum_exp, after, gate_up, result)
 
     def _mlp(self, after: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Residual included; keeps gate and up of every slice unless they are to be made again."""
@@ -197,7 +195,7 @@ class FusedPass:
     def _backward(self, batch: Batch, base: _Base, steps: list[_Step], ready: Ready) -> ObjectiveResult:
         gradients, wide = self.weights.gradients(), self.weights.wide
         result = ObjectiveResult.zeros(batch.step_tokens.shape[1], batch.aux.device)
-        total = torch.zeros_like(base.projected)
+        total = base.projected.zero_()  # no step reads it any more
         kv_gradient, own_gradient = (torch.zeros_like(held, dtype=wide) for held in (base.kv, base.own))
         carried: Tensor | None = None
         while steps:
@@ -207,9 +205,10 @@ class FusedPass:
                 batch, chosen, step.result, carried, self.matrices.head, gradients
             )
             result.loss.add_((losses * chosen.weight).sum())
-            result.rows[step.number] = losses.numel()
+            result.rows[step.number].fill_(losses.numel())  # assigning a number would wait for the device
             result.losses[step.number] = losses.sum()
             result.hits[step.number] = hits.sum()
+            del step.result
             if step.number == 0:
                 ready(self.weights.head_parameters)
             after = self._mlp_backward(step, upstream)
@@ -221,9 +220,13 @@ class FusedPass:
             q_gradient = attend_backward(
                 attended, step.q, base.kv, base.own, step.out, step.log_sum_exp, step.sight, kv_gradient, own_gradient
             )
-            del attended
+            del attended, step.q, step.out
             if step.number:
-                carried = self._inputs_backward(base, step, q_gradient, own_gradient[step.number - 1], total, after)
+                hidden = _step_input(batch, base, step.kept, step.sight.rows, steps[-1])
+                carried = self._inputs_backward(
+                    base, step, hidden, q_gradient, own_gradient[step.number - 1], total, after
+                )
+                del hidden, q_gradient, after
                 if step.kept is not None:
                     carried = torch.zeros_like(steps[-1].result).index_copy_(0, step.kept, carried)
             else:
@@ -252,14 +255,22 @@ class FusedPass:
         return out
 
     def _inputs_backward(
-        self, base: _Base, step: _Step, q_gradient: Tensor, own_gradient: Tensor, total: Tensor, after: Tensor
+        self,
+        base: _Base,
+        step: _Step,
+        hidden: Tensor,
+        q_gradient: Tensor,
+        own_gradient: Tensor,
+        total: Tensor,
+        after: Tensor,
     ) -> Tensor:
         """Gradient [T, H] of a later step's input; that of its tokens' projections is added to `total`."""
         gradients, weight = self.weights.gradients(), self.layer.hidden_norm.weight
         projected = join_heads(q_gradient, own_gradient, base.table, step.places, step.sight.rows, total)
-        add_product(gradients.qkv_states, projected, rms_norm(step.hidden, weight, self.eps))
+        add_product(gradients.qkv_states, projected, rms_norm(hidden, weight, self.eps))
         given = projected @ self.matrices.qkv_states
-        return rms_norm_backward(given, step.hidden, weight, self.eps, gradients.vectors[weight], after)
+        del projected
+        return rms_norm_backward(given, hidden, weight, self.eps, gradients.vectors[weight], after)
 
     def _base_backward(
         self,
@@ -286,7 +297,13 @@ class FusedPass:
         residual = torch.zeros_like(base.hidden).index_copy_(0, rows, after)
         hidden = rms_norm_backward(given, base.hidden, weight, self.eps, gradients.vectors[weight], residual)
         add_product(gradients.fc, hidden, batch.aux.to(hidden.dtype))
-        add_product(gradients.qkv_tokens, total, base.tokens)
+        add_product(gradients.qkv_tokens, total, self._tokens(batch))
         weight = self.layer.input_layernorm.weight
         given = total @ matrices.qkv_tokens
         rms_norm_backward(given, self._embedded(batch), weight, self.eps, gradients.vectors[weight])
+
+
+def _step_input(batch: Batch, base: _Base, kept: Tensor | None, rows: Tensor, previous: _Step | None) -> Tensor:
+    """[T, H], un-normed: fc's output at step 0, later the step before's. Made again when the backward pass needs it."""
+    hidden = base.hidden[batch.start_index[rows]] if previous is None else previous.result
+    return hidden if kept is None or previous is None else hidden[kept]

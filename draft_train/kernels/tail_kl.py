@@ -1,4 +1,4 @@
-"""The tail-bucket loss of rows of logits and its gradient, in one reading of the logits.
+"""The tail-bucket loss of rows of logits and its gradient, by one program per row.
 
 Shape suffixes: T rows, V draft vocabulary, K teacher entries. The formulas are `objective`'s.
 """
@@ -26,7 +26,7 @@ def tail_kl(logits: Tensor, ids: Tensor, p: Tensor, tau: Tensor, weight: Tensor,
     if rows:
         _tail_kl_kernel[(rows,)](
             logits, ids, p, tau, weight, out, losses, argmax, width, ids.shape[1], torch.finfo(torch.float32).tiny,
-            BLOCK=power_of_two(width), ENTRIES=power_of_two(ids.shape[1]), num_warps=16,
+            BLOCK=min(4096, power_of_two(width)), ENTRIES=power_of_two(ids.shape[1]), num_warps=8,
         )  # fmt: skip
     return losses, argmax
 
@@ -61,24 +61,36 @@ def _tail_kl_kernel(
     tl.debug_barrier()
     tl.store(row_logits + named, float("-inf"), mask=present)
     tl.debug_barrier()
+    # Two readings, the second from the cache where a few rows per processor fit: a row in registers would leave no
+    # room for a second program that loads while this one computes.
     column = tl.arange(0, BLOCK)
-    outside = tl.load(row_logits + column, mask=column < width, other=float("-inf"))
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    place = tl.zeros((BLOCK,), tl.int32)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, width, BLOCK):
+        value = tl.load(row_logits + first + column, mask=first + column < width, other=float("-inf"))
+        above = tl.maximum(largest, value)
+        safe = tl.where(above == float("-inf"), 0.0, above)
+        sums = sums * tl.exp(largest - safe) + tl.exp(value - safe)
+        place = tl.where(value > largest, first + column, place)
+        largest = above
     best_inside = tl.max(inside, 0)
-    best_outside = tl.max(outside, 0)
-    best = tl.maximum(best_inside, best_outside)
+    best = tl.maximum(best_inside, tl.max(largest, 0))
     first_inside = tl.min(tl.where(present & (inside == best), named, width), 0)
-    first_outside = tl.min(tl.where(outside == best, column, width), 0)
+    first_outside = tl.min(tl.where(largest == best, place, width), 0)
     tl.store(argmax + row, tl.minimum(first_inside, first_outside.to(tl.int64)))
-    raised = tl.exp(outside - best)
     raised_inside = tl.exp(inside - best)
-    rest = tl.maximum(tl.sum(raised, 0), tiny)
+    rest = tl.maximum(tl.sum(sums * tl.exp(largest - best), 0), tiny)
     normalizer = rest + tl.sum(raised_inside, 0)
     log_normalizer = tl.log(normalizer)
     head = tl.sum(tl.where(present, teacher * (inside - best - log_normalizer), 0.0), 0)
     tl.store(losses + row, -head - tail * (tl.log(rest) - log_normalizer))
     scale = tl.load(weight + row)
     total = tl.sum(teacher, 0) + tail
+    factor = scale * (total / normalizer - tail / rest)
     dtype = out.dtype.element_ty
-    tl.store(row_out + column, (raised * (scale * (total / normalizer - tail / rest))).to(dtype), mask=column < width)
+    for first in range(0, width, BLOCK):
+        value = tl.load(row_logits + first + column, mask=first + column < width, other=float("-inf"))
+        tl.store(row_out + first + column, (tl.exp(value - best) * factor).to(dtype), mask=first + column < width)
     tl.debug_barrier()
     tl.store(row_out + named, ((raised_inside * (total / normalizer) - teacher) * scale).to(dtype), mask=present)
