@@ -100,7 +100,9 @@ class TrainConfig:
     )
     loss_chunk: int = field(default=4096, metadata=_doc("rows per slice of the draft's head and loss"))
     checkpoint_every: int = field(default=500, metadata=_doc("steps between checkpoints"))
-    keep_checkpoints: int = field(default=3, metadata=_doc("newest checkpoints kept"))
+    keep_checkpoints: int = field(
+        default=3, metadata=_doc("newest checkpoints kept, beside the best by --eval-every")
+    )
     seed: int = field(default=0, metadata=_doc("initial weights and order of conversations"))
     device: str = field(default="auto", metadata=_doc("cuda, cuda:N, cpu, or auto"))
     wandb: str = field(default="off", metadata=_doc("weights and biases: off, online or offline"))
