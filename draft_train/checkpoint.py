@@ -23,6 +23,9 @@ from store.vocab_map import VocabMap
 
 FORMAT = "draftcache-checkpoint"
 VERSION = 1
+BEST = "best.json"
+"""In a run's directory: which of its checkpoints has the longest acceptance."""
+
 _FILES = ("model.safetensors", "optimizer.safetensors", "vocab_map.safetensors")
 
 
@@ -153,17 +156,57 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted((output / "checkpoints").glob("step_*"))
 
 
+def best_checkpoint(output: Path) -> tuple[Path, float] | None:
+    """The run's checkpoint of the longest acceptance, with that length; None where none was evaluated.
+
+    Raises CheckpointError where best.json names none.
+    """
+    record = output / BEST
+    if not record.is_file():
+        return None
+    body = read_json(record)
+    try:
+        path, length = checkpoint_path(output, int(body["step"])), float(body["eval_acceptance_length"])
+    except (KeyError, TypeError, ValueError) as exc:
+        raise CheckpointError(f"{record}: expected a step and its acceptance length, found {body!r}") from exc
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{record}: expected {path.name}, which it names, found none; delete it to choose among later steps"
+        )
+    return path, length
+
+
+def note_best(output: Path, step: int, metrics: dict[str, Any]) -> None:
+    """Record the checkpoint of `step` as the best where its `metrics` have a longer acceptance than the best has.
+
+    On a tie the earlier one stays.
+    """
+    length, best = metrics.get("eval_acceptance_length"), best_checkpoint(output)
+    if length is not None and (best is None or length > best[1]):
+        write_json(output / BEST, {"step": step, "eval_acceptance_length": length})
+
+
 def resolve_checkpoint(path: Path) -> Path:
-    """A checkpoint directory, or the newest one of a run's directory. Raises CheckpointError."""
+    """A checkpoint directory, the newest one of a run's directory, or the best one of RUN/best.
+
+    Raises CheckpointError.
+    """
     if (path / "state.json").is_file():
         return path
+    if path.name == "best" and (best := best_checkpoint(path.parent)) is not None:
+        return best[0]
     found = checkpoints(path)
     if not found:
-        raise CheckpointError(f"{path}: expected a checkpoint or a training --output with checkpoints, found neither")
+        raise CheckpointError(
+            f"{path}: expected a checkpoint, a training --output with checkpoints, or best in one that was evaluated "
+            "by --eval-every, found none of them"
+        )
     return found[-1]
 
 
 def prune_checkpoints(output: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and leftovers of interrupted writes."""
-    for path in [*checkpoints(output)[:-keep], *(output / "checkpoints").glob(".step_*.partial")]:
+    """Delete all but the best and the newest `keep` checkpoints, and leftovers of interrupted writes."""
+    best = best_checkpoint(output)
+    old = [path for path in checkpoints(output)[:-keep] if best is None or path != best[0]]
+    for path in [*old, *(output / "checkpoints").glob(".step_*.partial")]:
         shutil.rmtree(path)

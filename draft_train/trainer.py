@@ -16,12 +16,14 @@ import torch
 from draft_train.acceptance import measure_acceptance
 from draft_train.checkpoint import (
     CheckpointState,
+    best_checkpoint,
     blank_optimizer,
     checkpoint_path,
     checkpoints,
     load_optimizer,
     load_state,
     load_weights,
+    note_best,
     prune_checkpoints,
     resolve_checkpoint,
     save_checkpoint,
@@ -112,6 +114,8 @@ class Trainer:
             load_weights(self.model, found[-1])
             load_optimizer(found[-1], self.model, self.optimizer)
             self.step = state.step
+            # A kill may have come between the checkpoint and the record that it is the best.
+            note_best(self.config.output, state.step, state.metrics)
         elif self.config.init_from is not None:
             path = resolve_checkpoint(self.config.init_from)
             self._require_same(path, load_state(path), resuming=False)
@@ -154,7 +158,7 @@ class Trainer:
             record |= self._evaluate()
         if log is not None:
             log.write(record)  # before the checkpoint: a step that is resumed from has been logged
-            if stopping or self._due(self.config.checkpoint_every):
+            if stopping or self._due(self.config.checkpoint_every) or self._is_best(record):
                 self._save(record)
         if stopping and self.step < self.total_steps:
             self.ranks.meet()
@@ -232,6 +236,12 @@ class Trainer:
         tokens, steps = self.ranks.add_up(sums).tolist()
         return {"eval_acceptance_length": tokens / max(1.0, steps)}
 
+    def _is_best(self, record: dict[str, Any]) -> bool:
+        if "eval_acceptance_length" not in record:
+            return False
+        best = best_checkpoint(self.config.output)
+        return best is None or bool(record["eval_acceptance_length"] > best[1])
+
     def _save(self, metrics: dict[str, Any]) -> None:
         state = CheckpointState(
             step=self.step,
@@ -246,6 +256,7 @@ class Trainer:
         )
         path = checkpoint_path(self.config.output, self.step)
         save_checkpoint(path, state, self.model, self.optimizer, self.vocab_map)
+        note_best(self.config.output, self.step, metrics)
         prune_checkpoints(self.config.output, self.config.keep_checkpoints)
 
 

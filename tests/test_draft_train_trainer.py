@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from synthetic import vocab_map, write_store
 
+import draft_train.trainer as trainer_module
 from draft_train.checkpoint import checkpoints, load_state, resolve_checkpoint
 from draft_train.config import TrainConfig
 from draft_train.optimizer import learning_rate
@@ -137,6 +139,83 @@ def test_sigkill_then_the_same_command_resumes(store: Path) -> None:
     assert [row["loss"] for row in metrics(cut.output)] == [row["loss"] for row in metrics(whole.output)]
 
 
+def evaluated(monkeypatch: pytest.MonkeyPatch, settings: TrainConfig, lengths: dict[int, float]) -> Trainer:
+    """A trainer whose evaluations find these acceptance lengths, by step."""
+    trainer = Trainer(settings)
+    monkeypatch.setattr(trainer, "_evaluate", lambda: {"eval_acceptance_length": lengths[trainer.step]})
+    return trainer
+
+
+LENGTHS = {2: 1.5, 4: 1.8, 6: 1.7, 8: 1.8}
+
+
+def test_best_checkpoint_survives_pruning_and_is_found(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps 3, 6, 8 save anyway, step 4 because it is the best; a tie changes nothing."""
+    settings = config(store, eval_split="val", eval_every=2, epochs=3, keep_checkpoints=1, batch_conversations=2)
+    last = evaluated(monkeypatch, settings, LENGTHS | {9: 1.2}).run()
+    assert [path.name for path in checkpoints(settings.output)] == ["step_00000004", "step_00000009"]
+    assert resolve_checkpoint(settings.output) == last
+    best = resolve_checkpoint(settings.output / "best")
+    assert best.name == "step_00000004"
+    assert load_state(best).metrics["eval_acceptance_length"] == 1.8
+    command = [sys.executable, "-m", "tools.cli", "export", "--checkpoint", str(settings.output / "best")]
+    subprocess.run([*command, "--engine", "vllm", "--output", str(store / "draft")], check=True, capture_output=True)
+    exported, theirs = (load_file(path / "model.safetensors") for path in (store / "draft", best))
+    name = "fc.weight"
+    assert torch.equal(exported[name].float(), theirs[name].to(exported[name].dtype).float())
+    shutil.rmtree(best)
+    with pytest.raises(CheckpointError, match=r"best\.json: expected step_00000004, which it names, found none"):
+        resolve_checkpoint(settings.output / "best")
+
+
+def test_a_kill_between_a_checkpoint_and_its_record_forgets_no_best(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(Exception):
+        pass
+
+    def killed(*_: object) -> None:
+        raise KilledError
+
+    settings = config(store, eval_split="val", eval_every=2, epochs=3, keep_checkpoints=1)
+    lengths = LENGTHS | {9: 1.2}
+    with monkeypatch.context() as patch:
+        original = trainer_module.note_best
+        patch.setattr(trainer_module, "note_best", lambda *a: killed() if a[1] == 4 else original(*a))
+        with pytest.raises(KilledError):
+            evaluated(patch, settings, lengths).run()
+    assert json.loads((settings.output / "best.json").read_text())["step"] == 2
+    evaluated(monkeypatch, settings, lengths).run()
+    assert resolve_checkpoint(settings.output / "best").name == "step_00000004"
+
+
+def test_without_evaluation_there_is_no_best(store: Path) -> None:
+    Trainer(config(store)).run()
+    with pytest.raises(CheckpointError, match="best in one that was evaluated by --eval-every"):
+        resolve_checkpoint(store / "run" / "best")
+
+
+def test_sigterm_saves_the_step_and_the_same_command_resumes(store: Path) -> None:
+    whole, cut = (config(store, output=store / name, epochs=100, checkpoint_every=1000) for name in ("whole", "cut"))
+    Trainer(whole).run()
+    command = [sys.executable, "-m", "tools.cli", "train", *flags(cut)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        log, deadline = cut.output / "metrics.jsonl", time.monotonic() + 90
+        while not log.is_file() or not log.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 143
+    state = load_state(resolve_checkpoint(cut.output))
+    assert not state.finished
+    assert f"stopped after step {state.step}, which is saved: run the same command again" in errors
+    subprocess.run(command, check=True, capture_output=True)
+    mine, theirs = (load_file(checkpoints(run.output)[-1] / "model.safetensors") for run in (cut, whole))
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    assert [row["loss"] for row in metrics(cut.output)] == [row["loss"] for row in metrics(whole.output)]
+
+
 def test_finished_run_is_left_alone(store: Path) -> None:
     settings = config(store)
     last = Trainer(settings).run()
@@ -224,7 +303,7 @@ def test_damaged_and_incomplete_checkpoints_are_refused(store: Path) -> None:
     (last / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="incomplete"):
         load_state(last)
-    with pytest.raises(CheckpointError, match="found neither"):
+    with pytest.raises(CheckpointError, match="found none of them"):
         resolve_checkpoint(store)
 
 
