@@ -116,9 +116,7 @@ class TrainConfig:
         metadata=_doc("make the MLP's inputs again in the backward pass: a third less memory, 8% slower"),
     )
     checkpoint_every: int = field(default=500, metadata=_doc("steps between checkpoints"))
-    keep_checkpoints: int = field(
-        default=3, metadata=_doc("newest checkpoints kept, beside the best by --eval-every")
-    )
+    keep_checkpoints: int = field(default=3, metadata=_doc("newest checkpoints kept, beside the best by --eval-every"))
     seed: int = field(default=0, metadata=_doc("initial weights and order of conversations"))
     device: str = field(default="auto", metadata=_doc("cuda, cuda:N, cpu, or auto"))
     wandb: str = field(default="off", metadata=_doc("weights and biases: off, online or offline"))

@@ -89,7 +89,7 @@ def test_any_number_of_ranks_trains_the_same_run(store: Path) -> None:
     for world in (1, 2, 3):
         made = settings(store, str(world), **changes)
         ends = finish(start(world, [WORKER, as_json(made)]))
-        assert all(code == 0 for code, *_ in ends), ends[0][2]
+        assert all(code == 0 for code, *_ in ends), ends
         if world == 3:
             assert "some wait for others" in ends[0][2]
     alone = metrics(store / "1")
