@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from draft_train.config import TrainConfig
 from draft_train.parallel import joined_ranks
 from draft_train.trainer import Trainer
+from store.errors import DraftcacheError
 
 
 def main() -> None:
@@ -38,5 +40,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
-    os._exit(0)  # as the command does: threads of torch's process group may abort at the interpreter's end
+    code = 0
+    try:
+        main()
+    except DraftcacheError:
+        traceback.print_exc()
+        code = 1
+    sys.stderr.flush()
+    os._exit(code)  # as the command does: threads of torch's process group may abort at the interpreter's end
