@@ -72,7 +72,6 @@ class FusedWeights:
         self._gradients.vectors.update(
             {value: torch.zeros_like(value) for value in self._parameters if value.ndim == 1}
         )
-        self._versions: list[int] = []
 
     def _memory(self, dtype: torch.dtype) -> Matrices:
         tensors: dict[str, Any] = {}
@@ -82,14 +81,13 @@ class FusedWeights:
         return Matrices(**tensors)
 
     def refresh(self) -> None:
-        """Copy the parameters again where one of them was written since."""
-        versions = [value._version for value in self._parameters]
-        if versions == self._versions:
-            return
+        """Copy the parameters, 6 bytes of traffic for each: 1.3 GB at the seed's shape.
+
+        Every time: nothing tells whether they were written since. Fused AdamW does not raise a tensor's version.
+        """
         for name, group in self._groups.items():
             for target, value in zip(_parts(getattr(self.matrices, name), group), group, strict=True):
                 target.copy_(value.detach())
-        self._versions = versions
 
     def gradients(self) -> Matrices:
         """The memory behind every parameter's `.grad`: zero where that was None, as it is where there is one."""
