@@ -26,15 +26,19 @@ def choose_pass(
     """
     reason = why_not_fused(config, model, embeddings.device)
     if reason is None and config.compute != "plain":
-        rows = min(_LEAN_ROWS, config.loss_chunk) if config.recompute_mlp else config.loss_chunk
-        settings = PassSettings(mlp_rows=rows, head_rows=rows, recompute_mlp=config.recompute_mlp)
-        return FusedPass(model, objective, embeddings, settings)
+        return FusedPass(model, objective, embeddings, pass_settings(config))
     if config.compute == "fused" or config.recompute_mlp:
         asked = "--compute fused" if config.compute == "fused" else "--recompute-mlp"
         raise InputError(f"{asked}: expected the fused pass, found {reason or '--compute plain'}")
     if say and reason is not None and embeddings.is_cuda:
         print(f"draftcache train: the plain pass runs, several times slower, because of {reason}", file=sys.stderr)
     return PlainPass(model, objective, embeddings)
+
+
+def pass_settings(config: TrainConfig) -> PassSettings:
+    """Of the fused pass. Where memory is to be spared, slices are smaller too."""
+    rows = min(_LEAN_ROWS, config.loss_chunk) if config.recompute_mlp else config.loss_chunk
+    return PassSettings(rows=rows, recompute_mlp=config.recompute_mlp)
 
 
 def why_not_fused(config: TrainConfig, model: DraftModel, device: torch.device) -> str | None:

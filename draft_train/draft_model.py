@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from draft_train.config import DraftShape
+from draft_train.kernels.rotary import rotary_table, rotate
 
 
 class RMSNorm(nn.Module):
@@ -26,21 +27,6 @@ class RMSNorm(nn.Module):
         return F.rms_norm(hidden.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(hidden.dtype)
 
 
-class Rotary:
-    """Rotary embedding in the half-rotation form; angles are computed in float32 from integer positions."""
-
-    def __init__(self, head_dim: int, theta: float) -> None:
-        self._frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-
-    def __call__(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Rotate [heads, T, D] by int64 `positions` [T]."""
-        angles = torch.outer(positions.double(), self._frequencies.to(positions.device))
-        dtype = torch.promote_types(heads.dtype, torch.float32)
-        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        first, second = heads.to(dtype).chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
-
-
 def _linear(inputs: int, outputs: int) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=False)
 
@@ -51,7 +37,6 @@ class Attention(nn.Module):
     def __init__(self, shape: DraftShape) -> None:
         super().__init__()
         self.shape = shape
-        self.rotary = Rotary(shape.head_dim, shape.rope_theta)
         queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
         self.q_proj = _linear(2 * shape.hidden_size, queries)
         self.k_proj = _linear(2 * shape.hidden_size, keys)
@@ -60,15 +45,20 @@ class Attention(nn.Module):
 
     def queries(self, inputs: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """[T, 2H] at int64 positions [T] -> rotated queries [N, T, D]."""
-        return self.rotary(self._heads(self.q_proj(inputs)), positions)
+        return self._rotated(self.q_proj(inputs), positions)
 
     def keys_values(self, inputs: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, 2H] at int64 positions [T] -> rotated keys and values, each [G, T, D]."""
-        return self.rotary(self._heads(self.k_proj(inputs)), positions), self._heads(self.v_proj(inputs))
+        return self._rotated(self.k_proj(inputs), positions), self._heads(self.v_proj(inputs))
 
     def output(self, attended: torch.Tensor) -> torch.Tensor:
         """[N, T, D] -> [T, H]."""
         return self.o_proj(attended.transpose(0, 1).flatten(1))  # type: ignore[no-any-return]
+
+    def _rotated(self, projected: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Angles are float64 from integer positions, the rotation is float32."""
+        table = rotary_table(positions, self.shape.head_dim, self.shape.rope_theta, projected.dtype)
+        return rotate(self._heads(projected), table)
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
         return projected.view(projected.shape[0], -1, self.shape.head_dim).transpose(0, 1)

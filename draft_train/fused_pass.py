@@ -26,7 +26,7 @@ from draft_train.draft_model import DraftModel
 from draft_train.fused_weights import FusedWeights, add_product
 from draft_train.gradient_pass import Ready
 from draft_train.head_loss import HeadLoss
-from draft_train.kernels.attention import Sight, attend, attend_backward
+from draft_train.kernels.attention import Attended, Sight, attend, attend_backward
 from draft_train.kernels.norms import rms_norm, rms_norm_backward
 from draft_train.kernels.rotary import join_heads, rotary_table, split_heads
 from draft_train.kernels.swiglu import swiglu, swiglu_backward_
@@ -37,10 +37,8 @@ from draft_train.objective import Objective, ObjectiveResult, tail_sums
 class PassSettings:
     """What trades memory for time."""
 
-    mlp_rows: int = 8192
-    """Rows of the MLP at a time."""
-    head_rows: int = 8192
-    """Rows whose logits are there at once."""
+    rows: int = 8192
+    """Rows of the MLP at a time, and rows whose logits are there at once."""
     recompute_mlp: bool = False
     """Make gate and up again in the backward pass instead of keeping them."""
 
@@ -67,14 +65,13 @@ class _Step:
     """What one step keeps for the backward pass; T rows."""
 
     number: int
+    rows: Tensor
+    """[T] int64 start rows."""
     places: Tensor
     """[T] int64: the key row whose token this step consumes."""
     kept: Tensor | None
     """[T] int64: which rows of the previous step these are; None where all."""
-    sight: Sight
-    q: Tensor
-    out: Tensor
-    log_sum_exp: Tensor
+    attended: Attended
     after: Tensor
     """[T, H]: what the MLP reads, un-normed."""
     gate_up: list[Tensor]
@@ -97,14 +94,15 @@ class FusedPass:
         self.shape, self.eps = model.shape, model.shape.rms_norm_eps
         self.embeddings = embeddings
         self.settings = settings or PassSettings()
-        self.head_loss = HeadLoss(objective, model.norm, self.settings.head_rows)
+        self.head_loss = HeadLoss(objective, model.norm, self.settings.rows)
         self.weights = FusedWeights(model, dtype)
-        self.matrices = self.weights.matrices
+        self.matrices, self.gradients = self.weights.matrices, self.weights.gradients
 
     @torch.no_grad()
     def __call__(self, batch: Batch, ready: Ready | None = None) -> ObjectiveResult:
         """See `GradientPass`. `ready` hears of gradients in the order: head, MLP, attention and fc."""
         self.weights.refresh()
+        self.weights.attach()
         base = self._base(batch)
         steps: list[_Step] = []
         for number, rows, kept in self._live_rows(batch):
@@ -170,10 +168,10 @@ class FusedPass:
         q = split_heads(projected, base.table, places, self.shape.num_attention_heads, kv, rows)
         del projected, normed
         sight = Sight(rows, base.positions[starts], base.positions, number, batch.window)
-        out, log_sum_exp = attend(q, base.kv, base.own, sight)
-        after = torch.addmm(hidden, out.flatten(1), self.matrices.output.t())
+        attended = attend(q, base.kv, base.own, sight)
+        after = torch.addmm(hidden, attended.out.flatten(1), self.matrices.output.t())
         result, gate_up = self._mlp(after)
-        return _Step(number, places, kept, sight, q, out, log_sum_exp, after, gate_up, result)
+        return _Step(number, rows, places, kept, attended, after, gate_up, result)
 
     def _mlp(self, after: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Residual included; keeps gate and up of every slice unless they are to be made again."""
@@ -189,18 +187,18 @@ class FusedPass:
         return rms_norm(after, self.layer.post_attention_layernorm.weight, self.eps)
 
     def _slices(self, rows: Tensor) -> list[slice]:
-        size = self.settings.mlp_rows
+        size = self.settings.rows
         return [slice(first, min(first + size, len(rows))) for first in range(0, len(rows), size)]
 
     def _backward(self, batch: Batch, base: _Base, steps: list[_Step], ready: Ready) -> ObjectiveResult:
-        gradients, wide = self.weights.gradients(), self.weights.wide
+        gradients, wide = self.gradients, self.weights.wide
         result = ObjectiveResult.zeros(batch.step_tokens.shape[1], batch.aux.device)
         total = base.projected.zero_()  # no step reads it any more
         kv_gradient, own_gradient = (torch.zeros_like(held, dtype=wide) for held in (base.kv, base.own))
         carried: Tensor | None = None
         while steps:
             step = steps.pop()
-            chosen = self.head_loss.rows_of(batch, step.number, step.sight.rows)
+            chosen = self.head_loss.rows_of(batch, step.number, step.rows)
             upstream, losses, hits = self.head_loss.backward(
                 batch, chosen, step.result, carried, self.matrices.head, gradients
             )
@@ -215,14 +213,12 @@ class FusedPass:
             if step.number == 0:
                 ready(self.weights.mlp_parameters)
             del upstream
-            attended = (after @ self.matrices.output).view_as(step.out)
-            add_product(gradients.output, after, step.out.flatten(1))
-            q_gradient = attend_backward(
-                attended, step.q, base.kv, base.own, step.out, step.log_sum_exp, step.sight, kv_gradient, own_gradient
-            )
-            del attended, step.q, step.out
+            given = (after @ self.matrices.output).view_as(step.attended.out)
+            add_product(self.gradients.output, after, step.attended.out.flatten(1))
+            q_gradient = attend_backward(given, step.attended, kv_gradient, own_gradient)
+            del given, step.attended
             if step.number:
-                hidden = _step_input(batch, base, step.kept, step.sight.rows, steps[-1])
+                hidden = _step_input(batch, base, step.kept, step.rows, steps[-1])
                 carried = self._inputs_backward(
                     base, step, hidden, q_gradient, own_gradient[step.number - 1], total, after
                 )
@@ -238,7 +234,7 @@ class FusedPass:
 
     def _mlp_backward(self, step: _Step, upstream: Tensor) -> Tensor:
         """Gradient [T, H] of the MLP's input from that of its output, residual included."""
-        gradients, weight = self.weights.gradients(), self.layer.post_attention_layernorm.weight
+        gradients, weight = self.gradients, self.layer.post_attention_layernorm.weight
         out = torch.empty_like(upstream)
         for number, rows in enumerate(self._slices(upstream)):
             normed = self._mlp_input(step.after[rows])
@@ -265,8 +261,8 @@ class FusedPass:
         after: Tensor,
     ) -> Tensor:
         """Gradient [T, H] of a later step's input; that of its tokens' projections is added to `total`."""
-        gradients, weight = self.weights.gradients(), self.layer.hidden_norm.weight
-        projected = join_heads(q_gradient, own_gradient, base.table, step.places, step.sight.rows, total)
+        gradients, weight = self.gradients, self.layer.hidden_norm.weight
+        projected = join_heads(q_gradient, own_gradient, base.table, step.places, step.rows, total)
         add_product(gradients.qkv_states, projected, rms_norm(hidden, weight, self.eps))
         given = projected @ self.matrices.qkv_states
         del projected
@@ -283,7 +279,7 @@ class FusedPass:
         after: Tensor,
     ) -> None:
         """Step 0's inputs, the tokens' projections of all steps, and fc."""
-        gradients, matrices, queries = self.weights.gradients(), self.matrices, self.weights.queries
+        gradients, matrices, queries = self.gradients, self.matrices, self.weights.queries
         rows, every = step.places, torch.arange(base.hidden.shape[0], device=total.device)
         asked = join_heads(q_gradient, kv_gradient[:, :, :0], base.table, rows, rows, total[:, :queries])
         no_queries = q_gradient.new_empty(base.hidden.shape[0], 0, q_gradient.shape[-1])

@@ -68,10 +68,9 @@ class FusedWeights:
             "head": _weights(model.lm_head),
         }
         self.matrices = self._memory(dtype)
-        self._gradients = self._memory(self.wide)
-        self._gradients.vectors.update(
-            {value: torch.zeros_like(value) for value in self._parameters if value.ndim == 1}
-        )
+        self.gradients = self._memory(self.wide)
+        """Views of these are the parameters' `.grad`, after `attach`."""
+        self.gradients.vectors.update({value: torch.zeros_like(value) for value in self._parameters if value.ndim == 1})
 
     def _memory(self, dtype: torch.dtype) -> Matrices:
         tensors: dict[str, Any] = {}
@@ -89,14 +88,13 @@ class FusedWeights:
             for target, value in zip(_parts(getattr(self.matrices, name), group), group, strict=True):
                 target.copy_(value.detach())
 
-    def gradients(self) -> Matrices:
-        """The memory behind every parameter's `.grad`: zero where that was None, as it is where there is one."""
+    def attach(self) -> None:
+        """Put `gradients` behind every parameter's `.grad`: zero where that was None, as it is where there is one."""
         for name, group in self._groups.items():
-            for part, value in zip(_parts(getattr(self._gradients, name), group), group, strict=True):
+            for part, value in zip(_parts(getattr(self.gradients, name), group), group, strict=True):
                 _attach(value, part)
-        for vector, part in self._gradients.vectors.items():
+        for vector, part in self.gradients.vectors.items():
             _attach(vector, part)
-        return self._gradients
 
 
 def _parts(matrix: Tensor, group: list[nn.Parameter]) -> list[Tensor]:

@@ -32,7 +32,6 @@ import torch
 import torch.nn.functional as F
 
 from draft_train.config import LOSSES
-from draft_train.teacher import exact_probabilities
 
 LK_DECAY = 3.0
 """lambda = exp(-3 alpha)."""
@@ -200,11 +199,3 @@ def fused_tail_bucket_loss(
     if not absent and teacher_ids.shape[1] == logits.shape[1]:
         return _head_loss(logits, teacher_ids, p, torch.logsumexp(logits, dim=-1))
     return _FusedTailBucketLoss.apply(logits, teacher_ids, p, tau, absent)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def exact_loss(logits: torch.Tensor, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """Cross entropy [T] of draft logits [T, D] to the verifier's distribution over D.
-
-    `hidden` [T, H]: its final-norm states; `head` [D, H]: the draft vocabulary's rows of its head.
-    """
-    return F.cross_entropy(logits, exact_probabilities(hidden, head).to(logits.dtype), reduction="none")

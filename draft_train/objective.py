@@ -15,10 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from draft_train.batches import Batch
 from draft_train.config import TrainConfig
 from draft_train.draft_model import DraftModel
-from draft_train.losses import exact_loss as exact_loss
-from draft_train.losses import fused_tail_bucket_loss as fused_tail_bucket_loss
 from draft_train.losses import row_loss
-from draft_train.losses import tail_bucket_loss as tail_bucket_loss
 from draft_train.teacher import exact_probabilities
 from draft_train.unroll import unroll
 

@@ -146,5 +146,6 @@ def ring_bytes(store: StoreReader, loader: BatchLoader, schedule: Schedule, most
     """Host memory that reading ahead can use, at most `most`: no more than the data, or than is ever read ahead."""
     sizes = loader.bytes[schedule.members]
     per_token = float((sizes / schedule.tokens[schedule.members]).max())
-    largest = max(int(sizes.max()), int(per_token * schedule.pack_tokens))
+    alone = int(sizes.max())
+    largest = max(alone, min(int(per_token * schedule.pack_tokens), alone * schedule.batch_conversations))
     return min(most, min(int(sizes.sum()), _AHEAD_PER_READER * _readers(store) * largest) + (1 << 20))

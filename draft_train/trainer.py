@@ -142,7 +142,7 @@ class Trainer:
             self.config.output.mkdir(parents=True, exist_ok=True)
         self._restore()
         if self.step < self.total_steps:
-            if self.config.loss_rows == "unshifted":
+            if self.config.loss_rows == "unshifted" and self.ranks.leads:
                 left, wanted = left_out_pairs(self.store, self.members, self.config.ttt_steps)
                 print(f"--loss-rows unshifted: no teacher is stored for {left} of its {wanted} pairs: left out")
             with self._log() as log, self._prefetcher() as data:

@@ -22,7 +22,7 @@ from draft_train.objective import Objective
 from draft_train.optimizer import make_optimizer
 from store.errors import InputError
 
-SMALL = PassSettings(mlp_rows=7, head_rows=16)
+SMALL = PassSettings(rows=7)
 
 
 def config(**changes: object) -> TrainConfig:

@@ -16,7 +16,8 @@ from test_draft_train_unroll import embeddings, make_model
 from draft_train.batches import build_batch
 from draft_train.gradient_pass import PlainPass
 from draft_train.loss_rows import left_out_pairs, turn_rows, unshifted_rows
-from draft_train.objective import Objective, tail_bucket_loss, teacher_probabilities
+from draft_train.losses import tail_bucket_loss
+from draft_train.objective import Objective, teacher_probabilities
 from draft_train.trainer import Trainer
 from draft_train.unroll import unroll
 from store.errors import InputError

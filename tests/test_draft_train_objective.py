@@ -13,14 +13,8 @@ from test_draft_train_unroll import embeddings, make_model
 
 from draft_train.batches import Batch, build_batch
 from draft_train.config import TrainConfig
-from draft_train.objective import (
-    Objective,
-    ObjectiveResult,
-    fused_tail_bucket_loss,
-    row_weights,
-    tail_bucket_loss,
-    teacher_probabilities,
-)
+from draft_train.losses import fused_tail_bucket_loss, tail_bucket_loss
+from draft_train.objective import Objective, ObjectiveResult, row_weights, teacher_probabilities
 
 V, K, ROWS = 50, 8, 12
 

@@ -18,7 +18,7 @@ from torch import nn
 from draft_train.batches import Batch, build_batch
 from draft_train.host_memory import ALIGNMENT, HostRing, Region
 from draft_train.packed_batch import BatchLoader
-from draft_train.prefetch import Prefetcher
+from draft_train.prefetch import Prefetcher, ring_bytes
 from draft_train.teacher import TeacherView
 from draft_train.trainer import Trainer
 from store.errors import ShardDamagedError
@@ -41,6 +41,16 @@ def require_equal(mine: Batch, theirs: Batch) -> None:
             assert torch.equal(first, second), item.name
         else:
             assert first == second, item.name
+
+
+def test_memory_for_reading_ahead_is_no_more_than_the_steps_can_use(tmp_path: Path) -> None:
+    """One conversation a step never fills a pack, however large packs may be."""
+    write_store(tmp_path / "store", per_shard=40)
+    trainers = [Trainer(config(tmp_path, batch_conversations=size, pack_tokens=100_000)) for size in (1, 4)]
+    loader = loader_of(trainers[0].store)
+    alone, four = (ring_bytes(made.store, loader, made.schedule, 1 << 30) - (1 << 20) for made in trainers)
+    assert alone == 8 * int(loader.bytes[trainers[0].members].max())
+    assert four > alone
 
 
 @pytest.mark.parametrize("mode", ["float32", "bf16", "lossless", "int8", "fp8"])

@@ -18,14 +18,9 @@ from draft_train.batches import Batch, build_batch
 from draft_train.checkpoint import load_state
 from draft_train.config import LOSSES
 from draft_train.export import export_draft
-from draft_train.objective import (
-    ObjectiveResult,
-    exact_loss,
-    fused_tail_bucket_loss,
-    tail_bucket_loss,
-    teacher_probabilities,
-)
-from draft_train.teacher import TeacherView
+from draft_train.losses import fused_tail_bucket_loss, row_loss, tail_bucket_loss
+from draft_train.objective import ObjectiveResult, teacher_probabilities
+from draft_train.teacher import TeacherView, exact_probabilities
 from draft_train.trainer import Trainer
 from store.errors import CheckpointError, InputError
 from store.reader import StoreReader
@@ -128,6 +123,10 @@ def test_fused_and_plain_agree_in_float32_with_many_rows() -> None:
         results.append((losses.detach(), leaf.grad))
     for plain, fused in zip(*results, strict=True):
         torch.testing.assert_close(fused, plain, rtol=2e-5, atol=2e-5)
+
+
+def exact_loss(logits: torch.Tensor, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    return row_loss("tail-kl")(logits, None, exact_probabilities(hidden, head), None, None)
 
 
 def test_exact_loss_is_the_cross_entropy() -> None:

@@ -19,7 +19,8 @@ from capture.verifier import load_verifier
 from draft_train.batches import build_batch
 from draft_train.config import DraftShape
 from draft_train.draft_model import DraftModel
-from draft_train.objective import fused_tail_bucket_loss, teacher_probabilities
+from draft_train.losses import fused_tail_bucket_loss
+from draft_train.objective import teacher_probabilities
 from draft_train.teacher import exact_probabilities
 from draft_train.trainer import Trainer
 from store.errors import PrecisionError

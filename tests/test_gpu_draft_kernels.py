@@ -151,21 +151,23 @@ def test_attention(name: str, heads: int, groups: int, width: int, step: int, dt
     sight = sight_of(positions, key_positions, step, window, slots)
     q = (2 * rand(positions.numel(), heads, width)).to(dtype)  # logits of tens: where gradients of the LSE matter
     kv, own = rand(key_positions.numel(), 2, groups, width, dtype=dtype), rand(5, slots, 2, groups, width, dtype=dtype)
-    out, log_sum_exp = attend(q, kv, own, sight)
+    held = attend(q, kv, own, sight)
     wide = [value.double() for value in (q, kv, own)]
     expected = attend_reference(*wide, sight)
-    assert error(out, expected[0]) < BOUND[dtype]
-    torch.testing.assert_close(log_sum_exp.double(), expected[1], rtol=1e-3, atol=1e-3 if dtype == F32 else 2e-2)
+    assert error(held.out, expected.out) < BOUND[dtype]
+    torch.testing.assert_close(
+        held.log_sum_exp.double(), expected.log_sum_exp, rtol=1e-3, atol=1e-3 if dtype == F32 else 2e-2
+    )
     given = rand(*q.shape, dtype=dtype)
     sums = [torch.zeros_like(value, dtype=F32) for value in (kv, own)]
     wide_sums = [torch.zeros_like(value) for value in wide[1:]]
-    found = attend_backward(given, q, kv, own, out, log_sum_exp, sight, *sums)
-    expected_q = attend_backward_reference(given.double(), *wide, *expected, sight, *wide_sums)
+    found = attend_backward(given, held, *sums)
+    expected_q = attend_backward_reference(given.double(), expected, *wide_sums)
     assert error(found, expected_q) < 2 * BOUND[dtype]
     for ours, theirs in zip(sums, wide_sums, strict=True):
         assert error(ours, theirs) < 2 * BOUND[dtype]
     if step:  # negative control: rows that see one key more are told apart
         wider = attend_reference(*wide, sight_of(positions, key_positions, step, window + step, slots))
-        assert name == "whole" or error(wider[0], expected[0]) > BOUND[F32]
-    again = attend_backward(given, q, kv, own, out, log_sum_exp, sight, *(torch.zeros_like(part) for part in sums))
+        assert name == "whole" or error(wider.out, expected.out) > BOUND[F32]
+    again = attend_backward(given, held, *(torch.zeros_like(part) for part in sums))
     assert torch.equal(found, again)

@@ -34,37 +34,42 @@ class Sight:
     window: int
 
 
-def attend(q: Tensor, kv: Tensor, own: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
-    """Output [T, N, D] and log-sum-exp [N, T] (float32) of queries [T, N, D] over `kv` and the first `step` of `own`.
+@dataclass(frozen=True)
+class Attended:
+    """Attention's operands and results, which its backward pass reads."""
+
+    q: Tensor
+    """[T, N, D]."""
+    kv: Tensor
+    own: Tensor
+    sight: Sight
+    out: Tensor
+    """[T, N, D]."""
+    log_sum_exp: Tensor
+    """[N, T], float32 at least."""
+
+
+def attend(q: Tensor, kv: Tensor, own: Tensor, sight: Sight) -> Attended:
+    """Attention of queries [T, N, D] over `kv` and the first `step` of `own`.
 
     D must be a power of two from 16 to 256 on a GPU. Every row sees at least its own step-0 key.
     """
     if not q.is_cuda:
         return attend_reference(q, kv, own, sight)
-    return kernels.forward(q, kv, own, sight)
+    return Attended(q, kv, own, sight, *kernels.forward(q, kv, own, sight))
 
 
-def attend_backward(
-    upstream: Tensor,
-    q: Tensor,
-    kv: Tensor,
-    own: Tensor,
-    out: Tensor,
-    log_sum_exp: Tensor,
-    sight: Sight,
-    kv_gradient: Tensor,
-    own_gradient: Tensor,
-) -> Tensor:
+def attend_backward(upstream: Tensor, held: Attended, kv_gradient: Tensor, own_gradient: Tensor) -> Tensor:
     """Gradient [T, N, D] of the queries; those of keys and values are added to `kv_gradient` and `own_gradient`.
 
-    `upstream` [T, N, D], `out` and `log_sum_exp` as of `attend`. The added-to are float32 of the shapes of kv and own.
+    `upstream` [T, N, D]. The added-to are float32 of the shapes of kv and own.
     """
-    if not q.is_cuda:
-        return attend_backward_reference(upstream, q, kv, own, out, log_sum_exp, sight, kv_gradient, own_gradient)
-    return kernels.backward(upstream, q, kv, own, out, log_sum_exp, sight, kv_gradient, own_gradient)
+    if not held.q.is_cuda:
+        return attend_backward_reference(upstream, held, kv_gradient, own_gradient)
+    return kernels.backward(upstream, held, kv_gradient, own_gradient)
 
 
-def attend_reference(q: Tensor, kv: Tensor, own: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
+def attend_reference(q: Tensor, kv: Tensor, own: Tensor, sight: Sight) -> Attended:
     """See `attend`; every score at once."""
     held = [own[step, sight.rows].transpose(0, 1) for step in range(sight.step)]
     out = dense_window_attention(
@@ -78,7 +83,7 @@ def attend_reference(q: Tensor, kv: Tensor, own: Tensor, sight: Sight) -> tuple[
         step=sight.step,
         window=sight.window,
     )
-    return out.transpose(0, 1).contiguous(), _log_sum_exp(q, kv, own, sight)
+    return Attended(q, kv, own, sight, out.transpose(0, 1).contiguous(), _log_sum_exp(q, kv, own, sight))
 
 
 def _log_sum_exp(q: Tensor, kv: Tensor, own: Tensor, sight: Sight) -> Tensor:
@@ -95,21 +100,11 @@ def _log_sum_exp(q: Tensor, kv: Tensor, own: Tensor, sight: Sight) -> Tensor:
     return torch.logsumexp(torch.cat([scores, *diagonals], dim=-1) / math.sqrt(q.shape[-1]), dim=-1)
 
 
-def attend_backward_reference(
-    upstream: Tensor,
-    q: Tensor,
-    kv: Tensor,
-    own: Tensor,
-    out: Tensor,
-    log_sum_exp: Tensor,
-    sight: Sight,
-    kv_gradient: Tensor,
-    own_gradient: Tensor,
-) -> Tensor:
-    """See `attend_backward`; by autograd, so `out` and `log_sum_exp` are made anew."""
+def attend_backward_reference(upstream: Tensor, held: Attended, kv_gradient: Tensor, own_gradient: Tensor) -> Tensor:
+    """See `attend_backward`; by autograd, so output and log-sum-exp are made anew."""
     with torch.enable_grad():
-        leaves = [part.detach().requires_grad_() for part in (q, kv, own)]
-        found, _ = attend_reference(leaves[0], leaves[1], leaves[2], sight)
+        leaves = [part.detach().requires_grad_() for part in (held.q, held.kv, held.own)]
+        found = attend_reference(leaves[0], leaves[1], leaves[2], held.sight).out
         gradients = torch.autograd.grad(found, leaves, upstream, materialize_grads=True)
     kv_gradient += gradients[1]
     own_gradient += gradients[2]

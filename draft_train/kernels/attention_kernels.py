@@ -11,7 +11,7 @@ from torch import Tensor
 from store.triton_launch import jit, tl
 
 if TYPE_CHECKING:
-    from draft_train.kernels.attention import Sight
+    from draft_train.kernels.attention import Attended, Sight
 
 _SIZES = ("queries", "keys", "slots", "step", "window")
 
@@ -36,18 +36,9 @@ def forward(q: Tensor, kv: Tensor, own: Tensor, sight: Sight) -> tuple[Tensor, T
     return out, log_sum_exp
 
 
-def backward(
-    upstream: Tensor,
-    q: Tensor,
-    kv: Tensor,
-    own: Tensor,
-    out: Tensor,
-    log_sum_exp: Tensor,
-    sight: Sight,
-    kv_gradient: Tensor,
-    own_gradient: Tensor,
-) -> Tensor:
+def backward(upstream: Tensor, held: Attended, kv_gradient: Tensor, own_gradient: Tensor) -> Tensor:
     """See `attention.attend_backward`."""
+    q, kv, own, sight, out, log_sum_exp = held.q, held.kv, held.own, held.sight, held.out, held.log_sum_exp
     rows, heads, width = q.shape
     groups, scale = kv.shape[2], 1.0 / math.sqrt(width)
     sizes = (rows, kv.shape[0], own.shape[1], sight.step, sight.window, scale)

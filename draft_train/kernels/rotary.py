@@ -20,6 +20,13 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dt
     return torch.stack((angles.cos(), angles.sin())).to(torch.promote_types(dtype, torch.float32))
 
 
+def rotate(heads: Tensor, table: Tensor) -> Tensor:
+    """Heads [..., D] by a table [2, ..., D/2] that fits them, in the heads' dtype."""
+    cos, sin = table
+    first, second = heads.to(table.dtype).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
+
+
 def split_heads(projected: Tensor, table: Tensor, places: Tensor, queries: int, kv: Tensor, slots: Tensor) -> Tensor:
     """Rotated queries [T, N, D] of `projected` [T, (N + 2G) D]; keys (rotated) and values go to rows `slots` of `kv`.
 
@@ -44,7 +51,7 @@ def split_heads_reference(
     """See `split_heads`."""
     groups, head_dim = kv.shape[-2:]
     heads = projected.view(projected.shape[0], queries + 2 * groups, head_dim)
-    turned = _rotate(heads[:, : queries + groups], table, places)
+    turned = rotate(heads[:, : queries + groups], table[:, places, None])
     kv[slots, 0] = turned[:, queries:]
     kv[slots, 1] = heads[:, queries + groups :]
     return turned[:, :queries].contiguous()
@@ -79,15 +86,9 @@ def join_heads_reference(
     keys, values = kv_gradient[slots].unbind(1)
     turned = torch.cat((query_gradient.to(keys.dtype), keys), dim=1)
     back = torch.stack((table[0], -table[1]))
-    out = torch.cat((_rotate(turned, back, places), values), dim=1).flatten(1).to(total.dtype)
+    out = torch.cat((rotate(turned, back[:, places, None]), values), dim=1).flatten(1).to(total.dtype)
     total[places] += out
     return out
-
-
-def _rotate(heads: Tensor, table: Tensor, places: Tensor) -> Tensor:
-    cos, sin = table[:, places, None]
-    first, second = heads.to(table.dtype).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
 
 
 @jit(varying=("table_stride",))

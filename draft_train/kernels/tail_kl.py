@@ -1,6 +1,6 @@
 """The tail-bucket loss of rows of logits and its gradient, by one program per row.
 
-Shape suffixes: T rows, V draft vocabulary, K teacher entries. The formulas are `objective`'s.
+Shape suffixes: T rows, V draft vocabulary, K teacher entries. The formulas are those of `draft_train.losses`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from draft_train.objective import fused_tail_bucket_loss
+from draft_train.losses import fused_tail_bucket_loss
 from store.triton_launch import jit, power_of_two, tl
 
 

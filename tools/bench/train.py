@@ -17,7 +17,6 @@ import argparse
 import gc
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -27,14 +26,16 @@ from typing import Any
 import torch
 
 from draft_train.batches import Batch
+from draft_train.choose_pass import pass_settings
 from draft_train.config import DraftShape, TrainConfig
 from draft_train.draft_model import DraftModel
-from draft_train.fused_pass import FusedPass, PassSettings
+from draft_train.fused_pass import FusedPass
 from draft_train.objective import Objective
+from draft_train.optimizer import make_optimizer
 from draft_train.parallel import GradientSums, Ranks, joined_ranks
 from store.errors import InputError
 from store.files import write_json
-from tools.bench.capture import matmul_ceiling
+from tools.bench.capture import matmul_ceiling, timed
 from tools.bench.rows import report, result_row
 
 SHAPE = DraftShape(
@@ -66,7 +67,6 @@ CASES = {
     "train-64k-lean": Case((65_536,), lean=True),
     "train-256k": Case((262_144,), lean=True),
 }
-LEAN = PassSettings(mlp_rows=4096, head_rows=4096, recompute_mlp=True)
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ def measure(arguments: argparse.Namespace, device: torch.device, ceiling: float)
     for name in arguments.cases.split(","):
         case = CASES[name]
         batch = synthetic_batch(case, device)
-        step = optimizer_step(device, LEAN if case.lean else PassSettings())
+        step = optimizer_step(device, lean=case.lean)
         seconds, peak = timed_steps(partial(step, batch))
         tokens = sum(case.lengths)
         yield (
@@ -122,7 +122,7 @@ def measure_ranks(arguments: argparse.Namespace) -> None:
     with joined_ranks("cuda") as ranks:
         batch, rows = synthetic_batch(CASES["train-32k"], ranks.device), []
         for world in (1, ranks.world):
-            step = optimizer_step(ranks.device, PassSettings(), ranks if world > 1 else None)
+            step = optimizer_step(ranks.device, ranks if world > 1 else None)
             seconds, peak = timed_steps(partial(step, batch))
             slowest = ranks.add_up(
                 torch.nn.functional.one_hot(torch.tensor(ranks.rank), ranks.world).to(ranks.device) * seconds
@@ -139,16 +139,16 @@ def measure_ranks(arguments: argparse.Namespace) -> None:
             report(rows, arguments.output)
 
 
-def optimizer_step(device: torch.device, settings: PassSettings, ranks: Ranks | None = None) -> Callable[[Batch], Any]:
+def optimizer_step(device: torch.device, ranks: Ranks | None = None, *, lean: bool = False) -> Callable[[Batch], Any]:
     """A fresh draft, and a function that trains it by one batch; with `ranks`, by one batch of each."""
     with torch.device(device):
         model = DraftModel(SHAPE)
         embeddings = torch.randn(SHAPE.vocab_size, SHAPE.hidden_size, dtype=torch.bfloat16)
         target_ids = torch.arange(SHAPE.draft_vocab_size)
         in_draft = torch.arange(SHAPE.vocab_size) < SHAPE.draft_vocab_size
-    config = TrainConfig(store=Path("synthetic"), output=Path("synthetic"), splits=("train",))
-    training = FusedPass(model, Objective(config, target_ids, in_draft), embeddings, settings)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    config = TrainConfig(store=Path("synthetic"), output=Path("synthetic"), splits=("train",), recompute_mlp=lean)
+    training = FusedPass(model, Objective(config, target_ids, in_draft), embeddings, pass_settings(config))
+    optimizer = make_optimizer(config, model)
 
     sums = None if ranks is None else GradientSums(model, ranks)
 
@@ -241,13 +241,8 @@ def timed_steps(step: Callable[[], Any], runs: int = 5) -> tuple[float, int]:
         step()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(runs):
-        started = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds), torch.cuda.max_memory_allocated()
+    seconds = statistics.median(timed(step) for _ in range(runs))
+    return seconds, torch.cuda.max_memory_allocated()
 
 
 def print_profile(step: Callable[[], Any], most: int = 40) -> None:
