@@ -6,22 +6,34 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from draft_train.config import TrainConfig
-from draft_train.parallel import joined_ranks
+from draft_train.parallel import Ranks, joined_ranks
 from draft_train.trainer import Trainer
 from store.errors import DraftcacheError
+
+
+@contextmanager
+def shared_gpu(name: str) -> Iterator[Ranks]:
+    """Ranks on one GPU, which `joined_ranks` refuses."""
+    world = int(os.environ["WORLD_SIZE"])
+    if world > 1:
+        dist.init_process_group("gloo")
+    yield Ranks(torch.device(name), int(os.environ["RANK"]), world)
 
 
 def main() -> None:
     """`rank_worker.py SETTINGS [BREAK]`: TrainConfig as JSON; BREAK is the rank whose fc becomes infinite."""
     values = json.loads(sys.argv[1])
     config = TrainConfig(**values | {"store": values["store"], "output": Path(values["output"])})
-    with joined_ranks(config.device) as ranks:
+    with shared_gpu(config.device) if config.device == "cuda:0" else joined_ranks(config.device) as ranks:
         trainer = Trainer(config, ranks)
         if sys.argv[2:] == [str(ranks.rank)]:
             restore = trainer._restore

@@ -9,6 +9,10 @@ products bf16.
 - `peak_gib`: most memory that PyTorch held at once in those steps.
 - `matmul_share`: the needed matrix products' and attention's operations per second (what is made again for memory's
   sake not counted) over a bf16 product's, measured first.
+- `matmul_ms` and others in ms, with --profile: one more step by kind of kernel.
+
+Case `loader-32k` trains from a lossless store that it writes and reads from disk; `loader-32k-in-memory` is its second
+epoch. `of_synthetic` compares with `train-32k` of the same run.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import argparse
 import gc
 import os
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -37,13 +42,21 @@ from store.errors import InputError
 from store.files import write_json
 from tools.bench.capture import matmul_ceiling, timed
 from tools.bench.rows import report, result_row
+from tools.bench.stages import IDLE, REST, STAGES, stage_times
+from tools.bench.train_loader import loader_metrics
 
 SHAPE = DraftShape(
     hidden_size=2688, taps=3, intermediate_size=8064, num_attention_heads=32, num_key_value_heads=2, head_dim=128,
     vocab_size=131_072, draft_vocab_size=32_000, sliding_window=4096, rope_theta=10_000.0, rms_norm_eps=1e-5,
 )  # fmt: skip
 STEPS, TOP_K, TURNS, LONG = 6, 64, 8, 32_768
-UNITS = {"tok_s": "tok/s", "peak_gib": "GiB", "matmul_share": "of bf16 matmul"}
+LOADER, LOADED = "loader-32k", 12
+"""The case that reads a store, and its conversations."""
+UNITS = {
+    "tok_s": "tok/s", "median_tok_s": "tok/s", "peak_gib": "GiB", "matmul_share": "of bf16 matmul",
+    "data_wait_share": "of wall time", "gb_s": "GB/s", "of_synthetic": "of train-32k",
+    **dict.fromkeys((*STAGES, REST, IDLE), "ms"),
+}  # fmt: skip
 Metrics = dict[str, float]
 
 
@@ -73,8 +86,9 @@ def main() -> None:
     """Run the cases that were asked for and report them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, metavar="FILE")
-    parser.add_argument("--cases", default=",".join(CASES), help="(%(default)s)")
-    parser.add_argument("--profile", action="store_true", help="print where the time of one more step goes")
+    parser.add_argument("--cases", default=",".join((*CASES, LOADER)), help="(%(default)s)")
+    parser.add_argument("--profile", action="store_true", help="say where the time of one more step goes")
+    parser.add_argument("--directory", type=Path, help="for the store of loader-32k, 6 GB (default: a temporary one)")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise InputError("expected a CUDA device, found none; this benchmark measures one")
@@ -96,12 +110,19 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace, device: torch.device, ceiling: float) -> Iterator[tuple[str, Metrics]]:
     """Each case's metrics, as they are measured."""
+    synthetic = 0.0
     for name in arguments.cases.split(","):
+        if name == LOADER:
+            with tempfile.TemporaryDirectory(dir=arguments.directory) as root:
+                for suffix, metrics in loader_metrics(Path(root), SHAPE, LONG, LOADED).items():
+                    yield name + suffix, metrics | ({"of_synthetic": metrics["tok_s"] / synthetic} if synthetic else {})
+            continue
         case = CASES[name]
         batch = synthetic_batch(case, device)
         step = optimizer_step(device, lean=case.lean)
         seconds, peak = timed_steps(partial(step, batch))
         tokens = sum(case.lengths)
+        synthetic = tokens / seconds if name == "train-32k" else synthetic
         yield (
             name,
             {
@@ -111,7 +132,10 @@ def measure(arguments: argparse.Namespace, device: torch.device, ceiling: float)
             },
         )
         if arguments.profile:
-            print_profile(partial(step, batch))
+            times, kernels = stage_times(partial(step, batch))
+            yield name, times
+            for kernel, milliseconds, calls in kernels[:40]:
+                print(f"{milliseconds:9.2f} ms {calls:5d}  {kernel[:110]}")
         del step, batch
         gc.collect()
         torch.cuda.empty_cache()
@@ -243,17 +267,6 @@ def timed_steps(step: Callable[[], Any], runs: int = 5) -> tuple[float, int]:
     torch.cuda.reset_peak_memory_stats()
     seconds = statistics.median(timed(step) for _ in range(runs))
     return seconds, torch.cuda.max_memory_allocated()
-
-
-def print_profile(step: Callable[[], Any], most: int = 40) -> None:
-    """Kernels of one step by their time."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        step()
-        torch.cuda.synchronize()
-    for item in sorted(trace.key_averages(), key=lambda item: -item.self_device_time_total)[:most]:
-        print(f"{item.self_device_time_total / 1e3:9.2f} ms {item.count:5d}  {item.key[:110]}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,115 @@
+"""`draftcache train` on a GPU as users run it: the fused pass, reading ahead, SIGKILL and resume, several ranks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from synthetic import write_store
+from test_draft_train_parallel import TRAIN, WORKER, as_json, finish, start, weights
+from test_draft_train_trainer import config, flags, metrics
+
+from draft_train.checkpoint import checkpoints, load_state, resolve_checkpoint
+from draft_train.config import TrainConfig
+from draft_train.fused_pass import FusedPass
+from draft_train.trainer import Trainer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def settings(root: Path, name: str, **changes: Any) -> TrainConfig:
+    """A draft that the kernels take, and steps of several packs."""
+    values = {"head_dim": 16, "epochs": 15, "device": "cuda", "batch_conversations": 4, "pack_tokens": 100}
+    return config(root, output=root / name, **values | changes)
+
+
+def command(made: TrainConfig, *words: str) -> list[str]:
+    return [sys.executable, *TRAIN, *flags(made), "--pack-tokens", str(made.pack_tokens), *words]
+
+
+def losses(made: TrainConfig) -> list[float]:
+    return [row["loss"] for row in metrics(made.output)]
+
+
+@pytest.mark.parametrize("mode", ["float32", "lossless", "int8"])
+@pytest.mark.parametrize("words", [(), ("--recompute-mlp",), ("--order", "bucketed", "--loss", "lk")])
+def test_auto_trains_as_the_plain_pass_does(tmp_path: Path, mode: str, words: tuple[str, ...]) -> None:
+    write_store(tmp_path / "store", per_shard=6, mode=mode)
+    fused, plain = settings(tmp_path, "fused"), settings(tmp_path, "plain")
+    ran = subprocess.run(command(fused, *words), check=True, capture_output=True, text=True)
+    assert "plain pass" not in ran.stderr
+    rest = [word for word in words if word != "--recompute-mlp"]
+    subprocess.run(command(plain, "--compute", "plain", *rest), check=True, capture_output=True)
+    np.testing.assert_allclose(losses(fused), losses(plain), rtol=0.05)
+
+
+def test_a_pass_that_keeps_old_weights_would_show(tmp_path: Path) -> None:
+    """Negative control of the test above: fused AdamW changes weights without telling anyone."""
+    write_store(tmp_path / "store", per_shard=6)
+    plain, stale = settings(tmp_path, "plain", compute="plain"), settings(tmp_path, "stale")
+    Trainer(plain).run()
+    trainer = Trainer(stale)
+    assert isinstance(trainer.gradients, FusedPass)
+    trainer.gradients.weights.refresh()
+    trainer.gradients.weights.refresh = lambda: None  # type: ignore[method-assign]
+    trainer.run()
+    assert not np.allclose(losses(stale), losses(plain), rtol=0.05)
+
+
+def test_sigkill_then_the_same_command_resumes_to_the_bit(tmp_path: Path) -> None:
+    write_store(tmp_path / "store", per_shard=6, mode="lossless")
+    whole, cut = (settings(tmp_path, name, epochs=200) for name in ("whole", "cut"))
+    subprocess.run(command(whole), check=True, capture_output=True)
+    with subprocess.Popen(command(cut), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not (cut.output / "checkpoints").is_dir() or not checkpoints(cut.output):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    assert not load_state(resolve_checkpoint(cut.output)).finished
+    subprocess.run(command(cut), check=True, capture_output=True)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        mine, theirs = (load_file(checkpoints(run.output)[-1] / name) for run in (cut, whole))
+        assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+    assert losses(cut) == losses(whole)
+    other = settings(tmp_path, "other", epochs=200, seed=1)  # negative control
+    Trainer(other).run()
+    assert losses(other) != losses(whole)
+
+
+def same_run(root: Path, alone: TrainConfig, ranks: int) -> None:
+    """The ranks' weights are equal to the bit, and like those of one process; losses are like its own."""
+    expected = weights(root / f"{alone.output.name}-0.safetensors")
+    found = [weights(root / f"ranks-{rank}.safetensors") for rank in range(ranks)]
+    for name, value in expected.items():
+        assert all(torch.equal(rank[name], found[0][name]) for rank in found[1:])
+        assert float((found[0][name] - value).norm()) < 0.05 * float(value.norm()), name
+    np.testing.assert_allclose(losses(settings(root, "ranks")), losses(alone), rtol=0.02)
+
+
+def test_two_ranks_that_share_a_gpu_train_the_same_run(tmp_path: Path) -> None:
+    """Over gloo, as NCCL takes one rank per GPU: the fused pass tells of its gradients while others are made."""
+    write_store(tmp_path / "store", per_shard=6)
+    alone, ranks = settings(tmp_path, "alone", device="cuda:0"), settings(tmp_path, "ranks", device="cuda:0")
+    for made, world in ((alone, 1), (ranks, 2)):
+        ends = finish(start(world, [WORKER, as_json(made)]))
+        assert all(code == 0 for code, *_ in ends), ends
+    same_run(tmp_path, alone, 2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_gpu_for_each_rank_trains_the_same_run(tmp_path: Path) -> None:
+    write_store(tmp_path / "store", per_shard=6)
+    alone, ranks = settings(tmp_path, "alone"), settings(tmp_path, "ranks")
+    for made, world in ((alone, 1), (ranks, 2)):
+        ends = finish(start(world, [WORKER, as_json(made)]))
+        assert all(code == 0 for code, *_ in ends), ends
+    same_run(tmp_path, alone, 2)

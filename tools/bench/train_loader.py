@@ -1,0 +1,144 @@
+"""Training from a store on disk at the seed's shape, for `tools.bench.train`: does the GPU wait for data?
+
+A lossless store of conversations of 32k tokens, every row with loss, random states and teacher, is written once and
+trained on by `Trainer`, as `draftcache train` does it. First with none of its files in the machine's memory, then
+again with what the first pass has left there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+
+from draft_train.config import DraftShape, TrainConfig
+from draft_train.trainer import Trainer
+from store.files import hash_bytes
+from store.manifest import StoreManifest, Tap
+from store.reader import FROZEN_NAME, VOCAB_MAP_NAME, StoreReader
+from store.rows import rows_in_reach, teacher_positions
+from store.schema import Conversation, tap_name
+from store.vocab_map import VocabMap
+from store.writer import StoreWriter
+
+LAYERS = (2, 26, 48)
+_WARM_UP = 3
+_PER_SHARD = 2
+
+
+def loader_metrics(root: Path, shape: DraftShape, length: int, conversations: int) -> dict[str, dict[str, float]]:
+    """Metrics of an epoch read from disk and of one read from memory, the first steps left out."""
+    device = torch.device("cuda")
+    write_store(root / "store", shape, length, conversations, device)
+    drop_from_memory(root / "store")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    config = TrainConfig(
+        store=root / "store", output=root / "run", splits=("train",), epochs=2, device="cuda",
+        checkpoint_every=2 * conversations, num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads, head_dim=shape.head_dim,
+        sliding_window=shape.sliding_window or 0, intermediate_size=shape.intermediate_size,
+    )  # fmt: skip
+    Trainer(config).run()
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    steps = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
+    epochs = {"": steps[_WARM_UP:conversations], "-in-memory": steps[conversations:]}
+    per_token = StoreReader(root / "store").bytes_on_disk() / (conversations * length)
+    return {name: _metrics(epoch, per_token) | {"peak_gib": peak} for name, epoch in epochs.items()}
+
+
+def _metrics(steps: list[dict[str, Any]], bytes_per_token: float) -> dict[str, float]:
+    """Of the epoch as a whole: a step that waits makes up for others that did not."""
+    seconds = sum(step["tokens"] / step["tokens_per_second"] for step in steps)
+    rate = sum(step["tokens"] for step in steps) / seconds
+    waits = sum(step["data_wait_share"] * step["tokens"] / step["tokens_per_second"] for step in steps)
+    return {
+        "tok_s": rate,
+        "median_tok_s": statistics.median(step["tokens_per_second"] for step in steps),
+        "data_wait_share": waits / seconds,
+        "gb_s": rate * bytes_per_token / 1e9,
+    }
+
+
+def write_store(root: Path, shape: DraftShape, length: int, conversations: int, device: torch.device) -> None:
+    """A finished store of these conversations."""
+    words = VocabMap(target_ids=np.arange(shape.draft_vocab_size, dtype=np.int64), vocab_size=shape.vocab_size)
+    made = _manifest(shape, words, length, -(-conversations // _PER_SHARD))
+
+    def write_files(directory: Path) -> list[Path]:
+        rows = {"embed_tokens": shape.vocab_size, "norm": 0, "lm_head": shape.draft_vocab_size}
+        tensors = {
+            name: torch.randn(*([count] if count else []), shape.hidden_size, device=device).bfloat16().cpu() * 0.02
+            for name, count in rows.items()
+        }
+        save_file(tensors, directory / FROZEN_NAME)
+        words.save(directory / VOCAB_MAP_NAME)
+        return [directory / FROZEN_NAME, directory / VOCAB_MAP_NAME]
+
+    with StoreWriter(root, made, write_files) as writer:
+        for shard in range(made.shards):
+            numbers = range(shard * _PER_SHARD, min((shard + 1) * _PER_SHARD, conversations))
+            items = [_conversation(shape, length, number, device) for number in numbers]
+            writer.write_shard(shard, items, {"quarantined": [], "gates": {}})
+        writer.finish()
+
+
+def _manifest(shape: DraftShape, words: VocabMap, length: int, shards: int) -> StoreManifest:
+    return StoreManifest(
+        verifier={
+            "name": "random", "architecture": "none", "weights_hash": "", "hidden_size": shape.hidden_size,
+            "vocab_size": shape.vocab_size, "rms_norm_eps": shape.rms_norm_eps,
+        },
+        tokenizer_hash="", chat_template_hash="", dataset_hash="", splits=("train",),
+        taps=tuple(Tap(layer=layer) for layer in LAYERS), mode="lossless", compute_dtype="bfloat16",
+        window=shape.sliding_window, top_k=64, draft_vocab_size=shape.draft_vocab_size, draft_vocab_hash=words.hash,
+        shard_tokens=_PER_SHARD * length, shards=shards, ssm=None,
+    )  # fmt: skip
+
+
+def _conversation(shape: DraftShape, length: int, number: int, device: torch.device) -> Conversation:
+    mask = np.ones(length, np.bool_)
+    rows, taught = rows_in_reach(mask, shape.sliding_window), teacher_positions(mask)
+    token_ids = torch.randint(0, shape.draft_vocab_size, (length,), device=device).cpu().numpy().astype(np.uint32)
+    logits, ids = torch.randn(len(taught), shape.draft_vocab_size // 16, device=device).mul_(2.0).topk(64, dim=-1)
+    best = logits[:, :1]
+    log_z = torch.logsumexp(logits, -1).add_(0.1).cpu().numpy()
+    arrays: dict[str, NDArray[Any]] = {
+        "token_ids": token_ids,
+        "loss_mask": mask.astype(np.uint8),
+        "positions": rows.astype(np.int32),
+        "teacher_positions": taught.astype(np.int32),
+        "teacher_ids": ids.cpu().numpy().astype(np.uint16),
+        "teacher_gaps": (best - logits).half().cpu().numpy(),
+        "teacher_max": best[:, 0].cpu().numpy(),
+        "log_z_full": log_z + np.float32(0.01),
+        "log_z_draft": log_z,
+        "argmax": ids[:, 0].cpu().numpy().astype(np.uint32),
+        "next_token_logit": logits[:, 1].cpu().numpy(),
+    }
+    for layer in LAYERS:
+        states = torch.randn(len(rows), shape.hidden_size, device=device, dtype=torch.bfloat16)
+        arrays[tap_name(layer)] = states.view(torch.uint16).cpu().numpy()
+    return Conversation(
+        content_hash=hash_bytes(token_ids.tobytes(), arrays["loss_mask"].tobytes()),
+        split=0,
+        dataset_index=number,
+        arrays=arrays,
+    )
+
+
+def drop_from_memory(root: Path) -> None:
+    """Make the next reading of these files come from the disk."""
+    for path in root.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
