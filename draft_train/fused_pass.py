@@ -78,6 +78,14 @@ class _Step:
     result: Tensor
 
 
+@dataclass
+class _KeyGradients:
+    """Of what all steps attend to, added up in float32 at least."""
+
+    kv: Tensor
+    own: Tensor
+
+
 class FusedPass:
     """A `GradientPass` for the draft on one GPU; on the CPU it runs the kernels' plain twins, for tests."""
 
@@ -192,9 +200,9 @@ class FusedPass:
 
     def _backward(self, batch: Batch, base: _Base, steps: list[_Step], ready: Ready) -> ObjectiveResult:
         gradients, wide = self.gradients, self.weights.wide
+        keys: _KeyGradients | None = None
         result = ObjectiveResult.zeros(batch.step_tokens.shape[1], batch.aux.device)
         total = base.projected.zero_()  # no step reads it any more
-        kv_gradient, own_gradient = (torch.zeros_like(held, dtype=wide) for held in (base.kv, base.own))
         carried: Tensor | None = None
         while steps:
             step = steps.pop()
@@ -215,18 +223,18 @@ class FusedPass:
             del upstream
             given = (after @ self.matrices.output).view_as(step.attended.out)
             add_product(self.gradients.output, after, step.attended.out.flatten(1))
-            q_gradient = attend_backward(given, step.attended, kv_gradient, own_gradient)
+            if keys is None:  # not before: the memory is scarcest in the last step's head and MLP
+                keys = _KeyGradients(*(torch.zeros_like(held, dtype=wide) for held in (base.kv, base.own)))
+            q_gradient = attend_backward(given, step.attended, keys.kv, keys.own)
             del given, step.attended
             if step.number:
                 hidden = _step_input(batch, base, step.kept, step.rows, steps[-1])
-                carried = self._inputs_backward(
-                    base, step, hidden, q_gradient, own_gradient[step.number - 1], total, after
-                )
+                carried = self._inputs_backward(base, step, hidden, q_gradient, keys, total, after)
                 del hidden, q_gradient, after
                 if step.kept is not None:
                     carried = torch.zeros_like(steps[-1].result).index_copy_(0, step.kept, carried)
             else:
-                self._base_backward(batch, base, step, q_gradient, kv_gradient, total, after)
+                self._base_backward(batch, base, step, q_gradient, keys, total, after)
         ready(self.weights.attention_parameters)
         for total_of, added in zip((result.tail_mass, result.tail_positions), tail_sums(batch), strict=True):
             total_of.copy_(added)
@@ -256,13 +264,13 @@ class FusedPass:
         step: _Step,
         hidden: Tensor,
         q_gradient: Tensor,
-        own_gradient: Tensor,
+        keys: _KeyGradients,
         total: Tensor,
         after: Tensor,
     ) -> Tensor:
         """Gradient [T, H] of a later step's input; that of its tokens' projections is added to `total`."""
         gradients, weight = self.gradients, self.layer.hidden_norm.weight
-        projected = join_heads(q_gradient, own_gradient, base.table, step.places, step.rows, total)
+        projected = join_heads(q_gradient, keys.own[step.number - 1], base.table, step.places, step.rows, total)
         add_product(gradients.qkv_states, projected, rms_norm(hidden, weight, self.eps))
         given = projected @ self.matrices.qkv_states
         del projected
@@ -274,21 +282,21 @@ class FusedPass:
         base: _Base,
         step: _Step,
         q_gradient: Tensor,
-        kv_gradient: Tensor,
+        keys: _KeyGradients,
         total: Tensor,
         after: Tensor,
     ) -> None:
         """Step 0's inputs, the tokens' projections of all steps, and fc."""
         gradients, matrices, queries = self.gradients, self.matrices, self.weights.queries
         rows, every = step.places, torch.arange(base.hidden.shape[0], device=total.device)
-        asked = join_heads(q_gradient, kv_gradient[:, :, :0], base.table, rows, rows, total[:, :queries])
+        asked = join_heads(q_gradient, keys.kv[:, :, :0], base.table, rows, rows, total[:, :queries])
         no_queries = q_gradient.new_empty(base.hidden.shape[0], 0, q_gradient.shape[-1])
-        keys = join_heads(no_queries, kv_gradient, base.table, every, every, total[:, queries:])
+        shared = join_heads(no_queries, keys.kv, base.table, every, every, total[:, queries:])
         weight = self.layer.hidden_norm.weight
         normed = rms_norm(base.hidden, weight, self.eps)
-        add_product(gradients.qkv_states[queries:], keys, normed)
+        add_product(gradients.qkv_states[queries:], shared, normed)
         add_product(gradients.qkv_states[:queries], asked, normed[rows])
-        given = keys @ matrices.qkv_states[queries:]
+        given = shared @ matrices.qkv_states[queries:]
         given[rows] += asked @ matrices.qkv_states[:queries]
         residual = torch.zeros_like(base.hidden).index_copy_(0, rows, after)
         hidden = rms_norm_backward(given, base.hidden, weight, self.eps, gradients.vectors[weight], residual)

@@ -169,5 +169,5 @@ def test_attention(name: str, heads: int, groups: int, width: int, step: int, dt
     if step:  # negative control: rows that see one key more are told apart
         wider = attend_reference(*wide, sight_of(positions, key_positions, step, window + step, slots))
         assert name == "whole" or error(wider.out, expected.out) > BOUND[F32]
-    again = attend_backward(given, held, *(torch.zeros_like(part) for part in sums))
+    again = attend_backward(given, attend(q, kv, own, sight), *(torch.zeros_like(part) for part in sums))
     assert torch.equal(found, again)

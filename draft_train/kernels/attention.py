@@ -62,7 +62,8 @@ def attend(q: Tensor, kv: Tensor, own: Tensor, sight: Sight) -> Attended:
 def attend_backward(upstream: Tensor, held: Attended, kv_gradient: Tensor, own_gradient: Tensor) -> Tensor:
     """Gradient [T, N, D] of the queries; those of keys and values are added to `kv_gradient` and `own_gradient`.
 
-    `upstream` [T, N, D]. The added-to are float32 of the shapes of kv and own.
+    `upstream` [T, N, D]. The added-to are float32 of the shapes of kv and own. On a GPU the gradient takes the place of
+    `held.out`, whose memory counts at long lengths.
     """
     if not held.q.is_cuda:
         return attend_backward_reference(upstream, held, kv_gradient, own_gradient)

@@ -43,13 +43,12 @@ def backward(upstream: Tensor, held: Attended, kv_gradient: Tensor, own_gradient
     groups, scale = kv.shape[2], 1.0 / math.sqrt(width)
     sizes = (rows, kv.shape[0], own.shape[1], sight.step, sight.window, scale)
     shape = {"HEADS": heads, "GROUPS": groups, "WIDTH": width}
-    query_gradient = torch.empty_like(q)
     delta = torch.empty_like(log_sum_exp)
     launch = _launch(_QUERIES, q)
     spans = _key_spans(sight, launch["BLOCK_Q"])
     _query_gradient_kernel[(heads, spans.shape[1])](
-        upstream, q, kv, own, sight.rows, sight.positions, sight.key_positions, spans, out, log_sum_exp, delta,
-        query_gradient, *sizes, **shape, **launch,
+        upstream, q, kv, own, sight.rows, sight.positions, sight.key_positions, spans, out, log_sum_exp, delta, *sizes,
+        **shape, **launch,
     )  # fmt: skip
     launch = _launch(_KEYS, q)
     spans = _query_spans(sight, launch["BLOCK_K"])
@@ -62,7 +61,7 @@ def backward(upstream: Tensor, held: Attended, kv_gradient: Tensor, own_gradient
             upstream, q, own, sight.rows, log_sum_exp, delta, own_gradient, *sizes, **shape, ROWS=_OWN_ROWS,
             num_warps=8,
         )  # fmt: skip
-    return query_gradient
+    return out
 
 
 def _launch(tiles: dict[str, int], q: Tensor) -> dict[str, Any]:
@@ -219,8 +218,8 @@ def _query_gradient_part(
 
 @jit(varying=_SIZES)
 def _query_gradient_kernel(
-    upstream, q, kv, own, rows, positions, key_positions, spans, out, log_sum_exp, deltas, query_gradient,
-    queries, keys, slots, step, window, scale,
+    upstream, q, kv, own, rows, positions, key_positions, spans, out, log_sum_exp, deltas, queries, keys,
+    slots, step, window, scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -261,7 +260,8 @@ def _query_gradient_kernel(
         acc, q_tile, up_tile, kv, log_2, delta, position, key_positions, group, rest, last, keys,
         reach, scale_2, True, GROUPS, WIDTH, BLOCK_K, PRECISION,
     )  # fmt: skip
-    tl.store(query_gradient + place, (acc * scale).to(query_gradient.dtype.element_ty), mask=inside[:, None])
+    # In the output's place: no other program reads these rows of this head, nor does what comes after.
+    tl.store(out + place, (acc * scale).to(out.dtype.element_ty), mask=inside[:, None])
 
 
 @jit
