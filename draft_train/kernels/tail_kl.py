@@ -84,13 +84,14 @@ def _tail_kl_kernel(
         place = tl.min(tl.where(value == largest, column, width), 0)
         value = tl.exp(value - largest)
         rest = tl.sum(value, 0)
-        for first in range(BLOCK, width, BLOCK):
-            further = tl.load(row_logits + first + column, mask=first + column < width, other=float("-inf"))
-            above = tl.maximum(largest, tl.max(further, 0))
-            found = tl.min(tl.where(further == above, first + column, width), 0)
-            place = tl.where(above > largest, found, place)
-            rest = rest * tl.exp(largest - above) + tl.sum(tl.exp(further - above), 0)
-            largest = above
+        if not WHOLE:
+            for first in range(BLOCK, width, BLOCK):
+                further = tl.load(row_logits + first + column, mask=first + column < width, other=float("-inf"))
+                above = tl.maximum(largest, tl.max(further, 0))
+                found = tl.min(tl.where(further == above, first + column, width), 0)
+                place = tl.where(above > largest, found, place)
+                rest = rest * tl.exp(largest - above) + tl.sum(tl.exp(further - above), 0)
+                largest = above
         best_inside = tl.max(inside, 0)
         best = tl.maximum(best_inside, largest)
         first_inside = tl.min(tl.where(present & (inside == best), named, width), 0)
