@@ -68,9 +68,8 @@ class PackedBatch:
     def unpack(self, codec: TapCodec, device: torch.device) -> Batch:
         """The batch on `device`, in memory of its own. On a GPU the copy is not waited for."""
         moved = self.memory.to(device, non_blocking=True)
-        tensors = {name: place.of(moved) for name, place in self.places.items()}
-        if device.type == "cpu":
-            tensors = {name: value.clone() for name, value in tensors.items()}
+        # Copies: as views they would keep the states in their stored form, half of a batch, for as long as they live.
+        tensors = {name: place.of(moved).clone() for name, place in self.places.items()}
         if _STATES in tensors and tensors[_STATES].dtype == torch.uint16:
             tensors[_STATES] = tensors[_STATES].view(torch.bfloat16)
         return self.columns.batch(tensors | {"aux": self._decode(codec, moved, device)}, self.loss_share)

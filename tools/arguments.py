@@ -12,10 +12,14 @@ from typing import Any, TypeVar
 Settings = TypeVar("Settings")
 
 
-def add_settings(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
-    """Add a `--kebab-case` flag per field; fields without a default are required, tuples take a,b,c."""
+def add_settings(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup, settings: type[Any], only: tuple[str, ...] = ()
+) -> None:
+    """Add a `--kebab-case` flag per field, or those of `only`; without a default it is required, tuples take a,b,c."""
     hints = typing.get_type_hints(settings)
     for item in dataclasses.fields(settings):
+        if only and item.name not in only:
+            continue
         flag = "--" + item.name.replace("_", "-")
         required = item.default is dataclasses.MISSING
         help_text = item.metadata.get("help", "")

@@ -1,4 +1,4 @@
-"""`draftcache size`: bytes and wall time of a store, before anything runs."""
+"""`draftcache size`: bytes and wall time of a store, or GPU memory of training, before anything runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from draft_train.config import TrainConfig
+from draft_train.memory_estimate import SETTINGS
+from tools.arguments import add_settings
 
 if TYPE_CHECKING:
     from store.schema import ArraySpec
@@ -26,14 +30,17 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What would be captured, of which verifier, how it would be stored, and on what it would run."""
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument("--dataset", type=Path, help="prepared dataset: counts are its own")
     what.add_argument("--tokens", type=_count, help="tokens, for a guess without a dataset (450e6): needs the next")
-    parser.add_argument("--loss-fraction", type=float, help="with --tokens: share of tokens that the assistant wrote")
+    what.add_argument("--store", help="with --train: a store, whose largest conversation decides")
+    what.add_argument("--length", type=_count, help="with --train: tokens of a conversation, without a store")
+    parser.add_argument("--loss-fraction", type=float, help="with --tokens, --length: share that the assistant wrote")
     parser.add_argument("--mean-length", type=_count, default=8192, help="with --tokens: per conversation")
-    shape = parser.add_mutually_exclusive_group(required=True)
+    shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--verifier", type=Path, help="its directory: config.json is read")
     shape.add_argument("--hidden-size", type=int, help="without a verifier at hand")
+    parser.add_argument("--vocab-size", type=int, help="with --train and --hidden-size: the verifier's")
     parser.add_argument("--layers", type=_numbers, default=(2, 26, 48), help="taps (default: 2,26,48)")
     parser.add_argument("--top-k", type=int, default=64, help="teacher logits per position (default: 64)")
     parser.add_argument("--teacher", default="draft", help="draft, full or hidden, as of capture (default: draft)")
@@ -48,11 +55,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens-per-second", type=float, help="the verifier's rate, where it was measured")
     parser.add_argument("--gpu", choices=("h100", "h200", "a100"), default="h100", help="else: estimate for one of it")
     parser.add_argument("--disk-gb-s", type=float, default=1.0, help="rate of writing, in 1e9 bytes (default: 1.0)")
+    parser.add_argument("--train", action="store_true", help="GPU memory of training instead: see the flags below")
+    add_settings(parser.add_argument_group("with --train, as of `draftcache train`"), TrainConfig, SETTINGS)
     parser.add_argument("--json", action="store_true", help="print as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0. Raises InputError for values that do not fit together."""
+    if arguments.train:
+        from tools.training_memory import format_training_memory, training_memory
+
+        memory = training_memory(arguments, _config(arguments.verifier))
+        print(json.dumps(memory, indent=2) if arguments.json else format_training_memory(memory))
+        return 0
     result = size(arguments)
     print(json.dumps(result, indent=2) if arguments.json else format_sizes(result))
     return 0
@@ -64,7 +79,11 @@ def size(arguments: argparse.Namespace) -> dict[str, Any]:
     from store.errors import InputError
     from tools.sizing import count_dataset, frozen_bytes, guess_counts, peer_bytes
 
+    if (arguments.dataset is None) == (arguments.tokens is None):
+        raise InputError("expected --dataset or --tokens (or --train with --store or --length), found neither")
     config = _config(arguments.verifier)
+    if not config and arguments.hidden_size is None:
+        raise InputError("expected --verifier or --hidden-size, found neither")
     hidden = int(config["hidden_size"]) if config else arguments.hidden_size
     _require_settings(arguments, hidden, config)
     if arguments.mode is not None and arguments.mode not in MODES:

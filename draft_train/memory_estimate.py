@@ -1,0 +1,180 @@
+"""GPU memory of training with the fused pass, before anything runs: its allocations in their order, by arithmetic.
+
+Follows `fused_pass` and `head_loss` line by line; what is smaller than a row's few numbers is left out. The sizes are
+those that PyTorch hands out: CUDA's own context (about half a GB) and fragmentation come on top.
+
+Shape suffixes as in `fused_pass`: R key rows, S start rows, H hidden, N query heads, G key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from draft_train.config import DraftShape
+
+BF16, FLOAT32, INT64 = 2, 4, 8
+SETTINGS = (
+    "ttt_steps", "batch_conversations", "pack_tokens", "loss_chunk", "intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "head_dim",
+)  # fmt: skip
+"""Fields of TrainConfig that decide it, beside recompute_mlp, window and draft vocabulary."""
+KINDS = ("weights and optimizer", "frozen weights", "micro-batch", "next micro-batch", "kept for backward", "working")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One micro-batch, and what trades memory for time."""
+
+    rows: int
+    """R."""
+    starts: int
+    """S; every unroll step is taken to have as many rows."""
+    steps: int
+    top_k: int
+    """Teacher entries per start row; 0 where the store has final-norm states instead."""
+    slice_rows: int
+    recompute_mlp: bool = False
+    prefetched: bool = True
+    """Whether the next micro-batch is on the device too, as it is in `draftcache train`."""
+
+
+def peak_bytes(shape: DraftShape, work: Work) -> dict[str, int]:
+    """Bytes by kind (`KINDS`) at the moment when they are most."""
+    memory = _Memory()
+    weights = parameters(shape)
+    # Parameter, gradient and two moments in float32, and a bf16 copy for the products.
+    memory.take("weights and optimizer", "", weights * (4 * FLOAT32 + BF16))
+    frozen = (shape.vocab_size + shape.draft_vocab_size + 1) * shape.hidden_size * BF16
+    memory.take("frozen weights", "", frozen + shape.vocab_size + INT64 * shape.draft_vocab_size)
+    memory.take("micro-batch", "", batch_bytes(shape, work))
+    memory.take("next micro-batch", "", batch_bytes(shape, work) if work.prefetched else 0)
+    _forward(memory, shape, work)
+    _backward(memory, shape, work)
+    return {kind: sum(size for (of, _), size in memory.most.items() if of == kind) for kind in KINDS}
+
+
+def parameters(shape: DraftShape) -> int:
+    """Trained numbers of the draft."""
+    hidden, heads = shape.hidden_size, _widths(shape)
+    attention = hidden * (2 * heads.projected + heads.queries)
+    mlp = 3 * hidden * shape.intermediate_size
+    return hidden * (shape.taps * hidden + shape.draft_vocab_size + 4) + attention + mlp
+
+
+def batch_bytes(shape: DraftShape, work: Work) -> int:
+    """Of a `Batch` on the device."""
+    per_row = shape.taps * shape.hidden_size * BF16 + 2 * INT64
+    per_start = (3 + 2 * work.steps) * INT64
+    states = 0 if work.top_k else shape.hidden_size * BF16
+    per_teacher = work.top_k * (INT64 + FLOAT32) + states + 2 * FLOAT32 + INT64
+    return work.rows * per_row + work.starts * (per_start + per_teacher)
+
+
+def kept_bytes(shape: DraftShape, work: Work) -> int:
+    """Of one unroll step, until its backward pass: queries, attention's output, MLP input, result, gate and up."""
+    heads, gate_up = _widths(shape), 0 if work.recompute_mlp else 2 * shape.intermediate_size
+    wide = 2 * heads.queries + 2 * shape.hidden_size + gate_up
+    return work.starts * (wide * BF16 + shape.num_attention_heads * FLOAT32 + 2 * INT64)
+
+
+@dataclass(frozen=True)
+class _Widths:
+    queries: int
+    """N D."""
+    keys: int
+    """2 G D."""
+
+    @property
+    def projected(self) -> int:
+        return self.queries + self.keys
+
+
+def _widths(shape: DraftShape) -> _Widths:
+    return _Widths(shape.num_attention_heads * shape.head_dim, 2 * shape.num_key_value_heads * shape.head_dim)
+
+
+class _Memory:
+    """What is alive, and a copy of that when it was most."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, str], int] = {}
+        self.most: dict[tuple[str, str], int] = {}
+
+    def take(self, kind: str, name: str, size: int) -> None:
+        self._held[kind, name] = size
+        if sum(self._held.values()) > sum(self.most.values()):
+            self.most = dict(self._held)
+
+    def give(self, kind: str, *names: str) -> None:
+        for name in names:
+            del self._held[kind, name]
+
+    def working(self, **sizes: int) -> None:
+        """Take these, one after the other."""
+        for name, size in sizes.items():
+            self.take("working", name, size)
+
+    def done(self, *names: str) -> None:
+        self.give("working", *names)
+
+
+def _forward(memory: _Memory, shape: DraftShape, work: Work) -> None:
+    heads, hidden, sliced = _widths(shape), shape.hidden_size * BF16, min(work.slice_rows, work.starts)
+    states, projected = work.starts * hidden, work.starts * heads.projected * BF16
+    memory.working(embedded=work.rows * hidden, tokens=work.rows * hidden)
+    memory.done("embedded")
+    table = work.rows * shape.head_dim * FLOAT32
+    shared = heads.projected + shape.hidden_size + heads.keys
+    memory.take("kept for backward", "base", work.rows * shared * BF16 + table)
+    memory.take("kept for backward", "own keys", (work.steps - 1) * work.starts * heads.keys * BF16)
+    memory.done("tokens")
+    gate_up = 2 * shape.intermediate_size if work.recompute_mlp else 0
+    for step in range(work.steps):
+        memory.working(input=states, normed=states, projected=projected)
+        memory.take("kept for backward", f"step {step}", work.starts * heads.queries * BF16)
+        memory.done("normed", "projected")
+        memory.take("kept for backward", f"step {step}", kept_bytes(shape, work))
+        memory.working(mlp=sliced * (hidden + (gate_up + shape.intermediate_size) * BF16))
+        memory.done("mlp", "input")
+
+
+def _backward(memory: _Memory, shape: DraftShape, work: Work) -> None:
+    heads, hidden, sliced = _widths(shape), shape.hidden_size * BF16, min(work.slice_rows, work.starts)
+    states, queries = work.starts * hidden, work.starts * heads.queries * BF16
+    logits, entries = shape.draft_vocab_size * (FLOAT32 + BF16), work.top_k * (3 * FLOAT32 + INT64)
+    gate_up = 2 * shape.intermediate_size * BF16
+    held, again = (0, gate_up) if work.recompute_mlp else (gate_up, 0)
+    memory.working(carried=0)
+    for step in reversed(range(work.steps)):
+        kept = f"step {step}"
+        memory.working(normed_gradient=states, loss=sliced * (logits + entries + hidden))
+        memory.done("loss")
+        memory.working(upstream=states)
+        memory.done("normed_gradient")
+        rest = kept_bytes(shape, work) - states  # without the step's result
+        memory.take("kept for backward", kept, rest)
+        memory.working(after=states, mlp=sliced * (again + shape.intermediate_size * BF16 + 3 * hidden))
+        memory.done("mlp", "upstream")
+        memory.take("kept for backward", kept, rest - work.starts * held)
+        memory.working(given=queries)
+        if step == work.steps - 1:
+            numbers = work.rows + (work.steps - 1) * work.starts
+            memory.take("working", "gradients of keys", numbers * heads.keys * FLOAT32)
+        memory.working(delta=work.starts * shape.num_attention_heads * FLOAT32)
+        memory.done("delta", "given")
+        memory.take(
+            "kept for backward", kept, states + queries
+        )  # the MLP's input, and in attention's output q's gradient
+        if step:
+            memory.working(input=states, projected=work.starts * heads.projected * BF16, normed=states)
+            memory.done("normed")
+            memory.working(given=states)
+            memory.done("projected")
+            memory.working(carried=states)
+            memory.done("given", "input", "after")
+            memory.working(widened=states)
+            memory.done("widened")
+        else:
+            memory.working(asked=queries, shared=work.rows * heads.keys * BF16, normed=work.rows * hidden)
+            memory.working(given=work.rows * hidden, residual=work.rows * hidden, base=work.rows * hidden)
+        memory.give("kept for backward", kept)
