@@ -32,6 +32,7 @@ from store.teacher_stats import describe, tail_mass
 from store.verify import verify_store
 from tools.cli import main
 from tools.commands import size
+from tools.sizes_text import format_sizes
 from tools.inspection import decode_conversation, summarise
 
 FURTHER = f"log_z_draft_{OTHER}"
@@ -264,7 +265,7 @@ def test_size_of_each_teacher(tmp_path: Path) -> None:
     arrays = more["modes"]["bf16"]["arrays"]
     assert arrays["log_z_draft_8000"] == arrays["log_z_draft_16000"] == arrays["log_z_draft"]
     assert more["frozen_bytes"] - plain["frozen_bytes"] == 24_000 * (2 * 256 + 8) + 2 * 131_072
-    assert "final-norm states, draft vocabulary of 32,000" in size.format_sizes(sizes(*shape, "--teacher", "hidden"))
+    assert "final-norm states, draft vocabulary of 32,000" in format_sizes(sizes(*shape, "--teacher", "hidden"))
     for flags, said in (
         (("--hidden-size", "8", "--teacher", "full"), "--verifier or --dataset beside it"),
         (("--hidden-size", "8", "--teacher", "top"), "--teacher: expected one of"),

@@ -18,7 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("tools.commands.train", "train the draft from a store, with no verifier in memory"),
     "eval": ("tools.commands.eval", "offline acceptance length of a draft, from a store"),
     "export": ("tools.commands.export", "write a checkpoint in the form that an inference engine serves"),
-    "size": ("tools.commands.size", "bytes and wall time of a capture, before anything runs"),
+    "size": ("tools.commands.size", "bytes and time of a capture, or memory of training, beforehand"),
     "inspect": ("tools.commands.inspect", "what is in a store, or in one of its conversations"),
     "probe": (
         "tools.commands.probe",

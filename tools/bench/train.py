@@ -19,8 +19,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -89,6 +92,7 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join((*CASES, LOADER)), help="(%(default)s)")
     parser.add_argument("--profile", action="store_true", help="say where the time of one more step goes")
     parser.add_argument("--directory", type=Path, help="for the store of loader-32k, 6 GB (default: a temporary one)")
+    parser.add_argument("--peer-wheels", type=Path, metavar="DIRECTORY", help="then time peers too: see train_peers")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise InputError("expected a CUDA device, found none; this benchmark measures one")
@@ -105,7 +109,27 @@ def main() -> None:
         rows += [result_row(case, metric, value, UNITS[metric], name) for metric, value in metrics.items()]
         if arguments.output:  # a run that is cut short leaves the cases it came to
             write_json(arguments.output, rows)
-    report(rows, arguments.output)
+    report([*rows, *peer_rows(arguments.peer_wheels)], arguments.output)
+
+
+def peer_rows(wheels: Path | None) -> list[dict[str, Any]]:
+    """Rows of `tools.bench.train_peers`, in a process of its own: importing the peers changes torch's settings."""
+    if wheels is None:
+        return []
+    with tempfile.TemporaryDirectory() as root:
+        output = Path(root) / "peers.json"
+        command = [
+            sys.executable,
+            "-m",
+            "tools.bench.train_peers",
+            "--peer-wheels",
+            str(wheels),
+            "--output",
+            str(output),
+        ]
+        subprocess.run(command, check=True)
+        rows: list[dict[str, Any]] = json.loads(output.read_text())
+    return rows
 
 
 def measure(arguments: argparse.Namespace, device: torch.device, ceiling: float) -> Iterator[tuple[str, Metrics]]:
