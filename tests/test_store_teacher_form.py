@@ -32,8 +32,8 @@ from store.teacher_stats import describe, tail_mass
 from store.verify import verify_store
 from tools.cli import main
 from tools.commands import size
-from tools.sizes_text import format_sizes
 from tools.inspection import decode_conversation, summarise
+from tools.sizes_text import format_sizes
 
 FURTHER = f"log_z_draft_{OTHER}"
 
