@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from capture.batch_job import CaptureJob
 from capture.config import CaptureConfig
+from capture.local_workers import run_processes, worker_count
 from capture.progress import CaptureSummary, JobProgress
 from capture.stopping import StopRequest, StopSignals
 from capture.work_plan import WorkPlan
@@ -19,7 +18,7 @@ def capture(config: CaptureConfig) -> CaptureSummary:
     is imported by each, as always with `spawn`: a script guards its calls by `if __name__ == "__main__"`.
     """
     stop = StopRequest(config.grace_seconds)
-    workers = config.workers or local_workers(config.device, config.shard)
+    workers = config.workers or worker_count(config.device, config.shard)
     if config.engine == "local" and workers == 1:
         with StopSignals(stop), CaptureJob(config) as job:
             return job.run(stop)
@@ -29,21 +28,5 @@ def capture(config: CaptureConfig) -> CaptureSummary:
 
             run_on_ray(config, progress, stop)
         else:
-            from capture.local_workers import run_processes
-
             run_processes(config, workers, progress, stop)
     return progress.summary()
-
-
-def local_workers(device: str, shard: int) -> int:
-    """One per `shard` visible GPUs, unless one device was named; one without GPUs."""
-    if device not in ("auto", "cuda"):
-        return 1
-    return max(1, torch.cuda.device_count() // shard)
-
-
-def worker_device(device: str, number: int, shard: int) -> str:
-    """The (first) device of a worker process, dealt out in turn where all GPUs are meant."""
-    if device not in ("auto", "cuda") or not torch.cuda.is_available():
-        return device
-    return f"cuda:{number % local_workers(device, shard) * shard}"

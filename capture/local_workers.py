@@ -135,7 +135,6 @@ def _work(config: CaptureConfig, number: int, count: int, connection: Connection
     from transformers.utils import logging
 
     from capture.batch_job import CaptureJob
-    from capture.engines import worker_device
     from capture.shard_worker import WorkerRole
 
     logging.disable_progress_bar()  # one line for the job, not one per worker
@@ -146,8 +145,26 @@ def _work(config: CaptureConfig, number: int, count: int, connection: Connection
         except OSError:  # the command is gone
             raise CaptureStopped(signal.SIGTERM) from None
 
-    with CaptureJob(replace(config, device=worker_device(config.device, number, config.shard))) as job:
+    with CaptureJob(replace(config, device=_worker_device(config.device, number, config.shard))) as job:
         job.run_worker(WorkerRole(report=report, stop=stop, number=number, count=count))
+
+
+def worker_count(device: str, shard: int) -> int:
+    """One per `shard` visible GPUs, unless one device was named; one without GPUs."""
+    import torch
+
+    if device not in ("auto", "cuda"):
+        return 1
+    return max(1, torch.cuda.device_count() // shard)
+
+
+def _worker_device(device: str, number: int, shard: int) -> str:
+    """The (first) device of a worker process, dealt out in turn where all GPUs are meant."""
+    import torch
+
+    if device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return device
+    return f"cuda:{number % worker_count(device, shard) * shard}"
 
 
 def _leave_with_parent() -> None:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from draft_train.kernels.attention import (
-    Sight,
     attend,
     attend_backward,
     attend_backward_reference,
@@ -25,6 +24,7 @@ from draft_train.kernels.rotary import (
     split_heads,
     split_heads_reference,
 )
+from draft_train.kernels.sight import Sight
 from draft_train.kernels.swiglu import swiglu, swiglu_backward_, swiglu_backward_reference_, swiglu_reference
 from draft_train.kernels.tail_kl import tail_kl, tail_kl_reference
 

@@ -11,42 +11,13 @@ Key-value memory holds keys first: [rows, 2, G, D]; that of later steps is [step
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from draft_train.kernels import attention_kernels as kernels
+from draft_train.kernels.sight import Attended, Sight
 from draft_train.window_attention import dense_window_attention
-
-
-@dataclass(frozen=True)
-class Sight:
-    """What the rows of one unroll step see."""
-
-    rows: Tensor
-    """[T] int64 start rows, ascending: where their own keys are."""
-    positions: Tensor
-    """[T] int32, ascending: positions at step 0."""
-    key_positions: Tensor
-    """[R] int32, ascending."""
-    step: int
-    window: int
-
-
-@dataclass(frozen=True)
-class Attended:
-    """Attention's operands and results, which its backward pass reads."""
-
-    q: Tensor
-    """[T, N, D]."""
-    kv: Tensor
-    own: Tensor
-    sight: Sight
-    out: Tensor
-    """[T, N, D]."""
-    log_sum_exp: Tensor
-    """[N, T], float32 at least."""
 
 
 def attend(q: Tensor, kv: Tensor, own: Tensor, sight: Sight) -> Attended:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from draft_train.kernels.sight import Attended, Sight
 from store.triton_launch import jit, tl
-
-if TYPE_CHECKING:
-    from draft_train.kernels.attention import Attended, Sight
 
 _SIZES = ("queries", "keys", "slots", "step", "window")
 
@@ -27,7 +25,7 @@ def forward(q: Tensor, kv: Tensor, own: Tensor, sight: Sight) -> tuple[Tensor, T
     out = torch.empty_like(q)
     log_sum_exp = torch.empty(heads, rows, device=q.device, dtype=torch.float32)
     launch = _launch(_FORWARD, q)
-    spans = _key_spans(sight, launch["BLOCK_Q"])
+    spans = sight.key_spans(launch["BLOCK_Q"])
     _attend_kernel[(heads, spans.shape[1])](
         q, kv, own, sight.rows, sight.positions, sight.key_positions, spans, out, log_sum_exp, rows, kv.shape[0],
         own.shape[1], sight.step, sight.window, 1.0 / math.sqrt(width),
@@ -45,13 +43,13 @@ def backward(upstream: Tensor, held: Attended, kv_gradient: Tensor, own_gradient
     shape = {"HEADS": heads, "GROUPS": groups, "WIDTH": width}
     delta = torch.empty_like(log_sum_exp)
     launch = _launch(_QUERIES, q)
-    spans = _key_spans(sight, launch["BLOCK_Q"])
+    spans = sight.key_spans(launch["BLOCK_Q"])
     _query_gradient_kernel[(heads, spans.shape[1])](
         upstream, q, kv, own, sight.rows, sight.positions, sight.key_positions, spans, out, log_sum_exp, delta, *sizes,
         **shape, **launch,
     )  # fmt: skip
     launch = _launch(_KEYS, q)
-    spans = _query_spans(sight, launch["BLOCK_K"])
+    spans = sight.query_spans(launch["BLOCK_K"])
     _key_gradient_kernel[(spans.shape[1], groups)](
         upstream, q, kv, sight.positions, sight.key_positions, spans, log_sum_exp, delta, kv_gradient, *sizes,
         **shape, **launch,
@@ -69,44 +67,6 @@ def _launch(tiles: dict[str, int], q: Tensor) -> dict[str, Any]:
     if q.dtype == torch.float32:
         return {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1, "PRECISION": "ieee"}
     return {**tiles, "PRECISION": "tf32"}
-
-
-def _key_spans(sight: Sight, block: int) -> Tensor:
-    """[4, blocks] int32 of every block of queries: the keys that some row sees are first .. last, and all rows see
-    whole_first .. whole_last. Rows: first, whole_first, whole_last, last.
-    """
-    first = sight.positions[::block].contiguous()
-    last = _ends(sight.positions, block)
-    lowest = sight.step - sight.window + 1
-    return torch.stack(
-        (
-            torch.searchsorted(sight.key_positions, first + lowest, out_int32=True),
-            torch.searchsorted(sight.key_positions, last + lowest, out_int32=True),
-            torch.searchsorted(sight.key_positions, first, right=True, out_int32=True),
-            torch.searchsorted(sight.key_positions, last, right=True, out_int32=True),
-        )
-    )
-
-
-def _query_spans(sight: Sight, block: int) -> Tensor:
-    """[4, blocks] int32 of every block of keys: as `_key_spans`, of the queries that see some or all of them."""
-    first = sight.key_positions[::block].contiguous()
-    last = _ends(sight.key_positions, block)
-    beyond = sight.window - sight.step
-    return torch.stack(
-        (
-            torch.searchsorted(sight.positions, first, out_int32=True),
-            torch.searchsorted(sight.positions, last, out_int32=True),
-            torch.searchsorted(sight.positions, first + beyond, out_int32=True),
-            torch.searchsorted(sight.positions, last + beyond, out_int32=True),
-        )
-    )
-
-
-def _ends(positions: Tensor, block: int) -> Tensor:
-    """The last position of every block."""
-    ends = positions[block - 1 :: block]
-    return ends.contiguous() if positions.shape[0] % block == 0 else torch.cat((ends, positions[-1:]))
 
 
 @jit

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from draft_train.kernels.attention import (
-    Attended,
-    Sight,
     attend,
     attend_backward,
     attend_backward_reference,
     attend_reference,
 )
+from draft_train.kernels.sight import Attended, Sight
 from store.errors import InputError
 from tools.bench.rows import report, result_row
 
