@@ -103,6 +103,36 @@ class NemotronForward:
             taps[len(self._blocks) - 1] = residual
         return Piece(first=first, taps=taps, final=final)
 
+    @torch.inference_mode()
+    def block_differences(self, token_ids: Tensor) -> list[float]:
+        """|ours - theirs| / |theirs| of what each block adds to the residual stream, over `token_ids` [B, L] int64.
+
+        The model's own code runs, and every block of ours starts from the state that it had there: nothing
+        accumulates.
+        """
+        found: list[float] = []
+        states: list[Tensor] = []
+
+        def compare(number: int, output: Any) -> None:
+            block = self._body.layers[number]
+            theirs = (output[0] if isinstance(output, tuple) else output).float()
+            _, normed = add_rms_norm(states.pop(), None, block.norm.weight, block.norm.variance_epsilon)
+            ours = self._blocks[number](normed, None).float()
+            found.append(float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30)))
+
+        handles = []
+        for number, block in enumerate(self._body.layers):
+            handles.append(block.norm.register_forward_pre_hook(lambda _module, inputs: states.append(inputs[0])))
+            handles.append(
+                block.mixer.register_forward_hook(lambda _m, _i, output, number=number: compare(number, output))
+            )
+        try:
+            self._body(input_ids=token_ids, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
     def _block(self, number: int, block: Any) -> Callable[[Tensor, Carried | None], Tensor]:
         mixer = block.mixer
         if hasattr(mixer, "A_log"):

@@ -27,8 +27,10 @@ from torch import Tensor
 
 from capture.config import CaptureConfig
 from capture.prefill import Forward, Piece
+from capture.self_check import check_tokens, self_check
 from capture.ssm_precision import enforce_contract
 from capture.verifier import Verifier, choose_device, choose_dtype, load_verifier
+from capture.work_plan import WorkPlan
 from store.errors import DraftcacheError, InputError, StoreError
 
 if TYPE_CHECKING:
@@ -190,7 +192,7 @@ def _follow(config: CaptureConfig, rank: int, first: int, meeting: str, connecti
                 shard=config.shard,
             )
             enforce_contract(verifier.model, config.verifier, allow_fallback=config.allow_fallback)
-            verifier.self_check(config.layers)
+            self_check(verifier, config.layers, check_tokens(WorkPlan.of(config)))
         except DraftcacheError:
             sys.exit(1)  # the worker meets the same, and says so
         while True:

@@ -1,7 +1,6 @@
 """The frozen verifier: any Hugging Face causal LM whose blocks, final norm and head can be found.
 
-Nothing here names a model class. What was found is proved at start-up by `Verifier.self_check`: taps against
-`output_hidden_states`, logits against the model's own forward.
+Nothing here names a model class. What was found is proved at start-up by `capture.self_check`.
 """
 
 from __future__ import annotations
@@ -79,38 +78,6 @@ class Verifier:
     def prefill(self, token_ids: torch.Tensor, layers: tuple[int, ...], chunk_tokens: int) -> Iterator[Piece]:
         """Pieces of at most `chunk_tokens` rows of `token_ids` [B, L] int64; see `capture.prefill.Forward`."""
         return self.engine.prefill(token_ids.to(self.device), layers, max(1, chunk_tokens))
-
-    @torch.inference_mode()
-    def self_check(self, layers: tuple[int, ...]) -> dict[str, float]:
-        """Compare taps with `output_hidden_states[i + 1]` and head(final) with the model's own logits.
-
-        Returns the largest relative differences. Raises InputError where a convention does not hold: a model that
-        scales or soft-caps its logits, or whose blocks do not return the residual stream.
-        """
-        token_ids = torch.arange(3, 35, device=self.device) % self.vocab_size
-        states = self.forward(token_ids, layers)
-        reference = self.model(input_ids=token_ids[None], use_cache=False, output_hidden_states=True)
-        last = len(self.blocks) - 1
-        differences = {
-            f"tap_{layer}": _relative(states.taps[layer], reference.hidden_states[layer + 1][0])
-            for layer in layers
-            if layer != last  # the last entry of hidden_states is after the final norm
-        }
-        logits = head_logits(states.final, self.head)
-        differences["logits"] = _relative(logits, reference.logits[0])
-        tolerance = 1e-4 if self.head.weight.dtype == torch.float32 else 2e-2
-        wrong = {name: value for name, value in differences.items() if not value <= tolerance}
-        if wrong:
-            raise InputError(
-                f"{type(self.model).__name__}: expected block outputs to equal output_hidden_states[i + 1] and "
-                f"head(final norm) to equal the model's logits within {tolerance}, found relative differences "
-                f"{wrong}; this model's conventions are not supported"
-            )
-        return differences
-
-
-def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30))
 
 
 def head_logits(final: torch.Tensor, head: nn.Linear) -> torch.Tensor:

@@ -23,10 +23,12 @@ from capture.batch_job import CaptureJob
 from capture.config import CaptureConfig
 from capture.prefill import Piece
 from capture.prepare import PrepareConfig, prepare
+from capture.self_check import TOKENS, check_tokens
 from capture.shard_worker import WorkerRole
 from capture.ssm_precision import lift_dt_limit, mamba_mixers
 from capture.stopping import StopRequest
 from capture.verifier import load_verifier
+from capture.work_plan import WorkPlan
 from store.codecs import bf16_to_float32
 from store.commits import committed_shards, read_record
 from store.errors import InputError, ManifestMismatchError
@@ -208,6 +210,14 @@ def test_sigkill_then_the_same_command_gives_the_same_store(nemotron: Path, data
     for shard, time_ns in kept.items():  # committed work was not redone
         assert (settings.output / "commit" / f"{shard:05d}.json").stat().st_mtime_ns == time_ns
     assert np.array_equal(StoreReader(settings.output).index, StoreReader(tmp_path / "whole").index)
+
+
+def test_the_check_at_start_up_reads_how_the_data_begins(nemotron: Path, dataset: Path, tmp_path: Path) -> None:
+    work = WorkPlan.of(config(nemotron, dataset, tmp_path / "s"))
+    first = work.dataset.split("train")[0][0].tolist()
+    found = check_tokens(work).tolist()
+    assert len(found) == TOKENS
+    assert found == (first * (TOKENS // len(first) + 1))[:TOKENS]
 
 
 def break_conversation(job: CaptureJob, token_ids: Any, tap: Any) -> None:

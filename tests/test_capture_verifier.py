@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import KINDS, VOCAB, make_model, save_model
 
 from capture.gates import Gates
+from capture.self_check import self_check
 from capture.ssm_precision import (
     DT_LIMIT,
     assert_dt_limit,
@@ -45,25 +46,7 @@ def test_taps_are_block_outputs_and_final_is_after_the_norm(tmp_path: Path, kind
     torch.testing.assert_close(states.final, reference.hidden_states[-1][0], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(states.taps[layers[-1]], states.final)  # the last block's output is before the norm
     torch.testing.assert_close(verifier.head(states.final), reference.logits[0])
-    assert max(verifier.self_check((0, 2)).values()) < 1e-5
-
-
-def test_self_check_notices_scaled_logits_and_shifted_taps(tmp_path: Path) -> None:
-    verifier = load(save_model(tmp_path, "llama"))
-    original = verifier.model.forward
-
-    def scaled(*arguments: Any, **named: Any) -> Any:
-        output = original(*arguments, **named)
-        output.logits = output.logits * 0.5
-        return output
-
-    verifier.model.forward = scaled
-    with pytest.raises(InputError, match="logits"):
-        verifier.self_check((1,))
-    verifier.model.forward = original
-    verifier.blocks[1].register_forward_hook(lambda _m, _i, output: output + 1.0)
-    with pytest.raises(InputError, match="tap_1"):
-        verifier.self_check((1,))
+    assert max(self_check(verifier, (0, 2), ids).values()) < 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,6 +14,7 @@ from test_draft_train_objective import objective
 from test_draft_train_trainer import config, metrics
 from tiny_models import save_model
 
+from capture.self_check import self_check
 from capture.ssm_precision import enforce_contract, mamba_mixers, require_canary, run_canary, scan_implementation
 from capture.verifier import load_verifier
 from draft_train.batches import build_batch
@@ -123,7 +124,7 @@ def test_bf16_capture_is_near_the_float32_reference(tmp_path: Path, kind: str, l
     for device, dtype in ((torch.device("cpu"), torch.float32), (CUDA, torch.bfloat16)):
         verifier = load_verifier(path, device=device, dtype=dtype, trust_remote_code=False)
         enforce_contract(verifier.model, path, allow_fallback=True)
-        verifier.self_check(layers)
+        self_check(verifier, layers, ids)
         taps.append(verifier.forward(ids, layers).taps)
     errors = [relative(taps[1][layer], taps[0][layer]) for layer in layers]
     print(kind, errors)

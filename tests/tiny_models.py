@@ -12,8 +12,8 @@ VOCAB = 640
 KINDS = ("nemotron_h", "llama")
 
 
-def make_model(kind: str) -> Any:
-    """A random model of 4 or 5 blocks over 640 token ids, in evaluation mode."""
+def make_model(kind: str, pattern: str = "MEM*E") -> Any:
+    """A random model over 640 token ids, in evaluation mode: of 4 blocks, or NemotronH's `pattern`."""
     torch.manual_seed(0)
     if kind == "llama":
         llama = LlamaConfig(
@@ -22,7 +22,7 @@ def make_model(kind: str) -> Any:
         )  # fmt: skip
         return LlamaForCausalLM(llama).eval()
     nemotron = NemotronHConfig(
-        vocab_size=VOCAB, hidden_size=32, hybrid_override_pattern="MEM*E", num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCAB, hidden_size=32, hybrid_override_pattern=pattern, num_attention_heads=4, num_key_value_heads=2,
         head_dim=8, mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=16, n_groups=2, chunk_size=16,
         n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, moe_shared_expert_intermediate_size=24,
         intermediate_size=32, n_group=1, topk_group=1, max_position_embeddings=512, initializer_range=0.2,

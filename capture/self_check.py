@@ -1,0 +1,133 @@
+"""Proof at start-up, on the machine and the weights that will be used, that states are what their names say.
+
+Four things, each of which has gone wrong somewhere without anyone noticing:
+
+- `tap_K`: what is captured as block K's output is `output_hidden_states[K + 1]` of the model's own code. Through our
+  own forward the two drift apart with depth (another order of sums, now and then another expert), so there
+  the tap has to be *nearest* to its state among those of all blocks: rounding is orthogonal to what a block adds, so
+  a tap that is off by one block shows however deep it is.
+- `final`: the same of the final norm.
+- `logits`: the head on the final norm is the model's logits: nothing scales or caps them. Both sides from one state.
+- `block`: what each block of our own forward adds, from the very state that the model's own code had there. Nothing
+  accumulates, so a kernel that computes something else has nowhere to hide, and a deep model can't be refused for
+  rounding.
+
+A difference is the median over rows of |found - expected| / |expected|: one row of massive activations outweighs all
+others in a norm over everything. That of a block is over all rows, as a kernel may be wrong in a few.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from capture.nemotron_forward import NemotronForward
+from capture.verifier import Verifier, head_logits
+from capture.work_plan import WorkPlan
+from store.errors import InputError
+
+TOKENS = 256
+"""Two chunks of the scan; the model's own code runs them in well under a second."""
+
+_SAME_CODE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+_BLOCK = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""The demo's verifier in bfloat16 is at 0.006 on a CPU; tokens near the edge between two experts may add to it."""
+_DRIFT = 0.5
+"""Of our own forward, at any depth; 50 blocks of random weights drift by 0.04 in bfloat16 (0.07 to 0.13 in a norm over
+all rows), 12 trained ones by 0.01."""
+
+
+def check_tokens(work: WorkPlan) -> Tensor:
+    """[256] int64: how the data begins, repeated where that is shorter. Random ids make outliers of trained states."""
+    for split in work.splits:
+        for number in range(len(work.dataset.split(split))):
+            token_ids, _, _ = work.dataset.split(split)[number]
+            if len(token_ids):
+                return torch.from_numpy(np.resize(token_ids[:TOKENS].astype(np.int64), TOKENS))
+    return torch.arange(TOKENS) % work.dataset.vocab_size
+
+
+@torch.inference_mode()
+def self_check(verifier: Verifier, layers: tuple[int, ...], token_ids: Tensor) -> dict[str, float]:
+    """See the module's description; `token_ids` [L] int64. Returns the differences by name, for the manifest.
+
+    Raises InputError where one is too large: a model that scales or soft-caps its logits, whose blocks do not return
+    the residual stream, or whose states our forward does not compute.
+    """
+    token_ids = token_ids.to(verifier.device)
+    states = verifier.forward(token_ids, layers)
+    expected, final, logits = _own_states(verifier, token_ids)
+    engine = verifier.engine
+    blocks = engine.block_differences(token_ids[None]) if isinstance(engine, NemotronForward) else []
+    found = {f"tap_{layer}": _difference(states.taps[layer], expected[layer + 1]) for layer in layers}
+    found["final"] = _difference(states.final, final)
+    found["logits"] = _difference(head_logits(final, verifier.head), logits)
+    if blocks:
+        found["block"] = float(np.max(blocks))  # NaN where one is
+    _require(verifier, found, blocks)
+    _require_nearest(verifier, states.taps, expected)
+    return found
+
+
+def _own_states(verifier: Verifier, token_ids: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    """By the model's own code: hidden_states, the final norm's output [L, H] and logits [L, V].
+
+    The last of the hidden_states [L, H] is the last block's output, as a hook sees it: the model's own list has the
+    final norm's in its place.
+    """
+    seen: list[Tensor] = []
+
+    def keep(_module: Any, _inputs: Any, output: Any) -> None:
+        seen.append((output[0] if isinstance(output, tuple) else output)[0])
+
+    handles = [module.register_forward_hook(keep) for module in (verifier.blocks[-1], verifier.final_norm)]
+    try:
+        output = verifier.model(input_ids=token_ids[None], use_cache=False, output_hidden_states=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    last, final = seen
+    return [*(state[0] for state in output.hidden_states[:-1]), last], final, output.logits[0]
+
+
+def _require(verifier: Verifier, found: dict[str, float], blocks: list[float]) -> None:
+    dtype = verifier.head.weight.dtype
+    same = _SAME_CODE[dtype]
+    drift = _DRIFT if blocks else same
+    limits = {name: drift if name.startswith("tap_") or name == "final" else same for name in found}
+    limits["block"] = _BLOCK[dtype]
+    wrong = {name: value for name, value in found.items() if not value <= limits[name]}
+    if "block" in wrong:
+        worst = [number for number, value in enumerate(blocks) if not value <= limits["block"]]
+        raise InputError(
+            f"{type(verifier.model).__name__}: expected forward {verifier.engine.name} to add in every block what the "
+            f"model's own code adds, within {limits['block']}, found {wrong['block']:.3g}, and too much in blocks "
+            f"{worst}; its kernels compute something else with these versions on this device: update them"
+        )
+    if wrong:
+        raise InputError(
+            f"{type(verifier.model).__name__}: expected block outputs to equal output_hidden_states[i + 1] and "
+            f"head(final norm) to equal the model's logits within { {name: limits[name] for name in wrong} }, found "
+            f"relative differences {wrong}; this model's conventions are not supported"
+        )
+
+
+def _require_nearest(verifier: Verifier, taps: dict[int, Tensor], expected: list[Tensor]) -> None:
+    for layer, tap in taps.items():
+        distances = [_difference(tap, state) for state in expected]
+        nearest = min(range(len(distances)), key=distances.__getitem__)
+        if nearest != layer + 1:
+            raise InputError(
+                f"{type(verifier.model).__name__}: expected tap {layer} to be output_hidden_states[{layer + 1}], found "
+                f"it nearer to [{nearest}] ({distances[nearest]:.3g} against {distances[layer + 1]:.3g}); this model's "
+                "conventions are not supported"
+            )
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """The median over rows, in float32; NaN where any row has one."""
+    rows = (found.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1).clamp(min=1e-30)
+    return float(rows.median())

@@ -1,0 +1,115 @@
+"""The start-up check: what it refuses, and that depth alone is no reason to refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VOCAB, make_model, save_model
+
+from capture import nemotron_forward
+from capture.nemotron_forward import NemotronForward
+from capture.prefill import Piece
+from capture.self_check import TOKENS, self_check
+from capture.ssm_precision import lift_dt_limit, mamba_mixers
+from capture.verifier import Verifier, find_modules, load_verifier
+from store.errors import InputError
+
+CPU = torch.device("cpu")
+IDS = torch.randint(3, VOCAB, (TOKENS,), generator=torch.Generator().manual_seed(1))
+DEEP = ("MEM*E" * 10, (2, 26, 48))
+"""As many blocks as the 30B verifier has, and its taps."""
+
+
+def nemotron(pattern: str = "MEM*E", dtype: torch.dtype = torch.float32) -> Verifier:
+    model = make_model("nemotron_h", pattern).to(dtype)
+    lift_dt_limit(mamba_mixers(model))
+    return find_modules(model, CPU)
+
+
+class Shifted:
+    """A forward whose taps are the outputs of the blocks after."""
+
+    name = "shifted"
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def prefill(self, token_ids: torch.Tensor, layers: tuple[int, ...], chunk: int) -> Iterator[Piece]:
+        for piece in self._inner.prefill(token_ids, tuple(layer + 1 for layer in layers), chunk):
+            yield replace(piece, taps={layer - 1: tap for layer, tap in piece.taps.items()})
+
+
+class ShiftedNemotron(Shifted, NemotronForward):
+    def block_differences(self, token_ids: torch.Tensor) -> list[float]:
+        return self._inner.block_differences(token_ids)  # type: ignore[no-any-return]
+
+
+def test_fifty_blocks_in_bf16_pass_though_they_drift_apart() -> None:
+    """A bound on the whole forward that refuses wrong kernels would refuse this one for its rounding."""
+    verifier = nemotron(DEEP[0], torch.bfloat16)
+    found = self_check(verifier, DEEP[1], IDS)
+    assert found["tap_48"] > 0.02 > found["block"] > 0
+    assert found["tap_2"] < found["tap_26"] < found["tap_48"]
+
+
+def test_a_tap_off_by_one_block_is_refused_at_any_depth() -> None:
+    verifier = nemotron(DEEP[0], torch.bfloat16)
+    for layer in DEEP[1]:
+        shifted = replace(verifier, engine=ShiftedNemotron(verifier.engine))
+        with pytest.raises(InputError, match=rf"output_hidden_states\[{layer + 1}\]|tap_{layer}"):
+            self_check(shifted, (layer,), IDS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "wrong", "blocks"),
+    [
+        ("relu_squared_", lambda values: values.relu_(), "[1, 4]"),
+        ("gated_group_norm", lambda values, *_: values, "[0, 2]"),
+        ("causal_attention", lambda q, k, v, scale: v.repeat_interleave(2, 1), "[3]"),
+    ],
+)
+def test_a_kernel_that_computes_something_else_is_refused_by_its_blocks(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, name: str, wrong: Any, blocks: str
+) -> None:
+    verifier = nemotron(dtype=dtype)
+    self_check(verifier, (0, 2), IDS)
+    monkeypatch.setattr(nemotron_forward, name, wrong)
+    with pytest.raises(InputError, match=r"add in every block what the model's own code adds") as caught:
+        self_check(verifier, (0, 2), IDS)
+    assert f"in blocks {blocks}" in str(caught.value)
+
+
+def test_nan_is_refused() -> None:
+    verifier = nemotron()
+    mixer = verifier.blocks[2].mixer
+    with torch.no_grad():
+        mixer.out_proj.weight[0, 0] = torch.nan  # type: ignore[index, union-attr]
+    with pytest.raises(InputError, match="found nan"):
+        self_check(verifier, (0, 2), IDS)
+
+
+def test_scaled_logits_and_shifted_taps_are_refused(tmp_path: Path) -> None:
+    path = save_model(tmp_path, "llama")
+    verifier = load_verifier(path, device=CPU, dtype=torch.float32, trust_remote_code=False)
+    original = verifier.model.forward
+
+    def scaled(*arguments: Any, **named: Any) -> Any:
+        output = original(*arguments, **named)
+        output.logits = output.logits * 0.5
+        return output
+
+    verifier.model.forward = scaled
+    with pytest.raises(InputError, match="logits"):
+        self_check(verifier, (1,), IDS)
+    verifier.model.forward = original
+    with pytest.raises(InputError, match="tap_1"):
+        self_check(replace(verifier, engine=Shifted(verifier.engine)), (1,), IDS)  # type: ignore[arg-type]
+    verifier.blocks[1].register_forward_hook(lambda _m, _i, output: output + 1.0)
+    with pytest.raises(InputError, match="tap_1"):
+        self_check(verifier, (1,), IDS)
