@@ -178,7 +178,8 @@ class _Mamba:
         )
         if state is not None:
             result, state.ssm = result
-        values = result.reshape(batch, length, -1).to(rows.dtype)
+        # The torch form's result is a slice where the last chunk was padded.
+        values = result.reshape(batch, length, -1).to(rows.dtype).contiguous()
         norm = mixer.norm
         values = gated_group_norm(values, gate, norm.weight, norm.variance_epsilon, norm.group_size)
         return mixer.out_proj(values)  # type: ignore[no-any-return]

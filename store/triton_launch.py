@@ -1,10 +1,14 @@
 """Triton where it is installed. Without it the kernels stay plain functions that nothing calls.
 
+Under TRITON_INTERPRET=1, which Triton reads when it is imported, kernels run on the CPU, slowly, through numpy: that is
+how they are tested where there is no GPU.
+
 Here because capture and draft_train both need it and neither may import the other; it needs no torch.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +19,14 @@ except ImportError:
     triton = None
     tl = None
 
-__all__ = ["jit", "power_of_two", "tl"]
+__all__ = ["INTERPRETED", "jit", "power_of_two", "runs_kernels", "tl"]
+
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def runs_kernels(tensor: Any) -> bool:
+    """Whether kernels take this torch tensor; else their plain twins do."""
+    return INTERPRETED or bool(tensor.is_cuda)
 
 
 def jit(kernel: Callable[..., Any] | None = None, *, varying: tuple[str, ...] = ()) -> Any:

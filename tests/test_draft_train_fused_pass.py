@@ -136,29 +136,3 @@ def test_asking_for_what_can_not_run_is_refused() -> None:
         with pytest.raises(InputError, match=f"{name}.*its kernels need a GPU"):
             choose_pass(config(**changes), model, objective(), embeddings())
     assert isinstance(choose_pass(config(), model, objective(), embeddings()), PlainPass)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 6e-2)])
-def test_on_a_gpu(dtype: torch.dtype, bound: float) -> None:
-    shape = replace(make_model().shape, head_dim=16, sliding_window=37)
-    expected_model = DraftModel(shape)
-    expected_model.initialize(0)
-    with torch.no_grad():
-        for value in expected_model.parameters():
-            value.mul_(8.0) if value.ndim == 2 else value.add_(0.3 * torch.randn(value.shape))
-    model = DraftModel(shape).cuda()
-    model.load_state_dict(expected_model.state_dict())
-    batch = batch_of(list(MASKS), 37)
-    expected = run(PlainPass(expected_model.double(), objective(), embeddings()), expected_model, batch)
-    words = vocab_map()
-    there = Objective(
-        config(), torch.from_numpy(words.target_ids).cuda(), torch.from_numpy(words.padded(VOCAB).t2d).cuda()
-    )
-    training = FusedPass(model, there, embeddings().float().cuda(), SMALL, dtype=dtype)
-    found = run(training, model, batch.to(torch.device("cuda")))
-    torch.testing.assert_close(found[0][0].cpu(), expected[0][0], rtol=bound, atol=0)
-    assert near({name: value.cpu().double() for name, value in found[1].items()}, expected[1], bound)
-    again = run(training, model, batch.to(torch.device("cuda")))
-    assert all(torch.equal(again[1][name], value) for name, value in found[1].items())

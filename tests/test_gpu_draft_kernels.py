@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from kernel_device import DEVICE, DTYPES, INTERPRETED, MARKS
+from synthetic import VOCAB, vocab_map
+from test_draft_train_fused_pass import SMALL, batch_of, config, near, objective, run
+from test_draft_train_unroll import MASKS, embeddings, make_model
 
+from draft_train.draft_model import DraftModel
+from draft_train.fused_pass import FusedPass
+from draft_train.gradient_pass import PlainPass
 from draft_train.kernels.attention import (
     attend,
     attend_backward,
@@ -27,8 +36,9 @@ from draft_train.kernels.rotary import (
 from draft_train.kernels.sight import Sight
 from draft_train.kernels.swiglu import swiglu, swiglu_backward_, swiglu_backward_reference_, swiglu_reference
 from draft_train.kernels.tail_kl import tail_kl, tail_kl_reference
+from draft_train.objective import Objective
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = MARKS
 BF16, F32 = torch.bfloat16, torch.float32
 BOUND = {F32: 3e-5, BF16: 1e-2}
 
@@ -39,7 +49,7 @@ def _seed() -> None:
 
 
 def rand(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda").to(dtype)
+    return torch.randn(*shape, device=DEVICE).to(dtype)
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -48,7 +58,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 8), (37, 2688), (1500, 260)])
 @pytest.mark.parametrize("residual", [False, True])
 def test_rms_norm(dtype: torch.dtype, shape: tuple[int, int], residual: bool) -> None:
@@ -64,7 +74,7 @@ def test_rms_norm(dtype: torch.dtype, shape: tuple[int, int], residual: bool) ->
     assert error(sums, expected_sums) < 1e-4
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 6), (37, 8064), (300, 1025)])
 def test_swiglu(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     gate_up, given = rand(shape[0], 2 * shape[1], dtype=dtype), rand(*shape, dtype=dtype)
@@ -75,15 +85,15 @@ def test_swiglu(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     assert error(gate_up, wide) < BOUND[dtype]
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("queries", "groups", "width"), [(32, 2, 128), (0, 2, 64), (6, 0, 16), (4, 4, 24)])
 def test_heads(dtype: torch.dtype, queries: int, groups: int, width: int) -> None:
     rows, slots = 50, 70
-    positions = torch.arange(90, device="cuda") * 400
+    positions = torch.arange(90, device=DEVICE) * 400
     table = rotary_table(positions, width, 10_000.0, dtype)
-    places, taken = torch.randperm(90, device="cuda")[:rows], torch.randperm(slots, device="cuda")[:rows]
+    places, taken = torch.randperm(90, device=DEVICE)[:rows], torch.randperm(slots, device=DEVICE)[:rows]
     projected = rand(rows, (queries + 2 * groups) * width, dtype=dtype)
-    kv = [torch.zeros(slots, 2, groups, width, device="cuda", dtype=dtype) for _ in range(2)]
+    kv = [torch.zeros(slots, 2, groups, width, device=DEVICE, dtype=dtype) for _ in range(2)]
     found = split_heads(projected, table, places, queries, kv[0], taken)
     expected = split_heads_reference(projected, table, places, queries, kv[1], taken)
     for ours, theirs in ((found, expected), (kv[0], kv[1])):
@@ -98,18 +108,18 @@ def test_heads(dtype: torch.dtype, queries: int, groups: int, width: int) -> Non
     assert not torch.equal(found, projected)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("vocab", "entries"), [(70_000, 64), (32_000, 64), (1000, 20), (64, 64), (40, 3)])
 @pytest.mark.parametrize("absent", ["none", "some", "all"])
 def test_tail_kl(dtype: torch.dtype, vocab: int, entries: int, absent: str) -> None:
     rows = 150  # more than a GPU has processors
     logits = 4 * rand(rows, vocab)
-    ids = torch.rand(rows, vocab, device="cuda").argsort(-1)[:, :entries].contiguous()
+    ids = torch.rand(rows, vocab, device=DEVICE).argsort(-1)[:, :entries].contiguous()
     p = torch.softmax(rand(rows, vocab), -1).gather(1, ids)
-    gone = torch.rand(rows, entries, device="cuda") < {"none": 0.0, "some": 0.4, "all": 1.1}[absent]
+    gone = torch.rand(rows, entries, device=DEVICE) < {"none": 0.0, "some": 0.4, "all": 1.1}[absent]
     ids, p = ids.masked_fill(gone, -1), p.masked_fill(gone, 0.0)
-    tau, weight = (1 - p.sum(-1)).clamp(min=0.0), torch.rand(rows, device="cuda")
-    outs = [torch.full((rows, vocab), torch.nan, device="cuda", dtype=kind) for kind in (dtype, torch.float64)]
+    tau, weight = (1 - p.sum(-1)).clamp(min=0.0), torch.rand(rows, device=DEVICE)
+    outs = [torch.full((rows, vocab), torch.nan, device=DEVICE, dtype=kind) for kind in (dtype, torch.float64)]
     expected = tail_kl_reference(logits.double(), ids, p.double(), tau.double(), weight.double(), outs[1])
     losses, argmax = tail_kl(logits.clone(), ids, p, tau, weight, outs[0])
     assert torch.equal(argmax, expected[1])
@@ -121,29 +131,35 @@ def test_tail_kl(dtype: torch.dtype, vocab: int, entries: int, absent: str) -> N
 
 
 def sight_of(positions: torch.Tensor, key_positions: torch.Tensor, step: int, window: int, slots: int) -> Sight:
-    rows = torch.arange(slots, device="cuda")[-positions.numel() :]
-    return Sight(rows, positions.to("cuda", torch.int32), key_positions.to("cuda", torch.int32), step, window)
+    rows = torch.arange(slots, device=DEVICE)[-positions.numel() :]
+    return Sight(rows, positions.to(DEVICE, torch.int32), key_positions.to(DEVICE, torch.int32), step, window)
+
+
+ROWS = 150 if INTERPRETED else 1000
+HEADS = [(4, 2, 16)] if INTERPRETED else [(8, 2, 64), (32, 2, 128)]
 
 
 def cases() -> dict[str, tuple[torch.Tensor, torch.Tensor, int]]:
     """Query positions, key positions, window."""
-    every = torch.arange(1000)
-    holes = every[(every % 7 != 3) & ~((every > 300) & (every < 420))]
-    packed = torch.cat((torch.arange(90), 400 + torch.arange(333), 1100 + torch.arange(5), 1500 + torch.arange(400)))
+    every = torch.arange(ROWS)
+    tenth, window = ROWS // 10, 3 * ROWS // 10
+    holes = every[(every % 7 != 3) & ~((every > 3 * tenth) & (every < 42 * ROWS // 100))]
+    pieces = ((0, ROWS // 11), (4 * tenth, ROWS // 3), (11 * tenth, 5), (15 * tenth, 4 * tenth))
+    packed = torch.cat([first + torch.arange(length) for first, length in pieces])
     return {
-        "all rows": (every, every, 300),
-        "turns": (torch.cat((every[100:260], every[500:900])), every, 300),
-        "holes": (holes[40::2], holes, 64),
-        "packed": (packed[packed % 3 > 0], packed, 256),
-        "whole": (every[::3], every, 5000),
+        "all rows": (every, every, window),
+        "turns": (torch.cat((every[tenth : 26 * ROWS // 100], every[5 * tenth : 9 * tenth])), every, window),
+        "holes": (holes[2 * tenth // 5 :: 2], holes, 64),
+        "packed": (packed[packed % 3 > 0], packed, 256 * ROWS // 1000),
+        "whole": (every[::3], every, 5 * ROWS),
         "narrow": (every, every, 8),
-        "few": (every[-3:], every, 300),
+        "few": (every[-3:], every, window),
     }
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("step", [0, 1, 5])
-@pytest.mark.parametrize(("heads", "groups", "width"), [(8, 2, 64), (32, 2, 128)])
+@pytest.mark.parametrize(("heads", "groups", "width"), HEADS)
 @pytest.mark.parametrize("name", cases())
 def test_attention(name: str, heads: int, groups: int, width: int, step: int, dtype: torch.dtype) -> None:
     positions, key_positions, window = cases()[name]
@@ -171,3 +187,28 @@ def test_attention(name: str, heads: int, groups: int, width: int, step: int, dt
         assert name == "whole" or error(wider.out, expected.out) > BOUND[F32]
     again = attend_backward(given, attend(q, kv, own, sight), *(torch.zeros_like(part) for part in sums))
     assert torch.equal(found, again)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_whole_pass_through_its_kernels_equals_autograd_in_float64(dtype: torch.dtype) -> None:
+    bound = {F32: 1e-5, BF16: 6e-2}[dtype]
+    shape = replace(make_model().shape, head_dim=16, sliding_window=37)
+    expected_model = DraftModel(shape)
+    expected_model.initialize(0)
+    with torch.no_grad():
+        for value in expected_model.parameters():
+            value.mul_(8.0) if value.ndim == 2 else value.add_(0.3 * torch.randn(value.shape))
+    model = DraftModel(shape).to(DEVICE)
+    model.load_state_dict(expected_model.state_dict())
+    batch = batch_of(list(MASKS), 37)
+    expected = run(PlainPass(expected_model.double(), objective(), embeddings()), expected_model, batch)
+    words = vocab_map()
+    there = Objective(
+        config(), torch.from_numpy(words.target_ids).to(DEVICE), torch.from_numpy(words.padded(VOCAB).t2d).to(DEVICE)
+    )
+    training = FusedPass(model, there, embeddings().float().to(DEVICE), SMALL, dtype=dtype)
+    found = run(training, model, batch.to(DEVICE))
+    torch.testing.assert_close(found[0][0].cpu(), expected[0][0], rtol=bound, atol=0)
+    assert near({name: value.cpu().double() for name, value in found[1].items()}, expected[1], bound)
+    again = run(training, model, batch.to(DEVICE))
+    assert all(torch.equal(again[1][name], value) for name, value in found[1].items())

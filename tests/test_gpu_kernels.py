@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_device import DEVICE, DTYPES, INTERPRETED, MARKS
 
 from capture.kernels.attention import causal_attention, causal_attention_reference
 from capture.kernels.causal_conv import causal_conv_silu, causal_conv_silu_reference
@@ -26,7 +27,7 @@ from capture.kernels.norms import (
 )
 from capture.kernels.row_stats import row_stats, row_stats_reference
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = MARKS
 BF16, F32 = torch.bfloat16, torch.float32
 
 
@@ -36,7 +37,7 @@ def _seed() -> None:
 
 
 def rand(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda").to(dtype)
+    return torch.randn(*shape, device=DEVICE).to(dtype)
 
 
 def near(found: torch.Tensor, expected: torch.Tensor, steps: float = 1.0) -> None:
@@ -50,7 +51,7 @@ def near(found: torch.Tensor, expected: torch.Tensor, steps: float = 1.0) -> Non
     assert bool((error <= bound).all()), float((error / bound).max())
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 8), (2, 37, 2688), (1, 513, 256)])
 def test_add_rms_norm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     residual, update, weight = rand(*shape, dtype=dtype), rand(*shape, dtype=dtype), rand(shape[-1], dtype=dtype)
@@ -61,7 +62,7 @@ def test_add_rms_norm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         near(found[1], expected[1])
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("length", "width", "group"), [(1, 32, 16), (37, 4096, 512), (5, 192, 96)])
 def test_gated_group_norm(dtype: torch.dtype, length: int, width: int, group: int) -> None:
     projection, values = rand(2, length, 3 * width, dtype=dtype), rand(2, length, width, dtype=dtype)
@@ -70,7 +71,7 @@ def test_gated_group_norm(dtype: torch.dtype, length: int, width: int, group: in
     near(gated_group_norm(values.clone(), gate, weight, 1e-5, group), expected, 2)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [1, 2, 3, 31, 32, 100])
 @pytest.mark.parametrize("carried", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
@@ -86,7 +87,7 @@ def test_causal_conv(dtype: torch.dtype, length: int, carried: bool, biased: boo
 @pytest.mark.parametrize("experts", [4, 100, 128])
 @pytest.mark.parametrize("normalise", [False, True])
 def test_route(experts: int, normalise: bool) -> None:
-    logits, bias = rand(999, experts), 0.1 * rand(experts)
+    logits, bias = rand(99 if INTERPRETED else 999, experts), 0.1 * rand(experts)
     logits[7] = 0.25
     top_k = min(6, experts)
     expected = route_reference(logits, bias, top_k, scaling=2.5, normalise=normalise)
@@ -97,13 +98,13 @@ def test_route(experts: int, normalise: bool) -> None:
     torch.testing.assert_close(found[1][same], expected[1][same], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_experts(dtype: torch.dtype) -> None:
     """The whole of it, one expert without tokens."""
     count, experts, top_k, width, inner = 500, 8, 3, 256, 192
     logits, shared = rand(count, experts), rand(count, width, dtype=dtype)
     logits[:, 5] = -20
-    ids, weights = route(logits, torch.zeros(experts, device="cuda"), top_k, scaling=2.5, normalise=True)
+    ids, weights = route(logits, torch.zeros(experts, device=DEVICE), top_k, scaling=2.5, normalise=True)
     rows = rand(count, width, dtype=dtype)
     up, down = rand(experts, inner, width, dtype=dtype) / 16, rand(experts, width, inner, dtype=dtype) / 14
     pairs = dispatch(ids, experts)
@@ -125,7 +126,7 @@ def test_experts(dtype: torch.dtype) -> None:
     assert float((outputs[0] - outputs[1]).float().norm() / by_token.norm()) < bound
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "length"), [(300, 300), (1, 1), (77, 300), (1, 300), (256, 1024)])
 def test_attention(dtype: torch.dtype, rows: int, length: int) -> None:
     queries = rand(1, 8, rows, 128, dtype=dtype)

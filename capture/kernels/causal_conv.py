@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from store.triton_launch import jit, tl
+from store.triton_launch import jit, runs_kernels, tl
 
 TAPS = 4
 """Kernel length that the Triton form is written for."""
@@ -18,7 +18,7 @@ def causal_conv_silu(rows: Tensor, weight: Tensor, bias: Tensor | None, before: 
     rows [B, L, C], channels contiguous, rows of any stride; weight [C, K]; bias [C]; `before` [B, K - 1, C]: the rows
     before the first one, zeros where None.
     """
-    if not rows.is_cuda or weight.shape[1] != TAPS:
+    if not runs_kernels(rows) or weight.shape[1] != TAPS:
         return causal_conv_silu_reference(rows, weight, bias, before)
     batch, length, channels = rows.shape
     out = torch.empty(batch, length, channels, device=rows.device, dtype=rows.dtype)

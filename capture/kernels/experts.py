@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from store.triton_launch import jit, tl
+from store.triton_launch import jit, runs_kernels, tl
 
 _ELEMENTS = 4096
 
@@ -30,7 +30,7 @@ def route(logits: Tensor, bias: Tensor, top_k: int, *, scaling: float, normalise
     logits [N, E] float32; bias [E] float32 is added for the choice only. Weights are the chosen scores, divided by
     their sum (+ 1e-20) if `normalise`, times `scaling`. On equal scores the lower id is chosen.
     """
-    if not logits.is_cuda:
+    if not runs_kernels(logits):
         return route_reference(logits, bias, top_k, scaling=scaling, normalise=normalise)
     count, experts = logits.shape
     ids = torch.empty(count, top_k, device=logits.device, dtype=torch.int64)
@@ -86,7 +86,7 @@ def grouped_linear_reference(rows: Tensor, weight: Tensor, ends: Tensor) -> Tens
 
 def relu_squared_(values: Tensor) -> Tensor:
     """`relu(x)^2` in place, any contiguous shape."""
-    if not values.is_cuda:
+    if not runs_kernels(values):
         return relu_squared_reference_(values)
     count = values.numel()
     _relu_squared_kernel[(-(-count // _ELEMENTS),)](values, count, BLOCK=_ELEMENTS, num_warps=8)
@@ -100,7 +100,7 @@ def relu_squared_reference_(values: Tensor) -> Tensor:
 
 def combine(expert_rows: Tensor, weights: Tensor, place: Tensor, shared: Tensor) -> Tensor:
     """`sum_j weights[n, j] * expert_rows[place[n, j]]` in float32, rounded, plus `shared`: [N, H], over `shared`."""
-    if not shared.is_cuda:
+    if not runs_kernels(shared):
         return combine_reference(expert_rows, weights, place, shared)
     count, width = shared.shape
     _combine_kernel[(count,)](

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from store.triton_launch import jit, power_of_two, tl
+from store.triton_launch import jit, power_of_two, runs_kernels, tl
 
 _GATED_ROWS = 4
 
@@ -15,7 +15,7 @@ def add_rms_norm(residual: Tensor, update: Tensor | None, weight: Tensor, eps: f
 
     residual, update [..., H] contiguous; update None leaves the residual as it is. The sum is written over `update`.
     """
-    if not residual.is_cuda:
+    if not runs_kernels(residual):
         return add_rms_norm_reference(residual, update, weight, eps)
     width = residual.shape[-1]
     out = torch.empty_like(residual)
@@ -43,7 +43,7 @@ def gated_group_norm(values: Tensor, gate: Tensor, weight: Tensor, eps: float, g
     values [B, L, I] contiguous; gate [B, L, I] with rows of any stride (a slice of the projection). The result
     [B, L, I] is written over `values`.
     """
-    if not values.is_cuda:
+    if not runs_kernels(values):
         return gated_group_norm_reference(values, gate, weight, eps, group)
     width = values.shape[-1]
     rows = values.numel() // width

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from store.triton_launch import jit, tl
+from store.triton_launch import jit, runs_kernels, tl
 
 _BLOCK = 4096
 
@@ -21,7 +21,7 @@ class RowStats(NamedTuple):
 
 def row_stats(logits: Tensor) -> RowStats:
     """Statistics of float32 logits [R, V], rows contiguous."""
-    if not logits.is_cuda:
+    if not runs_kernels(logits):
         return row_stats_reference(logits)
     rows, width = logits.shape
     log_sum_exp = torch.empty(rows, device=logits.device, dtype=torch.float32)

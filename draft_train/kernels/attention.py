@@ -18,6 +18,7 @@ from torch import Tensor
 from draft_train.kernels import attention_kernels as kernels
 from draft_train.kernels.sight import Attended, Sight
 from draft_train.window_attention import dense_window_attention
+from store.triton_launch import runs_kernels
 
 
 def attend(q: Tensor, kv: Tensor, own: Tensor, sight: Sight) -> Attended:
@@ -25,7 +26,7 @@ def attend(q: Tensor, kv: Tensor, own: Tensor, sight: Sight) -> Attended:
 
     D must be a power of two from 16 to 256 on a GPU. Every row sees at least its own step-0 key.
     """
-    if not q.is_cuda:
+    if not runs_kernels(q):
         return attend_reference(q, kv, own, sight)
     return Attended(q, kv, own, sight, *kernels.forward(q, kv, own, sight))
 
@@ -36,7 +37,7 @@ def attend_backward(upstream: Tensor, held: Attended, kv_gradient: Tensor, own_g
     `upstream` [T, N, D]. The added-to are float32 of the shapes of kv and own. On a GPU the gradient takes the place of
     `held.out`, whose memory counts at long lengths.
     """
-    if not held.q.is_cuda:
+    if not runs_kernels(held.q):
         return attend_backward_reference(upstream, held, kv_gradient, own_gradient)
     return kernels.backward(upstream, held, kv_gradient, own_gradient)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from store.triton_launch import jit, power_of_two, tl
+from store.triton_launch import jit, power_of_two, runs_kernels, tl
 
 _PROGRAMS = 528
 """Programs that share a backward pass's rows: each sums the weight's gradient over its own."""
@@ -16,7 +16,7 @@ _PROGRAMS = 528
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`weight * x / sqrt(mean(x^2) + eps)`, computed in float32 and rounded once. x [T, H] contiguous, weight [H]."""
-    if not x.is_cuda:
+    if not runs_kernels(x):
         return rms_norm_reference(x, weight, eps)
     rows, width = x.shape
     out = torch.empty_like(x)
@@ -38,7 +38,7 @@ def rms_norm_backward(
 
     With r = 1 / rms(x) and g = upstream * weight: `r (g - x r^2 mean(g x))`.
     """
-    if not x.is_cuda:
+    if not runs_kernels(x):
         return rms_norm_backward_reference(upstream, x, weight, eps, weight_gradient, residual)
     rows, width = x.shape
     out = torch.empty_like(x)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from store.triton_launch import jit, power_of_two, tl
+from store.triton_launch import jit, power_of_two, runs_kernels, tl
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tensor:
@@ -32,7 +32,7 @@ def split_heads(projected: Tensor, table: Tensor, places: Tensor, queries: int, 
 
     `places` [T] int64: row of the table of each row. `queries` N; with `kv` of G = 0 nothing but queries is there.
     """
-    if not projected.is_cuda:
+    if not runs_kernels(projected):
         return split_heads_reference(projected, table, places, queries, kv, slots)
     rows, head_dim, groups = projected.shape[0], kv.shape[-1], kv.shape[-2]
     out = projected.new_empty(rows, queries, head_dim)
@@ -65,7 +65,7 @@ def join_heads(
     `query_gradient` [T, N, D]; `kv_gradient` [slots, 2, G, D]. The gradient is also added to the rows `places`, which
     are distinct, of `total` [P, (N + 2G) D]: the part of the projections that every unroll step shares.
     """
-    if not table.is_cuda:
+    if not runs_kernels(table):
         return join_heads_reference(query_gradient, kv_gradient, table, places, slots, total)
     rows, queries, head_dim = query_gradient.shape
     groups = kv_gradient.shape[-2]

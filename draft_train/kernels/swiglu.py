@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from store.triton_launch import jit, tl
+from store.triton_launch import jit, runs_kernels, tl
 
 _BLOCK = 1024
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up` [T, I] of [T, 2I], gate first; computed in float32 and rounded once."""
-    if not gate_up.is_cuda:
+    if not runs_kernels(gate_up):
         return swiglu_reference(gate_up)
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)
@@ -36,7 +36,7 @@ def swiglu_backward_(upstream: Tensor, gate_up: Tensor) -> Tensor:
 
     Both are what the weights' gradients need next, and the two tensors are the largest of a training step.
     """
-    if not gate_up.is_cuda:
+    if not runs_kernels(gate_up):
         return swiglu_backward_reference_(upstream, gate_up)
     rows, width = upstream.shape
     if rows:

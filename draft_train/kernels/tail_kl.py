@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from draft_train.losses import fused_tail_bucket_loss
-from store.triton_launch import jit, power_of_two, tl
+from store.triton_launch import jit, power_of_two, runs_kernels, tl
 
 _MOST_IN_REGISTERS = 32_768
 """Logits of one row: 64 per thread."""
@@ -21,7 +21,7 @@ def tail_kl(logits: Tensor, ids: Tensor, p: Tensor, tau: Tensor, weight: Tensor,
     `ids` [T, K] int64, -1 where absent, `p` [T, K] float32, `tau` and `weight` [T] float32. The logits are overwritten
     at the teacher's entries. Below `tiny` the tail has no digits left and counts as `tiny`.
     """
-    if not logits.is_cuda:
+    if not runs_kernels(logits):
         return tail_kl_reference(logits, ids, p, tau, weight, out)
     (rows, width), entries = logits.shape, ids.shape[1]
     losses = torch.empty(rows, device=logits.device, dtype=torch.float32)
@@ -31,7 +31,7 @@ def tail_kl(logits: Tensor, ids: Tensor, p: Tensor, tau: Tensor, weight: Tensor,
         lanes = {"ENTRIES": power_of_two(entries)}
         _take_entries_kernel[(rows,)](logits, ids, taken, width, entries, **lanes, num_warps=2)
         block = min(_MOST_IN_REGISTERS, power_of_two(width))
-        processors = torch.cuda.get_device_properties(logits.device).multi_processor_count
+        processors = torch.cuda.get_device_properties(logits.device).multi_processor_count if logits.is_cuda else 4
         _tail_kl_kernel[(min(rows, processors),)](
             logits, ids, taken, p, tau, weight, out, losses, argmax, rows, width, entries,
             torch.finfo(torch.float32).tiny, BLOCK=block, WHOLE=width <= block, **lanes, num_warps=16,

@@ -1,0 +1,19 @@
+"""Where kernels are tested: on a GPU, else on the CPU in Triton's interpreter where TRITON_INTERPRET=1 asks for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from store.triton_launch import INTERPRETED
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+MARKS = [
+    *([] if INTERPRETED else [pytest.mark.gpu]),
+    pytest.mark.skipif(
+        not INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA device, or TRITON_INTERPRET=1"
+    ),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of lanes that are masked out afterwards
+]
+DTYPES = [torch.float32] if INTERPRETED else [torch.bfloat16, torch.float32]
+"""The interpreter cuts bfloat16 off instead of rounding it."""

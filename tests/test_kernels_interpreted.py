@@ -1,0 +1,43 @@
+"""The kernels' own tests where there is no GPU: Triton's interpreter runs them on the CPU, in float32 and small shapes.
+
+In a process of its own, as Triton reads TRITON_INTERPRET when it is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from store.triton_launch import INTERPRETED, runs_kernels, tl
+
+ROOT = Path(__file__).parents[1]
+TESTS = ("test_gpu_kernels.py", "test_gpu_draft_kernels.py", "test_kernels_interpreted.py")
+FORWARD = "test_capture_forward.py::test_random_weights_equal_the_models_code"
+
+
+@pytest.mark.skipif(tl is None, reason="needs Triton")
+@pytest.mark.skipif(INTERPRETED, reason="is what starts the others")
+def test_in_tritons_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    command += [f"tests/{name}" for name in (*TESTS, FORWARD)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-4000:]
+    found = re.search(r"(\d+) passed", ran.stdout)
+    assert found is not None
+    assert int(found[1]) > 90, ran.stdout[-400:]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="of the interpreter's own process")
+def test_kernels_and_not_their_twins_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from capture.kernels import row_stats
+
+    assert runs_kernels(torch.zeros(1))
+    monkeypatch.setattr(row_stats, "row_stats_reference", None)
+    assert int(row_stats.row_stats(torch.tensor([[1.0, 3.0, 2.0]])).argmax) == 1
