@@ -207,13 +207,14 @@ class _Experts:
         self._mixer = mixer
         gate = mixer.gate
         self._bias = gate.e_score_correction_bias.detach().float()
+        self._router = _narrowest(gate.weight)
         self._up, self._down, self._group = _local_experts(mixer.experts.up_proj, mixer.experts.down_proj)
 
     def __call__(self, rows: Tensor, carried: Carried | None) -> Tensor:
         mixer, gate = self._mixer, self._mixer.gate
         flat = rows.flatten(0, 1)
         ids, weights = route(
-            _router_logits(flat, gate.weight), self._bias, gate.top_k,
+            _router_logits(flat, self._router), self._bias, gate.top_k,
             scaling=gate.routed_scaling_factor, normalise=gate.norm_topk_prob,
         )  # fmt: skip
         pairs = dispatch(ids, gate.num_experts)
@@ -243,6 +244,12 @@ def _local_experts(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, dist.Proce
 
 def _mlp(mlp: Any, rows: Tensor) -> Tensor:
     return mlp.down_proj(relu_squared_(mlp.up_proj(rows)))  # type: ignore[no-any-return]
+
+
+def _narrowest(weight: Tensor) -> Tensor:
+    """bfloat16 where that holds the same numbers: transformers 5.24 widens the router's weights as it loads them."""
+    narrow = weight.detach().to(torch.bfloat16)
+    return narrow if not isinstance(weight, DTensor) and torch.equal(narrow.to(weight.dtype), weight) else weight
 
 
 def _router_logits(rows: Tensor, weight: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -52,6 +53,8 @@ class PlainForward:
         """`reason` says why no faster forward was taken."""
         self._body, self._blocks, self._final_norm = body, blocks, final_norm
         self._reason = reason
+        # transformers 5.24 renames it, and warns of the old name.
+        self._cache = "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
 
     def implementations(self) -> dict[str, str]:
         """See Forward."""
@@ -80,7 +83,7 @@ class PlainForward:
         handles = [self._blocks[layer].register_forward_hook(keep(layer)) for layer in layers]
         handles.append(self._final_norm.register_forward_hook(lambda _m, _i, output: final.append(output)))
         try:
-            self._body(input_ids=token_ids, past_key_values=cache, use_cache=cache is not None)
+            self._body(input_ids=token_ids, use_cache=cache is not None, **{self._cache: cache})
         finally:
             for handle in handles:
                 handle.remove()

@@ -109,3 +109,21 @@ def test_what_is_not_handled_is_named() -> None:
     model = make_model("nemotron_h")
     model.config.n_group = 2
     assert unsupported(model) == "its n_group 2 is not handled"
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+def test_router_weights_are_multiplied_as_they_are(narrow: bool) -> None:
+    """Float32 ones stay so unless bfloat16 holds the same numbers."""
+    model = make_model("nemotron_h")
+    lift_dt_limit(mamba_mixers(model))
+    with torch.no_grad():
+        for block in model.base_model.layers:
+            if block.block_type == "moe":
+                weight = block.mixer.gate.weight
+                weight.copy_(weight.bfloat16().float() * (1.0 if narrow else 1.001))
+    found = find_modules(model, CPU)
+    ours = NemotronForward(model)
+    routers = [block._router for block in ours._blocks if hasattr(block, "_router")]
+    assert {router.dtype for router in routers} == {torch.bfloat16 if narrow else torch.float32}
+    plain = PlainForward(found.body, found.blocks, found.final_norm)
+    assert worst(run(ours, tokens(1, 40), LAYERS), run(plain, tokens(1, 40), LAYERS)) < 2e-5
