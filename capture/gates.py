@@ -16,14 +16,16 @@ import torch
 from store.errors import GateError
 from store.norm_band import NormBand
 
+_TINY = torch.finfo(torch.float32).tiny
+
 
 def gate_statistics(taps: Mapping[int, torch.Tensor], final: torch.Tensor) -> torch.Tensor:
     """Sums that the gates judge by, [len(taps) + 1, 4] float32 on the taps' device, without waiting for it.
 
     `taps`: outputs [R, H] by block number; `final` [P, H]: states that the teacher was computed from. Row i is the
-    i-th tap in ascending order, the last row is `final`; columns are the rows counted, the sum over them of each
-    one's mean square, how many are all zero, and how many differ from the tap before. Statistics of a conversation's
-    pieces add up to those of the whole; NaN and infinity stay in the second column.
+    i-th tap in ascending order, the last row is `final`; columns are the rows counted, the sum over them of the
+    logarithm of each one's rms, how many are all zero, and how many differ from the tap before. Statistics of a
+    conversation's pieces add up to those of the whole; NaN and infinity stay in the second column.
     """
     states = [taps[layer] for layer in sorted(taps)]
     different = [_count((second != first).any(dim=-1)) for first, second in itertools.pairwise(states)]
@@ -36,7 +38,8 @@ def _row(states: torch.Tensor) -> list[torch.Tensor]:
     norms = torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32)
     largest = torch.linalg.vector_norm(states, ord=math.inf, dim=-1)  # a norm could be 0 by underflow
     rows = norms.new_full((), float(states.shape[0]))
-    return [rows, norms.square().sum() / states.shape[-1], _count(largest == 0)]
+    logs = norms.clamp(min=_TINY).log().sum() - rows * (math.log(states.shape[-1]) / 2)
+    return [rows, logs, _count(largest == 0)]
 
 
 def _count(flags: torch.Tensor) -> torch.Tensor:
@@ -64,15 +67,13 @@ class Gates:
         *taps, final = statistics.tolist()
         norms = {}
         for layer, row in zip(self._layers, taps, strict=True):
-            rms = _checked_rms(f"tap {layer}", *row[:3])
-            if rms is None:
+            value = _checked_log_rms(f"tap {layer}", *row[:3])
+            if value is None:
                 continue
-            norms[layer] = math.log(rms)
-            limits = self._bands[layer].limits() if layer in self._bands else None
-            if limits is not None and not limits[0] <= norms[layer] <= limits[1]:
-                low, high = (math.exp(value) for value in limits)
-                raise GateError(f"tap {layer}: expected rms between {low:.4g} and {high:.4g}, found {rms:.4g}")
-        _checked_rms("final state", *final[:3])
+            norms[layer] = value
+            if layer in self._bands and (problem := self._bands[layer].problem(value)):
+                raise GateError(f"tap {layer}: {problem}")
+        _checked_log_rms("final state", *final[:3])
         for (first, _), (second, row) in itertools.pairwise(zip(self._layers, taps, strict=True)):
             if row[0] and not row[3]:
                 raise GateError(f"taps {first} and {second}: expected different states, found equal ones")
@@ -84,12 +85,12 @@ class Gates:
         return {str(layer): band.to_json() for layer, band in self.norms.items()}
 
 
-def _checked_rms(name: str, rows: float, squares: float, zero_rows: float) -> float | None:
-    """Root of the mean square; None without rows."""
+def _checked_log_rms(name: str, rows: float, logs: float, zero_rows: float) -> float | None:
+    """Mean over rows; None without rows."""
     if not rows:
         return None
-    if not math.isfinite(squares):
-        raise GateError(f"{name}: expected finite values, found NaN or infinity")
-    if zero_rows or squares == 0.0:
+    if zero_rows:
         raise GateError(f"{name}: expected non-zero rows, found a row of zeros")
-    return math.sqrt(squares / rows)
+    if not math.isfinite(logs):
+        raise GateError(f"{name}: expected finite values, found NaN or infinity")
+    return logs / rows

@@ -263,11 +263,13 @@ class Trainer:
 def require_work(config: TrainConfig, ranks: Ranks) -> None:
     """Raise InputError where a rank would never have a conversation; say so where some have fewer than others."""
     size, world = config.batch_conversations, ranks.world
+    problem = None
     if size < world:
-        raise InputError(
+        problem = InputError(
             f"--batch-conversations: expected at least one for each of the {world} ranks, found {size}: it counts "
             f"those of all ranks; pass a multiple of {world}, or start fewer ranks"
         )
+    ranks.agree(problem)  # a rank that left at once would be missed by those that are still connecting
     if size % world and ranks.leads:
         print(
             f"draftcache train: {world} ranks share steps of {size} conversations, so some wait for others in every "

@@ -17,7 +17,7 @@ from store.storage import Storage
 from store.teacher_form import DraftVocab, TeacherForm
 
 FORMAT = "draftcache-store"
-VERSION = 4
+VERSION = 5
 MANIFEST_NAME = "manifest.json"
 LAYOUTS = ("zarr", "webdataset")
 CALIBRATED = ("channel_scales", "norm_bands")

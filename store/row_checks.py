@@ -51,26 +51,17 @@ def _check_taps(item: Conversation, manifest: StoreManifest) -> list[str]:
         if not np.isfinite(states).all():
             problems.append(f"tap {layer}: expected finite values, found NaN or infinity")
             continue
-        squares = np.einsum("rh,rh->r", states, states, dtype=np.float64)
+        squares = np.einsum("rh,rh->r", states, states, dtype=np.float64) / states.shape[1]
         if (squares == 0).any():
             problems.append(f"tap {layer}: expected non-zero rows, found {int((squares == 0).sum())} rows of zeros")
             continue
-        problems += _check_norm(manifest, layer, float(squares.sum()), states.size)
+        if layer in manifest.bands and squares.size:
+            problem = manifest.bands[layer].problem(float(np.log(squares).mean()) / 2, _STORED)
+            problems += [f"tap {layer}: {problem}"] if problem else []
     for first, second in itertools.pairwise(manifest.layers):
         if taps[first].size and np.array_equal(taps[first], taps[second]):
             problems.append(f"taps {first} and {second}: expected different states, found equal ones")
     return problems
-
-
-def _check_norm(manifest: StoreManifest, layer: int, squares: float, values: int) -> list[str]:
-    limits = manifest.bands[layer].limits() if layer in manifest.bands else None
-    if limits is None or not values:
-        return []
-    rms = math.sqrt(squares / values)
-    low, high = math.exp(limits[0] - _STORED), math.exp(limits[1] + _STORED)
-    return (
-        [] if low <= rms <= high else [f"tap {layer}: expected rms between {low:.4g} and {high:.4g}, found {rms:.4g}"]
-    )
 
 
 def _check_teacher(item: Conversation, manifest: StoreManifest) -> list[str]:

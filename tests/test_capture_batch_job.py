@@ -279,7 +279,7 @@ def test_norms_are_judged_by_the_calibration_whatever_the_order(
     job.agree_on_manifest(WorkerRole(report=lambda _: None, stop=StopRequest(0)))  # measured before it breaks
     break_conversation(job, job.work.dataset.split("train")[0][0], lambda states: states * 50)
     (found,) = job.run().quarantined
-    assert (found["dataset_index"], found["reason"][:28]) == (0, "tap 2: expected rms between ")
+    assert (found["dataset_index"], found["reason"][:40]) == (0, "tap 2: expected a typical rms of its row")
     assert not verify_store(settings.output).damages
     bands = StoreReader(settings.output).manifest.bands
     assert {band.count for band in bands.values()} == {calibration.LEAST_CONVERSATIONS}
@@ -292,7 +292,7 @@ def test_norms_are_judged_by_the_calibration_whatever_the_order(
         break_conversation(job, job.work.dataset.split("train")[1][0], lambda states: states * 50)
         assert not job.run().quarantined
     (damage,) = verify_store(stray.output).damages
-    assert "tap 2: expected rms between" in damage.problem
+    assert "tap 2: expected a typical rms" in damage.problem
     assert [item["dataset_index"] for item in damage.conversations] == [1]
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import KINDS, VOCAB, make_model, save_model
 
-from capture.gates import Gates
+from capture.gates import Gates, gate_statistics
 from capture.self_check import self_check
 from capture.ssm_precision import (
     DT_LIMIT,
@@ -24,6 +24,7 @@ from capture.ssm_precision import (
 )
 from capture.verifier import describe_verifier, find_modules, load_verifier, weights_fingerprint
 from store.errors import GateError, InputError, PrecisionError
+from store.norm_band import NormBand
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -162,5 +163,37 @@ def test_final_state_and_norm_band_gates() -> None:
         gates.check(taps(), torch.ones(3, 8))
     banded = Gates((1, 4), gates.norms)
     banded.check(taps(2.0), torch.ones(3, 8))
-    with pytest.raises(GateError, match="tap 1: expected rms between"):
+    with pytest.raises(GateError, match="tap 1: expected a typical rms of its rows between"):
         banded.check(taps(50.0), torch.ones(3, 8))
+
+
+def with_massive_first_row(rows: int, seed: int) -> dict[int, torch.Tensor]:
+    """As trained models' states are: the first token's are 150 times the others."""
+    states = torch.randn(rows, 64, generator=torch.Generator().manual_seed(seed))
+    states[0] *= 150
+    return {1: states, 4: 2 * states}
+
+
+def test_norms_do_not_depend_on_a_conversations_length() -> None:
+    """Pooled squares do, and would have set the short one aside: the negative control."""
+    gates, pooled = Gates((1, 4)), NormBand()
+    for number in range(40):
+        states = with_massive_first_row(4000 + 700 * number, number)
+        gates.check(states, torch.ones(3, 8))
+        pooled.add(math.log(float(states[1].pow(2).mean().sqrt())))
+    banded, short = Gates((1, 4), gates.norms), with_massive_first_row(30, 99)
+    banded.check(short, torch.ones(3, 8))
+    low, high = pooled.limits() or (0.0, 0.0)
+    assert not low <= math.log(float(short[1].pow(2).mean().sqrt())) <= high
+    for scale in (5.0, 0.2):  # what is wrong is seen at every length
+        for states in (short, with_massive_first_row(9000, 98)):
+            with pytest.raises(GateError, match="typical rms"):
+                banded.check({layer: scale * tap for layer, tap in states.items()}, torch.ones(3, 8))
+
+
+def test_pieces_statistics_add_up() -> None:
+    states, final = with_massive_first_row(500, 3), torch.randn(500, 8)
+    parts = [slice(0, 120), slice(120, 121), slice(121, 500)]
+    whole = gate_statistics(states, final)
+    sums = sum(gate_statistics({layer: tap[rows] for layer, tap in states.items()}, final[rows]) for rows in parts)
+    torch.testing.assert_close(sums, whole, rtol=1e-5, atol=1e-3)

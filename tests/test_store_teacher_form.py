@@ -240,8 +240,8 @@ def test_frozen_tensors_are_read_exactly(tmp_path: Path) -> None:
 def test_stores_of_the_version_before_are_refused(tmp_path: Path) -> None:
     write_teacher_store(tmp_path / "s", "draft", per_shard=1)
     path = tmp_path / "s" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 3}))
-    with pytest.raises(StoreVersionError, match="expected layout version 4, found 3; capture it again"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 4}))
+    with pytest.raises(StoreVersionError, match="expected layout version 5, found 4; capture it again"):
         StoreManifest.load(open_storage(tmp_path / "s"))
 
 
