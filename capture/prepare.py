@@ -26,7 +26,7 @@ from capture.prepare_chunks import Chunk, ChunkResult, ChunkWorker, read_chunks,
 from capture.template_check import Sample, check_against_transformers, first_template_difference
 from capture.token_dataset import VERSION, VOCAB_MAP, TokenDataset
 from capture.token_dataset_writer import DatasetWriter, SplitWriter, check_output, is_dataset
-from capture.tokenizer_files import ChatTemplate, TokenizerFiles, choose_template, load_tokenizer
+from capture.tokenizer_files import NO_TEMPLATE, ChatTemplate, TokenizerFiles, choose_template, load_tokenizer
 from capture.vocab_map import build_vocab_map, coverage_table
 from store.errors import DraftcacheError, InputError
 from store.files import hash_file, hash_json
@@ -89,9 +89,9 @@ def prepare(config: PrepareConfig) -> PrepareResult:
     """Run the job. Raises InputError for refusals; rows that cannot be used go to quarantine instead."""
     with one_thread_per_process():
         files, tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
-        template = choose_template(files, config.chat_template)
-        check_template_compiles(template)
         sources = {name: _sources(paths) for name, paths in config.all_splits.items()}
+        template = _template(config, files)
+        check_template_compiles(template)
         job = _job_hash(config, files, template, sources)
         if not config.overwrite and (manifest := _finished_by(config.output, job)):
             return PrepareResult(manifest=manifest, reused=True)
@@ -199,9 +199,26 @@ def _write_vocab_map(
     return {"size": len(vocab_map), "hash": vocab_map.hash, "coverage": [row.as_json() for row in rows]}
 
 
+def _template(config: PrepareConfig, files: TokenizerFiles) -> ChatTemplate:
+    """What renders conversations. A tokenizer without a usable template will do for rows of token ids alone."""
+    try:
+        return choose_template(files, config.chat_template)
+    except InputError:
+        if config.chat_template is not None or _sample(config):
+            raise
+        return NO_TEMPLATE
+
+
+def _sample(config: PrepareConfig) -> list[Sample]:
+    """The first conversations of every file."""
+    return [row for paths in config.all_splits.values() for path in paths for row in _first_rows(path)]
+
+
 def _check_sample(config: PrepareConfig, files: TokenizerFiles, template: ChatTemplate, tokenizer: Any) -> str:
     """Check the first conversations of every file; returns what the manifest says about the template."""
-    sample = [row for paths in config.all_splits.values() for path in paths for row in _first_rows(path)]
+    if template is NO_TEMPLATE:
+        return "rows of token ids need none"
+    sample = _sample(config)
     check_against_transformers(files, template, tokenizer, sample[:TRANSFORMERS_SAMPLE])
     own = files.own_template
     if config.chat_template is None:

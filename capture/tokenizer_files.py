@@ -46,6 +46,13 @@ class ChatTemplate:
         return self.plain if tools is None else self.with_tools
 
 
+_NOT_THERE = (
+    "{{- raise_exception('the files begin with rows of token ids alone, so no template was needed; give one') -}}"
+)
+NO_TEMPLATE = ChatTemplate(plain=_NOT_THERE, with_tools=_NOT_THERE, source="none")
+"""For rows of token ids: a conversation that comes after all is set aside, and its record says what to do."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFiles:
     """A tokenizer directory, loaded: cheap to pickle, enough to render and to encode."""

@@ -167,6 +167,21 @@ def test_pre_tokenised_rows_are_taken_as_they_are(tokenizer_dir: Path, tmp_path:
     assert (ids.tolist(), mask.tolist()) == ([70, 71], [False, True])
 
 
+def test_rows_of_token_ids_need_no_template(untagged_tokenizer_dir: Path, tmp_path: Path) -> None:
+    """A tokenizer whose template has no generation tags is refused for conversations, and for them alone."""
+    tokens = [{"token_ids": [70, 71, number], "loss_mask": [0, 1, 1]} for number in range(70)]
+    rows = write_rows(tmp_path / "rows.jsonl", [*tokens, chat("late", "conversation")])
+    manifest = run(untagged_tokenizer_dir, tmp_path / "out", {"traces": [rows]}).manifest
+    assert manifest["chat_template"]["source"] == "none"
+    assert len(TokenDataset.open(tmp_path / "out").split("traces")) == 70
+    (record,) = quarantine_of(tmp_path / "out", "traces")
+    assert record["line"] == 71
+    assert "no template was needed; give one" in record["found"]
+    mixed = write_rows(tmp_path / "mixed.jsonl", [tokens[0], chat("early", "conversation")])
+    with pytest.raises(InputError, match=r"expected a \{% generation %\} block"):
+        run(untagged_tokenizer_dir, tmp_path / "mixed", {"traces": [mixed]})
+
+
 def test_when_every_mask_is_zero_the_split_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
     never = CHATML.replace("{%- generation -%}", "{%- if false -%}{%- generation -%}{%- endgeneration -%}{%- endif -%}")
     never = never.replace("<|im_end|>' -}}{%- endgeneration -%}", "<|im_end|>' -}}")
