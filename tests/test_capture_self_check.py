@@ -85,6 +85,14 @@ def test_a_kernel_that_computes_something_else_is_refused_by_its_blocks(
     assert f"in blocks {blocks}" in str(caught.value)
 
 
+@pytest.mark.parametrize("left", [0.0, 1e-4])
+def test_a_block_that_adds_nothing_is_no_reason_to_refuse(left: float) -> None:
+    verifier = nemotron(dtype=torch.bfloat16)
+    with torch.no_grad():
+        verifier.blocks[3].mixer.o_proj.weight.mul_(left)  # type: ignore[union-attr]
+    self_check(verifier, (2, 3), IDS)
+
+
 def test_nan_is_refused() -> None:
     verifier = nemotron()
     mixer = verifier.blocks[2].mixer
