@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from capture.calibration import calibrate
 from capture.config import CaptureConfig
 from capture.progress import CaptureSummary, JobProgress, Line
-from capture.self_check import check_tokens, self_check
+from capture.self_check import check_verifier
 from capture.shard_capture import ShardCapture
 from capture.shard_worker import POLL_S, ShardWorker, WorkerRole
 from capture.sharded_verifier import ShardedVerifier
@@ -79,7 +79,7 @@ class CaptureJob:
         )
         self._require_fit()
         self.ssm = enforce_contract(self.verifier.model, config.verifier, allow_fallback=config.allow_fallback)
-        self.self_check = self_check(self.verifier, config.layers, check_tokens(self.work))
+        self.self_check = check_verifier(self.verifier, config, self.work)
 
     def close(self) -> None:
         """End the processes that hold parts of a sharded verifier."""

@@ -25,7 +25,8 @@ from store.rows import rows_in_reach, teacher_positions
 
 LEAST_CONVERSATIONS = 32
 """A mean of 32 logarithms is within 0.7 sigma (4 standard errors) of the true one; the band has 8."""
-_PIECE = 8192  # tokens per piece of the forward, a multiple of the scan's chunk
+PIECE = 8192
+"""Most tokens per piece of the forward, a multiple of the scan's chunk."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def _add(
         return
     ids = torch.from_numpy(token_ids.astype(np.int64))
     total = torch.zeros(len(config.layers) + 1, 4)
-    for piece in verifier.prefill(ids[None], config.layers, _PIECE):
+    for piece in verifier.prefill(ids[None], config.layers, min(PIECE, config.prefill_chunk)):
         rows, places = (torch.from_numpy(piece.rows_of(wanted)).to(verifier.device) for wanted in (positions, teacher))
         taps = {layer: tap[0][rows] for layer, tap in piece.taps.items()}
         statistics = gate_statistics(taps, piece.final[0][places]).cpu()

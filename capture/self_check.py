@@ -1,6 +1,6 @@
 """Proof at start-up, on the machine and the weights that will be used, that states are what their names say.
 
-Four things, each of which has gone wrong somewhere without anyone noticing:
+Five things, each of which has gone wrong somewhere without anyone noticing:
 
 - `tap_K`: what is captured as block K's output is `output_hidden_states[K + 1]` of the model's own code. Through our
   own forward the two drift apart with depth (another order of sums, now and then another expert), so there the tap has
@@ -11,6 +11,8 @@ Four things, each of which has gone wrong somewhere without anyone noticing:
 - `block`: what each block of our own forward adds, from the very state that the model's own code had there. Nothing
   accumulates, so a kernel that computes something else has nowhere to hide, and a deep model can't be refused for
   rounding.
+- `pieces`, where conversations are long enough for it to matter: a prefill in pieces gives the states of one in one
+  piece. What is behind is carried, and not forgotten.
 
 A difference is the median over rows of |found - expected| / |expected|: one row of massive activations outweighs all
 others in a norm over everything. That of a block is over all rows, as a kernel may be wrong in a few.
@@ -24,6 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from capture.calibration import PIECE
+from capture.config import CaptureConfig
 from capture.nemotron_forward import NemotronForward
 from capture.verifier import Verifier, head_logits
 from capture.work_plan import WorkPlan
@@ -39,6 +43,10 @@ _DRIFT = 0.5
 """Of our own forward, at any depth; 50 blocks of random weights drift by 0.04 in bfloat16 (0.07 to 0.13 in a norm over
 all rows), 12 trained ones by 0.01."""
 
+_PIECE = 128
+_PIECES = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+"""Or three times the drift, which says how far this model amplifies rounding. The demo's verifier is at 0.14 where its
+SSM state is forgotten."""
 _TIE = 1.02
 """A block that adds next to nothing leaves its neighbours' states as near as its own."""
 
@@ -53,8 +61,17 @@ def check_tokens(work: WorkPlan) -> Tensor:
     return torch.arange(TOKENS) % work.dataset.vocab_size
 
 
+def check_verifier(verifier: Verifier, config: CaptureConfig, work: WorkPlan) -> dict[str, float]:
+    """`self_check` for a job: on its data, and with pieces where it reads a conversation in several."""
+    longest = max(int(work.dataset.split(name).conversations["tokens"].max(initial=0)) for name in work.splits)
+    in_pieces = longest > min(PIECE, config.prefill_chunk)
+    return self_check(verifier, config.layers, check_tokens(work), in_pieces=in_pieces)
+
+
 @torch.inference_mode()
-def self_check(verifier: Verifier, layers: tuple[int, ...], token_ids: Tensor) -> dict[str, float]:
+def self_check(
+    verifier: Verifier, layers: tuple[int, ...], token_ids: Tensor, *, in_pieces: bool = True
+) -> dict[str, float]:
     """See the module's description; `token_ids` [L] int64. Returns the differences by name, for the manifest.
 
     Raises InputError where one is too large: a model that scales or soft-caps its logits, whose blocks do not return
@@ -72,6 +89,9 @@ def self_check(verifier: Verifier, layers: tuple[int, ...], token_ids: Tensor) -
         found["block"] = float(np.max(blocks))  # NaN where one is
     _require(verifier, found, blocks)
     _require_nearest(verifier, states.taps, expected)
+    if in_pieces and token_ids.shape[0] > _PIECE:
+        drift = max(found[f"tap_{layer}"] for layer in layers)
+        found["pieces"] = _require_pieces(verifier, token_ids, states.taps, drift)
     return found
 
 
@@ -128,6 +148,21 @@ def _require_nearest(verifier: Verifier, taps: dict[int, Tensor], expected: list
                 f"it nearer to [{nearest}] ({distances[nearest]:.3g} against {distances[layer + 1]:.3g}); this model's "
                 "conventions are not supported"
             )
+
+
+def _require_pieces(verifier: Verifier, token_ids: Tensor, whole: dict[int, Tensor], drift: float) -> float:
+    """The largest difference of any tap [L, H], over rows that come after the first piece."""
+    pieces = list(verifier.prefill(token_ids[None], tuple(whole), _PIECE))
+    later = {layer: torch.cat([piece.taps[layer][0] for piece in pieces[1:]]) for layer in whole}
+    found = float(np.max([_difference(later[layer], tap[_PIECE:]) for layer, tap in whole.items()]))
+    limit = max(_PIECES[verifier.head.weight.dtype], 3 * drift)
+    if not found <= limit:
+        raise InputError(
+            f"{type(verifier.model).__name__}: expected a prefill in pieces of {_PIECE} tokens to give the states of "
+            f"one in one piece within {limit:.3g}, found {found:.3g}; forward {verifier.engine.name} does not carry "
+            "this model's state with these versions: update them"
+        )
+    return found
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

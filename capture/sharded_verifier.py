@@ -27,7 +27,7 @@ from torch import Tensor
 
 from capture.config import CaptureConfig
 from capture.prefill import Forward, Piece
-from capture.self_check import check_tokens, self_check
+from capture.self_check import check_verifier
 from capture.ssm_precision import enforce_contract
 from capture.verifier import Verifier, choose_device, choose_dtype, load_verifier
 from capture.work_plan import WorkPlan
@@ -192,7 +192,7 @@ def _follow(config: CaptureConfig, rank: int, first: int, meeting: str, connecti
                 shard=config.shard,
             )
             enforce_contract(verifier.model, config.verifier, allow_fallback=config.allow_fallback)
-            self_check(verifier, config.layers, check_tokens(WorkPlan.of(config)))
+            check_verifier(verifier, config, WorkPlan.of(config))
         except DraftcacheError:
             sys.exit(1)  # the worker meets the same, and says so
         while True:

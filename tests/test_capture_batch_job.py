@@ -218,6 +218,9 @@ def test_the_check_at_start_up_reads_how_the_data_begins(nemotron: Path, dataset
     found = check_tokens(work).tolist()
     assert len(found) == TOKENS
     assert found == (first * (TOKENS // len(first) + 1))[:TOKENS]
+    for chunk, checked in ((8192, False), (112, True)):  # the longest conversation has 127 tokens
+        job = CaptureJob(config(nemotron, dataset, tmp_path / "s", prefill_chunk=chunk))
+        assert ("pieces" in job.self_check) == checked
 
 
 def break_conversation(job: CaptureJob, token_ids: Any, tap: Any) -> None:

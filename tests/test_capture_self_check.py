@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from tiny_models import VOCAB, make_model, save_model
 
 from capture import nemotron_forward
+from capture.kernels.attention import KeyValues
 from capture.nemotron_forward import NemotronForward
 from capture.prefill import Piece
 from capture.self_check import TOKENS, self_check
@@ -20,6 +22,7 @@ from capture.verifier import Verifier, find_modules, load_verifier
 from store.errors import InputError
 
 CPU = torch.device("cpu")
+DEMO = Path(__file__).parents[1] / "tools" / "demo" / "assets" / "verifier"
 IDS = torch.randint(3, VOCAB, (TOKENS,), generator=torch.Generator().manual_seed(1))
 DEEP = ("MEM*E" * 10, (2, 26, 48))
 """As many blocks as the 30B verifier has, and its taps."""
@@ -83,6 +86,41 @@ def test_a_kernel_that_computes_something_else_is_refused_by_its_blocks(
     with pytest.raises(InputError, match=r"add in every block what the model's own code adds") as caught:
         self_check(verifier, (0, 2), IDS)
     assert f"in blocks {blocks}" in str(caught.value)
+
+
+def forgetful(scan: Any, *arguments: Any, **named: Any) -> Any:
+    found = scan(*arguments, **named)
+    return (found[0], 0 * found[1]) if isinstance(found, tuple) else found
+
+
+@pytest.mark.parametrize(
+    ("what", "dtype"),
+    [("ssm", torch.float32), ("ssm", torch.bfloat16), ("keys", torch.bfloat16), ("conv", torch.float32)],
+)
+def test_a_state_that_is_not_carried_is_refused(monkeypatch: pytest.MonkeyPatch, what: str, dtype: torch.dtype) -> None:
+    verifier = load_verifier(DEMO, device=CPU, dtype=dtype, trust_remote_code=False)
+    lift_dt_limit(mamba_mixers(verifier.model))
+    ids = torch.randint(3, 4000, (TOKENS,), generator=torch.Generator().manual_seed(1))
+    assert self_check(verifier, (2, 5, 10), ids)["pieces"] < 1e-3
+    if what == "keys":
+        monkeypatch.setattr(KeyValues, "append", lambda _self, keys, values: (keys, values))
+    elif what == "conv":
+        monkeypatch.setattr(nemotron_forward, "_last_rows", lambda rows, _before, count: 0 * rows[:, :count])
+    else:
+        for block in verifier.engine._blocks:  # type: ignore[attr-defined]
+            if hasattr(block, "_scan"):
+                block._scan = partial(forgetful, block._scan)
+    with pytest.raises(InputError, match="does not carry this model's state"):
+        self_check(verifier, (2, 5, 10), ids)
+
+
+def test_an_engine_that_ignores_its_cache_is_refused(tmp_path: Path) -> None:
+    path = save_model(tmp_path, "llama")
+    verifier = load_verifier(path, device=CPU, dtype=torch.float32, trust_remote_code=False)
+    assert self_check(verifier, (1,), IDS)["pieces"] < 1e-4
+    verifier.engine._cache = "ignored"  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="does not carry this model's state"):
+        self_check(verifier, (1,), IDS)
 
 
 @pytest.mark.parametrize("left", [0.0, 1e-4])
