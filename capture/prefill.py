@@ -83,7 +83,8 @@ class PlainForward:
         handles = [self._blocks[layer].register_forward_hook(keep(layer)) for layer in layers]
         handles.append(self._final_norm.register_forward_hook(lambda _m, _i, output: final.append(output)))
         try:
-            self._body(input_ids=token_ids, use_cache=cache is not None, **{self._cache: cache})
+            carried = {} if cache is None else {self._cache: cache}
+            self._body(input_ids=token_ids, use_cache=cache is not None, **carried)
         finally:
             for handle in handles:
                 handle.remove()
