@@ -53,17 +53,13 @@ _TIE = 1.02
 
 def check_tokens(work: WorkPlan) -> Tensor:
     """[256] int64: how the data begins, repeated where that is shorter. Random ids make outliers of trained states."""
-    for split in work.splits:
-        for number in range(len(work.dataset.split(split))):
-            token_ids, _, _ = work.dataset.split(split)[number]
-            if len(token_ids):
-                return torch.from_numpy(np.resize(token_ids[:TOKENS].astype(np.int64), TOKENS))
-    return torch.arange(TOKENS) % work.dataset.vocab_size
+    token_ids, _, _ = work.dataset.split(work.splits[0])[0]  # prepare leaves neither a split nor a conversation empty
+    return torch.from_numpy(np.resize(token_ids[:TOKENS].astype(np.int64), TOKENS))
 
 
 def check_verifier(verifier: Verifier, config: CaptureConfig, work: WorkPlan) -> dict[str, float]:
     """`self_check` for a job: on its data, and with pieces where it reads a conversation in several."""
-    longest = max(int(work.dataset.split(name).conversations["tokens"].max(initial=0)) for name in work.splits)
+    longest = max(int(work.dataset.split(name).conversations["tokens"].max()) for name in work.splits)
     in_pieces = longest > min(PIECE, config.prefill_chunk)
     return self_check(verifier, config.layers, check_tokens(work), in_pieces=in_pieces)
 
