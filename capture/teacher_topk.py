@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from capture.kernels.row_stats import row_stats
+from capture.kernels.row_stats import draft_logits, largest, part_largest, row_stats
 from capture.verifier import head_logits
 from store.errors import InputError
 from store.teacher_form import TeacherForm
@@ -55,23 +55,22 @@ def _one_slice(logits: torch.Tensor, next_tokens: torch.Tensor, teacher: Teacher
         "next_token_logit": logits.gather(1, next_tokens[:, None])[:, 0],
     }
     for vocab, target_ids in zip(form.vocabularies, teacher.target_ids, strict=True):
-        in_draft = logits.index_select(1, target_ids)
-        signal[vocab.log_z] = row_stats(in_draft).log_sum_exp
+        in_draft = draft_logits(logits, target_ids)
+        signal[vocab.log_z] = in_draft.log_sum_exp
         if vocab == form.main and form.kind == "draft":
-            signal |= _top_k(in_draft, form.top_k)
+            signal |= _top_k(*largest(in_draft.logits, in_draft.part_largest, form.top_k))
         elif vocab == form.main and form.kind == "hidden":
-            signal["teacher_max"] = in_draft.amax(dim=-1)
-    return signal | _top_k(logits, form.top_k) if form.kind == "full" else signal
+            signal["teacher_max"] = in_draft.logits.amax(dim=-1)
+    return signal | _top_k(*largest(logits, part_largest(logits), form.top_k)) if form.kind == "full" else signal
 
 
-def _top_k(logits: torch.Tensor, top_k: int) -> dict[str, torch.Tensor]:
-    values, ids = torch.topk(logits, top_k, dim=-1)
-    largest = values[:, :1]
+def _top_k(values: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    highest = values[:, :1]
     return {
         "teacher_ids": ids,
         # Gaps, not logits: float16 keeps them to 8e-8 in KL, where bf16 logits would cost 2e-4.
-        "teacher_gaps": (largest - values).to(torch.float16),
-        "teacher_max": largest[:, 0],
+        "teacher_gaps": (highest - values).to(torch.float16),
+        "teacher_max": highest[:, 0],
     }
 
 

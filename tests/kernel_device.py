@@ -14,6 +14,7 @@ MARKS = [
         not INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA device, or TRITON_INTERPRET=1"
     ),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of lanes that are masked out afterwards
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),  # in the first backward pass of autograd's thread
 ]
 DTYPES = [torch.float32] if INTERPRETED else [torch.bfloat16, torch.float32]
 """The interpreter cuts bfloat16 off instead of rounding it."""

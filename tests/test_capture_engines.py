@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from object_server import BUCKET, CREDENTIALS, s3_server
+from processes import ONE_THREAD, children, wait_for
 from test_capture_batch_job import config, flags, write_rows
 from tiny_models import save_model
 
@@ -44,10 +45,6 @@ from tools.cli import main
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 DEADLINE_S = 90
 KILLS = 12
-# Ray's gRPC would ask a proxy for addresses of this very machine.
-ONE_THREAD = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")} | {
-    "OMP_NUM_THREADS": "1"
-}
 RAY_ENVIRONMENT = ONE_THREAD | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
@@ -155,13 +152,6 @@ class Command:
         return self.process.exitcode
 
 
-def wait_for(what: Any, seconds: float = DEADLINE_S) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 def wait_for_commits(output: Path, count: int, command: Command) -> None:
     """Or until the command has ended."""
     wait_for(lambda: len(list((output / "commit").glob("0*"))) >= count or not command.process.is_alive())
@@ -243,17 +233,6 @@ def test_workers_of_one_command_killed_then_run_by_another_number(
         assert "ended early: exit code -9" in errors
         assert errors.count("capture:") > 0
     require_same_store(settings, output)
-
-
-def children(pid: int) -> list[int]:
-    """Worker processes, without multiprocessing's resource tracker."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            if parent == pid and b"spawn_main" in stat.with_name("cmdline").read_bytes():
-                found.append(int(stat.parent.name))
-    return found
 
 
 def test_sigterm_lets_the_shard_be_finished(settings: CaptureConfig, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import ONE_THREAD, children, wait_for
 from test_capture_batch_job import config, flags, write_rows
-from test_capture_engines import ONE_THREAD, children, wait_for
 from test_capture_forward import DEMO
 from tiny_models import KINDS, save_model
 

@@ -17,6 +17,7 @@ from tiny_models import VOCAB
 
 from capture.batch_job import CaptureJob
 from capture.config import CaptureConfig
+from capture.kernels.row_stats import largest, part_largest
 from capture.teacher_topk import TeacherHead, teacher_signal
 from capture.vocab_map import load_vocab_maps
 from store.codecs import bf16_to_float32
@@ -47,16 +48,37 @@ def signal_of(kind: str, dtype: torch.dtype, declared: str) -> tuple[dict[str, t
     """The signal in slices of 7 rows, and float64 logits."""
     generator = torch.Generator().manual_seed(0)
     head = torch.nn.Linear(16, VOCAB, bias=False).requires_grad_(False).to(dtype)
+    head.weight.uniform_(-0.25, 0.25, generator=generator)
     final = torch.randn(23, 16, generator=generator).to(dtype)
     realised = torch.randint(0, VOCAB, (23,), generator=generator)
     heads = TeacherHead(head=head, form=form(kind, declared), target_ids=(MAIN, FURTHER), slice_rows=7)
     signal = teacher_signal(final, realised, heads)
     logits = final.double() @ head.weight.double().T
-    torch.testing.assert_close(signal["next_token_logit"].double(), logits.gather(1, realised[:, None])[:, 0])
+    of_realised = logits.gather(1, realised[:, None])[:, 0]
+    torch.testing.assert_close(signal["next_token_logit"].double(), of_realised, rtol=1e-5, atol=1e-5)
     if kind == "hidden":
         stored = signal.pop("teacher_hidden")
         assert torch.equal(stored.view(dtype), final)
     return signal, logits
+
+
+@pytest.mark.parametrize(("width", "number"), [(5, 5), (700, 12), (640, 10), (704, 10), (640 + 63, 9), (32_000, 64)])
+@pytest.mark.parametrize("at", ["anywhere", "the end"])
+def test_largest_is_topk(width: int, number: int, at: str) -> None:
+    logits = torch.randn(30, width, generator=torch.Generator().manual_seed(0))
+    if at == "the end":
+        logits[:, -number:] += 10
+    expected = torch.topk(logits, number, dim=-1)
+    for found, value in zip(largest(logits, part_largest(logits), number), expected, strict=True):
+        assert torch.equal(found, value)
+    ties = logits.round()
+    values, columns = largest(ties, part_largest(ties), number)
+    assert torch.equal(values, torch.topk(ties, number, dim=-1).values)
+    assert torch.equal(values, ties.gather(1, columns))
+    assert all(row.unique().numel() == number for row in columns)
+    if width == 32_000 and at == "anywhere":  # negative control: parts that are chosen by anything else
+        wrong, _ = largest(logits, part_largest(-logits), number)
+        assert not torch.equal(wrong, expected.values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

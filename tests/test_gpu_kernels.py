@@ -25,7 +25,14 @@ from capture.kernels.norms import (
     gated_group_norm,
     gated_group_norm_reference,
 )
-from capture.kernels.row_stats import row_stats, row_stats_reference
+from capture.kernels.row_stats import (
+    draft_logits,
+    draft_logits_reference,
+    largest,
+    part_largest,
+    row_stats,
+    row_stats_reference,
+)
 
 pytestmark = MARKS
 BF16, F32 = torch.bfloat16, torch.float32
@@ -147,3 +154,22 @@ def test_row_stats(width: int) -> None:
     found, expected = row_stats(logits), row_stats_reference(logits)
     assert torch.equal(found.argmax, expected.argmax)
     torch.testing.assert_close(found.log_sum_exp, expected.log_sum_exp, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("words", [1, 63, 64, 4096, 5000, 32000])
+def test_draft_logits(words: int) -> None:
+    logits = 5 * rand(20, 50_000)
+    logits[3] = -1e30
+    target_ids = torch.randperm(50_000, device=DEVICE)[:words].sort().values
+    found, expected = draft_logits(logits, target_ids), draft_logits_reference(logits, target_ids)
+    assert torch.equal(found.logits, expected.logits)
+    assert found.part_largest.shape == (20, words // 64)
+    assert torch.equal(found.part_largest, expected.part_largest)
+    torch.testing.assert_close(found.log_sum_exp, expected.log_sum_exp, rtol=2e-6, atol=2e-6)
+
+
+def test_largest_equals_topk() -> None:
+    logits = rand(100, 32_000)
+    found = largest(logits, part_largest(logits), 64)
+    for one, two in zip(found, torch.topk(logits, 64, dim=-1), strict=True):
+        assert torch.equal(one, two)

@@ -1,4 +1,4 @@
-"""Softmax statistics of rows of logits in one pass over them."""
+"""Softmax statistics of rows of logits in one pass over them, and the largest of a row without sorting it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 from store.triton_launch import jit, runs_kernels, tl
 
 _BLOCK = 4096
+_PART = 64
+"""Columns whose largest logit is found before any choice."""
 
 
 class RowStats(NamedTuple):
@@ -17,6 +19,15 @@ class RowStats(NamedTuple):
 
     log_sum_exp: Tensor
     argmax: Tensor
+
+
+class DraftLogits(NamedTuple):
+    """Logits of a draft vocabulary, D words: [R, D] and their log-sum-exp [R], both float32."""
+
+    logits: Tensor
+    log_sum_exp: Tensor
+    part_largest: Tensor
+    """[R, D // 64]: of every 64 columns; those that are left over have none."""
 
 
 def row_stats(logits: Tensor) -> RowStats:
@@ -38,6 +49,48 @@ def row_stats_reference(logits: Tensor) -> RowStats:
     return RowStats(torch.logsumexp(logits, dim=-1), argmax)
 
 
+def draft_logits(logits: Tensor, target_ids: Tensor) -> DraftLogits:
+    """Columns `target_ids` [D] int64 of float32 logits [R, V], rows contiguous."""
+    if not runs_kernels(logits):
+        return draft_logits_reference(logits, target_ids)
+    rows, width = logits.shape[0], target_ids.shape[0]
+    made = DraftLogits(*(logits.new_empty(shape) for shape in ((rows, width), (rows,), (rows, width // _PART))))
+    _draft_logits_kernel[(rows,)](
+        logits, target_ids, *made, logits.stride(0), width, BLOCK=_BLOCK, PART=_PART, num_warps=8
+    )
+    return made
+
+
+def draft_logits_reference(logits: Tensor, target_ids: Tensor) -> DraftLogits:
+    """See `draft_logits`."""
+    chosen = logits.index_select(1, target_ids)
+    return DraftLogits(chosen, torch.logsumexp(chosen, dim=-1), part_largest(chosen))
+
+
+def part_largest(logits: Tensor) -> Tensor:
+    """[R, V // 64] of logits [R, V]: the largest of every 64 columns."""
+    rows, parts = logits.shape[0], logits.shape[1] // _PART
+    return logits[:, : parts * _PART].reshape(rows, parts, _PART).amax(dim=-1)
+
+
+def largest(logits: Tensor, part_largest: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """`torch.topk` of rows [R, V]: values [R, number], largest first, and their columns int64; among equals, any.
+
+    The largest are in the parts whose own largest are largest, so only as many parts as numbers are searched, not the
+    whole row several times over.
+    """
+    rows, parts = part_largest.shape
+    if parts <= number:
+        values, columns = torch.topk(logits, number, dim=-1)
+        return values, columns
+    edge = parts * _PART
+    chosen = torch.topk(part_largest, number, dim=-1, sorted=False).indices
+    searched = logits[:, :edge].reshape(rows, parts, _PART).gather(1, chosen[..., None].expand(-1, -1, _PART))
+    values, places = torch.topk(torch.cat((searched.flatten(1), logits[:, edge:]), dim=1), number, dim=-1)
+    within = chosen.gather(1, (places // _PART).clamp(max=number - 1)) * _PART + places % _PART
+    return values, torch.where(places < number * _PART, within, places + (edge - number * _PART))
+
+
 @jit
 def _row_stats_kernel(logits, log_sum_exp, argmax, stride, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -57,3 +110,28 @@ def _row_stats_kernel(logits, log_sum_exp, argmax, stride, width, BLOCK: tl.cons
     best = tl.max(largest, 0)
     tl.store(log_sum_exp + row, best + tl.log(tl.sum(total * tl.exp(largest - best), 0)))
     tl.store(argmax + row, tl.min(tl.where(largest == best, place, width), 0).to(tl.int64))
+
+
+@jit
+def _draft_logits_kernel(
+    logits, target_ids, chosen, log_sum_exp, part_largest, stride, width, BLOCK: tl.constexpr, PART: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    part = tl.arange(0, BLOCK // PART)
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, width, BLOCK):
+        inside = first + column < width
+        target = tl.load(target_ids + first + column, mask=inside, other=0)
+        value = tl.load(logits + row * stride + target, mask=inside, other=float("-inf"))
+        tl.store(chosen + row * width + first + column, value, mask=inside)
+        above = tl.maximum(largest, value)
+        safe = tl.where(above == float("-inf"), 0.0, above)
+        total = total * tl.exp(largest - safe) + tl.exp(value - safe)
+        largest = above
+        number = first // PART + part
+        of_part = tl.max(tl.reshape(value, (BLOCK // PART, PART)), 1)
+        tl.store(part_largest + row * (width // PART) + number, of_part, mask=number < width // PART)
+    best = tl.max(largest, 0)
+    tl.store(log_sum_exp + row, best + tl.log(tl.sum(total * tl.exp(largest - best), 0)))

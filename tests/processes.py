@@ -1,0 +1,34 @@
+"""What tests of real processes share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Ray's gRPC would ask a proxy for addresses of this very machine.
+ONE_THREAD = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")} | {
+    "OMP_NUM_THREADS": "1"
+}
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 90.0) -> None:
+    """Until `what()` is true."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def children(pid: int) -> list[int]:
+    """Worker processes, without multiprocessing's resource tracker."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            if parent == pid and b"spawn_main" in stat.with_name("cmdline").read_bytes():
+                found.append(int(stat.parent.name))
+    return found
