@@ -133,3 +133,8 @@ class Conversation:
     def loss_mask(self) -> NDArray[np.bool_]:
         """[T] bool."""
         return self.arrays["loss_mask"].astype(np.bool_)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(values.nbytes for values in self.arrays.values())

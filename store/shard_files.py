@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import xxhash
@@ -15,6 +18,34 @@ from store.storage import Stage, StageFile
 
 Files = dict[str, dict[str, Any]]
 """{name: {"bytes", "xxh3_128"}}, as in commit records."""
+
+PARALLEL_BYTES = 1 << 22
+"""A conversation of fewer bytes is written before threads would have begun."""
+
+Result = TypeVar("Result")
+
+
+class Run(Protocol):
+    """Does something now or later: what it returns waits for the result, or makes it."""
+
+    def __call__(self, function: Callable[[], Result], /) -> Callable[[], Result]:
+        """See the class."""
+
+
+def run_later(function: Callable[[], Result]) -> Callable[[], Result]:
+    """When the result is asked for."""
+    return function
+
+
+def run_now(function: Callable[[], Result]) -> Callable[[], Result]:
+    """In one of a few threads of this process, which take functions in the order of the calls."""
+    return _pool(os.getpid()).submit(function).result
+
+
+@functools.cache
+def _pool(_process: int) -> ThreadPoolExecutor:
+    """Of this process: threads do not survive a fork."""
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="draftcache-arrays")
 
 
 class HashedFile:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import io
 import tarfile
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from awscrt.checksums import crc32c
@@ -22,7 +23,7 @@ from store.commits import Record, read_committed, require_size
 from store.errors import ShardDamagedError, StoreNotFoundError
 from store.files import Buffer, canonical_json, hash_bytes
 from store.schema import COUNT_FIELD, ArraySpec, Conversation
-from store.shard_files import Files, HashedFile, npy_bytes, write_small_file
+from store.shard_files import PARALLEL_BYTES, Files, HashedFile, npy_bytes, run_later, run_now, write_small_file
 from store.storage import RangeFile, Stage, Storage
 
 DATA_NAME = "data.tar"
@@ -58,6 +59,25 @@ def _npy_header(values: NDArray[Any]) -> bytes:
     return buffer.getvalue()
 
 
+class _Payload(NamedTuple):
+    """What a member holds."""
+
+    parts: list[Buffer]
+    xxh3_128: str
+    crc32c: int
+
+
+def _payload(spec: ArraySpec, values: NDArray[Any]) -> _Payload:
+    values = np.ascontiguousarray(values, spec.stored_dtype)
+    parts: list[Buffer] = [_npy_header(values), values.reshape(-1).view(np.uint8).data]
+    if spec.compress:
+        parts = [_ZSTD.encode(b"".join(parts))]
+    crc = 0
+    for part in parts:
+        crc = crc32c(np.frombuffer(part, np.uint8), crc)
+    return _Payload(parts, hash_bytes(*parts), crc)
+
+
 class TarShardWriter:
     """Writes one tar file, sample by sample."""
 
@@ -71,29 +91,23 @@ class TarShardWriter:
     def append(self, item: Conversation) -> None:
         """One conversation, its arrays as they are stored."""
         key = sample_key(item)
-        payloads = {name: self._payload(name, item.arrays[name]) for name in self._specs}
+        run = run_now if item.nbytes >= PARALLEL_BYTES else run_later
+        making = {name: run(partial(_payload, spec, item.arrays[name])) for name, spec in self._specs.items()}
+        payloads = {name: made() for name, made in making.items()}
         suffixes = {name: member_suffix(name, spec) for name, spec in self._specs.items()}
         about = {
             "content_hash": item.content_hash,
             "split": item.split,
             "dataset_index": item.dataset_index,
-            "xxh3_128": {suffixes[name]: hash_bytes(*parts) for name, parts in payloads.items()},
+            "xxh3_128": {suffixes[name]: payload.xxh3_128 for name, payload in payloads.items()},
         }
         self._member(f"{key}.json", [canonical_json(about).encode()])
         row = np.zeros(1, _members_dtype(len(self._specs)))
         row["first_token"] = self._tokens
-        for number, (name, parts) in enumerate(payloads.items()):
-            crc = 0
-            for part in parts:
-                crc = crc32c(np.frombuffer(part, np.uint8), crc)
-            row["members"][0, number] = (*self._member(f"{key}.{suffixes[name]}", parts), crc)
+        for number, (name, payload) in enumerate(payloads.items()):
+            row["members"][0, number] = (*self._member(f"{key}.{suffixes[name]}", payload.parts), payload.crc32c)
         self._rows.append(row)
         self._tokens += item.arrays["token_ids"].shape[0]
-
-    def _payload(self, name: str, values: NDArray[Any]) -> list[Buffer]:
-        values = np.ascontiguousarray(values, self._specs[name].stored_dtype)
-        parts: list[Buffer] = [_npy_header(values), values.reshape(-1).view(np.uint8).data]
-        return [_ZSTD.encode(b"".join(parts))] if self._specs[name].compress else parts
 
     def _member(self, name: str, parts: list[Buffer]) -> tuple[int, int]:
         """Append one member; returns offset and bytes of its payload."""

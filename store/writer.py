@@ -223,7 +223,7 @@ class ShardInProgress:
         stored = replace(item, arrays={name: arrays[name] for name in self._specs})
         self._format.append(stored)
         self._index.append(self._index_row(stored))
-        self.payload_bytes += sum(arrays[name].nbytes for name in self._specs)
+        self.payload_bytes += stored.nbytes
 
     def _index_row(self, item: Conversation) -> NDArray[Any]:
         row = np.zeros(1, INDEX_DTYPE)

@@ -5,9 +5,8 @@ Measured beside zarr-python in `tools/bench/results/store-*.json`.
 
 from __future__ import annotations
 
-import functools
-import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,15 +16,13 @@ from numpy.typing import NDArray
 
 from store.files import Buffer
 from store.schema import ArraySpec, Conversation
-from store.shard_files import Files, HashedFile, write_small_file
+from store.shard_files import PARALLEL_BYTES, Files, HashedFile, Run, run_later, run_now, write_small_file
 from store.storage import Stage
 from store.zarr_format import CRC_BYTES, INDEX_ENTRY, METADATA, array_metadata, data_file, json_bytes, node
 
 _ZSTD = Zstd(level=1)
 _HOT_BYTES = 1 << 20
 """Rows are checksummed, hashed and written in pieces of about this size, so that a cache still holds them."""
-_PARALLEL_BYTES = 1 << 22
-"""A conversation of fewer bytes is written before threads would have begun."""
 
 
 class _ArrayWriter:
@@ -36,74 +33,100 @@ class _ArrayWriter:
         self._spec = spec
         self._row_bytes = spec.row_bytes
         self._chunk_rows = spec.chunk_rows
-        self._pending: list[NDArray[np.uint8]] = []
         self._filled = 0  # rows of the current chunk
-        self._crc = 0
         self._index: list[tuple[int, int]] = []
         self.rows = 0
 
-    def append(self, values: NDArray[Any]) -> None:
-        """Rows [n, *inner] of the spec's dtype."""
+    def append(self, values: NDArray[Any], run: Run = run_later) -> Callable[[], None]:
+        """Take rows [n, *inner] of the spec's dtype, and return what writes them; `run` may begin with part of it."""
         data = np.ascontiguousarray(values, self._spec.stored_dtype).reshape(-1).view(np.uint8)
-        rows, taken, held = values.shape[0], 0, 0
-        out: list[Buffer] = []
+        self.rows += values.shape[0]
+        return self._append(data, run)
+
+    def _append(self, data: NDArray[np.uint8], run: Run) -> Callable[[], None]:
+        raise NotImplementedError
+
+    def _pieces(self, data: NDArray[np.uint8]) -> Iterator[tuple[NDArray[np.uint8], bool]]:
+        """Cut at the ends of chunks; whether each piece ends one."""
+        taken, rows = 0, data.nbytes // self._row_bytes
         while taken < rows:
             count = min(self._chunk_rows - self._filled, rows - taken)
             piece = data[taken * self._row_bytes : (taken + count) * self._row_bytes]
             taken += count
-            self._filled += count
-            if self._spec.compress:
-                # What the caller may reuse is copied; a whole chunk is compressed before this returns.
-                self._pending.append(piece.copy() if self._filled < self._chunk_rows else piece)
-            else:
-                self._crc = crc32c(piece, self._crc)
-                out.append(piece.data)
-            if self._filled == self._chunk_rows:
-                out += self._end_chunk()
-            held += piece.nbytes
-            if held >= _HOT_BYTES:
-                self._file.write(out)
-                out, held = [], 0
-        if out:
-            self._file.write(out)
-        self.rows += rows
+            self._filled = (self._filled + count) % self._chunk_rows
+            yield piece, self._filled == 0
 
-    def _end_chunk(self) -> list[Buffer]:
-        """What closes the chunk: its compressed rows, where they are compressed, and its crc32c."""
-        size = self._chunk_rows * self._row_bytes
-        out: list[Buffer] = []
-        if self._spec.compress:
-            rows = self._pending[0] if len(self._pending) == 1 else np.concatenate(self._pending)
-            encoded = np.frombuffer(_ZSTD.encode(rows), np.uint8)
-            self._crc, size = crc32c(encoded), encoded.nbytes
-            out.append(encoded.data)
-        out.append(self._crc.to_bytes(CRC_BYTES, "little"))
+    def _end_chunk(self, size: int, crc: int) -> bytes:
         offset = sum(self._index[-1]) if self._index else 0
         self._index.append((offset, size + CRC_BYTES))
-        self._pending, self._filled, self._crc = [], 0, 0
-        return out
+        return crc.to_bytes(CRC_BYTES, "little")
 
     def close(self) -> dict[str, Any]:
         """Pad the last chunk with zeros, as zarr does; write the index."""
         if self._filled:
             padding = np.zeros((self._chunk_rows - self._filled, *self._spec.inner), self._spec.stored_dtype)
-            self.append(padding)
+            self.append(padding)()
             self.rows -= padding.shape[0]
         index = np.array(self._index, INDEX_ENTRY).tobytes()
         self._file.write([index, crc32c(index).to_bytes(CRC_BYTES, "little")])
         return self._file.close()
 
 
-@functools.cache
-def _pool(_process: int) -> ThreadPoolExecutor:
-    """Of this process: threads do not survive a fork."""
-    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="draftcache-arrays")
+class _RawWriter(_ArrayWriter):
+    _crc = 0
+
+    def _append(self, data: NDArray[np.uint8], run: Run) -> Callable[[], None]:
+        return partial(self._write, data)
+
+    def _write(self, data: NDArray[np.uint8]) -> None:
+        out: list[Buffer] = []
+        held = 0
+        for piece, ends in self._pieces(data):
+            self._crc = crc32c(piece, self._crc)
+            out.append(piece.data)
+            if ends:
+                out.append(self._end_chunk(self._chunk_rows * self._row_bytes, self._crc))
+                self._crc = 0
+            held += piece.nbytes
+            if held >= _HOT_BYTES:
+                self._file.write(out)
+                out, held = [], 0
+        if out:
+            self._file.write(out)
+
+
+class _CompressedWriter(_ArrayWriter):
+    """Chunks know nothing of each other, so those of a long conversation may be compressed side by side."""
+
+    def __init__(self, file: HashedFile, spec: ArraySpec) -> None:
+        super().__init__(file, spec)
+        self._pending: list[NDArray[np.uint8]] = []
+
+    def _append(self, data: NDArray[np.uint8], run: Run) -> Callable[[], None]:
+        chunks: list[Callable[[], NDArray[np.uint8]]] = []
+        for piece, ends in self._pieces(data):
+            if ends:
+                chunks.append(run(partial(_compressed, [*self._pending, piece])))
+                self._pending = []
+            else:
+                self._pending.append(piece.copy())  # the caller may reuse it
+        return partial(self._write, chunks)
+
+    def _write(self, chunks: list[Callable[[], NDArray[np.uint8]]]) -> None:
+        for made in chunks:
+            encoded = made()
+            self._file.write([encoded.data, self._end_chunk(encoded.nbytes, crc32c(encoded))])
+
+
+def _compressed(pieces: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    return np.frombuffer(_ZSTD.encode(pieces[0] if len(pieces) == 1 else np.concatenate(pieces)), np.uint8)
 
 
 class ZarrShardWriter:
     """Writes one shard, conversation by conversation; memory holds less than one chunk per compressed array.
 
-    Arrays are files of their own, so those of a large conversation are compressed, hashed and written side by side.
+    Chunks of a large conversation are compressed side by side, and its arrays, which are files of their own, hashed and
+    written side by side.
     """
 
     def __init__(self, stage: Stage, specs: dict[str, ArraySpec]) -> None:
@@ -118,22 +141,20 @@ class ZarrShardWriter:
             if not values.shape[0]:
                 continue
             if name not in self._arrays:  # an array without rows has no file, as zarr has it
-                self._arrays[name] = _ArrayWriter(HashedFile(self._stage.open(data_file(name, spec))), spec)
-        filled = [name for name in self._specs if item.arrays[name].shape[0]]
-
-        def append(name: str) -> None:
-            self._arrays[name].append(item.arrays[name])
-
-        if sum(item.arrays[name].nbytes for name in filled) >= _PARALLEL_BYTES:
-            list(_pool(os.getpid()).map(append, filled))
-        else:
-            for name in filled:
-                append(name)
+                kind = _CompressedWriter if spec.compress else _RawWriter
+                self._arrays[name] = kind(HashedFile(self._stage.open(data_file(name, spec))), spec)
+        filled = {name: item.arrays[name] for name in self._specs if item.arrays[name].shape[0]}
+        run = run_now if item.nbytes >= PARALLEL_BYTES else run_later
+        # Chunks are begun before whatever waits for them, so that writing never keeps compressing from a thread.
+        writes = [self._arrays[name].append(values, run) for name, values in filled.items()]
+        for done in [run(write) for write in writes]:
+            done()
 
     def close(self) -> Files:
         """Finish every file; returns their table, names relative to the shard."""
         files = {METADATA: write_small_file(self._stage, METADATA, json_bytes({"attributes": {}} | node("group")))}
-        closed = dict(zip(self._arrays, _pool(os.getpid()).map(_ArrayWriter.close, self._arrays.values()), strict=True))
+        closing = {name: run_now(array.close) for name, array in self._arrays.items()}
+        closed = {name: done() for name, done in closing.items()}
         for name, spec in self._specs.items():
             rows = 0
             if name in closed:
