@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
 from awscrt.checksums import crc32c
+from numcodecs import Zstd
 from synthetic import conversation, manifest, turns, write_files, write_store
 
+from store import tar_shards, zarr_writer
 from store.errors import (
     InputError,
     ManifestMismatchError,
@@ -69,6 +73,49 @@ def test_all_zero_chunks_are_written(tmp_path: Path) -> None:
     write_store(tmp_path / "s", splits=("train", "val"))
     size = (tmp_path / "s" / "shards" / "00000" / "tap_1" / "c.0.0").stat().st_size
     assert size >= 2048 * 8 * 4
+
+
+@pytest.mark.parametrize("layout", ["zarr", "webdataset"])
+def test_conversations_that_are_written_side_by_side_give_the_same_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    """Two shards at once, whose chunks begin and end anywhere in a conversation."""
+    lengths = (3000, 40, 2100, 700, 5000)
+
+    def write(name: str, at_once: int) -> dict[str, bytes]:
+        made = manifest(mode="lossless", layout=layout)
+        with StoreWriter(tmp_path / name, made, write_files) as writer:
+
+            def shard(number: int) -> None:
+                rng = np.random.default_rng(number)
+                items = [
+                    conversation(rng, turns(n, (9, n - 3)), window=made.window, number=k, split=number, mode=made.mode)
+                    for k, n in enumerate(lengths)
+                ]
+                writer.write_shard(number, items, {"quarantined": [], "gates": {}})
+
+            with ThreadPoolExecutor(at_once) as pool:
+                list(pool.map(shard, range(made.shards)))
+            writer.finish()
+        root = tmp_path / name / "shards"
+        return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+    threads: set[str] = set()
+    encode = Zstd.encode
+
+    def spying(self: Zstd, data: object) -> bytes:
+        threads.add(threading.current_thread().name)
+        return encode(self, data)  # type: ignore[no-any-return]
+
+    module = {"zarr": zarr_writer, "webdataset": tar_shards}[layout]
+    monkeypatch.setattr(module, "_ZSTD", type("Spy", (Zstd,), {"encode": spying})(level=1))
+    alone = write("alone", 1)
+    assert not all(name.startswith("draftcache-arrays") for name in threads)
+    threads.clear()
+    monkeypatch.setattr(module, "PARALLEL_BYTES", 0)
+    assert write("together", 2) == alone
+    assert len(threads) > 1
+    assert all(name.startswith("draftcache-arrays") for name in threads)
 
 
 def test_flipped_payload_byte_is_detected_on_read(store: Path) -> None:
