@@ -10,6 +10,7 @@ from draft_train.config import TrainConfig
 from draft_train.draft_model import DraftModel
 from draft_train.fused_pass import FusedPass, PassSettings
 from draft_train.gradient_pass import GradientPass, PlainPass
+from draft_train.kernels.flash_attention import why_not_flash
 from draft_train.objective import Objective
 from store.errors import InputError
 from store.triton_launch import tl
@@ -22,13 +23,19 @@ def choose_pass(
 ) -> GradientPass:
     """The one that --compute asks for. With auto, the fused pass on a GPU wherever it can run; `say` tells if it can't.
 
-    Raises InputError where --compute fused, or --recompute-mlp, can't be had.
+    Raises InputError where --compute fused, --recompute-mlp or --attention flash can't be had.
     """
     reason = why_not_fused(config, model, embeddings.device)
     if reason is None and config.compute != "plain":
+        if config.attention == "flash" and (missing := why_not_flash(model.shape.head_dim, embeddings.device)):
+            raise InputError(f"--attention flash: expected FlashAttention 4 to run, found {missing}")
         return FusedPass(model, objective, embeddings, pass_settings(config))
-    if config.compute == "fused" or config.recompute_mlp:
-        asked = "--compute fused" if config.compute == "fused" else "--recompute-mlp"
+    needing = {
+        "--compute fused": config.compute == "fused",
+        "--recompute-mlp": config.recompute_mlp,
+        "--attention flash": config.attention == "flash",
+    }
+    if asked := next((flag for flag, given in needing.items() if given), None):
         raise InputError(f"{asked}: expected the fused pass, found {reason or '--compute plain'}")
     if say and reason is not None and embeddings.is_cuda:
         print(f"draftcache train: the plain pass runs, several times slower, because of {reason}", file=sys.stderr)
@@ -38,7 +45,7 @@ def choose_pass(
 def pass_settings(config: TrainConfig) -> PassSettings:
     """Of the fused pass. Where memory is to be spared, slices are smaller too."""
     rows = min(_LEAN_ROWS, config.loss_chunk) if config.recompute_mlp else config.loss_chunk
-    return PassSettings(rows=rows, recompute_mlp=config.recompute_mlp)
+    return PassSettings(rows=rows, recompute_mlp=config.recompute_mlp, flash_attention=config.attention == "flash")
 
 
 def why_not_fused(config: TrainConfig, model: DraftModel, device: torch.device) -> str | None:

@@ -111,6 +111,10 @@ class TrainConfig:
         default="auto",
         metadata=_doc("fused: by hand, for GPUs; plain: autograd; auto: fused where it can run"),
     )
+    attention: str = field(
+        default="triton",
+        metadata=_doc("of the fused pass: triton, its own kernels; flash: FlashAttention 4, faster, see the README"),
+    )
     recompute_mlp: bool = field(
         default=False,
         metadata=_doc("make the MLP's inputs again in the backward pass: a third less memory, 8% slower"),
@@ -149,6 +153,7 @@ class TrainConfig:
         _require("loss", self.loss in LOSSES, f"one of {LOSSES}", self.loss)
         _require("loss_rows", self.loss_rows in LOSS_ROWS, f"one of {LOSS_ROWS}", self.loss_rows)
         _require("compute", self.compute in COMPUTE, f"one of {COMPUTE}", self.compute)
+        _require("attention", self.attention in ATTENTION, f"one of {ATTENTION}", self.attention)
         _require("order", self.order in ORDERS, f"one of {ORDERS}", self.order)
         _require("out_of_vocab", self.out_of_vocab in OUT_OF_VOCAB, f"one of {OUT_OF_VOCAB}", self.out_of_vocab)
         _require("head_init", self.head_init in ("verifier", "random"), "verifier or random", self.head_init)
@@ -162,7 +167,7 @@ class TrainConfig:
         """
         loose = {"store", "output", "init_from", "device", "wandb", "wandb_project", "checkpoint_every"}
         loose |= {"keep_checkpoints", "eval_split", "eval_every", "eval_conversations", "loss_chunk"}
-        loose |= {"compute", "recompute_mlp"}
+        loose |= {"compute", "attention", "recompute_mlp"}
         loose |= {"draft_vocab_size", "pack_tokens", "prefetch_gb"}
         values = {name: value for name, value in asdict(self).items() if name not in loose}
         return values | {"splits": list(self.splits)}
@@ -179,6 +184,7 @@ class TrainConfig:
 
 
 COMPUTE = ("auto", "fused", "plain")
+ATTENTION = ("triton", "flash")
 ORDERS = ("shuffle", "bucketed")
 LOSSES = ("tail-kl", "renormalized-kl", "tv", "lk", "lk-alpha")
 LOSS_ROWS = ("turns", "unshifted")

@@ -27,6 +27,7 @@ from draft_train.fused_weights import FusedWeights, add_product
 from draft_train.gradient_pass import Ready
 from draft_train.head_loss import HeadLoss
 from draft_train.kernels.attention import attend, attend_backward
+from draft_train.kernels.flash_attention import Runs, find_runs
 from draft_train.kernels.norms import rms_norm, rms_norm_backward
 from draft_train.kernels.rotary import join_heads, rotary_table, split_heads
 from draft_train.kernels.sight import Attended, Sight
@@ -42,6 +43,8 @@ class PassSettings:
     """Rows of the MLP at a time, and rows whose logits are there at once."""
     recompute_mlp: bool = False
     """Make gate and up again in the backward pass instead of keeping them."""
+    flash_attention: bool = False
+    """FlashAttention 4 instead of the attention kernels of our own: faster, for more memory."""
 
 
 @dataclass
@@ -114,8 +117,8 @@ class FusedPass:
         self.weights.attach()
         base = self._base(batch)
         steps: list[_Step] = []
-        for number, rows, kept in self._live_rows(batch):
-            steps.append(self._forward_step(batch, base, number, rows, kept, steps[-1] if steps else None))
+        for sight, starts, kept in self._sights(batch, base):
+            steps.append(self._forward_step(base, sight, starts, kept, steps[-1] if steps else None))
         return self._backward(batch, base, steps, ready or (lambda _: None))
 
     def _live_rows(self, batch: Batch) -> list[tuple[int, Tensor, Tensor | None]]:
@@ -135,6 +138,22 @@ class FusedPass:
                 kept = torch.sort(batch.steps[rows] <= step, stable=True).indices[:number]
                 rows = rows[kept]
             found.append((step, rows, kept))
+        return found
+
+    def _sights(self, batch: Batch, base: _Base) -> list[tuple[Sight, Tensor, Tensor | None]]:
+        """Of each step: what its rows see, [T] int64 the key rows they start at, and as in `_live_rows`."""
+        live = self._live_rows(batch)
+        runs: list[Runs | None] = [None] * len(live)
+        if self.settings.flash_attention:  # the device was just waited for: these few numbers are there
+            keys = batch.key_positions.cpu().numpy()
+            starts, lasting = torch.stack((batch.start_index, batch.steps)).cpu().numpy()
+            device = batch.key_positions.device
+            runs = [find_runs(keys[starts[lasting > step]], keys, step, batch.window, device) for step, *_ in live]
+        found = []
+        for (step, rows, kept), of_step in zip(live, runs, strict=True):
+            starting = batch.start_index[rows]
+            sight = Sight(rows, base.positions[starting], base.positions, step, batch.window, of_step)
+            found.append((sight, starting, kept))
         return found
 
     def _base(self, batch: Batch) -> _Base:
@@ -164,10 +183,10 @@ class FusedPass:
         return rms_norm(self._embedded(batch), self.layer.input_layernorm.weight, self.eps)
 
     def _forward_step(
-        self, batch: Batch, base: _Base, number: int, rows: Tensor, kept: Tensor | None, previous: _Step | None
+        self, base: _Base, sight: Sight, starts: Tensor, kept: Tensor | None, previous: _Step | None
     ) -> _Step:
-        starts = batch.start_index[rows]
-        hidden = _step_input(batch, base, kept, rows, previous)
+        number, rows = sight.step, sight.rows
+        hidden = _step_input(base, starts, kept, previous)
         normed = rms_norm(hidden, self.layer.hidden_norm.weight, self.eps)
         # Row t + k is a start row too, k places on: the turn goes on at least that far, or step k had no loss.
         places = starts + number
@@ -176,7 +195,6 @@ class FusedPass:
         kv = base.own[number - 1] if number else base.kv[:, :, :0]
         q = split_heads(projected, base.table, places, self.shape.num_attention_heads, kv, rows)
         del projected, normed
-        sight = Sight(rows, base.positions[starts], base.positions, number, batch.window)
         attended = attend(q, base.kv, base.own, sight)
         after = torch.addmm(hidden, attended.out.flatten(1), self.matrices.output.t())
         result, gate_up = self._mlp(after)
@@ -229,7 +247,7 @@ class FusedPass:
             q_gradient = attend_backward(given, step.attended, keys.kv, keys.own)
             del given, step.attended
             if step.number:
-                hidden = _step_input(batch, base, step.kept, step.rows, steps[-1])
+                hidden = _step_input(base, batch.start_index[step.rows], step.kept, steps[-1])
                 carried = self._inputs_backward(base, step, hidden, q_gradient, keys, total, after)
                 del hidden, q_gradient, after
                 if step.kept is not None:
@@ -308,7 +326,7 @@ class FusedPass:
         rms_norm_backward(given, self._embedded(batch), weight, self.eps, gradients.vectors[weight])
 
 
-def _step_input(batch: Batch, base: _Base, kept: Tensor | None, rows: Tensor, previous: _Step | None) -> Tensor:
+def _step_input(base: _Base, starts: Tensor, kept: Tensor | None, previous: _Step | None) -> Tensor:
     """[T, H], un-normed: fc's output at step 0, later the step before's. Made again when the backward pass needs it."""
-    hidden = base.hidden[batch.start_index[rows]] if previous is None else previous.result
+    hidden = base.hidden[starts] if previous is None else previous.result
     return hidden if kept is None or previous is None else hidden[kept]

@@ -34,6 +34,7 @@ class Work:
     """Teacher entries per start row; 0 where the store has final-norm states instead."""
     slice_rows: int
     recompute_mlp: bool = False
+    flash_attention: bool = False
     prefetched: bool = True
     """Whether the next micro-batch is on the device too, as it is in `draftcache train`."""
 
@@ -161,6 +162,11 @@ def _backward(memory: _Memory, shape: DraftShape, work: Work) -> None:
             numbers = work.rows + (work.steps - 1) * work.starts
             memory.take("working", "gradients of keys", numbers * heads.keys * FLOAT32)
         memory.working(delta=work.starts * shape.num_attention_heads * FLOAT32)
+        if work.flash_attention:
+            # Queries' gradient apart from the output, its float32 sums, and keys' gradients in both.
+            sums = queries * FLOAT32 // BF16 + work.rows * heads.keys * (FLOAT32 + 2 * BF16)
+            memory.working(of_queries=queries, sums=sums)
+            memory.done("of_queries", "sums")
         memory.done("delta", "given")
         memory.take(
             "kept for backward", kept, states + queries

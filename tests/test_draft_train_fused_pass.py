@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from draft_train.config import TrainConfig
 from draft_train.draft_model import DraftModel
 from draft_train.fused_pass import FusedPass, PassSettings
 from draft_train.gradient_pass import GradientPass, PlainPass
+from draft_train.kernels import flash_attention
+from draft_train.kernels.flash_attention import find_runs
 from draft_train.objective import Objective
 from draft_train.optimizer import make_optimizer
 from store.errors import InputError
@@ -65,7 +68,7 @@ def near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], boun
 def test_equals_autograd(names: list[str], window: int | None) -> None:
     model, batch = make_model(window), batch_of(names, window)
     expected = run(PlainPass(model, objective(), embeddings()), model, batch)
-    for settings in (SMALL, replace(SMALL, recompute_mlp=True), PassSettings()):
+    for settings in (SMALL, replace(SMALL, recompute_mlp=True), replace(SMALL, flash_attention=True), PassSettings()):
         found = run(fused(model, settings), model, batch)
         torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=1e-9)
         assert near(found[1], expected[1])
@@ -132,7 +135,24 @@ def test_every_gradient_is_announced_once_and_complete() -> None:
 
 def test_asking_for_what_can_not_run_is_refused() -> None:
     model = make_model()
-    for changes, name in (({"compute": "fused"}, "--compute fused"), ({"recompute_mlp": True}, "--recompute-mlp")):
+    for changes, name in (
+        ({"compute": "fused"}, "--compute fused"),
+        ({"recompute_mlp": True}, "--recompute-mlp"),
+        ({"attention": "flash"}, "--attention flash"),
+    ):
         with pytest.raises(InputError, match=f"{name}.*its kernels need a GPU"):
             choose_pass(config(**changes), model, objective(), embeddings())
     assert isinstance(choose_pass(config(), model, objective(), embeddings()), PlainPass)
+
+
+def test_flash_attention_is_refused_where_it_can_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"found gaps before position 9; use --attention triton"):
+        find_runs(np.arange(5, 10), np.array([0, 1, 2, 3, 5, 6, 7, 8, 9]), 1, 7, torch.device("cpu"))
+    find_runs(np.arange(5, 10), np.array([0, 1, 2, 3, 5, 6, 7, 8, 9]), 1, 2, torch.device("cpu"))  # none of them sees 4
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    flash_attention._flash.cache_clear()
+    assert "no FlashAttention 4" in (flash_attention.why_not_flash(128, torch.device("cpu")) or "")
+    monkeypatch.setattr(flash_attention, "_flash", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
+    assert "multiples of 8 up to 128" in (flash_attention.why_not_flash(256, torch.device("cpu")) or "")
+    assert "capability 8" in (flash_attention.why_not_flash(128, torch.device("cpu")) or "")

@@ -20,6 +20,7 @@ from draft_train.kernels.attention import (
     attend_backward_reference,
     attend_reference,
 )
+from draft_train.kernels.flash_attention import find_runs, why_not_flash
 from draft_train.kernels.norms import (
     rms_norm,
     rms_norm_backward,
@@ -41,6 +42,13 @@ from draft_train.objective import Objective
 pytestmark = MARKS
 BF16, F32 = torch.bfloat16, torch.float32
 BOUND = {F32: 3e-5, BF16: 1e-2}
+
+
+NEEDS_FLASH = pytest.mark.skipif(
+    not INTERPRETED and (not torch.cuda.is_available() or why_not_flash(128, DEVICE) is not None),
+    reason="needs FlashAttention 4",
+)
+"""In the interpreter its plain twin takes its place, beside the kernels of rows' own keys."""
 
 
 @pytest.fixture(autouse=True)
@@ -157,20 +165,17 @@ def cases() -> dict[str, tuple[torch.Tensor, torch.Tensor, int]]:
     }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("step", [0, 1, 5])
-@pytest.mark.parametrize(("heads", "groups", "width"), HEADS)
-@pytest.mark.parametrize("name", cases())
-def test_attention(name: str, heads: int, groups: int, width: int, step: int, dtype: torch.dtype) -> None:
-    positions, key_positions, window = cases()[name]
-    slots = positions.numel() + 9
-    sight = sight_of(positions, key_positions, step, window, slots)
-    q = (2 * rand(positions.numel(), heads, width)).to(dtype)  # logits of tens: where gradients of the LSE matter
-    kv, own = rand(key_positions.numel(), 2, groups, width, dtype=dtype), rand(5, slots, 2, groups, width, dtype=dtype)
+def require_attention(sight: Sight, heads: int, groups: int, width: int, dtype: torch.dtype, bound: float) -> None:
+    """Output, log-sum-exp and all gradients are those of the dense reference in float64, and the same every time."""
+    rows, keys, slots = sight.positions.numel(), sight.key_positions.numel(), int(sight.rows[-1]) + 1
+    q = (2 * rand(rows, heads, width)).to(dtype)  # logits of tens: where gradients of the LSE matter
+    kv, own = rand(keys, 2, groups, width, dtype=dtype), rand(5, slots, 2, groups, width, dtype=dtype)
     held = attend(q, kv, own, sight)
+    out = held.out.clone()  # its memory may be taken
     wide = [value.double() for value in (q, kv, own)]
-    expected = attend_reference(*wide, sight)
-    assert error(held.out, expected.out) < BOUND[dtype]
+    plain = replace(sight, runs=None)
+    expected = attend_reference(*wide, plain)
+    assert error(out, expected.out) < bound
     torch.testing.assert_close(
         held.log_sum_exp.double(), expected.log_sum_exp, rtol=1e-3, atol=1e-3 if dtype == F32 else 2e-2
     )
@@ -179,18 +184,47 @@ def test_attention(name: str, heads: int, groups: int, width: int, step: int, dt
     wide_sums = [torch.zeros_like(value) for value in wide[1:]]
     found = attend_backward(given, held, *sums)
     expected_q = attend_backward_reference(given.double(), expected, *wide_sums)
-    assert error(found, expected_q) < 2 * BOUND[dtype]
+    assert error(found, expected_q) < 2 * bound
     for ours, theirs in zip(sums, wide_sums, strict=True):
-        assert error(ours, theirs) < 2 * BOUND[dtype]
-    if step:  # negative control: rows that see one key more are told apart
-        wider = attend_reference(*wide, sight_of(positions, key_positions, step, window + step, slots))
-        assert name == "whole" or error(wider.out, expected.out) > BOUND[F32]
-    again = attend_backward(given, attend(q, kv, own, sight), *(torch.zeros_like(part) for part in sums))
-    assert torch.equal(found, again)
+        assert error(ours, theirs) < 2 * bound
+    again_sums = [torch.zeros_like(part) for part in sums]
+    again = attend_backward(given, attend(q, kv, own, sight), *again_sums)
+    assert all(torch.equal(one, two) for one, two in zip((found, *sums), (again, *again_sums), strict=True))
+    if sight.step:  # negative control: rows that see one key more are told apart
+        wider = attend_reference(*wide, replace(plain, window=sight.window + sight.step))
+        assert sight.window > keys or error(wider.out, expected.out) > BOUND[F32]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_whole_pass_through_its_kernels_equals_autograd_in_float64(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("step", [0, 1, 5])
+@pytest.mark.parametrize(("heads", "groups", "width"), HEADS)
+@pytest.mark.parametrize("name", cases())
+def test_attention(name: str, heads: int, groups: int, width: int, step: int, dtype: torch.dtype) -> None:
+    positions, key_positions, window = cases()[name]
+    sight = sight_of(positions, key_positions, step, window, positions.numel() + 9)
+    require_attention(sight, heads, groups, width, dtype, BOUND[dtype])
+
+
+@NEEDS_FLASH
+@pytest.mark.parametrize("step", [0, 1, 5])
+@pytest.mark.parametrize(("heads", "groups", "width"), HEADS)
+@pytest.mark.parametrize("name", [*(name for name in cases() if name != "holes"), "close turns"])
+def test_flash_attention(name: str, heads: int, groups: int, width: int, step: int) -> None:
+    every = torch.arange(ROWS)
+    close = every[every % 16 > 5], every, ROWS // 5  # a key is seen by several runs
+    positions, key_positions, window = {**cases(), "close turns": close}[name]
+    sight = sight_of(positions, key_positions, step, window, positions.numel() + 9)
+    runs = find_runs(positions.numpy(), key_positions.numpy(), step, window, DEVICE)
+    assert (runs.copies > 1) == (name in ("turns", "packed", "whole", "close turns")), runs.copies
+    dtype = F32 if INTERPRETED else BF16
+    require_attention(replace(sight, runs=runs), heads, groups, width, dtype, BOUND[dtype])
+
+
+@pytest.mark.parametrize("flash", [False, pytest.param(True, marks=NEEDS_FLASH)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_whole_pass_through_its_kernels_equals_autograd_in_float64(dtype: torch.dtype, flash: bool) -> None:
+    if flash and dtype == F32 and not INTERPRETED:
+        pytest.skip("FlashAttention takes no float32")
     bound = {F32: 1e-5, BF16: 6e-2}[dtype]
     shape = replace(make_model().shape, head_dim=16, sliding_window=37)
     expected_model = DraftModel(shape)
@@ -206,7 +240,8 @@ def test_the_whole_pass_through_its_kernels_equals_autograd_in_float64(dtype: to
     there = Objective(
         config(), torch.from_numpy(words.target_ids).to(DEVICE), torch.from_numpy(words.padded(VOCAB).t2d).to(DEVICE)
     )
-    training = FusedPass(model, there, embeddings().float().to(DEVICE), SMALL, dtype=dtype)
+    settings = replace(SMALL, flash_attention=flash)
+    training = FusedPass(model, there, embeddings().float().to(DEVICE), settings, dtype=dtype)
     found = run(training, model, batch.to(DEVICE))
     torch.testing.assert_close(found[0][0].cpu(), expected[0][0], rtol=bound, atol=0)
     assert near({name: value.cpu().double() for name, value in found[1].items()}, expected[1], bound)

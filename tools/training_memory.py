@@ -16,6 +16,12 @@ from store.errors import InputError
 CARDS_GIB = (24, 40, 80)
 USABLE = 0.94
 """Of a card: the rest is CUDA's context, and what fragmentation takes."""
+SETTINGS_SHOWN: dict[str, dict[str, Any]] = {
+    "default": {},
+    "--attention flash": {"attention": "flash"},
+    "--recompute-mlp": {"recompute_mlp": True},
+}
+"""Flags of `draftcache train` that decide its memory, and their settings."""
 _GIB = 2**30
 _LONGEST = 1 << 24
 
@@ -24,7 +30,7 @@ Rows = tuple[int, int, int]
 
 
 def training_memory(arguments: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
-    """Peaks with and without --recompute-mlp, and the longest conversations that fit on cards, as JSON values.
+    """Peaks of each of SETTINGS_SHOWN, and the longest conversations that fit on cards, as JSON values.
 
     `config`: the verifier's, empty without one. Raises InputError where what is given does not make a draft.
     """
@@ -34,9 +40,17 @@ def training_memory(arguments: argparse.Namespace, config: dict[str, Any]) -> di
     of = _of_store if arguments.store is not None else _of_lengths
     shape, batches, top_k = of(arguments, train, config)
     found = {}
-    for name, lean in (("default", False), ("--recompute-mlp", True)):
-        settings = pass_settings(replace(train, recompute_mlp=lean))
-        work = Work(rows=0, starts=0, steps=train.ttt_steps, top_k=top_k, slice_rows=settings.rows, recompute_mlp=lean)
+    for name, changes in SETTINGS_SHOWN.items():
+        settings = pass_settings(replace(train, **changes))
+        work = Work(
+            rows=0,
+            starts=0,
+            steps=train.ttt_steps,
+            top_k=top_k,
+            slice_rows=settings.rows,
+            recompute_mlp=settings.recompute_mlp,
+            flash_attention=settings.flash_attention,
+        )
         peaks = [
             (peak_bytes(shape, replace(work, rows=rows, starts=starts)), tokens) for tokens, rows, starts in batches
         ]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from draft_train.kernels import attention_kernels as kernels
+from draft_train.kernels import flash_attention
 from draft_train.kernels.sight import Attended, Sight
 from draft_train.window_attention import dense_window_attention
 from store.triton_launch import runs_kernels
@@ -26,6 +27,8 @@ def attend(q: Tensor, kv: Tensor, own: Tensor, sight: Sight) -> Attended:
 
     D must be a power of two from 16 to 256 on a GPU. Every row sees at least its own step-0 key.
     """
+    if sight.runs is not None:
+        return Attended(q, kv, own, sight, *flash_attention.forward(q, kv, own, sight))
     if not runs_kernels(q):
         return attend_reference(q, kv, own, sight)
     return Attended(q, kv, own, sight, *kernels.forward(q, kv, own, sight))
@@ -34,9 +37,11 @@ def attend(q: Tensor, kv: Tensor, own: Tensor, sight: Sight) -> Attended:
 def attend_backward(upstream: Tensor, held: Attended, kv_gradient: Tensor, own_gradient: Tensor) -> Tensor:
     """Gradient [T, N, D] of the queries; those of keys and values are added to `kv_gradient` and `own_gradient`.
 
-    `upstream` [T, N, D]. The added-to are float32 of the shapes of kv and own. On a GPU the gradient takes the place of
-    `held.out`, whose memory counts at long lengths.
+    `upstream` [T, N, D]. The added-to are float32 of the shapes of kv and own. From our own kernels the gradient takes
+    the place of `held.out`, whose memory counts at long lengths.
     """
+    if held.sight.runs is not None:
+        return flash_attention.backward(upstream, held, kv_gradient, own_gradient)
     if not runs_kernels(held.q):
         return attend_backward_reference(upstream, held, kv_gradient, own_gradient)
     return kernels.backward(upstream, held, kv_gradient, own_gradient)

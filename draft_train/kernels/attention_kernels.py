@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from draft_train.kernels.own_keys import own_key_gradients, own_part, own_query_part
 from draft_train.kernels.sight import Attended, Sight
 from store.triton_launch import jit, tl
 
@@ -16,7 +17,6 @@ _SIZES = ("queries", "keys", "slots", "step", "window")
 _FORWARD = {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
 _QUERIES = {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 _KEYS = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
-_OWN_ROWS = 32
 
 
 def forward(q: Tensor, kv: Tensor, own: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
@@ -55,10 +55,7 @@ def backward(upstream: Tensor, held: Attended, kv_gradient: Tensor, own_gradient
         **shape, **launch,
     )  # fmt: skip
     if sight.step:
-        _own_gradient_kernel[(-(-rows // _OWN_ROWS), groups)](
-            upstream, q, own, sight.rows, log_sum_exp, delta, own_gradient, *sizes, **shape, ROWS=_OWN_ROWS,
-            num_warps=8,
-        )  # fmt: skip
+        own_key_gradients(upstream, held, delta, own_gradient)
     return out
 
 
@@ -126,15 +123,9 @@ def _attend_kernel(
     total = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, WIDTH), tl.float32)
     slot = tl.load(rows + near)
-    for number in range(step):
-        place = own + (number * slots + slot)[:, None] * (2 * GROUPS * WIDTH) + group * WIDTH + column
-        score = tl.sum(q_tile.to(tl.float32) * tl.load(place).to(tl.float32), 1) * scale_2
-        above = tl.maximum(largest, score)
-        raised = tl.exp2(score - above)
-        shrink = tl.exp2(largest - above)
-        total = total * shrink + raised
-        acc = acc * shrink[:, None] + raised[:, None] * tl.load(place + GROUPS * WIDTH).to(tl.float32)
-        largest = above
+    acc, largest, total = own_part(
+        acc, largest, total, q_tile, own, slot, slots, group, step, scale_2, GROUPS, WIDTH
+    )  # fmt: skip
     first, middle, rest, last = _loops(spans, tile, tl.num_programs(1), BLOCK_K)
     reach = window - step
     acc, largest, total = _forward_part(
@@ -199,13 +190,7 @@ def _query_gradient_kernel(
     scale_2 = scale * 1.4426950408889634
     acc = tl.zeros((BLOCK_Q, WIDTH), tl.float32)
     slot = tl.load(rows + near)
-    for number in range(step):
-        place_own = own + (number * slots + slot)[:, None] * (2 * GROUPS * WIDTH) + group * WIDTH + column
-        k_own = tl.load(place_own).to(tl.float32)
-        p = tl.exp2(tl.sum(q_tile.to(tl.float32) * k_own, 1) * scale_2 - log_2)
-        v_own = tl.load(place_own + GROUPS * WIDTH).to(tl.float32)
-        gradient = p * (tl.sum(up_tile.to(tl.float32) * v_own, 1) - delta)
-        acc += gradient[:, None] * k_own
+    acc = own_query_part(acc, q_tile, up_tile, own, slot, slots, group, step, log_2, delta, scale_2, GROUPS, WIDTH)
     first, middle, rest, last = _loops(spans, tile, tl.num_programs(1), BLOCK_K)
     reach = window - step
     acc = _query_gradient_part(
@@ -292,38 +277,3 @@ def _key_gradient_kernel(
     v_place = k_place + GROUPS * WIDTH
     tl.store(k_place, tl.load(k_place, mask=held, other=0.0) + k_acc * scale, mask=held)
     tl.store(v_place, tl.load(v_place, mask=held, other=0.0) + v_acc, mask=held)
-
-
-@jit(varying=_SIZES)
-def _own_gradient_kernel(
-    upstream, q, own, rows, log_sum_exp, deltas, own_gradient, queries, keys, slots, step, window, scale,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    tile, group = tl.program_id(0), tl.program_id(1)
-    column = tl.arange(0, WIDTH)[None, :]
-    row = tile * ROWS + tl.arange(0, ROWS)
-    inside = row < queries
-    near = tl.minimum(row, queries - 1)
-    slot = tl.load(rows + near)
-    scale_2 = scale * 1.4426950408889634
-    for number in range(step):
-        place = (number * slots + slot)[:, None] * (2 * GROUPS * WIDTH) + group * WIDTH + column
-        k_own = tl.load(own + place).to(tl.float32)
-        v_own = tl.load(own + place + GROUPS * WIDTH).to(tl.float32)
-        k_acc = tl.zeros((ROWS, WIDTH), tl.float32)
-        v_acc = tl.zeros((ROWS, WIDTH), tl.float32)
-        for turn in range(HEADS // GROUPS):
-            head = group * (HEADS // GROUPS) + turn
-            place_q = near.to(tl.int64)[:, None] * (HEADS * WIDTH) + head * WIDTH + column
-            q_tile = tl.load(q + place_q).to(tl.float32)
-            up_tile = tl.load(upstream + place_q).to(tl.float32)
-            log_2 = tl.load(log_sum_exp + head * queries + near) * 1.4426950408889634
-            p = tl.exp2(tl.sum(q_tile * k_own, 1) * scale_2 - log_2)
-            gradient = p * (tl.sum(up_tile * v_own, 1) - tl.load(deltas + head * queries + near))
-            k_acc += gradient[:, None] * q_tile
-            v_acc += p[:, None] * up_tile
-        held = inside[:, None]
-        k_place = own_gradient + place
-        v_place = k_place + GROUPS * WIDTH
-        tl.store(k_place, tl.load(k_place, mask=held, other=0.0) + k_acc * scale, mask=held)
-        tl.store(v_place, tl.load(v_place, mask=held, other=0.0) + v_acc, mask=held)

@@ -6,9 +6,13 @@ Shape suffixes as in `attention`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from draft_train.kernels.flash_attention import Runs
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class Sight:
     """[R] int32, ascending."""
     step: int
     window: int
+    runs: Runs | None = None
+    """Where attention goes through `flash_attention`; else it goes through kernels of our own."""
 
     def key_spans(self, block: int) -> Tensor:
         """[4, blocks] int32 of every block of queries: the keys that some row sees are first .. last, and all rows see

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 
 STAGES = {
-    "attention_ms": ("_attend_kernel", "_query_gradient_kernel", "_key_gradient_kernel", "_own_gradient_kernel"),
+    "attention_ms": (
+        "_attend_kernel", "_query_gradient_kernel", "_key_gradient_kernel", "_merge_own_kernel", "FlashAttention",
+        "flash_bwd",
+    ),
     "loss_ms": ("_tail_kl_kernel",),
     "norm_swiglu_ms": ("_rms_norm", "_swiglu"),
     "matmul_ms": ("nvjet", "gemm", "cutlass", "splitK"),
     "optimizer_ms": ("multi_tensor_apply", "FusedOptimizer"),
-}
+}  # fmt: skip
 """Metric, and what the names of its kernels contain; the first that fits counts."""
 REST, IDLE = "other_kernels_ms", "idle_ms"
 

@@ -12,7 +12,7 @@ products bf16.
 - `matmul_ms` and others in ms, with --profile: one more step by kind of kernel.
 
 Case `loader-32k` trains from a lossless store that it writes and reads from disk; `loader-32k-in-memory` is its second
-epoch. `of_synthetic` compares with `train-32k` of the same run.
+epoch. `of_synthetic` compares with `train-32k` of the same run. With --attention flash all names end in -flash.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import torch
 
 from draft_train.batches import Batch
 from draft_train.choose_pass import pass_settings
-from draft_train.config import DraftShape, TrainConfig
+from draft_train.config import ATTENTION, DraftShape, TrainConfig
 from draft_train.draft_model import DraftModel
 from draft_train.fused_pass import FusedPass
 from draft_train.objective import Objective
@@ -90,6 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, metavar="FILE")
     parser.add_argument("--cases", default=",".join((*CASES, LOADER)), help="(%(default)s)")
+    parser.add_argument("--attention", choices=ATTENTION, default=ATTENTION[0], help="flash: cases end in -flash")
     parser.add_argument("--profile", action="store_true", help="say where the time of one more step goes")
     parser.add_argument("--directory", type=Path, help="for the store of loader-32k, 6 GB (default: a temporary one)")
     parser.add_argument("--peer-wheels", type=Path, metavar="DIRECTORY", help="then time peers too: see train_peers")
@@ -138,15 +139,17 @@ def measure(arguments: argparse.Namespace, device: torch.device, ceiling: float)
     for name in arguments.cases.split(","):
         if name == LOADER:
             with tempfile.TemporaryDirectory(dir=arguments.directory) as root:
-                for suffix, metrics in loader_metrics(Path(root), SHAPE, LONG, LOADED).items():
+                for suffix, metrics in loader_metrics(Path(root), SHAPE, LONG, LOADED, arguments.attention).items():
+                    suffix += "-flash" * (arguments.attention == "flash")
                     yield name + suffix, metrics | ({"of_synthetic": metrics["tok_s"] / synthetic} if synthetic else {})
             continue
         case = CASES[name]
         batch = synthetic_batch(case, device)
-        step = optimizer_step(device, lean=case.lean)
+        step = optimizer_step(device, lean=case.lean, attention=arguments.attention)
+        name += "-flash" * (arguments.attention == "flash")
         seconds, peak = timed_steps(partial(step, batch))
         tokens = sum(case.lengths)
-        synthetic = tokens / seconds if name == "train-32k" else synthetic
+        synthetic = tokens / seconds if case == CASES["train-32k"] else synthetic
         yield (
             name,
             {
@@ -187,14 +190,18 @@ def measure_ranks(arguments: argparse.Namespace) -> None:
             report(rows, arguments.output)
 
 
-def optimizer_step(device: torch.device, ranks: Ranks | None = None, *, lean: bool = False) -> Callable[[Batch], Any]:
+def optimizer_step(
+    device: torch.device, ranks: Ranks | None = None, *, lean: bool = False, attention: str = "triton"
+) -> Callable[[Batch], Any]:
     """A fresh draft, and a function that trains it by one batch; with `ranks`, by one batch of each."""
     with torch.device(device):
         model = DraftModel(SHAPE)
         embeddings = torch.randn(SHAPE.vocab_size, SHAPE.hidden_size, dtype=torch.bfloat16)
         target_ids = torch.arange(SHAPE.draft_vocab_size)
         in_draft = torch.arange(SHAPE.vocab_size) < SHAPE.draft_vocab_size
-    config = TrainConfig(store=Path("synthetic"), output=Path("synthetic"), splits=("train",), recompute_mlp=lean)
+    config = TrainConfig(
+        store=Path("synthetic"), output=Path("synthetic"), splits=("train",), recompute_mlp=lean, attention=attention
+    )
     training = FusedPass(model, Objective(config, target_ids, in_draft), embeddings, pass_settings(config))
     optimizer = make_optimizer(config, model)
 

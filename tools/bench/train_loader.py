@@ -33,7 +33,9 @@ _WARM_UP = 3
 _PER_SHARD = 2
 
 
-def loader_metrics(root: Path, shape: DraftShape, length: int, conversations: int) -> dict[str, dict[str, float]]:
+def loader_metrics(
+    root: Path, shape: DraftShape, length: int, conversations: int, attention: str
+) -> dict[str, dict[str, float]]:
     """Metrics of an epoch read from disk and of one read from memory, the first steps left out."""
     device = torch.device("cuda")
     write_store(root / "store", shape, length, conversations, device)
@@ -44,7 +46,7 @@ def loader_metrics(root: Path, shape: DraftShape, length: int, conversations: in
         store=root / "store", output=root / "run", splits=("train",), epochs=2, device="cuda",
         checkpoint_every=2 * conversations, num_attention_heads=shape.num_attention_heads,
         num_key_value_heads=shape.num_key_value_heads, head_dim=shape.head_dim,
-        sliding_window=shape.sliding_window or 0, intermediate_size=shape.intermediate_size,
+        sliding_window=shape.sliding_window or 0, intermediate_size=shape.intermediate_size, attention=attention,
     )  # fmt: skip
     Trainer(config).run()
     peak = torch.cuda.max_memory_allocated() / 2**30
