@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from draft_train.kernels.flash_attention import AT_COMPILATION
 from store.triton_launch import INTERPRETED
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -14,6 +15,8 @@ MARKS = [
         not INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA device, or TRITON_INTERPRET=1"
     ),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of lanes that are masked out afterwards
+    pytest.mark.filterwarnings(f"ignore:{AT_COMPILATION}"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of FlashAttention's own packages
     pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),  # in the first backward pass of autograd's thread
 ]
 DTYPES = [torch.float32] if INTERPRETED else [torch.bfloat16, torch.float32]

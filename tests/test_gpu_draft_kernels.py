@@ -226,7 +226,7 @@ def test_the_whole_pass_through_its_kernels_equals_autograd_in_float64(dtype: to
     if flash and dtype == F32 and not INTERPRETED:
         pytest.skip("FlashAttention takes no float32")
     bound = {F32: 1e-5, BF16: 6e-2}[dtype]
-    shape = replace(make_model().shape, head_dim=16, sliding_window=37)
+    shape = replace(make_model().shape, head_dim=64 if flash else 16, sliding_window=37)
     expected_model = DraftModel(shape)
     expected_model.initialize(0)
     with torch.no_grad():

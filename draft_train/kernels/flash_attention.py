@@ -25,6 +25,13 @@ from draft_train.kernels import own_keys
 from draft_train.kernels.sight import Attended, Sight
 from store.triton_launch import runs_kernels
 
+AT_COMPILATION = "Argument aux_data"
+"""How a warning of FlashAttention's about itself begins, which comes with every kernel that it compiles."""
+
+
+_WIDTHS = (64, 128)
+"""Heads' widths. Of 16, which it takes too, version 4.0.0b36 gives wrong gradients on an H100."""
+
 
 @dataclass(frozen=True)
 class Runs:
@@ -188,8 +195,10 @@ def _lengths(runs: Runs) -> dict[str, Any]:
 @cache
 def _flash() -> tuple[Any, Any]:
     """FlashAttention's forward and backward. Not its autograd function, which takes no merged output."""
-    warnings.filterwarnings("ignore", message="Argument aux_data")  # its own, at every compilation
-    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+    warnings.filterwarnings("ignore", message=AT_COMPILATION)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of what it imports, among its own packages
+        from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
     return _flash_attn_fwd, _flash_attn_bwd
 
@@ -200,8 +209,8 @@ def why_not_flash(head_dim: int, device: torch.device) -> str | None:
         _flash()
     except ImportError as exc:
         return f"no FlashAttention 4 ({exc}); pip install 'draftcache[flash]'"
-    if head_dim % 8 or head_dim > 128:
-        return f"--head-dim {head_dim}: it takes multiples of 8 up to 128"
+    if head_dim not in _WIDTHS:
+        return f"--head-dim {head_dim}: its gradients were checked for {' and '.join(map(str, _WIDTHS))} only"
     major = torch.cuda.get_device_capability(device)[0]
     return None if major in (9, 10) else f"a GPU of compute capability {major}: it needs 9 or 10"
 
