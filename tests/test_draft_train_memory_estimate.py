@@ -51,6 +51,16 @@ def test_peaks_are_near_what_was_measured(name: str) -> None:
         assert gib(work_of(case, recompute_mlp=not case.lean)) != pytest.approx(MEASURED[name], rel=0.1)
 
 
+@pytest.mark.parametrize("name", ["train-32k", "train-32k-48", "train-8k-packed", "train-64k"])
+def test_peaks_with_flash_attention_are_near_what_was_measured(name: str) -> None:
+    assert gib(work_of(CASES[name], flash_attention=True)) == pytest.approx(MEASURED[f"{name}-flash"], rel=0.03)
+
+
+def test_the_sums_of_flash_attention_count_where_little_else_is_held() -> None:
+    lean = work_of(CASES["train-64k-lean"])
+    assert gib(replace(lean, flash_attention=True)) > gib(lean)
+
+
 def test_a_second_micro_batch_is_counted() -> None:
     assert gib(work_of(CASES["train-32k"], prefetched=True)) == pytest.approx(MEASURED["loader-32k"], rel=0.1)
 
