@@ -123,10 +123,11 @@ def _compressed(pieces: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
 
 
 class ZarrShardWriter:
-    """Writes one shard, conversation by conversation; memory holds less than one chunk per compressed array.
+    """Writes one shard, conversation by conversation.
 
     Chunks of a large conversation are compressed side by side, and its arrays, which are files of their own, hashed and
-    written side by side.
+    written side by side. Memory holds less than one chunk per compressed array, and the conversation's compressed chunks
+    until they are written.
     """
 
     def __init__(self, stage: Stage, specs: dict[str, ArraySpec]) -> None:

@@ -19,9 +19,14 @@ from test_draft_train_trainer import config, flags, metrics
 from draft_train.checkpoint import checkpoints, load_state, resolve_checkpoint
 from draft_train.config import TrainConfig
 from draft_train.fused_pass import FusedPass
+from draft_train.kernels.flash_attention import why_not_flash
 from draft_train.trainer import Trainer
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of FlashAttention's own packages
+]
 
 
 def settings(root: Path, name: str, **changes: Any) -> TrainConfig:
@@ -50,6 +55,21 @@ def test_auto_trains_as_the_plain_pass_does(tmp_path: Path, mode: str, words: tu
     rest = [word for word in words if word != "--recompute-mlp"]
     subprocess.run(command(plain, "--compute", "plain", *rest), check=True, capture_output=True)
     np.testing.assert_allclose(losses(fused), losses(plain), rtol=0.05)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or why_not_flash(64, torch.device("cuda")) is not None,
+    reason="needs FlashAttention 4",
+)
+def test_flash_attention_trains_as_the_plain_pass_does_and_the_same_every_time(tmp_path: Path) -> None:
+    write_store(tmp_path / "store", per_shard=6, mode="lossless")
+    flash, plain = (settings(tmp_path, name, head_dim=64) for name in ("flash", "plain"))
+    subprocess.run(command(flash, "--attention", "flash"), check=True, capture_output=True)
+    subprocess.run(command(plain, "--compute", "plain"), check=True, capture_output=True)
+    np.testing.assert_allclose(losses(flash), losses(plain), rtol=0.05)
+    again = settings(tmp_path, "again", head_dim=64)
+    subprocess.run(command(again, "--attention", "flash"), check=True, capture_output=True)
+    assert losses(again) == losses(flash)
 
 
 def test_a_pass_that_keeps_old_weights_would_show(tmp_path: Path) -> None:
