@@ -126,7 +126,7 @@ class ZarrShardWriter:
     """Writes one shard, conversation by conversation.
 
     Chunks of a large conversation are compressed side by side, and its arrays, which are files of their own, hashed and
-    written side by side. Memory holds less than one chunk per compressed array, and the conversation's compressed chunks
+    written side by side. Memory holds less than one chunk per compressed array, and a conversation's compressed chunks
     until they are written.
     """
 
