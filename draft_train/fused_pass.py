@@ -148,9 +148,7 @@ class FusedPass:
             keys = batch.key_positions.cpu().numpy()
             starts, lasting = torch.stack((batch.start_index, batch.steps)).cpu().numpy()
             device = batch.key_positions.device
-            for step, *_ in live:
-                if step < batch.window:  # later rows see no step-0 key, and flash takes -1 for no window
-                    runs[step] = find_runs(keys[starts[lasting > step]], keys, step, batch.window, device)
+            runs = [find_runs(keys[starts[lasting > step]], keys, step, batch.window, device) for step, *_ in live]
         found = []
         for (step, rows, kept), of_step in zip(live, runs, strict=True):
             starting = batch.start_index[rows]

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from draft_train.config import DraftShape
 
 BF16, FLOAT32, INT64 = 2, 4, 8
+MOST_COPIES = 4
+"""Of keys, at most: see `kernels.flash_attention`. No torch here."""
 SETTINGS = (
     "ttt_steps", "batch_conversations", "pack_tokens", "loss_chunk", "intermediate_size", "num_attention_heads",
     "num_key_value_heads", "head_dim",
@@ -163,8 +165,8 @@ def _backward(memory: _Memory, shape: DraftShape, work: Work) -> None:
             memory.take("working", "gradients of keys", numbers * heads.keys * FLOAT32)
         memory.working(delta=work.starts * shape.num_attention_heads * FLOAT32)
         if work.flash_attention:
-            # Queries' gradient apart from the output, its float32 sums, and keys' gradients in both.
-            sums = queries * FLOAT32 // BF16 + work.rows * heads.keys * (FLOAT32 + 2 * BF16)
+            # Queries' gradient apart from the output, its float32 sums; keys, and their gradients in both.
+            sums = queries * FLOAT32 // BF16 + MOST_COPIES * work.rows * heads.keys * (FLOAT32 + 2 * BF16)
             memory.working(of_queries=queries, sums=sums)
             memory.done("of_queries", "sums")
         memory.done("delta", "given")

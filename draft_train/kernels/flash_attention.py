@@ -27,8 +27,8 @@ from store.triton_launch import runs_kernels
 
 AT_COMPILATION = "Argument aux_data"
 """How a warning of FlashAttention's about itself begins, which comes with every kernel that it compiles."""
-
-
+MOST_COPIES = 4
+"""Keys of all runs together, over those that there are: beyond it copying them costs more than it saves."""
 _WIDTHS = (64, 128)
 """Heads' widths. Of 16, which it takes too, version 4.0.0b36 gives wrong gradients on an H100."""
 
@@ -78,24 +78,29 @@ class Runs:
 
 
 def find_runs(
-    positions: NDArray[Any], key_positions: NDArray[Any], step: int, window: int, device: torch.device
-) -> Runs:
+    positions: NDArray[Any],
+    key_positions: NDArray[Any],
+    step: int,
+    window: int,
+    device: torch.device,
+    most_copies: int = MOST_COPIES,
+) -> Runs | None:
     """Runs of rows at `positions` [T] over keys at `key_positions` [R], both ascending, as `Sight` has them.
 
-    Raises ValueError where a key is missing between others that a run sees: the flash kernels count places.
+    None where `attention_kernels` should do the step: rows see none of these keys, a key is missing between others that
+    a run sees (flash counts places), or many short runs would see more than `most_copies` times the keys there are.
     """
+    if window <= step:
+        return None
     ends = np.flatnonzero(np.diff(positions) != 1) + 1
     rows = np.concatenate(([0], ends, [positions.size]))
     lowest = positions[rows[:-1]] - (window - step) + 1
     first = np.searchsorted(key_positions, lowest)
     last = np.searchsorted(key_positions, positions[rows[1:] - 1], side="right")
     lengths = last - first
-    gap = np.flatnonzero(key_positions[last - 1] - key_positions[first] != lengths - 1)
-    if gap.size:
-        raise ValueError(
-            f"expected neighbouring keys for --attention flash, found gaps before position "
-            f"{positions[rows[gap[0] + 1] - 1]}; use --attention triton"
-        )
+    gapless = bool((key_positions[last - 1] - key_positions[first] == lengths - 1).all())
+    if not gapless or lengths.sum() > most_copies * key_positions.size:
+        return None
 
     def there(values: NDArray[Any], dtype: type) -> Tensor:
         made = torch.from_numpy(np.ascontiguousarray(values, dtype))
