@@ -67,7 +67,7 @@ class CaptureConfig:
     )
     device: str = field(default="auto", metadata=_doc("cuda, cuda:N, cpu, or auto"))
     shard_tokens: int = field(default=65_536, metadata=_doc("tokens per shard: the unit that is redone after a kill"))
-    head_slice: int = field(default=1024, metadata=_doc("rows per slice of the head, so that no [L, V] tensor exists"))
+    head_slice: int = field(default=4096, metadata=_doc("rows per slice of the head, so that no [L, V] tensor exists"))
     batch_tokens: int = field(
         default=32_768,
         metadata=_doc("tokens that the verifier reads at once, padding included: conversations of like length"),

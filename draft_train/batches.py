@@ -11,10 +11,11 @@ the verifier.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from draft_train.loss_rows import LOSS_ROW_RULES
 from draft_train.teacher import TeacherView
@@ -25,6 +26,19 @@ from store.schema import Conversation
 
 _CPU = torch.device("cpu")
 _AS_STORED = TeacherView()
+
+
+class HostRows(NamedTuple):
+    """What the host knows of a batch's rows, so that it need not wait for a device to learn it: as in `Batch`."""
+
+    key_positions: NDArray[Any]
+    start_index: NDArray[Any]
+    steps: NDArray[Any]
+
+    @classmethod
+    def of(cls, tensors: dict[str, torch.Tensor]) -> Self:
+        """Of tensors on the host, by `Batch` field; their memory is shared."""
+        return cls(*(tensors[name].numpy() for name in cls._fields))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +69,7 @@ class Batch:
     log_z_draft: torch.Tensor
     argmax: torch.Tensor
     """[P] int64, over the verifier's vocabulary."""
+    host: HostRows
     conversations: int
     loss_share: float
     """Weight of one conversation's mean loss: 1 over the conversations of the whole optimizer step."""
@@ -129,6 +144,7 @@ class Columns:
         values: dict[str, Any] = {**tensors}
         return Batch(
             **values,
+            host=HostRows.of(self.tensors),
             conversations=self.conversations,
             loss_share=1 / self.conversations if loss_share is None else loss_share,
             tokens=self.tokens,

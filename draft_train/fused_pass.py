@@ -15,6 +15,7 @@ Shape suffixes: R key rows, S start rows, T rows of a step, H hidden, N query he
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ from draft_train.fused_weights import FusedWeights, add_product
 from draft_train.gradient_pass import Ready
 from draft_train.head_loss import HeadLoss
 from draft_train.kernels.attention import attend, attend_backward
-from draft_train.kernels.flash_attention import Runs, find_runs
+from draft_train.kernels.flash_attention import find_runs
 from draft_train.kernels.norms import rms_norm, rms_norm_backward
 from draft_train.kernels.rotary import join_heads, rotary_table, split_heads
 from draft_train.kernels.sight import Attended, Sight
@@ -121,40 +122,29 @@ class FusedPass:
             steps.append(self._forward_step(base, sight, starts, kept, steps[-1] if steps else None))
         return self._backward(batch, base, steps, ready or (lambda _: None))
 
-    def _live_rows(self, batch: Batch) -> list[tuple[int, Tensor, Tensor | None]]:
-        """Rows of each step, and which of the step before's they are (None: all).
+    def _sights(self, batch: Batch, base: _Base) -> Iterator[tuple[Sight, Tensor, Tensor | None]]:
+        """Of each step: what its rows see, [T] int64 the key rows they start at, and which rows of the step before they
+        are (None: all).
 
-        Only their numbers are asked of the device, once: a `nonzero` there would wait for it at every step.
+        The device is asked for nothing, and a step's runs are found while it does the step before.
         """
-        steps = range(batch.step_tokens.shape[1])
-        numbers = torch.stack([(batch.steps > number).sum() for number in steps]).tolist()
+        host = batch.host
         rows = torch.arange(batch.steps.shape[0], device=batch.steps.device)
-        found: list[tuple[int, Tensor, Tensor | None]] = []
-        for step, number in zip(steps, numbers, strict=True):
+        for step in range(batch.step_tokens.shape[1]):
+            live = host.steps > step
+            number = int(live.sum())
             if number == 0:
-                break
+                return
             kept = None
-            if number < rows.shape[0]:
+            if number < rows.shape[0]:  # not by `nonzero`, which waits for the device to say how many there are
                 kept = torch.sort(batch.steps[rows] <= step, stable=True).indices[:number]
                 rows = rows[kept]
-            found.append((step, rows, kept))
-        return found
-
-    def _sights(self, batch: Batch, base: _Base) -> list[tuple[Sight, Tensor, Tensor | None]]:
-        """Of each step: what its rows see, [T] int64 the key rows they start at, and as in `_live_rows`."""
-        live = self._live_rows(batch)
-        runs: list[Runs | None] = [None] * len(live)
-        if self.settings.flash_attention:  # the device was just waited for: these few numbers are there
-            keys = batch.key_positions.cpu().numpy()
-            starts, lasting = torch.stack((batch.start_index, batch.steps)).cpu().numpy()
-            device = batch.key_positions.device
-            runs = [find_runs(keys[starts[lasting > step]], keys, step, batch.window, device) for step, *_ in live]
-        found = []
-        for (step, rows, kept), of_step in zip(live, runs, strict=True):
-            starting = batch.start_index[rows]
-            sight = Sight(rows, base.positions[starting], base.positions, step, batch.window, of_step)
-            found.append((sight, starting, kept))
-        return found
+            runs = None
+            if self.settings.flash_attention:
+                positions = host.key_positions[host.start_index[live]]
+                runs = find_runs(positions, host.key_positions, step, batch.window, rows.device)
+            starts = batch.start_index[rows]
+            yield Sight(rows, base.positions[starts], base.positions, step, batch.window, runs), starts, kept
 
     def _base(self, batch: Batch) -> _Base:
         shape, matrices, dtype = self.shape, self.matrices, self.weights.dtype
@@ -196,7 +186,9 @@ class FusedPass:
         q = split_heads(projected, base.table, places, self.shape.num_attention_heads, kv, rows)
         del projected, normed
         attended = attend(q, base.kv, base.own, sight)
-        after = torch.addmm(hidden, attended.out.flatten(1), self.matrices.output.t())
+        # In place where `hidden` is a copy anyway.
+        out = None if kept is None and previous is not None else hidden
+        after = torch.addmm(hidden, attended.out.flatten(1), self.matrices.output.t(), out=out)
         result, gate_up = self._mlp(after)
         return _Step(number, rows, places, kept, attended, after, gate_up, result)
 

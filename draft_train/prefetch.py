@@ -56,6 +56,7 @@ class Prefetcher:
         self._ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
         self._room = threading.Semaphore(_AHEAD_ON_DEVICE)
         self._closed = threading.Event()
+        self._asked: torch.cuda.Event | None = None
         self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
 
     def __enter__(self) -> Self:
@@ -70,7 +71,15 @@ class Prefetcher:
         self._thread.join()
 
     def next_batch(self) -> Batch:
-        """The next micro-batch. Raises what went wrong in reading it, and EOFError where there is none."""
+        """The next micro-batch. Raises what went wrong in reading it, and EOFError where there is none.
+
+        On a GPU it first waits until all work but the last micro-batch's is done: nothing else keeps the host from
+        queueing passes far ahead, each with a micro-batch in the device's memory.
+        """
+        if self._device.type == "cuda":
+            before, self._asked = self._asked, torch.cuda.current_stream(self._device).record_event()
+            if before is not None:
+                before.synchronize()
         started = time.monotonic()
         self._room.release()
         found = self._ready.get()

@@ -184,7 +184,9 @@ def flags(settings: CaptureConfig) -> list[str]:
     found = []
     for item in fields(settings):
         value = getattr(settings, item.name)
-        if value != item.default:
+        if value is True:
+            found.append(f"--{item.name.replace('_', '-')}")
+        elif value != item.default:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
             found += [f"--{item.name.replace('_', '-')}", text]
     return found

@@ -15,7 +15,7 @@ from teacher_stores import OTHER, write_teacher_store
 from test_draft_train_trainer import config
 from torch import nn
 
-from draft_train.batches import Batch, build_batch
+from draft_train.batches import Batch, HostRows, build_batch
 from draft_train.host_memory import ALIGNMENT, HostRing, Region
 from draft_train.packed_batch import BatchLoader
 from draft_train.prefetch import Prefetcher, ring_bytes
@@ -39,6 +39,9 @@ def require_equal(mine: Batch, theirs: Batch) -> None:
         if isinstance(first, torch.Tensor):
             assert first.dtype == second.dtype, item.name
             assert torch.equal(first, second), item.name
+        elif isinstance(first, HostRows):
+            for mine_of, theirs_of in zip(first, second, strict=True):
+                np.testing.assert_array_equal(mine_of, theirs_of)
         else:
             assert first == second, item.name
 

@@ -248,3 +248,25 @@ def test_the_whole_pass_through_its_kernels_equals_autograd_in_float64(dtype: to
     assert near({name: value.cpu().double() for name, value in found[1].items()}, expected[1], bound)
     again = run(training, model, batch.to(DEVICE))
     assert all(torch.equal(again[1][name], value) for name, value in found[1].items())
+
+
+@pytest.mark.skipif(INTERPRETED, reason="there is no device to wait for")
+@pytest.mark.parametrize("flash", [False, pytest.param(True, marks=NEEDS_FLASH)])
+def test_the_pass_waits_for_nothing(flash: bool) -> None:
+    model = DraftModel(replace(make_model().shape, head_dim=64)).to(DEVICE)
+    words = vocab_map()
+    there = Objective(
+        config(), torch.from_numpy(words.target_ids).to(DEVICE), torch.from_numpy(words.padded(VOCAB).t2d).to(DEVICE)
+    )
+    training = FusedPass(
+        model, there, embeddings().float().to(DEVICE), replace(SMALL, flash_attention=flash), dtype=BF16
+    )
+    batch = batch_of(list(MASKS), 37).to(DEVICE)
+    training(batch)  # what is made once may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        training(batch)
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            torch.nonzero(batch.steps)  # negative control
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -3,8 +3,8 @@
 `python -m tools.bench.capture [--output FILE]` needs one GPU of 80 GB and mamba-ssm. Weights are random and made on
 the GPU, so that times are right and values mean nothing. `hf-forward-32k` is the model's own code with the same scan
 kernels; `forward-32k` and `prefill-256k` are ours without head, teacher and copies; `capture-32k` and `capture-mixed`
-are what `draftcache capture` does from token ids to committed shards, and `capture-*-memory` the same into memory
-(--memory), which shows what the disk costs.
+are what `draftcache capture` does from token ids to committed shards, `capture-*-int8` in that mode (--modes), and
+`capture-*-memory` the same into memory (--memory), which shows what the disk costs.
 
 - `tok_s`: tokens over wall time, medians of several runs after one that is not counted; captures run once, after a
   shorter one whose kernels are traced for `gpu_idle_share`.
@@ -38,6 +38,8 @@ from tools.bench.rows import report, result_row
 from tools.bench.verifier_shape import LAYERS, random_verifier, verifier_config
 
 LONG = 32_768
+_MODE = "lossless"
+"""Of stores whose cases are not named after their mode."""
 _TRACED = 20 * LONG
 _BODY_FLOPS, _ATTENTION_FLOPS_PER_TOKEN, _HEAD_FLOPS = 5.75e9 + 0.08e9, 49_152.0, 0.70e9
 """Per token; attention's grow with the length: see `matmul_flops`."""
@@ -57,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, metavar="FILE")
     parser.add_argument("--cases", default="hf,forward,capture,mixed,prefill", help="(%(default)s)")
-    parser.add_argument("--mode", default="lossless", help="of the captured stores (%(default)s)")
+    parser.add_argument("--modes", default=_MODE, help="of the captured stores (%(default)s)")
     parser.add_argument("--work", type=Path, metavar="DIRECTORY", help="where stores are written (a temporary one)")
     parser.add_argument("--memory", type=Path, metavar="DIRECTORY", help="a directory in memory, such as /dev/shm")
     parser.add_argument("--tokens", type=int, default=20 * LONG, help="tokens per capture (%(default)s)")
@@ -88,20 +90,31 @@ def measure(verifier: Verifier, ceiling: float, arguments: argparse.Namespace) -
         yield "hf-forward-32k", forward_metrics(plain, ids[:, :LONG], ceiling, runs=3)
     if "forward" in wanted:
         yield "forward-32k", forward_metrics(verifier.engine, ids[:, :LONG], ceiling, runs=7)
-    places = [("", arguments.work)] + ([("-memory", arguments.memory)] if arguments.memory else [])
-    for kind, lengths in (("capture", fixed_lengths), ("mixed", mixed_lengths)):
-        if kind not in wanted:
-            continue
-        case = "capture-32k" if kind == "capture" else "capture-mixed"
-        for suffix, place in places:
-            with TemporaryDirectory(dir=place) as directory:
-                few = lengths(min(arguments.tokens, _TRACED))
-                traced = run_capture(verifier, few, Path(directory) / "traced", arguments.mode, trace=True)
-                rmtree(Path(directory) / "traced")
-                run = run_capture(verifier, lengths(arguments.tokens), Path(directory) / "store", arguments.mode)
-            yield case + suffix, capture_metrics(run, traced.kernel_seconds / sum(few), ceiling)
+    for case, kind, lengths in (("capture-32k", "capture", fixed_lengths), ("capture-mixed", "mixed", mixed_lengths)):
+        if kind in wanted:
+            for mode in arguments.modes.split(","):
+                name = case if mode == _MODE else f"{case}-{mode}"
+                for suffix, run, kernel_seconds_per_token in captures(verifier, lengths, mode, arguments):
+                    yield name + suffix, capture_metrics(run, kernel_seconds_per_token, ceiling)
     if "prefill" in wanted:
         yield "prefill-256k", forward_metrics(verifier.engine, ids, ceiling, runs=1)
+
+
+def captures(
+    verifier: Verifier, lengths: Callable[[int], list[int]], mode: str, arguments: argparse.Namespace
+) -> Iterator[tuple[str, CaptureRun, float]]:
+    """A capture to each place: the case's suffix, what it took, and kernels' seconds per token of one traced before."""
+    kernel_seconds_per_token = 0.0
+    places = {"-memory": arguments.memory} if arguments.memory else {}
+    for suffix, place in (places | {"": arguments.work}).items():
+        with TemporaryDirectory(dir=place) as directory:
+            if not kernel_seconds_per_token:  # a place changes nothing of what kernels do
+                few = lengths(min(arguments.tokens, _TRACED))
+                traced = run_capture(verifier, few, Path(directory) / "traced", mode, trace=True)
+                rmtree(Path(directory) / "traced")
+                kernel_seconds_per_token = traced.kernel_seconds / sum(few)
+            run = run_capture(verifier, lengths(arguments.tokens), Path(directory) / "store", mode)
+        yield suffix, run, kernel_seconds_per_token
 
 
 def fixed_lengths(tokens: int) -> list[int]:

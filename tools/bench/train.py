@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from draft_train.batches import Batch
+from draft_train.batches import Batch, HostRows
 from draft_train.choose_pass import pass_settings
 from draft_train.config import ATTENTION, DraftShape, TrainConfig
 from draft_train.draft_model import DraftModel
@@ -162,7 +162,7 @@ def measure(arguments: argparse.Namespace, device: torch.device, ceiling: float)
             times, kernels = stage_times(partial(step, batch))
             yield name, times
             for kernel, milliseconds, calls in kernels[:40]:
-                print(f"{milliseconds:9.2f} ms {calls:5d}  {kernel[:110]}")
+                print(f"{milliseconds:9.2f} ms {calls:5d}  {kernel[:150]}")
         del step, batch
         gc.collect()
         torch.cuda.empty_cache()
@@ -238,12 +238,12 @@ def synthetic_batch(case: Case, device: torch.device) -> Batch:
         logits = 2 * torch.randn(total, TOP_K, generator=generator)
         log_z = torch.logsumexp(logits, -1) + 0.05
     places, live = places.to(device).clamp(max=total - 1), live.to(device)
+    rows = {"key_positions": torch.cat(positions), "start_index": starts, "steps": steps}
     return Batch(
         aux=aux,
         key_tokens=tokens,
-        key_positions=torch.cat(positions).to(device),
-        start_index=starts.to(device),
-        steps=steps.to(device),
+        **{name: value.to(device) for name, value in rows.items()},  # type: ignore[arg-type]  # tensors only
+        host=HostRows.of(rows),
         step_tokens=torch.where(live, tokens[places], 0),
         teacher_index=torch.where(live, places, 0),
         conversation=torch.repeat_interleave(torch.tensor(sizes)).to(device),
