@@ -16,6 +16,8 @@ from store.errors import InputError
 from store.triton_launch import tl
 
 _LEAN_ROWS = 4096
+_MLP_SLICES = 4
+"""Slices of the head in one of the MLP, whose rows take that much less memory."""
 
 
 def choose_pass(
@@ -44,8 +46,14 @@ def choose_pass(
 
 def pass_settings(config: TrainConfig) -> PassSettings:
     """Of the fused pass. Where memory is to be spared, slices are smaller too."""
-    rows = min(_LEAN_ROWS, config.loss_chunk) if config.recompute_mlp else config.loss_chunk
-    return PassSettings(rows=rows, recompute_mlp=config.recompute_mlp, flash_attention=config.attention == "flash")
+    lean = config.recompute_mlp
+    rows = min(_LEAN_ROWS, config.loss_chunk) if lean else config.loss_chunk
+    return PassSettings(
+        rows=rows,
+        mlp_rows=rows if lean else rows * _MLP_SLICES,
+        recompute_mlp=lean,
+        flash_attention=config.attention == "flash",
+    )
 
 
 def why_not_fused(config: TrainConfig, model: DraftModel, device: torch.device) -> str | None:

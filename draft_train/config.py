@@ -106,7 +106,7 @@ class TrainConfig:
         default="verifier",
         metadata=_doc("lm_head and norm start as the verifier's rows (verifier) or at random (random)"),
     )
-    loss_chunk: int = field(default=8192, metadata=_doc("rows per slice of the draft's head and loss, and of its MLP"))
+    loss_chunk: int = field(default=8192, metadata=_doc("rows per slice of the draft's head and loss"))
     compute: str = field(
         default="auto",
         metadata=_doc("fused: by hand, for GPUs; plain: autograd; auto: fused where it can run"),

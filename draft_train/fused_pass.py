@@ -41,7 +41,9 @@ class PassSettings:
     """What trades memory for time."""
 
     rows: int = 8192
-    """Rows of the MLP at a time, and rows whose logits are there at once."""
+    """Rows whose logits are there at once."""
+    mlp_rows: int = 8192
+    """Rows of the MLP at a time. Its weights' gradients go through memory for every slice."""
     recompute_mlp: bool = False
     """Make gate and up again in the backward pass instead of keeping them."""
     flash_attention: bool = False
@@ -176,7 +178,9 @@ class FusedPass:
         self, base: _Base, sight: Sight, starts: Tensor, kept: Tensor | None, previous: _Step | None
     ) -> _Step:
         number, rows = sight.step, sight.rows
-        hidden = _step_input(base, starts, kept, previous)
+        hidden, chosen = (base.hidden, starts) if previous is None else (previous.result, kept)
+        if chosen is not None:
+            hidden = hidden[chosen]
         normed = rms_norm(hidden, self.layer.hidden_norm.weight, self.eps)
         # Row t + k is a start row too, k places on: the turn goes on at least that far, or step k had no loss.
         places = starts + number
@@ -186,8 +190,7 @@ class FusedPass:
         q = split_heads(projected, base.table, places, self.shape.num_attention_heads, kv, rows)
         del projected, normed
         attended = attend(q, base.kv, base.own, sight)
-        # In place where `hidden` is a copy anyway.
-        out = None if kept is None and previous is not None else hidden
+        out = None if chosen is None else hidden  # which is a copy then
         after = torch.addmm(hidden, attended.out.flatten(1), self.matrices.output.t(), out=out)
         result, gate_up = self._mlp(after)
         return _Step(number, rows, places, kept, attended, after, gate_up, result)
@@ -206,7 +209,7 @@ class FusedPass:
         return rms_norm(after, self.layer.post_attention_layernorm.weight, self.eps)
 
     def _slices(self, rows: Tensor) -> list[slice]:
-        size = self.settings.rows
+        size = self.settings.mlp_rows
         return [slice(first, min(first + size, len(rows))) for first in range(0, len(rows), size)]
 
     def _backward(self, batch: Batch, base: _Base, steps: list[_Step], ready: Ready) -> ObjectiveResult:
@@ -239,11 +242,8 @@ class FusedPass:
             q_gradient = attend_backward(given, step.attended, keys.kv, keys.own)
             del given, step.attended
             if step.number:
-                hidden = _step_input(base, batch.start_index[step.rows], step.kept, steps[-1])
-                carried = self._inputs_backward(base, step, hidden, q_gradient, keys, total, after)
-                del hidden, q_gradient, after
-                if step.kept is not None:
-                    carried = torch.zeros_like(steps[-1].result).index_copy_(0, step.kept, carried)
+                carried = self._inputs_backward(base, step, steps[-1], q_gradient, keys, total, after)
+                del q_gradient, after
             else:
                 self._base_backward(batch, base, step, q_gradient, keys, total, after)
         ready(self.weights.attention_parameters)
@@ -273,19 +273,21 @@ class FusedPass:
         self,
         base: _Base,
         step: _Step,
-        hidden: Tensor,
+        previous: _Step,
         q_gradient: Tensor,
         keys: _KeyGradients,
         total: Tensor,
         after: Tensor,
     ) -> Tensor:
-        """Gradient [T, H] of a later step's input; that of its tokens' projections is added to `total`."""
-        gradients, weight = self.gradients, self.layer.hidden_norm.weight
+        """Gradient of the previous step's result, from a later step's `after` [T, H] on; that of its tokens'
+        projections is added to `total`.
+        """
+        gradients, weight, hidden = self.gradients, self.layer.hidden_norm.weight, previous.result
         projected = join_heads(q_gradient, keys.own[step.number - 1], base.table, step.places, step.rows, total)
-        add_product(gradients.qkv_states, projected, rms_norm(hidden, weight, self.eps))
+        add_product(gradients.qkv_states, projected, rms_norm(hidden, weight, self.eps, step.kept))
         given = projected @ self.matrices.qkv_states
         del projected
-        return rms_norm_backward(given, hidden, weight, self.eps, gradients.vectors[weight], after)
+        return rms_norm_backward(given, hidden, weight, self.eps, gradients.vectors[weight], after, step.kept)
 
     def _base_backward(
         self,
@@ -316,9 +318,3 @@ class FusedPass:
         weight = self.layer.input_layernorm.weight
         given = total @ matrices.qkv_tokens
         rms_norm_backward(given, self._embedded(batch), weight, self.eps, gradients.vectors[weight])
-
-
-def _step_input(base: _Base, starts: Tensor, kept: Tensor | None, previous: _Step | None) -> Tensor:
-    """[T, H], un-normed: fc's output at step 0, later the step before's. Made again when the backward pass needs it."""
-    hidden = base.hidden[starts] if previous is None else previous.result
-    return hidden if kept is None or previous is None else hidden[kept]

@@ -35,6 +35,8 @@ class Work:
     top_k: int
     """Teacher entries per start row; 0 where the store has final-norm states instead."""
     slice_rows: int
+    mlp_rows: int
+    """As `rows` and `mlp_rows` of PassSettings."""
     recompute_mlp: bool = False
     flash_attention: bool = False
     prefetched: bool = True
@@ -122,7 +124,7 @@ class _Memory:
 
 
 def _forward(memory: _Memory, shape: DraftShape, work: Work) -> None:
-    heads, hidden, sliced = _widths(shape), shape.hidden_size * BF16, min(work.slice_rows, work.starts)
+    heads, hidden, sliced = _widths(shape), shape.hidden_size * BF16, min(work.mlp_rows, work.starts)
     states, projected = work.starts * hidden, work.starts * heads.projected * BF16
     memory.working(embedded=work.rows * hidden, tokens=work.rows * hidden)
     memory.done("embedded")
@@ -143,6 +145,7 @@ def _forward(memory: _Memory, shape: DraftShape, work: Work) -> None:
 
 def _backward(memory: _Memory, shape: DraftShape, work: Work) -> None:
     heads, hidden, sliced = _widths(shape), shape.hidden_size * BF16, min(work.slice_rows, work.starts)
+    of_mlp = min(work.mlp_rows, work.starts)
     states, queries = work.starts * hidden, work.starts * heads.queries * BF16
     logits, entries = shape.draft_vocab_size * (FLOAT32 + BF16), work.top_k * (3 * FLOAT32 + INT64)
     gate_up = 2 * shape.intermediate_size * BF16
@@ -156,7 +159,7 @@ def _backward(memory: _Memory, shape: DraftShape, work: Work) -> None:
         memory.done("normed_gradient")
         rest = kept_bytes(shape, work) - states  # without the step's result
         memory.take("kept for backward", kept, rest)
-        memory.working(after=states, mlp=sliced * (again + shape.intermediate_size * BF16 + 3 * hidden))
+        memory.working(after=states, mlp=of_mlp * (again + shape.intermediate_size * BF16 + 3 * hidden))
         memory.done("mlp", "upstream")
         memory.take("kept for backward", kept, rest - work.starts * held)
         memory.working(given=queries)
@@ -174,14 +177,12 @@ def _backward(memory: _Memory, shape: DraftShape, work: Work) -> None:
             "kept for backward", kept, states + queries
         )  # the MLP's input, and in attention's output q's gradient
         if step:
-            memory.working(input=states, projected=work.starts * heads.projected * BF16, normed=states)
+            memory.working(projected=work.starts * heads.projected * BF16, normed=states)
             memory.done("normed")
             memory.working(given=states)
             memory.done("projected")
             memory.working(carried=states)
-            memory.done("given", "input", "after")
-            memory.working(widened=states)
-            memory.done("widened")
+            memory.done("given", "after")
         else:
             memory.working(asked=queries, shared=work.rows * heads.keys * BF16, normed=work.rows * hidden)
             memory.working(given=work.rows * hidden, residual=work.rows * hidden, base=work.rows * hidden)

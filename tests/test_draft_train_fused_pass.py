@@ -26,7 +26,7 @@ from draft_train.objective import Objective
 from draft_train.optimizer import make_optimizer
 from store.errors import InputError
 
-SMALL = PassSettings(rows=7)
+SMALL = PassSettings(rows=7, mlp_rows=5)
 
 
 def config(**changes: object) -> TrainConfig:

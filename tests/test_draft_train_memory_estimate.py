@@ -27,10 +27,10 @@ MEASURED = {row["case"]: row["value"] for row in json.loads(RESULTS.read_text())
 def work_of(case: Case, **changes: bool) -> Work:
     """What the benchmark runs: no second micro-batch waits there."""
     config = TrainConfig(store=Path(), output=Path(), splits=("train",), recompute_mlp=case.lean)
-    starts = sum(synthetic_starts(length, case.share) for length in case.lengths)
+    starts, settings = sum(synthetic_starts(length, case.share) for length in case.lengths), pass_settings(config)
     work = Work(
-        rows=sum(case.lengths), starts=starts, steps=STEPS, top_k=TOP_K, slice_rows=pass_settings(config).rows,
-        recompute_mlp=case.lean, prefetched=False,
+        rows=sum(case.lengths), starts=starts, steps=STEPS, top_k=TOP_K, slice_rows=settings.rows,
+        mlp_rows=settings.mlp_rows, recompute_mlp=case.lean, prefetched=False,
     )  # fmt: skip
     return replace(work, **changes)  # type: ignore[arg-type]
 
@@ -78,13 +78,13 @@ def test_parameters_and_batch_are_the_real_ones() -> None:
 @torch.no_grad()
 def test_what_is_kept_of_a_step_is_what_the_pass_keeps(recompute: bool) -> None:
     model = DraftModel(make_model().shape)
-    training = FusedPass(model, objective(), embeddings().float(), PassSettings(7, recompute), torch.bfloat16)
+    training = FusedPass(model, objective(), embeddings().float(), PassSettings(7, 7, recompute), torch.bfloat16)
     batch = batch_of(list(MASKS), 37)
     base, steps = training._base(batch), []
     for sight, starts, kept in training._sights(batch, base):
         steps.append(training._forward_step(base, sight, starts, kept, steps[-1] if steps else None))
     assert len(steps) > 1
-    work = Work(rows=0, starts=0, steps=1, top_k=6, slice_rows=7, recompute_mlp=recompute)
+    work = Work(rows=0, starts=0, steps=1, top_k=6, slice_rows=7, mlp_rows=7, recompute_mlp=recompute)
     for step in steps:
         held = step.attended
         tensors = [step.rows, step.places, held.q, held.out, held.log_sum_exp, step.after, *step.gate_up, step.result]

@@ -69,15 +69,18 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 8), (37, 2688), (1500, 260)])
 @pytest.mark.parametrize("residual", [False, True])
-def test_rms_norm(dtype: torch.dtype, shape: tuple[int, int], residual: bool) -> None:
-    x, weight, given = rand(*shape, dtype=dtype), rand(shape[1]), rand(*shape, dtype=dtype)
+@pytest.mark.parametrize("some", [False, True])
+def test_rms_norm(dtype: torch.dtype, shape: tuple[int, int], residual: bool, some: bool) -> None:
+    x, weight, given = rand(shape[0] + 5 * some, shape[1], dtype=dtype), rand(shape[1]), rand(*shape, dtype=dtype)
+    kept = torch.randperm(len(x), device=DEVICE)[: shape[0]] if some else None
     added = rand(*shape, dtype=dtype) if residual else None
-    assert error(rms_norm(x, weight, 1e-5), rms_norm_reference(x.double(), weight.double(), 1e-5)) < BOUND[dtype]
+    normed = rms_norm_reference(x.double(), weight.double(), 1e-5, kept)
+    assert error(rms_norm(x, weight, 1e-5, kept), normed) < BOUND[dtype]
     sums, expected_sums = rand(shape[1]), None
     expected_sums = sums.double()
-    found = rms_norm_backward(given, x, weight, 1e-5, sums, added)
+    found = rms_norm_backward(given, x, weight, 1e-5, sums, added, kept)
     wide = None if added is None else added.double()
-    expected = rms_norm_backward_reference(given.double(), x.double(), weight.double(), 1e-5, expected_sums, wide)
+    expected = rms_norm_backward_reference(given.double(), x.double(), weight.double(), 1e-5, expected_sums, wide, kept)
     assert error(found, expected) < BOUND[dtype]
     assert error(sums, expected_sums) < 1e-4
 
@@ -251,6 +254,7 @@ def test_the_whole_pass_through_its_kernels_equals_autograd_in_float64(dtype: to
 
 
 @pytest.mark.skipif(INTERPRETED, reason="there is no device to wait for")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("flash", [False, pytest.param(True, marks=NEEDS_FLASH)])
 def test_the_pass_waits_for_nothing(flash: bool) -> None:
     model = DraftModel(replace(make_model().shape, head_dim=64)).to(DEVICE)

@@ -48,6 +48,7 @@ def training_memory(arguments: argparse.Namespace, config: dict[str, Any]) -> di
             steps=train.ttt_steps,
             top_k=top_k,
             slice_rows=settings.rows,
+            mlp_rows=settings.mlp_rows,
             recompute_mlp=settings.recompute_mlp,
             flash_attention=settings.flash_attention,
         )

@@ -4,52 +4,49 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from draft_train.kernels.sight import Attended, Sight
-from store.triton_launch import jit, power_of_two, tl
+from store.triton_launch import jit, tl
 
 _SIZES = ("queries", "slots", "step")
-_VALUES = 4096
-"""Of own keys in one program: all steps of some rows, which stay in registers while the heads of a group go by."""
+_ROWS = 32
 
 
 def merge_own(q: Tensor, own: Tensor, sight: Sight, out: Tensor, log_sum_exp: Tensor) -> None:
     """Count a row's own keys in, in place: `out` [T, N, D] and `log_sum_exp` [N, T] are those of step-0 keys alone."""
-    tiles, shape = _launch(q, own, sight)
-    _merge_own_kernel[(tiles, own.shape[3])](
-        q, own, sight.rows, out, log_sum_exp, q.shape[0], own.shape[1], sight.step, 1.0 / math.sqrt(q.shape[2]), **shape
-    )
+    rows, heads, width = q.shape
+    groups = own.shape[3]
+    _merge_own_kernel[(heads, -(-rows // _ROWS))](
+        q, own, sight.rows, out, log_sum_exp, rows, own.shape[1], sight.step, 1.0 / math.sqrt(width),
+        HEADS=heads, GROUPS=groups, WIDTH=width, ROWS=_ROWS, num_warps=4,
+    )  # fmt: skip
 
 
 def own_gradients(upstream: Tensor, held: Attended, q_gradient: Tensor, own_gradient: Tensor) -> None:
     """Add the part of a row's own keys to `q_gradient` [T, N, D], and their gradients to `own_gradient`."""
-    _own_gradients(upstream, held, held.log_sum_exp, q_gradient, own_gradient, of_queries=True)
+    q, own, sight = held.q, held.own, held.sight
+    rows, heads, width = q.shape
+    groups, scale = own.shape[3], 1.0 / math.sqrt(width)
+    shape = {"HEADS": heads, "GROUPS": groups, "WIDTH": width, "ROWS": _ROWS}
+    delta = torch.empty_like(held.log_sum_exp)
+    _own_query_gradient_kernel[(heads, -(-rows // _ROWS))](
+        upstream, q, own, sight.rows, held.out, held.log_sum_exp, delta, q_gradient, rows, own.shape[1], sight.step,
+        scale, **shape, num_warps=4,
+    )  # fmt: skip
+    own_key_gradients(upstream, held, delta, own_gradient)
 
 
 def own_key_gradients(upstream: Tensor, held: Attended, delta: Tensor, own_gradient: Tensor) -> None:
     """Add gradients of rows' own keys and values; `delta` [N, T]: sums of upstream times output."""
-    _own_gradients(upstream, held, delta, held.out, own_gradient, of_queries=False)
-
-
-def _own_gradients(
-    upstream: Tensor, held: Attended, delta: Tensor, q_gradient: Tensor, own_gradient: Tensor, *, of_queries: bool
-) -> None:
-    """`delta` is read only without `of_queries`, `q_gradient` and the output only with it."""
     q, own, sight = held.q, held.own, held.sight
-    tiles, shape = _launch(q, own, sight)
-    _own_gradient_kernel[(tiles, own.shape[3])](
-        upstream, q, own, sight.rows, held.out, held.log_sum_exp, delta, q_gradient, own_gradient, q.shape[0],
-        own.shape[1], sight.step, 1.0 / math.sqrt(q.shape[2]), OF_QUERIES=of_queries, **shape,
+    rows, heads, width = q.shape
+    groups = own.shape[3]
+    _own_key_gradient_kernel[(sight.step, -(-rows // _ROWS), groups)](
+        upstream, q, own, sight.rows, held.log_sum_exp, delta, own_gradient, rows, own.shape[1],
+        1.0 / math.sqrt(width), HEADS=heads, GROUPS=groups, WIDTH=width, ROWS=_ROWS, num_warps=8,
     )  # fmt: skip
-
-
-def _launch(q: Tensor, own: Tensor, sight: Sight) -> tuple[int, dict[str, int]]:
-    """Tiles of rows, and the kernels' constants."""
-    steps = power_of_two(sight.step)
-    rows = max(1, _VALUES // (steps * q.shape[2]))
-    shape = {"HEADS": q.shape[1], "GROUPS": own.shape[3], "WIDTH": q.shape[2], "ROWS": rows, "STEPS": steps}
-    return -(-q.shape[0] // rows), {**shape, "num_warps": 4}
 
 
 @jit
@@ -87,80 +84,77 @@ def own_query_part(
     return acc
 
 
-@jit
-def _own_places(rows, slots, step, group, row, inside, STEPS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
-    """Where keys [STEPS, ROWS, WIDTH] lie (values: GROUPS * WIDTH behind them), and which [STEPS, ROWS] there are."""
-    number = tl.arange(0, STEPS)[:, None]
-    slot = tl.load(rows + row)[None, :]
-    key = (number * slots + slot) * (2 * GROUPS * WIDTH) + group * WIDTH
-    return key[:, :, None] + tl.arange(0, WIDTH)[None, None, :], (number < step) & inside[None, :]
-
-
 @jit(varying=_SIZES)
 def _merge_own_kernel(
     q, own, rows, out, log_sum_exp, queries, slots, step, scale,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    tile, group = tl.program_id(0), tl.program_id(1)
+    head, tile = tl.program_id(0), tl.program_id(1)
     row = tile * ROWS + tl.arange(0, ROWS)
     inside = row < queries
     near = tl.minimum(row, queries - 1)
-    own_place, held = _own_places(rows, slots, step, group, near, inside, STEPS, GROUPS, WIDTH)
-    k_own = tl.load(own + own_place, mask=held[:, :, None], other=0.0)
-    v_own = tl.load(own + own_place + GROUPS * WIDTH, mask=held[:, :, None], other=0.0)
-    scale_2 = scale * 1.4426950408889634
-    for turn in range(HEADS // GROUPS):
-        head = group * (HEADS // GROUPS) + turn
-        place = near.to(tl.int64)[:, None] * (HEADS * WIDTH) + head * WIDTH + tl.arange(0, WIDTH)[None, :]
-        q_tile = tl.load(q + place).to(tl.float32)
-        before = tl.load(log_sum_exp + head * queries + near) * 1.4426950408889634
-        score = tl.where(held, tl.sum(q_tile[None, :, :] * k_own.to(tl.float32), 2) * scale_2, float("-inf"))
-        largest = tl.maximum(before, tl.max(score, 0))
-        kept = tl.exp2(before - largest)
-        raised = tl.exp2(score - largest[None, :])
-        total = kept + tl.sum(raised, 0)
-        acc = tl.load(out + place).to(tl.float32) * kept[:, None]
-        acc += tl.sum(raised[:, :, None] * v_own.to(tl.float32), 0)
-        tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
-        tl.store(log_sum_exp + head * queries + row, (largest + tl.log2(total)) * 0.6931471805599453, mask=inside)
+    place = near.to(tl.int64)[:, None] * (HEADS * WIDTH) + head * WIDTH + tl.arange(0, WIDTH)[None, :]
+    acc = tl.load(out + place).to(tl.float32)
+    largest = tl.load(log_sum_exp + head * queries + near) * 1.4426950408889634
+    acc, largest, total = own_part(
+        acc, largest, tl.full((ROWS,), 1.0, tl.float32), tl.load(q + place), own, tl.load(rows + near), slots,
+        head // (HEADS // GROUPS), step, scale * 1.4426950408889634, GROUPS, WIDTH,
+    )  # fmt: skip
+    tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
+    tl.store(log_sum_exp + head * queries + row, (largest + tl.log2(total)) * 0.6931471805599453, mask=inside)
 
 
 @jit(varying=_SIZES)
-def _own_gradient_kernel(
-    upstream, q, own, rows, out, log_sum_exp, deltas, q_gradient, own_gradient, queries, slots, step, scale,
-    OF_QUERIES: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    STEPS: tl.constexpr,
+def _own_query_gradient_kernel(
+    upstream, q, own, rows, out, log_sum_exp, deltas, q_gradient, queries, slots, step, scale,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    tile, group = tl.program_id(0), tl.program_id(1)
+    head, tile = tl.program_id(0), tl.program_id(1)
     row = tile * ROWS + tl.arange(0, ROWS)
     inside = row < queries
     near = tl.minimum(row, queries - 1)
-    own_place, held = _own_places(rows, slots, step, group, near, inside, STEPS, GROUPS, WIDTH)
-    k_own = tl.load(own + own_place, mask=held[:, :, None], other=0.0)
-    v_own = tl.load(own + own_place + GROUPS * WIDTH, mask=held[:, :, None], other=0.0)
-    k_acc = tl.zeros((STEPS, ROWS, WIDTH), tl.float32)
-    v_acc = tl.zeros((STEPS, ROWS, WIDTH), tl.float32)
+    place = near.to(tl.int64)[:, None] * (HEADS * WIDTH) + head * WIDTH + tl.arange(0, WIDTH)[None, :]
+    up_tile = tl.load(upstream + place)
+    delta = tl.sum(up_tile.to(tl.float32) * tl.load(out + place).to(tl.float32), 1)
+    tl.store(deltas + head * queries + row, delta, mask=inside)
+    acc = own_query_part(
+        tl.zeros((ROWS, WIDTH), tl.float32), tl.load(q + place), up_tile, own, tl.load(rows + near), slots,
+        head // (HEADS // GROUPS), step, tl.load(log_sum_exp + head * queries + near) * 1.4426950408889634, delta,
+        scale * 1.4426950408889634, GROUPS, WIDTH,
+    )  # fmt: skip
+    total = tl.load(q_gradient + place).to(tl.float32) + acc * scale
+    tl.store(q_gradient + place, total.to(q_gradient.dtype.element_ty), mask=inside[:, None])
+
+
+@jit(varying=_SIZES[:2])
+def _own_key_gradient_kernel(
+    upstream, q, own, rows, log_sum_exp, deltas, own_gradient, queries, slots, scale,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    # Programs that differ in the step alone run side by side, and find queries and gradients in the cache.
+    number, tile, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    column = tl.arange(0, WIDTH)[None, :]
+    row = tile * ROWS + tl.arange(0, ROWS)
+    inside = row < queries
+    near = tl.minimum(row, queries - 1)
+    place = (number * slots + tl.load(rows + near))[:, None] * (2 * GROUPS * WIDTH) + group * WIDTH + column
+    k_own = tl.load(own + place).to(tl.float32)
+    v_own = tl.load(own + place + GROUPS * WIDTH).to(tl.float32)
+    k_acc = tl.zeros((ROWS, WIDTH), tl.float32)
+    v_acc = tl.zeros((ROWS, WIDTH), tl.float32)
     scale_2 = scale * 1.4426950408889634
     for turn in range(HEADS // GROUPS):
         head = group * (HEADS // GROUPS) + turn
-        place = near.to(tl.int64)[:, None] * (HEADS * WIDTH) + head * WIDTH + tl.arange(0, WIDTH)[None, :]
-        q_tile = tl.load(q + place).to(tl.float32)[None, :, :]
-        up_tile = tl.load(upstream + place).to(tl.float32)
-        if OF_QUERIES:
-            delta = tl.sum(up_tile * tl.load(out + place).to(tl.float32), 1)
-        else:
-            delta = tl.load(deltas + head * queries + near)
+        place_q = near.to(tl.int64)[:, None] * (HEADS * WIDTH) + head * WIDTH + column
+        q_tile = tl.load(q + place_q).to(tl.float32)
+        up_tile = tl.load(upstream + place_q).to(tl.float32)
         log_2 = tl.load(log_sum_exp + head * queries + near) * 1.4426950408889634
-        p = tl.exp2(tl.sum(q_tile * k_own.to(tl.float32), 2) * scale_2 - log_2[None, :])
-        gradient = p * (tl.sum(up_tile[None, :, :] * v_own.to(tl.float32), 2) - delta[None, :])
-        gradient = tl.where(held, gradient, 0.0)
-        if OF_QUERIES:
-            added = tl.sum(gradient[:, :, None] * k_own.to(tl.float32), 0) * scale
-            added += tl.load(q_gradient + place).to(tl.float32)
-            tl.store(q_gradient + place, added.to(q_gradient.dtype.element_ty), mask=inside[:, None])
-        k_acc += gradient[:, :, None] * q_tile
-        v_acc += p[:, :, None] * up_tile[None, :, :]
-    k_place = own_gradient + own_place
+        p = tl.exp2(tl.sum(q_tile * k_own, 1) * scale_2 - log_2)
+        gradient = p * (tl.sum(up_tile * v_own, 1) - tl.load(deltas + head * queries + near))
+        k_acc += gradient[:, None] * q_tile
+        v_acc += p[:, None] * up_tile
+    held = inside[:, None]
+    k_place = own_gradient + place
     v_place = k_place + GROUPS * WIDTH
-    tl.store(k_place, tl.load(k_place, mask=held[:, :, None], other=0.0) + k_acc * scale, mask=held[:, :, None])
-    tl.store(v_place, tl.load(v_place, mask=held[:, :, None], other=0.0) + v_acc, mask=held[:, :, None])
+    tl.store(k_place, tl.load(k_place, mask=held, other=0.0) + k_acc * scale, mask=held)
+    tl.store(v_place, tl.load(v_place, mask=held, other=0.0) + v_acc, mask=held)
