@@ -225,6 +225,16 @@ def test_flash_attention(name: str, heads: int, groups: int, width: int, step: i
 
 
 @pytest.mark.parametrize("flash", [False, pytest.param(True, marks=NEEDS_FLASH)])
+def test_attention_of_groups_of_three_heads(flash: bool) -> None:
+    positions, key_positions, window = cases()["turns"]
+    sight = sight_of(positions, key_positions, 3, window, positions.numel() + 9)
+    if flash:
+        sight = replace(sight, runs=find_runs(positions.numpy(), key_positions.numpy(), 3, window, DEVICE))
+    dtype = F32 if INTERPRETED else BF16
+    require_attention(sight, 6, 2, 16 if INTERPRETED else 64, dtype, BOUND[dtype])
+
+
+@pytest.mark.parametrize("flash", [False, pytest.param(True, marks=NEEDS_FLASH)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_whole_pass_through_its_kernels_equals_autograd_in_float64(dtype: torch.dtype, flash: bool) -> None:
     if flash and dtype == F32 and not INTERPRETED:

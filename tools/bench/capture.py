@@ -3,8 +3,8 @@
 `python -m tools.bench.capture [--output FILE]` needs one GPU of 80 GB and mamba-ssm. Weights are random and made on
 the GPU, so that times are right and values mean nothing. `hf-forward-32k` is the model's own code with the same scan
 kernels; `forward-32k` and `prefill-256k` are ours without head, teacher and copies; `capture-32k` and `capture-mixed`
-are what `draftcache capture` does from token ids to committed shards, `capture-*-int8` in that mode (--modes), and
-`capture-*-memory` the same into memory (--memory), which shows what the disk costs.
+are what `draftcache capture` does from token ids to committed shards, lossless; `-int8` in that mode; and `-memory`
+into memory (--memory), which shows what the disk costs.
 
 - `tok_s`: tokens over wall time, medians of several runs after one that is not counted; captures run once, after a
   shorter one whose kernels are traced for `gpu_idle_share`.
@@ -38,8 +38,10 @@ from tools.bench.rows import report, result_row
 from tools.bench.verifier_shape import LAYERS, random_verifier, verifier_config
 
 LONG = 32_768
-_MODE = "lossless"
-"""Of stores whose cases are not named after their mode."""
+CASES = (
+    "hf-forward-32k", "forward-32k", "capture-32k", "capture-32k-memory", "capture-32k-int8", "capture-32k-int8-memory",
+    "capture-mixed", "capture-mixed-memory", "prefill-256k",
+)  # fmt: skip
 _TRACED = 20 * LONG
 _BODY_FLOPS, _ATTENTION_FLOPS_PER_TOKEN, _HEAD_FLOPS = 5.75e9 + 0.08e9, 49_152.0, 0.70e9
 """Per token; attention's grow with the length: see `matmul_flops`."""
@@ -58,12 +60,13 @@ def main() -> None:
     """Run the cases that were asked for and report them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, metavar="FILE")
-    parser.add_argument("--cases", default="hf,forward,capture,mixed,prefill", help="(%(default)s)")
-    parser.add_argument("--modes", default=_MODE, help="of the captured stores (%(default)s)")
+    parser.add_argument("--cases", default=",".join(CASES), help="(%(default)s)")
     parser.add_argument("--work", type=Path, metavar="DIRECTORY", help="where stores are written (a temporary one)")
-    parser.add_argument("--memory", type=Path, metavar="DIRECTORY", help="a directory in memory, such as /dev/shm")
-    parser.add_argument("--tokens", type=int, default=20 * LONG, help="tokens per capture (%(default)s)")
+    parser.add_argument("--memory", type=Path, default=Path("/dev/shm"), metavar="DIRECTORY", help="(%(default)s)")
+    parser.add_argument("--tokens", type=int, default=80 * LONG, help="tokens per capture (%(default)s)")
     arguments = parser.parse_args()
+    if unknown := set(arguments.cases.split(",")).difference(CASES):
+        raise InputError(f"--cases: expected some of {', '.join(CASES)}, found {', '.join(sorted(unknown))}")
     if not torch.cuda.is_available():
         raise InputError("expected a CUDA device, found none; this benchmark measures one")
     device = torch.device("cuda")
@@ -83,38 +86,27 @@ def main() -> None:
 
 def measure(verifier: Verifier, ceiling: float, arguments: argparse.Namespace) -> Iterator[tuple[str, Metrics]]:
     """Each case's metrics, as they are measured."""
-    wanted = arguments.cases.split(",")
     ids = torch.randint(0, verifier.vocab_size, (1, 8 * LONG), device=verifier.device)
-    if "hf" in wanted:
-        plain = PlainForward(verifier.body, verifier.blocks, verifier.final_norm)
-        yield "hf-forward-32k", forward_metrics(plain, ids[:, :LONG], ceiling, runs=3)
-    if "forward" in wanted:
-        yield "forward-32k", forward_metrics(verifier.engine, ids[:, :LONG], ceiling, runs=7)
-    for case, kind, lengths in (("capture-32k", "capture", fixed_lengths), ("capture-mixed", "mixed", mixed_lengths)):
-        if kind in wanted:
-            for mode in arguments.modes.split(","):
-                name = case if mode == _MODE else f"{case}-{mode}"
-                for suffix, run, kernel_seconds_per_token in captures(verifier, lengths, mode, arguments):
-                    yield name + suffix, capture_metrics(run, kernel_seconds_per_token, ceiling)
-    if "prefill" in wanted:
-        yield "prefill-256k", forward_metrics(verifier.engine, ids, ceiling, runs=1)
-
-
-def captures(
-    verifier: Verifier, lengths: Callable[[int], list[int]], mode: str, arguments: argparse.Namespace
-) -> Iterator[tuple[str, CaptureRun, float]]:
-    """A capture to each place: the case's suffix, what it took, and kernels' seconds per token of one traced before."""
-    kernel_seconds_per_token = 0.0
-    places = {"-memory": arguments.memory} if arguments.memory else {}
-    for suffix, place in (places | {"": arguments.work}).items():
-        with TemporaryDirectory(dir=place) as directory:
-            if not kernel_seconds_per_token:  # a place changes nothing of what kernels do
-                few = lengths(min(arguments.tokens, _TRACED))
-                traced = run_capture(verifier, few, Path(directory) / "traced", mode, trace=True)
-                rmtree(Path(directory) / "traced")
-                kernel_seconds_per_token = traced.kernel_seconds / sum(few)
-            run = run_capture(verifier, lengths(arguments.tokens), Path(directory) / "store", mode)
-        yield suffix, run, kernel_seconds_per_token
+    kernel_seconds: dict[str, float] = {}
+    for name in arguments.cases.split(","):
+        if name == "hf-forward-32k":
+            plain = PlainForward(verifier.body, verifier.blocks, verifier.final_norm)
+            yield name, forward_metrics(plain, ids[:, :LONG], ceiling, runs=3)
+        elif name == "forward-32k":
+            yield name, forward_metrics(verifier.engine, ids[:, :LONG], ceiling, runs=7)
+        elif name == "prefill-256k":
+            yield name, forward_metrics(verifier.engine, ids, ceiling, runs=1)
+        else:
+            lengths = mixed_lengths if "mixed" in name else fixed_lengths
+            mode = "int8" if "int8" in name else "lossless"
+            with TemporaryDirectory(dir=arguments.memory if name.endswith("-memory") else arguments.work) as root:
+                kind = name.removesuffix("-memory")
+                if kind not in kernel_seconds:  # where it is written changes nothing of what kernels do
+                    traced = run_capture(verifier, lengths(_TRACED), Path(root) / "traced", mode, trace=True)
+                    rmtree(Path(root) / "traced")
+                    kernel_seconds[kind] = traced.kernel_seconds / sum(traced.lengths)
+                run = run_capture(verifier, lengths(arguments.tokens), Path(root) / "store", mode)
+            yield name, capture_metrics(run, kernel_seconds[kind], ceiling)
 
 
 def fixed_lengths(tokens: int) -> list[int]:
