@@ -61,7 +61,8 @@ def rms_norm_backward(
     partial = torch.empty(programs, width, device=x.device, dtype=torch.float32)
     _rms_norm_gradient_kernel[(programs,)](
         upstream, x, weight, upstream if residual is None else residual, x if kept is None else kept, out, partial,
-        rows, width, eps, ADD=residual is not None, CHOOSE=kept is not None, BLOCK=power_of_two(width), num_warps=_WARPS,
+        rows, width, eps, ADD=residual is not None, CHOOSE=kept is not None, BLOCK=power_of_two(width),
+        num_warps=_WARPS,
     )  # fmt: skip
     weight_gradient += partial.sum(0)
     return out
