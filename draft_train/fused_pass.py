@@ -185,9 +185,10 @@ class FusedPass:
         # Row t + k is a start row too, k places on: the turn goes on at least that far, or step k had no loss.
         places = starts + number
         states = self.matrices.qkv_states[: self.weights.queries if number == 0 else None]
-        projected = base.projected[places, : states.shape[0]].addmm_(normed, states.t())
+        projected = normed @ states.t()
         kv = base.own[number - 1] if number else base.kv[:, :, :0]
-        q = split_heads(projected, base.table, places, self.shape.num_attention_heads, kv, rows)
+        shared = base.projected[:, : states.shape[0]]
+        q = split_heads(projected, base.table, places, self.shape.num_attention_heads, kv, rows, shared)
         del projected, normed
         attended = attend(q, base.kv, base.own, sight)
         out = None if chosen is None else hidden  # which is a copy then

@@ -98,15 +98,17 @@ def test_swiglu(dtype: torch.dtype, shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("queries", "groups", "width"), [(32, 2, 128), (0, 2, 64), (6, 0, 16), (4, 4, 24)])
-def test_heads(dtype: torch.dtype, queries: int, groups: int, width: int) -> None:
+@pytest.mark.parametrize("added", [False, True])
+def test_heads(dtype: torch.dtype, queries: int, groups: int, width: int, added: bool) -> None:
     rows, slots = 50, 70
     positions = torch.arange(90, device=DEVICE) * 400
     table = rotary_table(positions, width, 10_000.0, dtype)
     places, taken = torch.randperm(90, device=DEVICE)[:rows], torch.randperm(slots, device=DEVICE)[:rows]
     projected = rand(rows, (queries + 2 * groups) * width, dtype=dtype)
     kv = [torch.zeros(slots, 2, groups, width, device=DEVICE, dtype=dtype) for _ in range(2)]
-    found = split_heads(projected, table, places, queries, kv[0], taken)
-    expected = split_heads_reference(projected, table, places, queries, kv[1], taken)
+    shared = rand(90, 3 + projected.shape[1], dtype=dtype)[:, 3:] if added else None
+    found = split_heads(projected, table, places, queries, kv[0], taken, shared)
+    expected = split_heads_reference(projected, table, places, queries, kv[1], taken, shared)
     for ours, theirs in ((found, expected), (kv[0], kv[1])):
         assert error(ours, theirs) < BOUND[dtype]
     given, kv_given = rand(rows, queries, width, dtype=dtype), rand(slots, 2, groups, width)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from store.triton_launch import jit, power_of_two, runs_kernels, tl
 
-_PROGRAMS, _WARPS = 528, 8
+_PROGRAMS = 264
 """Programs that share a backward pass's rows: each sums the weight's gradient over its own."""
 
 
@@ -61,8 +61,7 @@ def rms_norm_backward(
     partial = torch.empty(programs, width, device=x.device, dtype=torch.float32)
     _rms_norm_gradient_kernel[(programs,)](
         upstream, x, weight, upstream if residual is None else residual, x if kept is None else kept, out, partial,
-        rows, width, eps, ADD=residual is not None, CHOOSE=kept is not None, BLOCK=power_of_two(width),
-        num_warps=_WARPS,
+        rows, width, eps, ADD=residual is not None, CHOOSE=kept is not None, BLOCK=power_of_two(width), num_warps=8,
     )  # fmt: skip
     weight_gradient += partial.sum(0)
     return out

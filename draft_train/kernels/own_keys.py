@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from draft_train.kernels.sight import Attended, Sight
 from store.triton_launch import jit, power_of_two, tl
 
 _SIZES = ("queries", "slots", "step")
-_PAIRS = 32
+_ROWS = 16
+"""In one program of keys' gradients, which goes through the heads: more rows take registers that a second one needs."""
+_PAIRS = 16
 """Of a row and a head in one program. Heads of a group go together, so that their row's own keys are fetched once."""
 
 
@@ -25,25 +28,23 @@ def merge_own(q: Tensor, own: Tensor, sight: Sight, out: Tensor, log_sum_exp: Te
 
 def own_gradients(upstream: Tensor, held: Attended, q_gradient: Tensor, own_gradient: Tensor) -> None:
     """Add the part of a row's own keys to `q_gradient` [T, N, D], and their gradients to `own_gradient`."""
-    _add_gradients(upstream, held, None, q_gradient, own_gradient)
+    q, own, sight = held.q, held.own, held.sight
+    delta = torch.empty_like(held.log_sum_exp)
+    grid, shape = _launch(q, own)
+    _own_query_gradient_kernel[grid](
+        upstream, q, own, sight.rows, held.out, held.log_sum_exp, delta, q_gradient, q.shape[0], own.shape[1],
+        sight.step, 1.0 / math.sqrt(q.shape[2]), **shape, num_warps=8,
+    )  # fmt: skip
+    own_key_gradients(upstream, held, delta, own_gradient)
 
 
 def own_key_gradients(upstream: Tensor, held: Attended, delta: Tensor, own_gradient: Tensor) -> None:
     """Add gradients of rows' own keys and values; `delta` [N, T]: sums of upstream times output."""
-    _add_gradients(upstream, held, delta, None, own_gradient)
-
-
-def _add_gradients(
-    upstream: Tensor, held: Attended, delta: Tensor | None, q_gradient: Tensor | None, own_gradient: Tensor
-) -> None:
-    """Without `delta` it is made of the output."""
     q, own, sight = held.q, held.own, held.sight
-    grid, shape = _launch(q, own)
-    _own_gradient_kernel[grid](
-        upstream, q, own, sight.rows, held.out, held.log_sum_exp, held.log_sum_exp if delta is None else delta,
-        q if q_gradient is None else q_gradient, own_gradient, q.shape[0], own.shape[1], sight.step,
-        1.0 / math.sqrt(q.shape[2]), HAS_DELTA=delta is not None, OF_QUERIES=q_gradient is not None, **shape,
-        num_warps=8,
+    rows, heads, width = q.shape
+    _own_key_gradient_kernel[(sight.step, -(-rows // _ROWS), own.shape[3])](
+        upstream, q, own, sight.rows, held.log_sum_exp, delta, own_gradient, rows, own.shape[1],
+        1.0 / math.sqrt(width), HEADS=heads, GROUPS=own.shape[3], WIDTH=width, ROWS=_ROWS, num_warps=8,
     )  # fmt: skip
 
 
@@ -120,41 +121,53 @@ def _merge_own_kernel(
 
 
 @jit(varying=_SIZES)
-def _own_gradient_kernel(
-    upstream, q, own, rows, out, log_sum_exp, deltas, q_gradient, own_gradient, queries, slots, step, scale,
-    HAS_DELTA: tl.constexpr, OF_QUERIES: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, TURNS: tl.constexpr,
+def _own_query_gradient_kernel(
+    upstream, q, own, rows, out, log_sum_exp, deltas, q_gradient, queries, slots, step, scale,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
     row, head, inside = _pairs(queries, HEADS, GROUPS, ROWS, TURNS)
+    place = (row.to(tl.int64) * HEADS + head)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    up_tile = tl.load(upstream + place)
+    delta = tl.sum(up_tile.to(tl.float32) * tl.load(out + place).to(tl.float32), 1)
+    tl.store(deltas + head * queries + row, delta, mask=inside)
+    acc = own_query_part(
+        tl.zeros((ROWS * TURNS, WIDTH), tl.float32), tl.load(q + place), up_tile, own, tl.load(rows + row), slots,
+        tl.program_id(1), step, tl.load(log_sum_exp + head * queries + row) * 1.4426950408889634, delta,
+        scale * 1.4426950408889634, GROUPS, WIDTH,
+    )  # fmt: skip
+    total = tl.load(q_gradient + place).to(tl.float32) + acc * scale
+    tl.store(q_gradient + place, total.to(q_gradient.dtype.element_ty), mask=inside[:, None])
+
+
+@jit(varying=_SIZES[:2])
+def _own_key_gradient_kernel(
+    upstream, q, own, rows, log_sum_exp, deltas, own_gradient, queries, slots, scale,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    # Programs that differ in the step alone run side by side, and find queries and gradients in the cache.
+    number, tile, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     column = tl.arange(0, WIDTH)[None, :]
-    place = (row.to(tl.int64) * HEADS + head)[:, None] * WIDTH + column
-    q_tile = tl.load(q + place).to(tl.float32)
-    up_tile = tl.load(upstream + place).to(tl.float32)
-    if HAS_DELTA:
-        delta = tl.load(deltas + head * queries + row)
-    else:
-        delta = tl.sum(up_tile * tl.load(out + place).to(tl.float32), 1)
-    log_2 = tl.load(log_sum_exp + head * queries + row) * 1.4426950408889634
+    row = tile * ROWS + tl.arange(0, ROWS)
+    inside = row < queries
+    near = tl.minimum(row, queries - 1)
+    place = (number * slots + tl.load(rows + near))[:, None] * (2 * GROUPS * WIDTH) + group * WIDTH + column
+    k_own = tl.load(own + place).to(tl.float32)
+    v_own = tl.load(own + place + GROUPS * WIDTH).to(tl.float32)
+    k_acc = tl.zeros((ROWS, WIDTH), tl.float32)
+    v_acc = tl.zeros((ROWS, WIDTH), tl.float32)
     scale_2 = scale * 1.4426950408889634
-    group = tl.program_id(1) * WIDTH + column
-    slot = tl.load(rows + row)
-    one_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    held = (one_row < queries)[:, None]
-    one_slot = tl.load(rows + tl.minimum(one_row, queries - 1))
-    acc = tl.zeros((ROWS * TURNS, WIDTH), tl.float32)
-    for number in range(step):
-        key = own + (number * slots + slot)[:, None] * (2 * GROUPS * WIDTH) + group
-        k_own = tl.load(key).to(tl.float32)
+    for turn in range(HEADS // GROUPS):
+        head = group * (HEADS // GROUPS) + turn
+        place_q = near.to(tl.int64)[:, None] * (HEADS * WIDTH) + head * WIDTH + column
+        q_tile = tl.load(q + place_q).to(tl.float32)
+        up_tile = tl.load(upstream + place_q).to(tl.float32)
+        log_2 = tl.load(log_sum_exp + head * queries + near) * 1.4426950408889634
         p = tl.exp2(tl.sum(q_tile * k_own, 1) * scale_2 - log_2)
-        p = tl.where(inside, p, 0.0)
-        gradient = p * (tl.sum(up_tile * tl.load(key + GROUPS * WIDTH).to(tl.float32), 1) - delta)
-        acc += gradient[:, None] * k_own
-        k_part = tl.sum(tl.reshape(gradient[:, None] * q_tile, (ROWS, TURNS, WIDTH)), 1) * scale
-        v_part = tl.sum(tl.reshape(p[:, None] * up_tile, (ROWS, TURNS, WIDTH)), 1)
-        k_place = own_gradient + (number * slots + one_slot)[:, None] * (2 * GROUPS * WIDTH) + group
-        v_place = k_place + GROUPS * WIDTH
-        tl.store(k_place, tl.load(k_place, mask=held, other=0.0) + k_part, mask=held)
-        tl.store(v_place, tl.load(v_place, mask=held, other=0.0) + v_part, mask=held)
-    if OF_QUERIES:
-        total = tl.load(q_gradient + place).to(tl.float32) + acc * scale
-        tl.store(q_gradient + place, total.to(q_gradient.dtype.element_ty), mask=inside[:, None])
+        gradient = p * (tl.sum(up_tile * v_own, 1) - tl.load(deltas + head * queries + near))
+        k_acc += gradient[:, None] * q_tile
+        v_acc += p[:, None] * up_tile
+    held = inside[:, None]
+    k_place = own_gradient + place
+    v_place = k_place + GROUPS * WIDTH
+    tl.store(k_place, tl.load(k_place, mask=held, other=0.0) + k_acc * scale, mask=held)
+    tl.store(v_place, tl.load(v_place, mask=held, other=0.0) + v_acc, mask=held)

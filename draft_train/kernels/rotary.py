@@ -27,28 +27,46 @@ def rotate(heads: Tensor, table: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
 
 
-def split_heads(projected: Tensor, table: Tensor, places: Tensor, queries: int, kv: Tensor, slots: Tensor) -> Tensor:
+def split_heads(
+    projected: Tensor,
+    table: Tensor,
+    places: Tensor,
+    queries: int,
+    kv: Tensor,
+    slots: Tensor,
+    shared: Tensor | None = None,
+) -> Tensor:
     """Rotated queries [T, N, D] of `projected` [T, (N + 2G) D]; keys (rotated) and values go to rows `slots` of `kv`.
 
     `places` [T] int64: row of the table of each row. `queries` N; with `kv` of G = 0 nothing but queries is there.
+    `shared` [P, (N + 2G) D], where given: its rows `places` are added first.
     """
     if not runs_kernels(projected):
-        return split_heads_reference(projected, table, places, queries, kv, slots)
+        return split_heads_reference(projected, table, places, queries, kv, slots, shared)
     rows, head_dim, groups = projected.shape[0], kv.shape[-1], kv.shape[-2]
     out = projected.new_empty(rows, queries, head_dim)
     if rows:
+        added = projected if shared is None else shared
         _split_kernel[(rows,)](
-            projected, table, places, out, kv, slots, projected.stride(0), table.stride(0),
-            QUERIES=queries, GROUPS=groups, HALF=head_dim // 2, HALF_BLOCK=power_of_two(head_dim // 2),
-            HEADS=power_of_two(queries + 2 * groups), num_warps=4,
+            projected, added, table, places, out, kv, slots, projected.stride(0), added.stride(0), table.stride(0),
+            ADD=shared is not None, QUERIES=queries, GROUPS=groups, HALF=head_dim // 2,
+            HALF_BLOCK=power_of_two(head_dim // 2), HEADS=power_of_two(queries + 2 * groups), num_warps=4,
         )  # fmt: skip
     return out
 
 
 def split_heads_reference(
-    projected: Tensor, table: Tensor, places: Tensor, queries: int, kv: Tensor, slots: Tensor
+    projected: Tensor,
+    table: Tensor,
+    places: Tensor,
+    queries: int,
+    kv: Tensor,
+    slots: Tensor,
+    shared: Tensor | None = None,
 ) -> Tensor:
     """See `split_heads`."""
+    if shared is not None:
+        projected = projected + shared[places]
     groups, head_dim = kv.shape[-2:]
     heads = projected.view(projected.shape[0], queries + 2 * groups, head_dim)
     turned = rotate(heads[:, : queries + groups], table[:, places, None])
@@ -93,7 +111,7 @@ def join_heads_reference(
 
 @jit(varying=("table_stride",))
 def _split_kernel(
-    projected, table, places, out, kv, slots, stride, table_stride,
+    projected, shared, table, places, out, kv, slots, stride, shared_stride, table_stride, ADD: tl.constexpr,
     QUERIES: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -110,6 +128,10 @@ def _split_kernel(
     place_in = projected + row * stride + heads * (2 * HALF) + half[None, :]
     first = tl.load(place_in, mask=held, other=0.0).to(tl.float32)
     second = tl.load(place_in + HALF, mask=held, other=0.0).to(tl.float32)
+    if ADD:
+        place_shared = shared + place * shared_stride + heads * (2 * HALF) + half[None, :]
+        first += tl.load(place_shared, mask=held, other=0.0).to(tl.float32)
+        second += tl.load(place_shared + HALF, mask=held, other=0.0).to(tl.float32)
     turned_first = (first * cos - second * sin).to(out.dtype.element_ty)
     turned_second = (second * cos + first * sin).to(out.dtype.element_ty)
     asks = held & (heads < QUERIES)
