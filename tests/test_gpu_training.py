@@ -135,3 +135,16 @@ def test_a_gpu_for_each_rank_trains_the_same_run(tmp_path: Path) -> None:
         ends = finish(start(world, [WORKER, as_json(made)]))
         assert all(code == 0 for code, *_ in ends), ends
     same_run(tmp_path, alone, 2)
+
+
+def test_the_host_is_never_more_than_one_micro_batch_ahead(tmp_path: Path) -> None:
+    write_store(tmp_path / "store", per_shard=6)
+    ends = []
+    with Trainer(settings(tmp_path, "run"))._prefetcher() as data:
+        for _ in range(2):
+            data.next_batch()
+            torch.cuda._sleep(2_000_000_000)  # type: ignore[no-untyped-call]  # about a second of work
+            ends.append(torch.cuda.current_stream().record_event())
+        assert not ends[0].query()  # negative control: the second was given while the first was worked on
+        data.next_batch()
+        assert [end.query() for end in ends] == [True, False]
