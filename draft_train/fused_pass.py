@@ -28,9 +28,9 @@ from draft_train.fused_weights import FusedWeights, add_product
 from draft_train.gradient_pass import Ready
 from draft_train.head_loss import HeadLoss
 from draft_train.kernels.attention import attend, attend_backward
-from draft_train.kernels.flash_attention import find_runs
 from draft_train.kernels.norms import rms_norm, rms_norm_backward
 from draft_train.kernels.rotary import join_heads, rotary_table, split_heads
+from draft_train.kernels.runs import find_runs
 from draft_train.kernels.sight import Attended, Sight
 from draft_train.kernels.swiglu import swiglu, swiglu_backward_
 from draft_train.objective import Objective, ObjectiveResult, tail_sums

@@ -14,7 +14,7 @@ from draft_train.config import DraftShape
 
 BF16, FLOAT32, INT64 = 2, 4, 8
 MOST_COPIES = 4
-"""Of keys, at most: see `kernels.flash_attention`. No torch here."""
+"""Of keys, at most: see `kernels.runs`. No torch here."""
 SETTINGS = (
     "ttt_steps", "batch_conversations", "pack_tokens", "loss_chunk", "intermediate_size", "num_attention_heads",
     "num_key_value_heads", "head_dim",

@@ -20,8 +20,8 @@ from draft_train.config import TrainConfig
 from draft_train.draft_model import DraftModel
 from draft_train.fused_pass import FusedPass, PassSettings
 from draft_train.gradient_pass import GradientPass, PlainPass
-from draft_train.kernels import flash_attention
-from draft_train.kernels.flash_attention import find_runs
+from draft_train.kernels import flash_attention, runs
+from draft_train.kernels.runs import find_runs
 from draft_train.objective import Objective
 from draft_train.optimizer import make_optimizer
 from store.errors import InputError
@@ -164,4 +164,4 @@ def test_what_flash_attention_does_not_do_well_goes_to_the_other_kernels() -> No
     every = np.arange(1000)
     assert find_runs(every[every % 50 < 25], every, 0, 150, cpu) is not None
     assert find_runs(every[every % 10 < 5], every, 0, 150, cpu) is None
-    assert memory_estimate.MOST_COPIES == flash_attention.MOST_COPIES
+    assert memory_estimate.MOST_COPIES == runs.MOST_COPIES

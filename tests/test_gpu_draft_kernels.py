@@ -20,7 +20,7 @@ from draft_train.kernels.attention import (
     attend_backward_reference,
     attend_reference,
 )
-from draft_train.kernels.flash_attention import find_runs, why_not_flash
+from draft_train.kernels.flash_attention import why_not_flash
 from draft_train.kernels.norms import (
     rms_norm,
     rms_norm_backward,
@@ -34,6 +34,7 @@ from draft_train.kernels.rotary import (
     split_heads,
     split_heads_reference,
 )
+from draft_train.kernels.runs import find_runs
 from draft_train.kernels.sight import Sight
 from draft_train.kernels.swiglu import swiglu, swiglu_backward_, swiglu_backward_reference_, swiglu_reference
 from draft_train.kernels.tail_kl import tail_kl, tail_kl_reference

@@ -6,13 +6,11 @@ Shape suffixes as in `attention`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from draft_train.kernels.flash_attention import Runs
+from draft_train.kernels.runs import Runs
 
 
 @dataclass(frozen=True)
