@@ -5,6 +5,7 @@ Measured beside zarr-python in `tools/bench/results/store-*.json`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ _HOT_BYTES = 1 << 20
 """Rows are checksummed, hashed and written in pieces of about this size, so that a cache still holds them."""
 
 
-class _ArrayWriter:
+class _ArrayWriter(ABC):
     """Appends rows to one array. Chunks that hold only zeros are written too: a missing one is then always an error."""
 
     def __init__(self, file: HashedFile, spec: ArraySpec) -> None:
@@ -43,8 +44,9 @@ class _ArrayWriter:
         self.rows += values.shape[0]
         return self._append(data, run)
 
+    @abstractmethod
     def _append(self, data: NDArray[np.uint8], run: Run) -> Callable[[], None]:
-        raise NotImplementedError
+        """Take whole rows as bytes; see `append`."""
 
     def _pieces(self, data: NDArray[np.uint8]) -> Iterator[tuple[NDArray[np.uint8], bool]]:
         """Cut at the ends of chunks; whether each piece ends one."""

@@ -36,7 +36,9 @@ def commit() -> str:
 def result_row(case: str, metric: str, value: float, unit: str, device: str) -> dict[str, Any]:
     """One result, stamped with date, commit and the command that is running."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = f"python -m {spec.name}" if spec else f"python {Path(sys.argv[0]).name}"
+    program = f"-m {spec.name}" if spec else Path(sys.argv[0]).name
+    ranks = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's
+    program = f"torchrun --nproc-per-node {ranks} {program}" if ranks else f"python {program}"
     return {
         "case": case,
         "metric": metric,

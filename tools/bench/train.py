@@ -136,22 +136,22 @@ def peer_rows(wheels: Path | None) -> list[dict[str, Any]]:
 def measure(arguments: argparse.Namespace, device: torch.device, ceiling: float) -> Iterator[tuple[str, Metrics]]:
     """Each case's metrics, as they are measured."""
     synthetic = 0.0
+    ending = case_ending(arguments.attention)
     for name in arguments.cases.split(","):
         if name == LOADER:
             with tempfile.TemporaryDirectory(dir=arguments.directory) as root:
                 for suffix, metrics in loader_metrics(Path(root), SHAPE, LONG, LOADED, arguments.attention).items():
-                    suffix += "-flash" * (arguments.attention == "flash")
-                    yield name + suffix, metrics | ({"of_synthetic": metrics["tok_s"] / synthetic} if synthetic else {})
+                    compared = {"of_synthetic": metrics["tok_s"] / synthetic} if synthetic else {}
+                    yield name + suffix + ending, metrics | compared
             continue
         case = CASES[name]
         batch = synthetic_batch(case, device)
         step = optimizer_step(device, lean=case.lean, attention=arguments.attention)
-        name += "-flash" * (arguments.attention == "flash")
         seconds, peak = timed_steps(partial(step, batch))
         tokens = sum(case.lengths)
-        synthetic = tokens / seconds if case == CASES["train-32k"] else synthetic
+        synthetic = tokens / seconds if name == "train-32k" else synthetic
         yield (
-            name,
+            name + ending,
             {
                 "tok_s": tokens / seconds,
                 "peak_gib": peak / 2**30,
@@ -160,7 +160,7 @@ def measure(arguments: argparse.Namespace, device: torch.device, ceiling: float)
         )
         if arguments.profile:
             times, kernels = stage_times(partial(step, batch))
-            yield name, times
+            yield name + ending, times
             for kernel, milliseconds, calls in kernels[:40]:
                 print(f"{milliseconds:9.2f} ms {calls:5d}  {kernel[:150]}")
         del step, batch
@@ -168,21 +168,25 @@ def measure(arguments: argparse.Namespace, device: torch.device, ceiling: float)
         torch.cuda.empty_cache()
 
 
+def case_ending(attention: str) -> str:
+    """What the names of cases end in."""
+    return "" if attention == ATTENTION[0] else f"-{attention}"
+
+
 def measure_ranks(arguments: argparse.Namespace) -> None:
     """Case ddp<N>-32k under torchrun, and ddp1-32k, the same on each GPU by itself, in one run."""
     with joined_ranks("cuda") as ranks:
         batch, rows = synthetic_batch(CASES["train-32k"], ranks.device), []
         for world in (1, ranks.world):
-            step = optimizer_step(ranks.device, ranks if world > 1 else None)
+            step = optimizer_step(ranks.device, ranks if world > 1 else None, attention=arguments.attention)
             seconds, peak = timed_steps(partial(step, batch))
             slowest = ranks.add_up(
                 torch.nn.functional.one_hot(torch.tensor(ranks.rank), ranks.world).to(ranks.device) * seconds
             )
             metrics = {"tok_s": world * LONG / float(slowest.max()), "peak_gib": peak / 2**30}
             name = torch.cuda.get_device_name(ranks.device)
-            rows += [
-                result_row(f"ddp{world}-32k", metric, value, UNITS[metric], name) for metric, value in metrics.items()
-            ]
+            case = f"ddp{world}-32k{case_ending(arguments.attention)}"
+            rows += [result_row(case, metric, value, UNITS[metric], name) for metric, value in metrics.items()]
             del step
             gc.collect()
             torch.cuda.empty_cache()
