@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,19 @@ def report(rows: Sequence[dict[str, Any]], output: Path | None) -> None:
         print(f"{row['case']:<24} {row['metric']:<12} {row['value']:>16,.4g} {row['unit']}")
     if output is not None:
         write_json(output, list(rows))
+
+
+def some_of(choices: Iterable[str]) -> Callable[[str], list[str]]:
+    """An argument's type for argparse: several of these, with commas between."""
+    names = tuple(choices)
+
+    def parse(text: str) -> list[str]:
+        chosen = text.split(",")
+        if unknown := [name for name in chosen if name not in names]:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(names)}, found {', '.join(unknown)}")
+        return chosen
+
+    return parse
 
 
 def _git(*arguments: str) -> str:

@@ -12,7 +12,8 @@ products bf16.
 - `matmul_ms` and others in ms, with --profile: one more step by kind of kernel.
 
 Case `loader-32k` trains from a lossless store that it writes and reads from disk; `loader-32k-in-memory` is its second
-epoch. `of_synthetic` compares with `train-32k` of the same run. With --attention flash all names end in -flash.
+epoch. `of_synthetic` compares with `train-32k` of the same run. Of `--attention triton,flash` each case is measured
+with both, one after the other; names of the latter end in -flash.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +46,9 @@ from draft_train.parallel import GradientSums, Ranks, joined_ranks
 from store.errors import InputError
 from store.files import write_json
 from tools.bench.capture import matmul_ceiling, timed
-from tools.bench.rows import report, result_row
+from tools.bench.rows import report, result_row, some_of
 from tools.bench.stages import IDLE, REST, STAGES, stage_times
-from tools.bench.train_loader import loader_metrics
+from tools.bench.train_loader import loader_metrics, write_store
 
 SHAPE = DraftShape(
     hidden_size=2688, taps=3, intermediate_size=8064, num_attention_heads=32, num_key_value_heads=2, head_dim=128,
@@ -89,8 +91,11 @@ def main() -> None:
     """Run the cases that were asked for and report them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, metavar="FILE")
-    parser.add_argument("--cases", default=",".join((*CASES, LOADER)), help="(%(default)s)")
-    parser.add_argument("--attention", choices=ATTENTION, default=ATTENTION[0], help="flash: cases end in -flash")
+    names = (*CASES, LOADER)
+    parser.add_argument("--cases", type=some_of(names), default=",".join(names), help="(%(default)s)")
+    parser.add_argument(
+        "--attention", type=some_of(ATTENTION), default=ATTENTION[0], help=f"of {', '.join(ATTENTION)} (%(default)s)"
+    )
     parser.add_argument("--profile", action="store_true", help="say where the time of one more step goes")
     parser.add_argument("--directory", type=Path, help="for the store of loader-32k, 6 GB (default: a temporary one)")
     parser.add_argument("--peer-wheels", type=Path, metavar="DIRECTORY", help="then time peers too: see train_peers")
@@ -135,37 +140,44 @@ def peer_rows(wheels: Path | None) -> list[dict[str, Any]]:
 
 def measure(arguments: argparse.Namespace, device: torch.device, ceiling: float) -> Iterator[tuple[str, Metrics]]:
     """Each case's metrics, as they are measured."""
-    synthetic = 0.0
-    ending = case_ending(arguments.attention)
-    for name in arguments.cases.split(","):
+    synthetic: Metrics = {}
+    for name in arguments.cases:
         if name == LOADER:
-            with tempfile.TemporaryDirectory(dir=arguments.directory) as root:
-                for suffix, metrics in loader_metrics(Path(root), SHAPE, LONG, LOADED, arguments.attention).items():
-                    compared = {"of_synthetic": metrics["tok_s"] / synthetic} if synthetic else {}
-                    yield name + suffix + ending, metrics | compared
+            yield from measure_loader(arguments, synthetic)
             continue
         case = CASES[name]
         batch = synthetic_batch(case, device)
-        step = optimizer_step(device, lean=case.lean, attention=arguments.attention)
-        seconds, peak = timed_steps(partial(step, batch))
-        tokens = sum(case.lengths)
-        synthetic = tokens / seconds if name == "train-32k" else synthetic
-        yield (
-            name + ending,
-            {
-                "tok_s": tokens / seconds,
-                "peak_gib": peak / 2**30,
-                "matmul_share": needed_flops(batch) / seconds / ceiling,
-            },
-        )
-        if arguments.profile:
-            times, kernels = stage_times(partial(step, batch))
-            yield name + ending, times
-            for kernel, milliseconds, calls in kernels[:40]:
-                print(f"{milliseconds:9.2f} ms {calls:5d}  {kernel[:150]}")
-        del step, batch
-        gc.collect()
-        torch.cuda.empty_cache()
+        for attention in arguments.attention:
+            named = name + case_ending(attention)
+            step = optimizer_step(device, lean=case.lean, attention=attention)
+            seconds, peak = timed_steps(partial(step, batch))
+            rate = sum(case.lengths) / seconds
+            if name == "train-32k":
+                synthetic[attention] = rate
+            share = needed_flops(batch) / seconds / ceiling
+            yield named, {"tok_s": rate, "peak_gib": peak / 2**30, "matmul_share": share}
+            if arguments.profile:
+                times, kernels = stage_times(partial(step, batch))
+                yield named, times
+                for kernel, milliseconds, calls in kernels[:40]:
+                    print(f"{milliseconds:9.2f} ms {calls:5d}  {kernel[:150]}")
+            del step
+            gc.collect()
+            torch.cuda.empty_cache()
+        del batch
+
+
+def measure_loader(arguments: argparse.Namespace, synthetic: Metrics) -> Iterator[tuple[str, Metrics]]:
+    """The same of training from a store, which is written once. `synthetic`: tok/s of train-32k by attention."""
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as root:
+        store = Path(root) / "store"
+        write_store(store, SHAPE, LONG, LOADED, torch.device("cuda"))
+        for attention in arguments.attention:
+            epochs = loader_metrics(store, Path(root) / attention, SHAPE, attention)
+            for suffix, metrics in epochs.items():
+                rate = synthetic.get(attention)
+                compared = {"of_synthetic": metrics["tok_s"] / rate} if rate else {}
+                yield LOADER + suffix + case_ending(attention), metrics | compared
 
 
 def case_ending(attention: str) -> str:
@@ -177,15 +189,15 @@ def measure_ranks(arguments: argparse.Namespace) -> None:
     """Case ddp<N>-32k under torchrun, and ddp1-32k, the same on each GPU by itself, in one run."""
     with joined_ranks("cuda") as ranks:
         batch, rows = synthetic_batch(CASES["train-32k"], ranks.device), []
-        for world in (1, ranks.world):
-            step = optimizer_step(ranks.device, ranks if world > 1 else None, attention=arguments.attention)
+        name = torch.cuda.get_device_name(ranks.device)
+        for attention, world in product(arguments.attention, (1, ranks.world)):
+            step = optimizer_step(ranks.device, ranks if world > 1 else None, attention=attention)
             seconds, peak = timed_steps(partial(step, batch))
             slowest = ranks.add_up(
                 torch.nn.functional.one_hot(torch.tensor(ranks.rank), ranks.world).to(ranks.device) * seconds
             )
             metrics = {"tok_s": world * LONG / float(slowest.max()), "peak_gib": peak / 2**30}
-            name = torch.cuda.get_device_name(ranks.device)
-            case = f"ddp{world}-32k{case_ending(arguments.attention)}"
+            case = f"ddp{world}-32k{case_ending(attention)}"
             rows += [result_row(case, metric, value, UNITS[metric], name) for metric, value in metrics.items()]
             del step
             gc.collect()

@@ -1,8 +1,8 @@
 """Training from a store on disk at the seed's shape, for `tools.bench.train`: does the GPU wait for data?
 
 A lossless store of conversations of 32k tokens, every row with loss, random states and teacher, is written once and
-trained on by `Trainer`, as `draftcache train` does it. First with none of its files in the machine's memory, then
-again with what the first pass has left there.
+trained on by `Trainer`, as `draftcache train` does it, with each attention. First with none of its files in the
+machine's memory, then again with what the first pass has left there.
 """
 
 from __future__ import annotations
@@ -33,26 +33,24 @@ _WARM_UP = 3
 _PER_SHARD = 2
 
 
-def loader_metrics(
-    root: Path, shape: DraftShape, length: int, conversations: int, attention: str
-) -> dict[str, dict[str, float]]:
+def loader_metrics(store: Path, output: Path, shape: DraftShape, attention: str) -> dict[str, dict[str, float]]:
     """Metrics of an epoch read from disk and of one read from memory, the first steps left out."""
-    device = torch.device("cuda")
-    write_store(root / "store", shape, length, conversations, device)
-    drop_from_memory(root / "store")
+    reader = StoreReader(store)
+    conversations, tokens = len(reader), int(reader.index["tokens"].sum())
+    drop_from_memory(store)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     config = TrainConfig(
-        store=root / "store", output=root / "run", splits=("train",), epochs=2, device="cuda",
+        store=store, output=output, splits=("train",), epochs=2, device="cuda",
         checkpoint_every=2 * conversations, num_attention_heads=shape.num_attention_heads,
         num_key_value_heads=shape.num_key_value_heads, head_dim=shape.head_dim,
         sliding_window=shape.sliding_window or 0, intermediate_size=shape.intermediate_size, attention=attention,
     )  # fmt: skip
     Trainer(config).run()
     peak = torch.cuda.max_memory_allocated() / 2**30
-    steps = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     epochs = {"": steps[_WARM_UP:conversations], "-in-memory": steps[conversations:]}
-    per_token = StoreReader(root / "store").bytes_on_disk() / (conversations * length)
+    per_token = reader.bytes_on_disk() / tokens
     return {name: _metrics(epoch, per_token) | {"peak_gib": peak} for name, epoch in epochs.items()}
 
 
