@@ -12,7 +12,8 @@ products bf16.
 - `matmul_ms` and others in ms, with --profile: one more step by kind of kernel.
 
 Case `loader-32k` trains from a lossless store that it writes and reads from disk; `loader-32k-in-memory` is its second
-epoch. `of_synthetic` compares with `train-32k` of the same run. Of `--attention triton,flash` each case is measured
+epoch. `of_synthetic` compares with `train-32k` of the same run; `disk_gb_s` is what reading the store's files alone
+gives. Of `--attention triton,flash` each case is measured
 with both, one after the other; names of the latter end in -flash.
 """
 
@@ -59,7 +60,7 @@ LOADER, LOADED = "loader-32k", 12
 """The case that reads a store, and its conversations."""
 UNITS = {
     "tok_s": "tok/s", "median_tok_s": "tok/s", "peak_gib": "GiB", "matmul_share": "of bf16 matmul",
-    "data_wait_share": "of wall time", "gb_s": "GB/s", "of_synthetic": "of train-32k",
+    "data_wait_share": "of wall time", "gb_s": "GB/s", "disk_gb_s": "GB/s", "of_synthetic": "of train-32k",
     **dict.fromkeys((*STAGES, REST, IDLE), "ms"),
 }  # fmt: skip
 Metrics = dict[str, float]
@@ -98,24 +99,24 @@ def main() -> None:
     )
     parser.add_argument("--profile", action="store_true", help="say where the time of one more step goes")
     parser.add_argument("--directory", type=Path, help="for the store of loader-32k, 6 GB (default: a temporary one)")
-    parser.add_argument("--peer-wheels", type=Path, metavar="DIRECTORY", help="then time peers too: see train_peers")
+    parser.add_argument("--peer-wheels", type=Path, metavar="DIRECTORY", help="time peers first: see train_peers")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise InputError("expected a CUDA device, found none; this benchmark measures one")
     if "WORLD_SIZE" in os.environ:
         measure_ranks(arguments)
         return
+    rows = peer_rows(arguments.peer_wheels)  # before this process takes any of the GPU's memory
     device = torch.device("cuda")
     ceiling = matmul_ceiling(device)
     print(f"bf16 matmul {ceiling / 1e12:.0f} TFLOP/s", flush=True)
-    rows = []
     for case, metrics in measure(arguments, device, ceiling):
         print(case, {key: round(value, 3) for key, value in metrics.items()}, flush=True)
         name = torch.cuda.get_device_name(device)
         rows += [result_row(case, metric, value, UNITS[metric], name) for metric, value in metrics.items()]
         if arguments.output:  # a run that is cut short leaves the cases it came to
             write_json(arguments.output, rows)
-    report([*rows, *peer_rows(arguments.peer_wheels)], arguments.output)
+    report(rows, arguments.output)
 
 
 def peer_rows(wheels: Path | None) -> list[dict[str, Any]]:

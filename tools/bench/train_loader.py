@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from draft_train.config import DraftShape, TrainConfig
+from draft_train.prefetch import LOCAL_READERS
 from draft_train.trainer import Trainer
 from store.files import hash_bytes
 from store.manifest import StoreManifest, Tap
@@ -38,6 +41,8 @@ def loader_metrics(store: Path, output: Path, shape: DraftShape, attention: str)
     reader = StoreReader(store)
     conversations, tokens = len(reader), int(reader.index["tokens"].sum())
     drop_from_memory(store)
+    disk = reading_rate(store)
+    drop_from_memory(store)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     config = TrainConfig(
@@ -51,7 +56,9 @@ def loader_metrics(store: Path, output: Path, shape: DraftShape, attention: str)
     steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     epochs = {"": steps[_WARM_UP:conversations], "-in-memory": steps[conversations:]}
     per_token = reader.bytes_on_disk() / tokens
-    return {name: _metrics(epoch, per_token) | {"peak_gib": peak} for name, epoch in epochs.items()}
+    metrics = {name: _metrics(epoch, per_token) | {"peak_gib": peak} for name, epoch in epochs.items()}
+    metrics[""]["disk_gb_s"] = disk
+    return metrics
 
 
 def _metrics(steps: list[dict[str, Any]], bytes_per_token: float) -> dict[str, float]:
@@ -132,6 +139,24 @@ def _conversation(shape: DraftShape, length: int, number: int, device: torch.dev
         dataset_index=number,
         arrays=arrays,
     )
+
+
+def reading_rate(root: Path) -> float:
+    """GB/s of reading the files and doing nothing with them, with as many threads as training reads with."""
+    paths = [path for path in root.rglob("*") if path.is_file()]
+    started = time.monotonic()
+    with ThreadPoolExecutor(LOCAL_READERS) as pool:
+        read = sum(pool.map(_read_through, paths))
+    return read / (time.monotonic() - started) / 1e9
+
+
+def _read_through(path: Path) -> int:
+    """Bytes of a file, all of them read."""
+    block, read = bytearray(1 << 20), 0
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            read += count
+    return read
 
 
 def drop_from_memory(root: Path) -> None:
