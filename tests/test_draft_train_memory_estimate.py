@@ -51,9 +51,11 @@ def test_peaks_are_near_what_was_measured(name: str) -> None:
         assert gib(work_of(case, recompute_mlp=not case.lean)) != pytest.approx(MEASURED[name], rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["train-32k", "train-32k-48", "train-8k-packed", "train-64k"])
-def test_peaks_with_flash_attention_are_near_what_was_measured(name: str) -> None:
-    assert gib(work_of(CASES[name], flash_attention=True)) == pytest.approx(MEASURED[f"{name}-flash"], rel=0.03)
+@pytest.mark.parametrize("name", CASES)
+def test_peaks_with_flash_attention_are_measured_ones_or_a_little_more(name: str) -> None:
+    """It counts as many copies of keys as turns can make; rows that all follow one another need none."""
+    measured = MEASURED[f"{name}-flash"]
+    assert measured <= gib(work_of(CASES[name], flash_attention=True)) < 1.05 * measured
 
 
 def test_the_sums_of_flash_attention_count_where_little_else_is_held() -> None:
