@@ -17,7 +17,7 @@ from draft_train.config import TrainConfig
 from draft_train.draft_model import DraftModel
 from draft_train.fused_pass import FusedPass, PassSettings
 from draft_train.memory_estimate import Work, batch_bytes, kept_bytes, parameters, peak_bytes
-from tools.bench.train import CASES, SHAPE, STEPS, TOP_K, Case, synthetic_batch
+from tools.bench.train_cases import CASES, SHAPE, STEPS, TOP_K, Case, synthetic_batch
 from tools.cli import main
 
 RESULTS = Path(__file__).parents[1] / "tools" / "bench" / "results" / "train-h100.json"

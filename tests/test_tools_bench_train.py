@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torch
 from draft_train.config import TrainConfig
 from draft_train.trainer import Trainer
 from store.reader import StoreReader
-from tools.bench.train import SHAPE
-from tools.bench.train_loader import _metrics, drop_from_memory, write_store
+from tools.bench.rows import some_of
+from tools.bench.train_cases import SHAPE, Case, needed_flops, synthetic_batch
+from tools.bench.train_loader import _metrics, _read_through, drop_from_memory, write_store
 from tools.cli import main
 
 SMALL = replace(
@@ -42,3 +44,28 @@ def test_rates_are_of_the_whole_epoch() -> None:
     ]
     found = _metrics(steps, 1e9)
     assert found == {"tok_s": 40.0, "median_tok_s": 62.5, "data_wait_share": 0.6, "gb_s": 40.0}
+
+
+def test_the_disk_is_read_to_the_last_byte(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes((3 << 20) + 7))
+    assert _read_through(path) == (3 << 20) + 7
+
+
+@pytest.mark.parametrize(("share", "window_filled"), [(1.0, 7 / 8), (0.5, (1536 + 3584 + 6 * 4096) / (8 * 4096))])
+def test_needed_operations_are_those_counted_by_hand(share: float, window_filled: float) -> None:
+    """MFLOP per row and step: q 44, o 22, MLP 130, head 172, k and v 5.5, of all rows once; attention 67; fc 43 once.
+
+    With half of the rows, these are the second halves of turns of 2048, the first two within the first window.
+    """
+    length = 16_384
+    found = needed_flops(synthetic_batch(Case((length,), share), torch.device("cpu"))) / length / 1e6
+    products = 6 * share * (44 + 22 + 130 + 172) + 5.5 * (1 + 5 * share) + 43
+    assert found == pytest.approx(3 * products + 3.5 * 6 * share * 67 * window_filled, rel=0.005)
+
+
+def test_lists_of_arguments_take_nothing_else() -> None:
+    parse = some_of(["a", "b"])
+    assert parse("b,a") == ["b", "a"]
+    with pytest.raises(argparse.ArgumentTypeError, match="expected some of a, b, found c"):
+        parse("a,c")

@@ -78,9 +78,8 @@ def load_demo_verifier() -> Verifier:
 
 
 def _peak_memory_gib() -> float:
-    """An upper bound: this process's peak plus, per core, the largest worker's. Linux counts ru_maxrss in KiB."""
-    own, worker = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return (own + worker * (os.cpu_count() or 1)) / 2**20
+    """Of this process so far. Linux counts ru_maxrss in KiB."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
 
 _worker_model: Any = None
@@ -107,6 +106,7 @@ class Demo:
         self.output = output
         self.size = size
         self.seconds: dict[str, float] = {}
+        self.memory: dict[str, float] = {}
 
     def path(self, *parts: str) -> Path:
         """A path below the run's directory."""
@@ -190,6 +190,7 @@ class Demo:
                     self.path("data", f"{split}.jsonl"),
                     max_prompt_tokens=size.max_prompt_tokens,
                 )
+            self.memory["each verifier process"] = pool.submit(_peak_memory_gib).result()
         self.seconds["traces"] = round(time.monotonic() - started, 1)
 
     def _prepare(self) -> None:
@@ -277,7 +278,7 @@ class Demo:
         summary = summarize([self.path("stores", name) for name in ("real", "traces")], evaluations, truth)
         summary["in_domain_split"] = IN_DOMAIN
         summary["size"] = asdict(self.size)
-        summary["peak_memory_gib"] = round(_peak_memory_gib(), 2)
+        summary["peak_memory_gib"] = {**self.memory, "main process": _peak_memory_gib()}
         draw_curves(
             {stage: self.path(stage, "metrics.jsonl") for stage in ("stage1", "stage2")},
             summary,

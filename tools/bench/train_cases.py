@@ -1,0 +1,109 @@
+"""What `tools.bench.train` trains: the seed's draft, on conversations of random states and teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from draft_train.batches import Batch, HostRows
+from draft_train.config import DraftShape
+
+SHAPE = DraftShape(
+    hidden_size=2688, taps=3, intermediate_size=8064, num_attention_heads=32, num_key_value_heads=2, head_dim=128,
+    vocab_size=131_072, draft_vocab_size=32_000, sliding_window=4096, rope_theta=10_000.0, rms_norm_eps=1e-5,
+)  # fmt: skip
+STEPS, TOP_K, TURNS = 6, 64, 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """Conversations of one batch, the share of rows that carry loss, and how memory is spared."""
+
+    lengths: tuple[int, ...]
+    share: float = 1.0
+    lean: bool = False
+
+
+CASES = {
+    "train-32k": Case((32_768,)),
+    "train-32k-lean": Case((32_768,), lean=True),
+    "train-32k-90": Case((32_768,), 0.9),
+    "train-32k-48": Case((32_768,), 0.48),
+    "train-8k": Case((8192,)),
+    "train-8k-packed": Case((8192,) * 4),
+    "train-64k": Case((65_536,)),
+    "train-64k-lean": Case((65_536,), lean=True),
+    "train-256k": Case((262_144,), lean=True),
+}
+
+
+def synthetic_batch(case: Case, device: torch.device) -> Batch:
+    """Random states and teacher of conversations of 8 turns, the loss rows at the end of each."""
+    parts = [_conversation(length, case.share) for length in case.lengths]
+    sizes = [rows.numel() for rows, _ in parts]
+    first_row = [sum(case.lengths[:number]) for number in range(len(parts))]
+    starts = torch.cat([rows + first for (rows, _), first in zip(parts, first_row, strict=True)])
+    steps = torch.cat([left for _, left in parts])
+    positions = [torch.arange(length) + 2 * number * 300_000 for number, length in enumerate(case.lengths)]
+    total, places = sum(case.lengths), starts[:, None] + torch.arange(STEPS)
+    live = torch.arange(STEPS)[None] < steps[:, None]
+    generator = torch.Generator(device=device).manual_seed(0)
+    with torch.device(device):
+        aux = torch.randn(total, 3 * SHAPE.hidden_size, generator=generator, dtype=torch.bfloat16)
+        tokens = torch.randint(SHAPE.vocab_size, (total,), generator=generator)
+        ids = torch.randint(SHAPE.draft_vocab_size // TOP_K, (total, TOP_K), generator=generator)
+        ids = ids + torch.arange(TOP_K) * (SHAPE.draft_vocab_size // TOP_K)
+        logits = 2 * torch.randn(total, TOP_K, generator=generator)
+        log_z = torch.logsumexp(logits, -1) + 0.05
+    places, live = places.to(device).clamp(max=total - 1), live.to(device)
+    rows = {"key_positions": torch.cat(positions), "start_index": starts, "steps": steps}
+    return Batch(
+        aux=aux,
+        key_tokens=tokens,
+        **{name: value.to(device) for name, value in rows.items()},  # type: ignore[arg-type]  # tensors only
+        host=HostRows.of(rows),
+        step_tokens=torch.where(live, tokens[places], 0),
+        teacher_index=torch.where(live, places, 0),
+        conversation=torch.repeat_interleave(torch.tensor(sizes)).to(device),
+        teacher_ids=ids,
+        teacher_logits=logits,
+        log_z_full=log_z + 0.01,
+        log_z_draft=log_z,
+        argmax=ids[:, 0].clone(),
+        conversations=len(parts),
+        loss_share=1 / len(parts),
+        tokens=total,
+        window=SHAPE.sliding_window or total,
+    )
+
+
+def _conversation(length: int, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Start rows, and how many steps of each carry loss. With share 1 it is one turn of all rows."""
+    rows = torch.arange(length)
+    if share == 1.0:
+        return rows, (length - rows).clamp(max=STEPS)
+    turn = length // TURNS
+    place = rows % turn
+    chosen = rows[(place >= round(turn * (1 - share))) & (rows < turn * TURNS)]
+    return chosen, (turn - chosen % turn).clamp(max=STEPS)
+
+
+def needed_flops(batch: Batch) -> float:
+    """Operations of the needed products and of attention, forward and backward (2x, attention 2.5x).
+
+    Every step projects its rows' states and tokens here, as the formulas have it, although tokens are projected once.
+    """
+    shape = SHAPE
+    hidden, queries = shape.hidden_size, shape.num_attention_heads * shape.head_dim
+    keys = 2 * shape.num_key_value_heads * shape.head_dim
+    per_row = 2 * hidden * (2 * queries + keys * 2 + queries + 3 * shape.intermediate_size + shape.draft_vocab_size)
+    live = [int((batch.steps > number).sum()) for number in range(STEPS)]
+    base = batch.aux.shape[0] * 2 * hidden * (shape.taps * hidden + 2 * keys)
+    products = 3 * (sum(live) * per_row - live[0] * 4 * hidden * keys + base)
+    positions, all_keys = batch.key_positions[batch.start_index], batch.key_positions
+    seen = torch.searchsorted(all_keys, positions, right=True) - torch.searchsorted(
+        all_keys, positions - (shape.sliding_window or 0) + 1
+    )
+    scores = sum(int(seen[batch.steps > number].sum()) for number in range(STEPS))
+    return float(products + 3.5 * 4 * queries * scores)
