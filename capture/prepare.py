@@ -18,8 +18,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from capture.chat_tokens import check_template_compiles, one_thread_per_process
 from capture.conversations import ChatRow, Rejection, read_conversations
 from capture.prepare_chunks import Chunk, ChunkResult, ChunkWorker, read_chunks, run_in_worker, start_worker
@@ -30,6 +28,7 @@ from capture.tokenizer_files import NO_TEMPLATE, ChatTemplate, TokenizerFiles, c
 from capture.vocab_map import build_vocab_map, coverage_table
 from store.errors import DraftcacheError, InputError
 from store.files import hash_file, hash_json
+from store.progress import progress_bar
 
 # Conversations per file rendered with both templates, and how many of them transformers itself tokenises.
 TEMPLATE_SAMPLE = 64
@@ -132,7 +131,7 @@ def _tokenise(
     )
     rows, quarantined = 0, 0
     # disable=None: no bar where stderr is not a terminal
-    with tqdm(unit="tok", unit_scale=True, disable=None if config.progress else True) as bar:
+    with progress_bar(unit="tok", unit_scale=True, disable=not config.progress) as bar:
         for result in _in_order(chunks, workers, (files, template, config.max_length)):
             split = splits[result.split]
             for rejection in result.rejections:

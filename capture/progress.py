@@ -9,10 +9,9 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeAlias
 
-from tqdm import tqdm
-
 from capture.work_plan import WorkPlan
 from store.commits import committed_shards, require_record, shard_name
+from store.progress import progress_bar
 from store.storage import Storage
 
 _LOOK_S = 5.0  # between looks at what other jobs have committed
@@ -90,7 +89,7 @@ class JobProgress:
         self._committed_tokens = 0
         self._count(committed_shards(storage))
         everything, done = work.tokens(range(len(work.shards))), self._committed_tokens
-        self._bar: Any = tqdm(
+        self._bar: Any = progress_bar(
             total=everything, initial=done, unit="tok", unit_scale=True, desc="capture", disable=done == everything
         )
 

@@ -8,11 +8,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from tqdm import tqdm
 
 from draft_train.config import TrainConfig
 from store.errors import InputError
 from store.files import atomic_path
+from store.progress import progress_bar
 
 _WORTH_SAYING = 0.03  # of the wall time waited for data
 
@@ -29,7 +29,7 @@ class RunLog:
         self._metrics = path.open("a", encoding="utf-8")
         tokens = epoch_tokens * config.epochs
         done = int(tokens * step / total_steps)
-        self._bar = tqdm(total=tokens, initial=done, unit="tok", unit_scale=True, desc="train")
+        self._bar = progress_bar(total=tokens, initial=done, unit="tok", unit_scale=True, desc="train")
 
     def __enter__(self) -> Self:
         return self
@@ -48,11 +48,11 @@ class RunLog:
         self._metrics.flush()
         if self._tracker is not None:
             self._tracker.log(record, step=record["step"])
-        self._bar.update(record["tokens"])
         text = f"step {record['step']}/{self._total_steps} loss {record['loss']:.3f}"
         if record["data_wait_share"] > _WORTH_SAYING:
             text += f", waiting for data {record['data_wait_share']:.0%}"
-        self._bar.set_postfix_str(text)
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(record["tokens"])
 
 
 def step_record(

@@ -49,12 +49,15 @@ def settings(root: Path, name: str, **changes: Any) -> TrainConfig:
     return config(root, output=root / name, batch_conversations=4, epochs=2, **changes)
 
 
-def start(world: int, words: list[str], *of_each: list[str]) -> list[subprocess.Popen[str]]:
-    """One process per rank, under the variables that torchrun sets. `of_each`: each rank's further words."""
+def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+        return str(probe.getsockname()[1])
+
+
+def start(world: int, words: list[str], *of_each: list[str]) -> list[subprocess.Popen[str]]:
+    """One process per rank, under the variables that torchrun sets. `of_each`: each rank's further words."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
             [sys.executable, *words, *(of_each[rank] if of_each else [])],
@@ -198,6 +201,29 @@ def test_torchrun_starts_it_and_sigterm_saves_the_step(store: Path) -> None:
     assert not state.finished
     assert f"stopped after step {state.step}, which is saved" in errors
     assert [row["step"] for row in metrics(made.output)] == list(range(1, state.step + 1))
+
+
+def test_two_nodes_train_the_same_run(store: Path) -> None:
+    """Two of torchrun's agents, each with two ranks: ranks 2 and 3 are ranks 0 and 1 of their node."""
+    alone, nodes = settings(store, "alone"), settings(store, "nodes")
+    assert finish(start(1, [WORKER, as_json(alone)]))[0][0] == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
+    command += ["--master-addr", "127.0.0.1", "--master-port", free_port()]
+    agents = [
+        subprocess.Popen(
+            [*command, "--node-rank", node, WORKER, as_json(nodes)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for node in ("0", "1")
+    ]  # fmt: skip
+    ends = finish(agents)
+    assert [code for code, *_ in ends] == [0, 0], ends
+    ranks = [weights(store / f"nodes-{rank}.safetensors") for rank in range(4)]
+    for name, expected in weights(store / "alone-0.safetensors").items():
+        assert all(torch.equal(rank[name], ranks[0][name]) for rank in ranks[1:])
+        torch.testing.assert_close(ranks[0][name], expected, rtol=1e-3, atol=1e-5)
+    losses = [[row["loss"] for row in metrics(made.output)] for made in (nodes, alone)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 def test_more_ranks_than_conversations_of_a_step_are_refused(store: Path) -> None:

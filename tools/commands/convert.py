@@ -18,8 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0: the target is finished and, unless told otherwise, compared."""
-    from tqdm import tqdm
-
     from store.codecs import MODES
     from store.convert import Conversion
     from store.errors import InputError
@@ -37,7 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
         check=not arguments.no_check,
         allow_lossy_source=arguments.allow_lossy_source,
     )
-    with tqdm(unit="B", unit_scale=True, desc="convert") as bar:
+    from store.progress import progress_bar
+
+    with progress_bar(unit="B", unit_scale=True, desc="convert") as bar:
         summary = conversion.run(progress=lambda size: bar.update(size))
     tokens = max(summary.tokens, 1)
     print(

@@ -14,12 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0: nothing was damaged, or the store is whole again; 1: capture has shards to make again."""
-    from tqdm import tqdm
-
+    from store.progress import progress_bar
     from store.repair import repair_store
     from store.verify import verify_store
 
-    with tqdm(unit="B", unit_scale=True, desc="verify") as bar:
+    with progress_bar(unit="B", unit_scale=True, desc="verify") as bar:
         report = verify_store(
             arguments.store, quick=arguments.quick, workers=arguments.workers, progress=lambda size: bar.update(size)
         )

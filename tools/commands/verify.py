@@ -17,11 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 1 for a store that is damaged, or unfinished without --allow-partial."""
-    from tqdm import tqdm
-
+    from store.progress import progress_bar
     from store.verify import verify_store
 
-    with tqdm(unit="B", unit_scale=True, desc="verify", disable=arguments.json) as bar:
+    with progress_bar(unit="B", unit_scale=True, desc="verify", disable=arguments.json) as bar:
         report = verify_store(
             arguments.store, quick=arguments.quick, workers=arguments.workers, progress=lambda size: bar.update(size)
         )

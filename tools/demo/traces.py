@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from store.files import atomic_path
+from store.progress import progress_bar
 
 Message = dict[str, Any]
 
@@ -80,12 +80,12 @@ def write_traces(
     order = sorted(kept, key=lambda number: len(encoded[number]))
     batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
     rows: dict[int, list[int]] = {}
-    with tqdm(total=len(kept), desc=f"traces {output.stem}", unit="trace") as bar:
+    with progress_bar(total=len(kept), desc=f"traces {output.stem}", unit="trace") as bar:
         answers = generate([[encoded[number] for number in batch] for batch in batches])
         for batch, written in zip(batches, answers, strict=True):
             rows.update(zip(batch, written, strict=True))
+            bar.set_postfix_str(f"{sum(map(len, rows.values())):,} tokens", refresh=False)
             bar.update(len(batch))
-            bar.set_postfix_str(f"{sum(map(len, rows.values())):,} tokens")
     with atomic_path(output) as partial, partial.open("w", encoding="utf-8") as file:
         for number in kept:
             text = tokenizer.decode(rows[number], skip_special_tokens=True)

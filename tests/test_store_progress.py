@@ -1,0 +1,67 @@
+"""Progress in a log file is readable lines, few of them; on a terminal it is one line that moves."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+from store import progress
+
+SCRIPT = """
+from store.progress import progress_bar
+with progress_bar(total=100, desc="work", unit="tok", unit_scale=True) as bar:
+    for number in range(100):
+        bar.set_postfix_str(f"step {number}", refresh=False)
+        bar.update(1)
+        if number == 50:
+            bar.write("something was said", file=__import__("sys").stderr)
+"""
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_log_gets_the_first_line_and_the_last_and_what_is_said_between() -> None:
+    ran = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, check=True)
+    first, said, last = ran.stderr.decode().splitlines()
+    assert b"\r" not in ran.stderr
+    assert (first[:11], said) == ("work:   0%|", "something was said")
+    assert last.startswith("work: 100%|")
+    assert "step 99" in last
+
+
+def test_lines_come_as_often_as_they_should(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+    with progress.progress_bar(total=5) as bar:
+        for _ in range(5):
+            bar.update(1)
+            bar.update(0)  # nothing to say
+    assert len(capsys.readouterr().err.splitlines()) == 7  # at first, five, at last
+
+
+def test_a_bar_that_is_switched_off_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.progress_bar(total=5, disable=True) as bar:
+        bar.update(1)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_line_that_moves() -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(ours, (24, 100))
+    with subprocess.Popen([sys.executable, "-c", SCRIPT], cwd=ROOT, stderr=theirs) as process:
+        os.close(theirs)
+        written = b""
+        try:
+            while part := os.read(ours, 4096):
+                written += part
+        except OSError:  # how Linux says that the other end is closed
+            pass
+        os.close(ours)
+    assert process.returncode == 0
+    assert written.count(b"\rwork:") >= 2
