@@ -131,7 +131,7 @@ def _tokenise(
     )
     rows, quarantined = 0, 0
     # disable=None: no bar where stderr is not a terminal
-    with progress_bar(unit="tok", unit_scale=True, disable=not config.progress) as bar:
+    with progress_bar(unit="tok", unit_scale=True, desc="prepare", disable=not config.progress) as bar:
         for result in _in_order(chunks, workers, (files, template, config.max_length)):
             split = splits[result.split]
             for rejection in result.rejections:
