@@ -21,3 +21,16 @@ MARKS = [
 ]
 DTYPES = [torch.float32] if INTERPRETED else [torch.bfloat16, torch.float32]
 """The interpreter cuts bfloat16 off instead of rounding it."""
+BF16, F32 = torch.bfloat16, torch.float32
+BOUND = {F32: 3e-5, BF16: 1e-2}
+"""Of `error`."""
+
+
+def rand(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative in the 2-norm; NaN fails every comparison."""
+    assert found.shape == expected.shape
+    return float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))

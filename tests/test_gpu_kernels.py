@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_device import DEVICE, DTYPES, INTERPRETED, MARKS
+from kernel_device import BF16, DEVICE, DTYPES, F32, INTERPRETED, MARKS, rand
 
 from capture.kernels.attention import causal_attention, causal_attention_reference
 from capture.kernels.causal_conv import causal_conv_silu, causal_conv_silu_reference
@@ -35,16 +35,11 @@ from capture.kernels.row_stats import (
 )
 
 pytestmark = MARKS
-BF16, F32 = torch.bfloat16, torch.float32
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-def rand(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
-    return torch.randn(*shape, device=DEVICE).to(dtype)
 
 
 def near(found: torch.Tensor, expected: torch.Tensor, steps: float = 1.0) -> None:

@@ -1,6 +1,6 @@
 """The kernels' own tests where there is no GPU: Triton's interpreter runs them on the CPU, in float32 and small shapes.
 
-In a process of its own, as Triton reads TRITON_INTERPRET when it is imported.
+In processes of their own, as Triton reads TRITON_INTERPRET when it is imported; two, as one uses one core only.
 """
 
 from __future__ import annotations
@@ -17,21 +17,35 @@ import torch
 from store.triton_launch import INTERPRETED, runs_kernels, tl
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("test_gpu_kernels.py", "test_gpu_draft_kernels.py", "test_kernels_interpreted.py")
 FORWARD = "test_capture_forward.py::test_random_weights_equal_the_models_code"
+PARTS = (
+    (("test_gpu_draft_attention.py",), 40),
+    (("test_gpu_draft_kernels.py", "test_gpu_kernels.py", "test_kernels_interpreted.py", FORWARD), 90),
+)
+"""What each process tests, and how many tests that is at least."""
 
 
 @pytest.mark.skipif(tl is None, reason="needs Triton")
 @pytest.mark.skipif(INTERPRETED, reason="is what starts the others")
 def test_in_tritons_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
-    command += [f"tests/{name}" for name in (*TESTS, FORWARD)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout[-4000:]
-    found = re.search(r"(\d+) passed", ran.stdout)
-    assert found is not None
-    assert int(found[1]) > 90, ran.stdout[-400:]
+    started = [
+        subprocess.Popen(
+            [*command, *(f"tests/{name}" for name in names)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for names, _ in PARTS
+    ]
+    for process, (_, least) in zip(started, PARTS, strict=True):
+        said = process.communicate()[0]
+        assert process.returncode == 0, said[-4000:]
+        found = re.search(r"(\d+) passed", said)
+        assert found is not None
+        assert int(found[1]) > least, said[-400:]
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="of the interpreter's own process")
