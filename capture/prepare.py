@@ -130,7 +130,6 @@ def _tokenise(
         for chunk in read_chunks(name, index, path)
     )
     rows, quarantined = 0, 0
-    # disable=None: no bar where stderr is not a terminal
     with progress_bar(unit="tok", unit_scale=True, desc="prepare", disable=not config.progress) as bar:
         for result in _in_order(chunks, workers, (files, template, config.max_length)):
             split = splits[result.split]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from capture.ssm_precision import stand_in_for_extension
 
@@ -54,6 +55,12 @@ def save_tokenizer(directory: Path, chat_template: str | None, vocab_size: int =
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(str(directory))
     return directory
+
+
+@pytest.fixture
+def seeded() -> None:
+    """The same random numbers in every test."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

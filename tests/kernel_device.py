@@ -10,6 +10,7 @@ from store.triton_launch import INTERPRETED
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 MARKS = [
+    pytest.mark.usefixtures("seeded"),
     *([] if INTERPRETED else [pytest.mark.gpu]),
     pytest.mark.skipif(
         not INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA device, or TRITON_INTERPRET=1"

@@ -54,8 +54,8 @@ def test_peaks_are_near_what_was_measured(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_peaks_with_flash_attention_are_measured_ones_or_a_little_more(name: str) -> None:
     """It counts as many copies of keys as turns can make; rows that all follow one another need none."""
-    measured = MEASURED[f"{name}-flash"]
-    assert measured <= gib(work_of(CASES[name], flash_attention=True)) < 1.05 * measured
+    measured, most = MEASURED[f"{name}-flash"], 1.05 if CASES[name].lean else 1.03  # lean: little else is held
+    assert measured <= gib(work_of(CASES[name], flash_attention=True)) < most * measured
 
 
 def test_the_sums_of_flash_attention_count_where_little_else_is_held() -> None:

@@ -34,11 +34,6 @@ NEEDS_FLASH = pytest.mark.skipif(
 """In the interpreter its plain twin takes its place, beside the kernels of rows' own keys."""
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def sight_of(positions: torch.Tensor, key_positions: torch.Tensor, step: int, window: int, slots: int) -> Sight:
     rows = torch.arange(slots, device=DEVICE)[-positions.numel() :]
     return Sight(rows, positions.to(DEVICE, torch.int32), key_positions.to(DEVICE, torch.int32), step, window)

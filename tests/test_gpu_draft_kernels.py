@@ -25,11 +25,6 @@ from draft_train.kernels.tail_kl import tail_kl, tail_kl_reference
 pytestmark = MARKS
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 8), (37, 2688), (1500, 260)])
 @pytest.mark.parametrize("residual", [False, True])

@@ -37,11 +37,6 @@ from capture.kernels.row_stats import (
 pytestmark = MARKS
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def near(found: torch.Tensor, expected: torch.Tensor, steps: float = 1.0) -> None:
     """Within `steps` roundings of the dtype of the largest value of a row, and few elements differ at all in bf16."""
     assert found.dtype == expected.dtype

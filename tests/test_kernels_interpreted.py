@@ -40,9 +40,9 @@ def test_in_tritons_interpreter() -> None:
         )
         for names, _ in PARTS
     ]
-    for process, (_, least) in zip(started, PARTS, strict=True):
-        said = process.communicate()[0]
-        assert process.returncode == 0, said[-4000:]
+    ends = [(process.communicate()[0], process.returncode) for process in started]
+    for (said, code), (_, least) in zip(ends, PARTS, strict=True):
+        assert code == 0, said[-4000:]
         found = re.search(r"(\d+) passed", said)
         assert found is not None
         assert int(found[1]) > least, said[-400:]

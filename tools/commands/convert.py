@@ -22,6 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     from store.convert import Conversion
     from store.errors import InputError
     from store.manifest import LAYOUTS
+    from store.progress import progress_bar
 
     for flag, value, choices in (("layout", arguments.layout, LAYOUTS), ("mode", arguments.mode, MODES)):
         if value is not None and value not in choices:
@@ -35,8 +36,6 @@ def run(arguments: argparse.Namespace) -> int:
         check=not arguments.no_check,
         allow_lossy_source=arguments.allow_lossy_source,
     )
-    from store.progress import progress_bar
-
     with progress_bar(unit="B", unit_scale=True, desc="convert") as bar:
         summary = conversion.run(progress=lambda size: bar.update(size))
     tokens = max(summary.tokens, 1)
