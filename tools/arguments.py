@@ -22,18 +22,18 @@ def add_settings(
             continue
         flag = "--" + item.name.replace("_", "-")
         required = item.default is dataclasses.MISSING
-        help_text = item.metadata.get("help", "")
+        help_text = item.metadata.get("help", "").replace("%", "%%")  # argparse fills in what follows a single one
         if hints[item.name] is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=item.default, help=help_text)
             continue
         if not required and item.default not in (None, ()):
-            help_text += f" (default: {item.default})"
+            help_text += f" (default: {item.default})".replace("%", "%%")
         parser.add_argument(
             flag,
             required=required,
             default=None if required else item.default,
             type=_converter(hints[item.name]),
-            help=help_text.replace("%", "%%"),
+            help=help_text,
             metavar=item.name.upper(),
         )
 
