@@ -19,23 +19,23 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from capture.calibration import calibrate
-from capture.config import CaptureConfig
-from capture.progress import CaptureSummary, JobProgress, Line
-from capture.self_check import check_verifier
-from capture.shard_capture import ShardCapture
-from capture.shard_worker import POLL_S, ShardWorker, WorkerRole
-from capture.sharded_verifier import ShardedVerifier
-from capture.ssm_precision import enforce_contract, mamba_mixers
-from capture.stopping import StopRequest
-from capture.verifier import Verifier, choose_device, choose_dtype, describe_verifier, load_verifier
-from capture.vocab_map import load_vocab_maps
-from capture.work_plan import WorkPlan
-from store.errors import InputError, ManifestMismatchError
-from store.manifest import StoreManifest, Tap
-from store.reader import FROZEN_NAME, VOCAB_MAP_NAME
-from store.storage import open_storage
-from store.writer import StoreWriter
+from draftcache.capture.calibration import calibrate
+from draftcache.capture.config import CaptureConfig
+from draftcache.capture.progress import CaptureSummary, JobProgress, Line
+from draftcache.capture.self_check import check_verifier
+from draftcache.capture.shard_capture import ShardCapture
+from draftcache.capture.shard_worker import POLL_S, ShardWorker, WorkerRole
+from draftcache.capture.sharded_verifier import ShardedVerifier
+from draftcache.capture.ssm_precision import enforce_contract, mamba_mixers
+from draftcache.capture.stopping import StopRequest
+from draftcache.capture.verifier import Verifier, choose_device, choose_dtype, describe_verifier, load_verifier
+from draftcache.capture.vocab_map import load_vocab_maps
+from draftcache.capture.work_plan import WorkPlan
+from draftcache.store.errors import InputError, ManifestMismatchError
+from draftcache.store.manifest import StoreManifest, Tap
+from draftcache.store.reader import FROZEN_NAME, VOCAB_MAP_NAME
+from draftcache.store.storage import open_storage
+from draftcache.store.writer import StoreWriter
 
 
 class CaptureJob:

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from capture.config import CaptureConfig
-from capture.gates import Gates, gate_statistics
-from capture.verifier import Verifier
-from capture.work_plan import WorkPlan
-from store import torch_codecs
-from store.codecs import Calibration
-from store.errors import GateError
-from store.norm_band import bands_to_json
-from store.rows import rows_in_reach, teacher_positions
+from draftcache.capture.config import CaptureConfig
+from draftcache.capture.gates import Gates, gate_statistics
+from draftcache.capture.verifier import Verifier
+from draftcache.capture.work_plan import WorkPlan
+from draftcache.store import torch_codecs
+from draftcache.store.codecs import Calibration
+from draftcache.store.errors import GateError
+from draftcache.store.norm_band import bands_to_json
+from draftcache.store.rows import rows_in_reach, teacher_positions
 
 LEAST_CONVERSATIONS = 32
 """A mean of 32 logarithms is within 0.7 sigma (4 standard errors) of the true one; the band has 8."""

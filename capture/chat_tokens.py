@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from capture.conversations import ChatRow, RowRejectedError, clip
-from capture.tokenizer_files import ChatTemplate, TokenizerFiles
-from store.errors import InputError
+from draftcache.capture.conversations import ChatRow, RowRejectedError, clip
+from draftcache.capture.tokenizer_files import ChatTemplate, TokenizerFiles
+from draftcache.store.errors import InputError
 
 Span = tuple[int, int]  # characters, end exclusive
 

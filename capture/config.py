@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from store.codecs import MODES
-from store.errors import InputError
-from store.manifest import LAYOUTS
-from store.storage import Location
-from store.teacher_form import TEACHERS
+from draftcache.store.codecs import MODES
+from draftcache.store.errors import InputError
+from draftcache.store.manifest import LAYOUTS
+from draftcache.store.storage import Location
+from draftcache.store.teacher_form import TEACHERS
 
 ENGINES = ("local", "ray")
 

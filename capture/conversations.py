@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import zstandard
 
-from store.errors import InputError
+from draftcache.store.errors import InputError
 
 _BLOCK = 1 << 18
 _GZIP_MAGIC = b"\x1f\x8b"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from capture.batch_job import CaptureJob
-from capture.config import CaptureConfig
-from capture.local_workers import run_processes, worker_count
-from capture.progress import CaptureSummary, JobProgress
-from capture.stopping import StopRequest, StopSignals
-from capture.work_plan import WorkPlan
-from store.storage import open_storage
+from draftcache.capture.batch_job import CaptureJob
+from draftcache.capture.config import CaptureConfig
+from draftcache.capture.local_workers import run_processes, worker_count
+from draftcache.capture.progress import CaptureSummary, JobProgress
+from draftcache.capture.stopping import StopRequest, StopSignals
+from draftcache.capture.work_plan import WorkPlan
+from draftcache.store.storage import open_storage
 
 
 def capture(config: CaptureConfig) -> CaptureSummary:
@@ -24,7 +24,7 @@ def capture(config: CaptureConfig) -> CaptureSummary:
             return job.run(stop)
     with JobProgress(WorkPlan.of(config), open_storage(config.output)) as progress:
         if config.engine == "ray":
-            from capture.ray_workers import run_on_ray
+            from draftcache.capture.ray_workers import run_on_ray
 
             run_on_ray(config, progress, stop)
         else:

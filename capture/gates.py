@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from store.errors import GateError
-from store.norm_band import NormBand
+from draftcache.store.errors import GateError
+from draftcache.store.norm_band import NormBand
 
 _TINY = torch.finfo(torch.float32).tiny
 

@@ -13,10 +13,10 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
 
-from capture.config import CaptureConfig
-from capture.progress import Event, JobProgress, Line
-from capture.stopping import CaptureStopped, ParentSignals, StopRequest, StopSignals, StopSteps
-from store.errors import DraftcacheError, StoreError
+from draftcache.capture.config import CaptureConfig
+from draftcache.capture.progress import Event, JobProgress, Line
+from draftcache.capture.stopping import CaptureStopped, ParentSignals, StopRequest, StopSignals, StopSteps
+from draftcache.store.errors import DraftcacheError, StoreError
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
@@ -134,8 +134,8 @@ def worker_main(config: CaptureConfig, number: int, count: int, connection: Conn
 def _work(config: CaptureConfig, number: int, count: int, connection: Connection, stop: StopRequest) -> None:
     from transformers.utils import logging
 
-    from capture.batch_job import CaptureJob
-    from capture.shard_worker import WorkerRole
+    from draftcache.capture.batch_job import CaptureJob
+    from draftcache.capture.shard_worker import WorkerRole
 
     logging.disable_progress_bar()  # one line for the job, not one per worker
 

@@ -1,7 +1,7 @@
 """NemotronH's body over a loaded model's own weights, a few times faster than the model's own code.
 
-The blocks are run one after the other: fused norms, convolution, routing and sums (`capture.kernels`) around the
-libraries' matrix products, flash attention and mamba-ssm's scan. What is computed, and where it is rounded, follows
+The blocks are run one after the other: fused norms, convolution, routing and sums (`draftcache.capture.kernels`) around
+the libraries' matrix products, flash attention and mamba-ssm's scan. What is computed, and where it is rounded, follows
 transformers' NemotronH; its newest version's norm, which multiplies by the weight in float32, is taken for all
 versions. A test compares the two, whole and in chunks, on trained weights.
 """
@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from capture.kernels.attention import KeyValues, causal_attention
-from capture.kernels.causal_conv import causal_conv_silu
-from capture.kernels.experts import combine, dispatch, grouped_linear, relu_squared_, route
-from capture.kernels.norms import add_rms_norm, gated_group_norm
-from capture.prefill import Piece
-from capture.ssm_precision import scan_function
-from store.errors import InputError
+from draftcache.capture.kernels.attention import KeyValues, causal_attention
+from draftcache.capture.kernels.causal_conv import causal_conv_silu
+from draftcache.capture.kernels.experts import combine, dispatch, grouped_linear, relu_squared_, route
+from draftcache.capture.kernels.norms import add_rms_norm, gated_group_norm
+from draftcache.capture.prefill import Piece
+from draftcache.capture.ssm_precision import scan_function
+from draftcache.store.errors import InputError
 
 _BLOCK_TYPES = {"linear_attention", "mamba", "full_attention", "attention", "moe", "mlp"}
 
@@ -63,7 +63,7 @@ def unsupported(model: Any) -> str | None:
 
 
 class NemotronForward:
-    """See the module's description; `capture.prefill.Forward`."""
+    """See the module's description; `draftcache.capture.prefill.Forward`."""
 
     name = "draftcache"
 

@@ -18,17 +18,23 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from capture.chat_tokens import check_template_compiles, one_thread_per_process
-from capture.conversations import ChatRow, Rejection, read_conversations
-from capture.prepare_chunks import Chunk, ChunkResult, ChunkWorker, read_chunks, run_in_worker, start_worker
-from capture.template_check import Sample, check_against_transformers, first_template_difference
-from capture.token_dataset import VERSION, VOCAB_MAP, TokenDataset
-from capture.token_dataset_writer import DatasetWriter, SplitWriter, check_output, is_dataset
-from capture.tokenizer_files import NO_TEMPLATE, ChatTemplate, TokenizerFiles, choose_template, load_tokenizer
-from capture.vocab_map import build_vocab_map, coverage_table
-from store.errors import DraftcacheError, InputError
-from store.files import hash_file, hash_json
-from store.progress import progress_bar
+from draftcache.capture.chat_tokens import check_template_compiles, one_thread_per_process
+from draftcache.capture.conversations import ChatRow, Rejection, read_conversations
+from draftcache.capture.prepare_chunks import Chunk, ChunkResult, ChunkWorker, read_chunks, run_in_worker, start_worker
+from draftcache.capture.template_check import Sample, check_against_transformers, first_template_difference
+from draftcache.capture.token_dataset import VERSION, VOCAB_MAP, TokenDataset
+from draftcache.capture.token_dataset_writer import DatasetWriter, SplitWriter, check_output, is_dataset
+from draftcache.capture.tokenizer_files import (
+    NO_TEMPLATE,
+    ChatTemplate,
+    TokenizerFiles,
+    choose_template,
+    load_tokenizer,
+)
+from draftcache.capture.vocab_map import build_vocab_map, coverage_table
+from draftcache.store.errors import DraftcacheError, InputError
+from draftcache.store.files import hash_file, hash_json
+from draftcache.store.progress import progress_bar
 
 # Conversations per file rendered with both templates, and how many of them transformers itself tokenises.
 TEMPLATE_SAMPLE = 64

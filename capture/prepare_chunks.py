@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from capture.chat_tokens import ChatTokenizer
-from capture.conversations import Rejection, RowRejectedError, TokenRow, parse_row, read_lines
-from capture.token_dataset import CONVERSATION_DTYPE, conversation_hash
-from capture.tokenizer_files import ChatTemplate, TokenizerFiles
+from draftcache.capture.chat_tokens import ChatTokenizer
+from draftcache.capture.conversations import Rejection, RowRejectedError, TokenRow, parse_row, read_lines
+from draftcache.capture.token_dataset import CONVERSATION_DTYPE, conversation_hash
+from draftcache.capture.tokenizer_files import ChatTemplate, TokenizerFiles
 
 # Large enough that handing over a chunk vanishes beside encoding it (about 0.3 s); small enough that the
 # encodings of one chunk (about 150 bytes per token) stay within some tens of megabytes.

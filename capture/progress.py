@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeAlias
 
-from capture.work_plan import WorkPlan
-from store.commits import committed_shards, require_record, shard_name
-from store.progress import progress_bar
-from store.storage import Storage
+from draftcache.capture.work_plan import WorkPlan
+from draftcache.store.commits import committed_shards, require_record, shard_name
+from draftcache.store.progress import progress_bar
+from draftcache.store.storage import Storage
 
 _LOOK_S = 5.0  # between looks at what other jobs have committed
 

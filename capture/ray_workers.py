@@ -16,12 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from capture.batch_job import CaptureJob
-from capture.config import CaptureConfig
-from capture.progress import Event, JobProgress, Line
-from capture.shard_worker import WorkerRole
-from capture.stopping import CaptureStopped, ParentSignals, StopRequest, StopSteps
-from store.errors import DraftcacheError, InputError, StoreError
+from draftcache.capture.batch_job import CaptureJob
+from draftcache.capture.config import CaptureConfig
+from draftcache.capture.progress import Event, JobProgress, Line
+from draftcache.capture.shard_worker import WorkerRole
+from draftcache.capture.stopping import CaptureStopped, ParentSignals, StopRequest, StopSteps
+from draftcache.store.errors import DraftcacheError, InputError, StoreError
 
 _POLL_S = 0.5
 _KNOCK_S = 10.0

@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from capture.calibration import PIECE
-from capture.config import CaptureConfig
-from capture.nemotron_forward import NemotronForward
-from capture.verifier import Verifier, head_logits
-from capture.work_plan import WorkPlan
-from store.errors import InputError
+from draftcache.capture.calibration import PIECE
+from draftcache.capture.config import CaptureConfig
+from draftcache.capture.nemotron_forward import NemotronForward
+from draftcache.capture.verifier import Verifier, head_logits
+from draftcache.capture.work_plan import WorkPlan
+from draftcache.store.errors import InputError
 
 TOKENS = 256
 """Two chunks of the scan; the model's own code runs them in well under a second."""

@@ -15,23 +15,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from capture.batches import token_batches
-from capture.config import CaptureConfig
-from capture.gates import Gates, gate_statistics
-from capture.overlap import HostArrays, HostMemory, Writing
-from capture.prefill import Piece
-from capture.progress import Progress
-from capture.teacher_topk import TeacherHead, teacher_signal
-from capture.verifier import Verifier
-from capture.work_plan import ShardPlan, WorkPlan
-from store import torch_codecs
-from store.errors import GateError
-from store.manifest import StoreManifest
-from store.rows import rows_in_reach, teacher_positions
-from store.schema import Conversation
-from store.teacher_stats import tail_mass
-from store.vocab_map import VocabMap
-from store.writer import ShardInProgress
+from draftcache.capture.batches import token_batches
+from draftcache.capture.config import CaptureConfig
+from draftcache.capture.gates import Gates, gate_statistics
+from draftcache.capture.overlap import HostArrays, HostMemory, Writing
+from draftcache.capture.prefill import Piece
+from draftcache.capture.progress import Progress
+from draftcache.capture.teacher_topk import TeacherHead, teacher_signal
+from draftcache.capture.verifier import Verifier
+from draftcache.capture.work_plan import ShardPlan, WorkPlan
+from draftcache.store import torch_codecs
+from draftcache.store.errors import GateError
+from draftcache.store.manifest import StoreManifest
+from draftcache.store.rows import rows_in_reach, teacher_positions
+from draftcache.store.schema import Conversation
+from draftcache.store.teacher_stats import tail_mass
+from draftcache.store.vocab_map import VocabMap
+from draftcache.store.writer import ShardInProgress
 
 _STATISTICS = "gate statistics"
 _GPU_MULTIPLE = 128
@@ -44,7 +44,7 @@ class ShardSummary:
 
     quarantined: list[dict[str, Any]] = field(default_factory=list)
     tails: list[NDArray[Any]] = field(default_factory=list)
-    """tau [P] of every conversation; see `store.teacher_stats.tail_mass`."""
+    """tau [P] of every conversation; see `draftcache.store.teacher_stats.tail_mass`."""
     norms: dict[str, Any] = field(default_factory=dict)
     """See `Gates.norms_json`."""
 

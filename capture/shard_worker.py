@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from capture.progress import Line, Report, ShardAdvanced, ShardDone
-from capture.shard_capture import ShardCapture, ShardRunning
-from capture.stopping import StopRequest
-from capture.work_plan import WorkPlan
-from store.commits import read_record
-from store.shard_index import INDEX_RECORD
-from store.teacher_stats import describe
-from store.writer import ShardInProgress, StoreWriter
+from draftcache.capture.progress import Line, Report, ShardAdvanced, ShardDone
+from draftcache.capture.shard_capture import ShardCapture, ShardRunning
+from draftcache.capture.stopping import StopRequest
+from draftcache.capture.work_plan import WorkPlan
+from draftcache.store.commits import read_record
+from draftcache.store.shard_index import INDEX_RECORD
+from draftcache.store.teacher_stats import describe
+from draftcache.store.writer import ShardInProgress, StoreWriter
 
 POLL_S = 0.5
 """How often a worker with nothing to do looks whether other workers' shards were committed, or became free."""
@@ -146,7 +146,7 @@ class _OpenShard:
 
 
 class _ShardProgress:
-    """See `capture.progress.Progress`."""
+    """See `draftcache.capture.progress.Progress`."""
 
     def __init__(self, shard: int, role: WorkerRole) -> None:
         self._shard = shard

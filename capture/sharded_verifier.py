@@ -25,13 +25,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from capture.config import CaptureConfig
-from capture.prefill import Forward, Piece
-from capture.self_check import check_verifier
-from capture.ssm_precision import enforce_contract
-from capture.verifier import Verifier, choose_device, choose_dtype, load_verifier
-from capture.work_plan import WorkPlan
-from store.errors import DraftcacheError, InputError, StoreError
+from draftcache.capture.config import CaptureConfig
+from draftcache.capture.prefill import Forward, Piece
+from draftcache.capture.self_check import check_verifier
+from draftcache.capture.ssm_precision import enforce_contract
+from draftcache.capture.verifier import Verifier, choose_device, choose_dtype, load_verifier
+from draftcache.capture.work_plan import WorkPlan
+from draftcache.store.errors import DraftcacheError, InputError, StoreError
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
@@ -119,7 +119,7 @@ class ShardedVerifier:
 
 
 class _LeadingForward:
-    """A forward that tells the followers first; `capture.prefill.Forward`."""
+    """A forward that tells the followers first; `draftcache.capture.prefill.Forward`."""
 
     def __init__(self, inner: Forward, group: ShardedVerifier) -> None:
         self.name = inner.name

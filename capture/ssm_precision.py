@@ -31,7 +31,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import DynamicCache
 
-from store.errors import PrecisionError
+from draftcache.store.errors import PrecisionError
 
 _CALLS, _CALL_TOKENS = 16, 128
 _INITIAL, _ADDED = 256.0, 0.5

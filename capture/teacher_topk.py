@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from capture.kernels.row_stats import draft_logits, largest, part_largest, row_stats
-from capture.verifier import head_logits
-from store.errors import InputError
-from store.teacher_form import TeacherForm
+from draftcache.capture.kernels.row_stats import draft_logits, largest, part_largest, row_stats
+from draftcache.capture.verifier import head_logits
+from draftcache.store.errors import InputError
+from draftcache.store.teacher_form import TeacherForm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class TeacherHead:
 
 @torch.inference_mode()
 def teacher_signal(final: torch.Tensor, next_tokens: torch.Tensor, teacher: TeacherHead) -> dict[str, torch.Tensor]:
-    """Teacher arrays of `store.schema` for P positions but for these, computed `slice_rows` rows at a time.
+    """Teacher arrays of `draftcache.store.schema` for P positions but for these, computed `slice_rows` rows at a time.
 
     `final` [P, H]: final-norm states at the teacher positions; `next_tokens` [P] int64: the realised tokens
     x_{p+1}. Logits are float32 throughout. Raises InputError where states are to be kept and are of a dtype other

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from capture.chat_tokens import ChatTokenizer, render_chat, without_nones
-from capture.conversations import ChatRow, RowRejectedError
-from capture.tokenizer_files import ChatTemplate, TokenizerFiles
-from store.errors import InputError
+from draftcache.capture.chat_tokens import ChatTokenizer, render_chat, without_nones
+from draftcache.capture.conversations import ChatRow, RowRejectedError
+from draftcache.capture.tokenizer_files import ChatTemplate, TokenizerFiles
+from draftcache.store.errors import InputError
 
 _CONTEXT = 40  # characters shown before a difference
 

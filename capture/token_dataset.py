@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from store.errors import InputError
-from store.files import hash_bytes, hash_file, hash_json, read_json
+from draftcache.store.errors import InputError
+from draftcache.store.files import hash_bytes, hash_file, hash_json, read_json
 
 FORMAT = "draftcache-prepared"
 VERSION = 1

@@ -15,10 +15,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from capture.conversations import Rejection
-from capture.token_dataset import CONVERSATION_DTYPE, FORMAT, MANIFEST, QUARANTINE, VERSION
-from store.errors import InputError
-from store.files import fsync_directory, fsync_tree, hash_file, read_json, write_json
+from draftcache.capture.conversations import Rejection
+from draftcache.capture.token_dataset import CONVERSATION_DTYPE, FORMAT, MANIFEST, QUARANTINE, VERSION
+from draftcache.store.errors import InputError
+from draftcache.store.files import fsync_directory, fsync_tree, hash_file, read_json, write_json
 
 
 class _GrowingArray:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from store.errors import InputError
-from store.files import canonical_json, hash_bytes, hash_file, hash_json, read_json
+from draftcache.store.errors import InputError
+from draftcache.store.files import canonical_json, hash_bytes, hash_file, hash_json, read_json
 
 SHIPPED_TEMPLATE = Path(__file__).parent / "templates" / "nemotron_chatml.jinja"
 

@@ -1,6 +1,6 @@
 """The frozen verifier: any Hugging Face causal LM whose blocks, final norm and head can be found.
 
-Nothing here names a model class. What was found is proved at start-up by `capture.self_check`.
+Nothing here names a model class. What was found is proved at start-up by `draftcache.capture.self_check`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import xxhash
 from safetensors import safe_open
 from torch import nn
 
-from capture.nemotron_forward import NemotronForward, unsupported
-from capture.prefill import Forward, Piece, PlainForward
-from capture.ssm_precision import mamba_mixers, stand_in_for_extension, torch_forms_on_the_cpu
-from store.errors import InputError
-from store.files import hash_json, read_json
+from draftcache.capture.nemotron_forward import NemotronForward, unsupported
+from draftcache.capture.prefill import Forward, Piece, PlainForward
+from draftcache.capture.ssm_precision import mamba_mixers, stand_in_for_extension, torch_forms_on_the_cpu
+from draftcache.store.errors import InputError
+from draftcache.store.files import hash_json, read_json
 
 _SAMPLES_PER_FILE = 256
 _SAMPLE_BYTES = 1 << 16
@@ -76,7 +76,7 @@ class Verifier:
         return VerifierStates(taps={layer: tap[0] for layer, tap in piece.taps.items()}, final=piece.final[0])
 
     def prefill(self, token_ids: torch.Tensor, layers: tuple[int, ...], chunk_tokens: int) -> Iterator[Piece]:
-        """Pieces of at most `chunk_tokens` rows of `token_ids` [B, L] int64; see `capture.prefill.Forward`."""
+        """Pieces of at most `chunk_tokens` rows of `token_ids` [B, L] int64, as `Forward.prefill` gives them."""
         return self.engine.prefill(token_ids.to(self.device), layers, max(1, chunk_tokens))
 
 
@@ -110,8 +110,8 @@ def load_verifier(
 ) -> Verifier:
     """Load a model directory, frozen, in evaluation mode, from safetensors only. Raises InputError.
 
-    With `shard` > 1 this is one of as many processes of a process group (see `capture.sharded_verifier`), and each
-    loads its part.
+    With `shard` > 1 this is one of as many processes of a process group (see `draftcache.capture.sharded_verifier`),
+    and each loads its part.
     """
     if not (path / "config.json").is_file():
         raise InputError(f"{path}: expected a model directory, found no config.json")

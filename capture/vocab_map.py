@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from store.errors import InputError
-from store.vocab_map import VocabMap
+from draftcache.store.errors import InputError
+from draftcache.store.vocab_map import VocabMap
 
 UNION = "union"
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from capture.config import CaptureConfig
-from capture.token_dataset import TokenDataset
-from store.errors import InputError
+from draftcache.capture.config import CaptureConfig
+from draftcache.capture.token_dataset import TokenDataset
+from draftcache.store.errors import InputError
 
 
 @dataclass(frozen=True)

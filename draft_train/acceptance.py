@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from draft_train.batches import Batch, build_batch
-from draft_train.draft_model import DraftModel
-from draft_train.unroll import unroll
-from store.reader import StoreReader
-from store.rows import start_rows, tokens_left
-from store.schema import Conversation
+from draftcache.draft_train.batches import Batch, build_batch
+from draftcache.draft_train.draft_model import DraftModel
+from draftcache.draft_train.unroll import unroll
+from draftcache.store.reader import StoreReader
+from draftcache.store.rows import start_rows, tokens_left
+from draftcache.store.schema import Conversation
 
 LENGTH_BUCKETS = (16_384, 32_768, 65_536)
 _EXACT_AGREEMENT = 0.999

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from draft_train.loss_rows import LOSS_ROW_RULES
-from draft_train.teacher import TeacherView
-from store import torch_codecs
-from store.codecs import TapCodec
-from store.errors import InputError
-from store.schema import Conversation
+from draftcache.draft_train.loss_rows import LOSS_ROW_RULES
+from draftcache.draft_train.teacher import TeacherView
+from draftcache.store import torch_codecs
+from draftcache.store.codecs import TapCodec
+from draftcache.store.errors import InputError
+from draftcache.store.schema import Conversation
 
 _CPU = torch.device("cpu")
 _AS_STORED = TeacherView()
@@ -120,7 +120,8 @@ def build_batch(
     """Pack conversations read with `decode=False`, onto `device`.
 
     `window` None attends to every earlier row of the same conversation; `teacher` says which draft vocabulary's;
-    `loss_share` None makes these conversations the whole optimizer step; `loss_rows`: see `draft_train.loss_rows`.
+    `loss_share` None makes these conversations the whole optimizer step; `loss_rows`: see
+    `draftcache.draft_train.loss_rows`.
     """
     columns = pack_columns(conversations, max_steps=max_steps, window=window, teacher=teacher, loss_rows=loss_rows)
     tensors = {name: value.to(device, non_blocking=True) for name, value in columns.tensors.items()}

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from draft_train.config import DraftShape
-from draft_train.draft_model import DraftModel
-from store.errors import CheckpointError, DraftcacheError
-from store.files import fsync_directory, fsync_tree, hash_file, read_json, write_json
-from store.vocab_map import VocabMap
+from draftcache.draft_train.config import DraftShape
+from draftcache.draft_train.draft_model import DraftModel
+from draftcache.store.errors import CheckpointError, DraftcacheError
+from draftcache.store.files import fsync_directory, fsync_tree, hash_file, read_json, write_json
+from draftcache.store.vocab_map import VocabMap
 
 FORMAT = "draftcache-checkpoint"
 VERSION = 1

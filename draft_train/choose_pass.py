@@ -6,14 +6,14 @@ import sys
 
 import torch
 
-from draft_train.config import TrainConfig
-from draft_train.draft_model import DraftModel
-from draft_train.fused_pass import FusedPass, PassSettings
-from draft_train.gradient_pass import GradientPass, PlainPass
-from draft_train.kernels.flash_attention import why_not_flash
-from draft_train.objective import Objective
-from store.errors import InputError
-from store.triton_launch import tl
+from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.draft_model import DraftModel
+from draftcache.draft_train.fused_pass import FusedPass, PassSettings
+from draftcache.draft_train.gradient_pass import GradientPass, PlainPass
+from draftcache.draft_train.kernels.flash_attention import why_not_flash
+from draftcache.draft_train.objective import Objective
+from draftcache.store.errors import InputError
+from draftcache.store.triton_launch import tl
 
 _LEAN_ROWS = 4096
 _MLP_SLICES = 4

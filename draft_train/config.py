@@ -6,8 +6,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from store.errors import InputError
-from store.storage import Location
+from draftcache.store.errors import InputError
+from draftcache.store.storage import Location
 
 
 def _doc(text: str) -> dict[str, str]:

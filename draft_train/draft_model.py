@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from draft_train.config import DraftShape
-from draft_train.kernels.rotary import rotary_table, rotate
+from draftcache.draft_train.config import DraftShape
+from draftcache.draft_train.kernels.rotary import rotary_table, rotate
 
 
 class RMSNorm(nn.Module):

@@ -16,10 +16,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from draft_train.checkpoint import CheckpointState, load_model, load_state, load_vocab_map, resolve_checkpoint
-from store.errors import CheckpointError, InputError
-from store.files import fsync_directory, fsync_tree
-from store.vocab_map import VocabMap
+from draftcache.draft_train.checkpoint import (
+    CheckpointState,
+    load_model,
+    load_state,
+    load_vocab_map,
+    resolve_checkpoint,
+)
+from draftcache.store.errors import CheckpointError, InputError
+from draftcache.store.files import fsync_directory, fsync_tree
+from draftcache.store.vocab_map import VocabMap
 
 ENGINES = ("vllm", "sglang")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from draft_train.checkpoint import CheckpointState
-from store.errors import CheckpointError, ManifestMismatchError
-from store.reader import StoreReader
-from store.teacher_form import DraftVocab
+from draftcache.draft_train.checkpoint import CheckpointState
+from draftcache.store.errors import CheckpointError, ManifestMismatchError
+from draftcache.store.reader import StoreReader
+from draftcache.store.teacher_form import DraftVocab
 
 
 def require_window(window: int | None, store: StoreReader) -> None:

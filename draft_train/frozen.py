@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from safetensors import safe_open
 
-from store.reader import StoreReader
-from store.teacher_form import DraftVocab
+from draftcache.store.reader import StoreReader
+from draftcache.store.teacher_form import DraftVocab
 
 
 @dataclass(frozen=True)

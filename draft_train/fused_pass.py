@@ -22,18 +22,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from draft_train.batches import Batch
-from draft_train.draft_model import DraftModel
-from draft_train.fused_weights import FusedWeights, add_product
-from draft_train.gradient_pass import Ready
-from draft_train.head_loss import HeadLoss
-from draft_train.kernels.attention import attend, attend_backward
-from draft_train.kernels.norms import rms_norm, rms_norm_backward
-from draft_train.kernels.rotary import join_heads, rotary_table, split_heads
-from draft_train.kernels.runs import find_runs
-from draft_train.kernels.sight import Attended, Sight
-from draft_train.kernels.swiglu import swiglu, swiglu_backward_
-from draft_train.objective import Objective, ObjectiveResult, tail_sums
+from draftcache.draft_train.batches import Batch
+from draftcache.draft_train.draft_model import DraftModel
+from draftcache.draft_train.fused_weights import FusedWeights, add_product
+from draftcache.draft_train.gradient_pass import Ready
+from draftcache.draft_train.head_loss import HeadLoss
+from draftcache.draft_train.kernels.attention import attend, attend_backward
+from draftcache.draft_train.kernels.norms import rms_norm, rms_norm_backward
+from draftcache.draft_train.kernels.rotary import join_heads, rotary_table, split_heads
+from draftcache.draft_train.kernels.runs import find_runs
+from draftcache.draft_train.kernels.sight import Attended, Sight
+from draftcache.draft_train.kernels.swiglu import swiglu, swiglu_backward_
+from draftcache.draft_train.objective import Objective, ObjectiveResult, tail_sums
 
 
 @dataclass(frozen=True)

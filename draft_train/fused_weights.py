@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from draft_train.draft_model import DraftModel
+from draftcache.draft_train.draft_model import DraftModel
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from draft_train.batches import Batch
-from draft_train.draft_model import DraftModel
-from draft_train.objective import Objective, ObjectiveResult
+from draftcache.draft_train.batches import Batch
+from draftcache.draft_train.draft_model import DraftModel
+from draftcache.draft_train.objective import Objective, ObjectiveResult
 
 Ready = Callable[[list[nn.Parameter]], None]
 """Called with parameters whose gradients are complete."""

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from draft_train.batches import Batch
-from draft_train.draft_model import RMSNorm
-from draft_train.fused_weights import Matrices, add_product
-from draft_train.kernels.norms import rms_norm, rms_norm_backward
-from draft_train.kernels.tail_kl import tail_kl
-from draft_train.objective import Objective, row_weights, teacher_probabilities
+from draftcache.draft_train.batches import Batch
+from draftcache.draft_train.draft_model import RMSNorm
+from draftcache.draft_train.fused_weights import Matrices, add_product
+from draftcache.draft_train.kernels.norms import rms_norm, rms_norm_backward
+from draftcache.draft_train.kernels.tail_kl import tail_kl
+from draftcache.draft_train.objective import Objective, row_weights, teacher_probabilities
 
 _PLAIN_SHARE = 8
 """Losses without a kernel hold about this many copies of a slice's logits."""

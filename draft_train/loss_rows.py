@@ -1,7 +1,7 @@
 """Which (row, step) pairs of a conversation carry loss: the rule of `--loss-rows`.
 
-- `turns`, the default: the pairs that serving meets (`store.rows`). Row t carries loss while the turn that its x_{t+1}
-  belongs to goes on; a step's loss is the mean over each conversation's rows.
+- `turns`, the default: the pairs that serving meets (`draftcache.store.rows`). Row t carries loss while the turn that
+  its x_{t+1} belongs to goes on; a step's loss is the mean over each conversation's rows.
 - `unshifted`: SpecForge 0.2's, for comparison. Its loss mask stays where the tokens are while inputs and targets move,
   so (t, k) carries loss iff `mask[t+k]`, though the pair predicts x_{t+2+k}. Hence no pair ever predicts a turn's
   second token, the first that a draft in it proposes; up to two pairs per turn and step are trained on what follows
@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from store.reader import StoreReader
-from store.rows import start_rows, teacher_positions, tokens_left
+from draftcache.store.reader import StoreReader
+from draftcache.store.rows import start_rows, teacher_positions, tokens_left
 
 
 @dataclass(frozen=True)

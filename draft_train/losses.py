@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from draft_train.config import LOSSES
+from draftcache.draft_train.config import LOSSES
 
 LK_DECAY = 3.0
 """lambda = exp(-3 alpha)."""

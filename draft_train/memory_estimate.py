@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from draft_train.config import DraftShape
+from draftcache.draft_train.config import DraftShape
 
 BF16, FLOAT32, INT64 = 2, 4, 8
 MOST_COPIES = 4

@@ -1,4 +1,4 @@
-"""The loss of a batch: which rows carry loss and how they are averaged; `draft_train.losses` has the loss of a row.
+"""The loss of a batch: which rows carry loss and how they are averaged. `losses` has the loss of one row.
 
 Teacher over the draft vocabulary D: `p_i = exp(z_i - log_z_draft)` for the stored entries, and the tail mass
 `tau = 1 - sum p_i`, which is exact because log_z_draft is. Where final-norm states are stored, p is known over all of
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from draft_train.batches import Batch
-from draft_train.config import TrainConfig
-from draft_train.draft_model import DraftModel
-from draft_train.losses import row_loss
-from draft_train.teacher import exact_probabilities
-from draft_train.unroll import unroll
+from draftcache.draft_train.batches import Batch
+from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.draft_model import DraftModel
+from draftcache.draft_train.losses import row_loss
+from draftcache.draft_train.teacher import exact_probabilities
+from draftcache.draft_train.unroll import unroll
 
 
 def teacher_probabilities(teacher_logits: torch.Tensor, log_z_draft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from draft_train.config import TrainConfig
-from draft_train.draft_model import DraftModel
+from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.draft_model import DraftModel
 
 
 def make_optimizer(config: TrainConfig, model: DraftModel) -> torch.optim.AdamW:

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from draft_train.batches import Batch, Columns, pack_columns
-from draft_train.host_memory import ALIGNMENT, aligned
-from draft_train.teacher import TeacherView
-from store import torch_codecs
-from store.codecs import TapCodec
-from store.reader import StoreReader
-from store.schema import COUNT_FIELD, ROWS_AXIS, TEACHER_AXIS, Conversation, tap_name
+from draftcache.draft_train.batches import Batch, Columns, pack_columns
+from draftcache.draft_train.host_memory import ALIGNMENT, aligned
+from draftcache.draft_train.teacher import TeacherView
+from draftcache.store import torch_codecs
+from draftcache.store.codecs import TapCodec
+from draftcache.store.reader import StoreReader
+from draftcache.store.schema import COUNT_FIELD, ROWS_AXIS, TEACHER_AXIS, Conversation, tap_name
 
 _COLUMNS = (
     "token_ids", "loss_mask", "positions", "teacher_positions", "teacher_ids", "teacher_gaps", "teacher_max",

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from store.errors import DraftcacheError, InputError, ManifestMismatchError, RankError
-from store.files import canonical_json, hash_bytes
+from draftcache.store.errors import DraftcacheError, InputError, ManifestMismatchError, RankError
+from draftcache.store.files import canonical_json, hash_bytes
 
 TIMEOUT = timedelta(minutes=30)
 """How long ranks wait for one another: longer than a checkpoint or another rank's part of an evaluation takes."""

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from draft_train.batches import Batch
-from draft_train.host_memory import HostRing, Region
-from draft_train.order import Schedule
-from draft_train.packed_batch import BatchLoader, PackedBatch
-from store.reader import StoreReader
+from draftcache.draft_train.batches import Batch
+from draftcache.draft_train.host_memory import HostRing, Region
+from draftcache.draft_train.order import Schedule
+from draftcache.draft_train.packed_batch import BatchLoader, PackedBatch
+from draftcache.store.reader import StoreReader
 
 LOCAL_READERS, REMOTE_READERS = 2, 16
 """Threads that read. One decompresses 2.5 GB of states a second, and a GPU that trains 100k tokens/s takes 1.6; an

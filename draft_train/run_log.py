@@ -9,10 +9,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from draft_train.config import TrainConfig
-from store.errors import InputError
-from store.files import atomic_path
-from store.progress import progress_bar
+from draftcache.draft_train.config import TrainConfig
+from draftcache.store.errors import InputError
+from draftcache.store.files import atomic_path
+from draftcache.store.progress import progress_bar
 
 _WORTH_SAYING = 0.03  # of the wall time waited for data
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from store.errors import InputError
-from store.reader import StoreReader
-from store.teacher_form import DraftVocab
+from draftcache.store.errors import InputError
+from draftcache.store.reader import StoreReader
+from draftcache.store.teacher_form import DraftVocab
 
 
 @dataclass(frozen=True)

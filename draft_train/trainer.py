@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from draft_train.acceptance import measure_acceptance
-from draft_train.checkpoint import (
+from draftcache.draft_train.acceptance import measure_acceptance
+from draftcache.draft_train.checkpoint import (
     CheckpointState,
     best_checkpoint,
     blank_optimizer,
@@ -28,23 +28,23 @@ from draft_train.checkpoint import (
     resolve_checkpoint,
     save_checkpoint,
 )
-from draft_train.choose_pass import choose_pass
-from draft_train.config import TrainConfig
-from draft_train.fit import require_equal, require_fit, require_window
-from draft_train.frozen import FrozenWeights
-from draft_train.loss_rows import left_out_pairs
-from draft_train.objective import Objective, ObjectiveResult
-from draft_train.optimizer import learning_rate, make_optimizer
-from draft_train.order import Schedule, StepPlan
-from draft_train.packed_batch import BatchLoader
-from draft_train.parallel import GradientSums, Ranks, choose_device
-from draft_train.prefetch import Prefetcher, ring_bytes
-from draft_train.run_log import RunLog, step_record
-from draft_train.stopping import StopRequest, TrainingStopped
-from draft_train.teacher import TeacherView
-from draft_train.untrained import draft_shape, untrained_draft
-from store.errors import DraftcacheError, InputError
-from store.reader import StoreReader
+from draftcache.draft_train.choose_pass import choose_pass
+from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.fit import require_equal, require_fit, require_window
+from draftcache.draft_train.frozen import FrozenWeights
+from draftcache.draft_train.loss_rows import left_out_pairs
+from draftcache.draft_train.objective import Objective, ObjectiveResult
+from draftcache.draft_train.optimizer import learning_rate, make_optimizer
+from draftcache.draft_train.order import Schedule, StepPlan
+from draftcache.draft_train.packed_batch import BatchLoader
+from draftcache.draft_train.parallel import GradientSums, Ranks, choose_device
+from draftcache.draft_train.prefetch import Prefetcher, ring_bytes
+from draftcache.draft_train.run_log import RunLog, step_record
+from draftcache.draft_train.stopping import StopRequest, TrainingStopped
+from draftcache.draft_train.teacher import TeacherView
+from draftcache.draft_train.untrained import draft_shape, untrained_draft
+from draftcache.store.errors import DraftcacheError, InputError
+from draftcache.store.reader import StoreReader
 
 
 class Trainer:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from draft_train.batches import Batch
-from draft_train.draft_model import DraftModel
-from draft_train.window_attention import window_attention
+from draftcache.draft_train.batches import Batch
+from draftcache.draft_train.draft_model import DraftModel
+from draftcache.draft_train.window_attention import window_attention
 
 
 @dataclass(frozen=True)

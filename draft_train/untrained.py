@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from draft_train.config import DraftShape, TrainConfig
-from draft_train.draft_model import DraftModel
-from draft_train.frozen import FrozenWeights
-from store.reader import StoreReader
+from draftcache.draft_train.config import DraftShape, TrainConfig
+from draftcache.draft_train.draft_model import DraftModel
+from draftcache.draft_train.frozen import FrozenWeights
+from draftcache.store.reader import StoreReader
 
 
 def draft_shape(config: TrainConfig, store: StoreReader) -> DraftShape:

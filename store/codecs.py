@@ -23,9 +23,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from store.errors import InputError, StoreError
-from store.files import hash_bytes
-from store.schema import ROWS_AXIS, ArraySpec, tap_name
+from draftcache.store.errors import InputError, StoreError
+from draftcache.store.files import hash_bytes
+from draftcache.store.schema import ROWS_AXIS, ArraySpec, tap_name
 
 INT8_BLOCK = 128
 INT8_MAX = np.float32(127)

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from store.errors import ShardDamagedError, StoreError
-from store.files import hash_bytes
-from store.sealed_json import seal, unseal
-from store.storage import Storage
+from draftcache.store.errors import ShardDamagedError, StoreError
+from draftcache.store.files import hash_bytes
+from draftcache.store.sealed_json import seal, unseal
+from draftcache.store.storage import Storage
 
 COMMIT_DIRECTORY = "commit"
 SHARDS_DIRECTORY = "shards"

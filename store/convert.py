@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store.codecs import LOSSY_MODES, Calibration, bf16_to_float32, float32_to_bf16
-from store.commits import Record, read_record, require_record, shard_name
-from store.errors import InputError, StoreError
-from store.norm_band import NormBand
-from store.reader import StoreReader
-from store.schema import Conversation, tap_name
-from store.shard_index import read_shard_index
-from store.storage import Location
-from store.teacher_stats import describe, tail_mass
-from store.writer import StoreWriter
+from draftcache.store.codecs import LOSSY_MODES, Calibration, bf16_to_float32, float32_to_bf16
+from draftcache.store.commits import Record, read_record, require_record, shard_name
+from draftcache.store.errors import InputError, StoreError
+from draftcache.store.norm_band import NormBand
+from draftcache.store.reader import StoreReader
+from draftcache.store.schema import Conversation, tap_name
+from draftcache.store.shard_index import read_shard_index
+from draftcache.store.storage import Location
+from draftcache.store.teacher_stats import describe, tail_mass
+from draftcache.store.writer import StoreWriter
 
 _CALIBRATION_ROWS = 65_536
 _WRITER_FIELDS = ("directory", "files", "lengths", "conversations", "loss_tokens", "payload_bytes", "manifest_hash")

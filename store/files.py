@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import xxhash
 
-from store.errors import InputError
+from draftcache.store.errors import InputError
 
 _HASH_BLOCK = 1 << 22
 

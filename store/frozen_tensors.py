@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from store.errors import StoreError
+from draftcache.store.errors import StoreError
 
 _STORED = ("BF16", "F16", "F32")
 

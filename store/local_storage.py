@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from store.errors import ShardDamagedError, StorageError, StoreNotFoundError
-from store.files import Buffer, fsync_directory
+from draftcache.store.errors import ShardDamagedError, StorageError, StoreNotFoundError
+from draftcache.store.files import Buffer, fsync_directory
 
 _IOV_MAX = 1024  # buffers per system call, on Linux
 _PARTIAL = ".partial"

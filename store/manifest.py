@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
-from store.codecs import ChannelScales, TapCodec, tap_codec
-from store.errors import ManifestMismatchError, StoreError, StoreNotFoundError, StoreVersionError
-from store.files import hash_json
-from store.norm_band import NormBand, bands_from_json
-from store.schema import ArraySpec, array_specs
-from store.sealed_json import seal, unseal
-from store.storage import Storage
-from store.teacher_form import DraftVocab, TeacherForm
+from draftcache.store.codecs import ChannelScales, TapCodec, tap_codec
+from draftcache.store.errors import ManifestMismatchError, StoreError, StoreNotFoundError, StoreVersionError
+from draftcache.store.files import hash_json
+from draftcache.store.norm_band import NormBand, bands_from_json
+from draftcache.store.schema import ArraySpec, array_specs
+from draftcache.store.sealed_json import seal, unseal
+from draftcache.store.storage import Storage
+from draftcache.store.teacher_form import DraftVocab, TeacherForm
 
 FORMAT = "draftcache-store"
 VERSION = 5

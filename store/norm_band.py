@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from store.errors import StoreError
-from store.files import hash_json
+from draftcache.store.errors import StoreError
+from draftcache.store.files import hash_json
 
 _LEAST_CONVERSATIONS = 16  # fewer say nothing about the spread
 _SIGMAS = 8.0

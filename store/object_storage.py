@@ -20,10 +20,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias, TypeVar
 
-from store.errors import InputError, ShardDamagedError, StorageError, StoreNotFoundError
-from store.files import Buffer
-from store.object_uploads import PART, UPLOAD, ObjectStage, flat
-from store.obstore_module import TRIES, brief, is_final, load_obstore, when_forked
+from draftcache.store.errors import InputError, ShardDamagedError, StorageError, StoreNotFoundError
+from draftcache.store.files import Buffer
+from draftcache.store.object_uploads import PART, UPLOAD, ObjectStage, flat
+from draftcache.store.obstore_module import TRIES, brief, is_final, load_obstore, when_forked
 
 _T = TypeVar("_T")
 Names: TypeAlias = list[str]  # inside the class, `list` is its method

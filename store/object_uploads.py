@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
-from store.errors import StorageError
-from store.files import Buffer
-from store.obstore_module import TRIES, brief, is_final
+from draftcache.store.errors import StorageError
+from draftcache.store.files import Buffer
+from draftcache.store.obstore_module import TRIES, brief, is_final
 
 if TYPE_CHECKING:
-    from store.object_storage import ObjectStorage
+    from draftcache.store.object_storage import ObjectStorage
 
 PART = 8 << 20  # bytes per uploaded part; S3 allows 10,000 parts, so files of up to 84 GB
 UPLOAD = {"chunk_size": PART, "max_concurrency": 2}  # a shard writes all its arrays at once: 2 parts each is plenty

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from store.errors import InputError
+from draftcache.store.errors import InputError
 
 TRIES = 3
 """Of a whole call; obstore tries each request of it again by itself."""

@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from store.commits import (
+from draftcache.store.commits import (
     Record,
     committed_shards,
     read_committed,
@@ -23,11 +23,11 @@ from store.commits import (
     require_size,
     shard_name,
 )
-from store.errors import InputError, ShardDamagedError, StoreError
-from store.files import hash_file
-from store.manifest import StoreManifest
-from store.rows import rows_in_reach
-from store.schema import (
+from draftcache.store.errors import InputError, ShardDamagedError, StoreError
+from draftcache.store.files import hash_file
+from draftcache.store.manifest import StoreManifest
+from draftcache.store.rows import rows_in_reach
+from draftcache.store.schema import (
     COUNT_FIELD,
     ROWS_AXIS,
     TEACHER_AXIS,
@@ -35,11 +35,11 @@ from store.schema import (
     Conversation,
     tap_name,
 )
-from store.shard_index import INDEX_NAME, INDEX_RECORD, join_indexes, load_index
-from store.storage import Location, Storage, open_storage
-from store.tar_shards import TarShard
-from store.vocab_map import VocabMap
-from store.zarr_shards import ZarrShard
+from draftcache.store.shard_index import INDEX_NAME, INDEX_RECORD, join_indexes, load_index
+from draftcache.store.storage import Location, Storage, open_storage
+from draftcache.store.tar_shards import TarShard
+from draftcache.store.vocab_map import VocabMap
+from draftcache.store.zarr_shards import ZarrShard
 
 FROZEN_NAME = "frozen.safetensors"
 VOCAB_MAP_NAME = "vocab_map.safetensors"

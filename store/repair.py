@@ -6,13 +6,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from store.commits import SHARDS_DIRECTORY, record_name, shard_name
-from store.errors import StoreError
-from store.manifest import MANIFEST_NAME, StoreManifest
-from store.reader import top_level_names
-from store.shard_index import INDEX_NAME, INDEX_RECORD, write_store_index
-from store.storage import Location, Storage, open_storage
-from store.verify import VerifyReport
+from draftcache.store.commits import SHARDS_DIRECTORY, record_name, shard_name
+from draftcache.store.errors import StoreError
+from draftcache.store.manifest import MANIFEST_NAME, StoreManifest
+from draftcache.store.reader import top_level_names
+from draftcache.store.shard_index import INDEX_NAME, INDEX_RECORD, write_store_index
+from draftcache.store.storage import Location, Storage, open_storage
+from draftcache.store.verify import VerifyReport
 
 QUARANTINE_DIRECTORY = "quarantine"
 

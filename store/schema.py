@@ -35,8 +35,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from store.codecs import TapCodec
-    from store.teacher_form import TeacherForm
+    from draftcache.store.codecs import TapCodec
+    from draftcache.store.teacher_form import TeacherForm
 
 CHUNK_ROWS = 256
 """Rows of one inner chunk of a tap: the unit that is read and checksummed. Narrower arrays have longer ones."""

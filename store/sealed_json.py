@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from store.errors import StoreError
-from store.files import hash_json
+from draftcache.store.errors import StoreError
+from draftcache.store.files import hash_json
 
 _SEAL = "xxh3_128"
 

@@ -13,8 +13,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from store.files import Buffer
-from store.storage import Stage, StageFile
+from draftcache.store.files import Buffer
+from draftcache.store.storage import Stage, StageFile
 
 Files = dict[str, dict[str, Any]]
 """{name: {"bytes", "xxh3_128"}}, as in commit records."""

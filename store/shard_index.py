@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store.commits import (
+from draftcache.store.commits import (
     SHARDS_DIRECTORY,
     Record,
     committed_shards,
@@ -18,12 +18,12 @@ from store.commits import (
     shard_name,
     write_record,
 )
-from store.errors import ShardDamagedError
-from store.files import hash_bytes
-from store.manifest import StoreManifest
-from store.schema import INDEX_DTYPE
-from store.shard_files import npy_bytes
-from store.storage import Storage
+from draftcache.store.errors import ShardDamagedError
+from draftcache.store.files import hash_bytes
+from draftcache.store.manifest import StoreManifest
+from draftcache.store.schema import INDEX_DTYPE
+from draftcache.store.shard_files import npy_bytes
+from draftcache.store.storage import Storage
 
 INDEX_NAME = "index.npy"
 INDEX_RECORD = "index"

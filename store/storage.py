@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol, TypeAlias
 from urllib.parse import unquote, urlparse
 
-from store.files import Buffer
+from draftcache.store.files import Buffer
 
 Location: TypeAlias = str | Path
 """A directory, or the URL of one: `file://`, `s3://bucket/prefix`, `gs://`, `az://`."""
@@ -119,13 +119,13 @@ class Storage(Protocol):
 
 def open_storage(location: Location) -> Storage:
     """A directory (plain path or `file://`), or an object store (`s3://bucket/prefix`, `gs://`, `az://`)."""
-    from store.local_storage import LocalStorage  # both import this module
+    from draftcache.store.local_storage import LocalStorage  # both import this module
 
     text = str(location)
     if "://" not in text:
         return LocalStorage(Path(text))
     if text.startswith("file://"):
         return LocalStorage(Path(unquote(urlparse(text).path)))
-    from store.object_storage import ObjectStorage
+    from draftcache.store.object_storage import ObjectStorage
 
     return ObjectStorage(text)

@@ -19,12 +19,20 @@ from awscrt.checksums import crc32c
 from numcodecs import Zstd
 from numpy.typing import NDArray
 
-from store.commits import Record, read_committed, require_size
-from store.errors import ShardDamagedError, StoreNotFoundError
-from store.files import Buffer, canonical_json, hash_bytes
-from store.schema import COUNT_FIELD, ArraySpec, Conversation
-from store.shard_files import PARALLEL_BYTES, Files, HashedFile, npy_bytes, run_later, run_now, write_small_file
-from store.storage import RangeFile, Stage, Storage
+from draftcache.store.commits import Record, read_committed, require_size
+from draftcache.store.errors import ShardDamagedError, StoreNotFoundError
+from draftcache.store.files import Buffer, canonical_json, hash_bytes
+from draftcache.store.schema import COUNT_FIELD, ArraySpec, Conversation
+from draftcache.store.shard_files import (
+    PARALLEL_BYTES,
+    Files,
+    HashedFile,
+    npy_bytes,
+    run_later,
+    run_now,
+    write_small_file,
+)
+from draftcache.store.storage import RangeFile, Stage, Storage
 
 DATA_NAME = "data.tar"
 MEMBERS_NAME = "members.npy"

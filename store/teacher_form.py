@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from store.errors import InputError
-from store.schema import TEACHER_AXIS, ArraySpec, id_dtype
+from draftcache.store.errors import InputError
+from draftcache.store.schema import TEACHER_AXIS, ArraySpec, id_dtype
 
 if TYPE_CHECKING:
-    from store.vocab_map import VocabMap
+    from draftcache.store.vocab_map import VocabMap
 
 TEACHERS = ("draft", "full", "hidden")
 

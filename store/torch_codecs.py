@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
-from store.codecs import (
+from draftcache.store.codecs import (
     FP8_MAX,
     INT8_BLOCK,
     INT8_LIMIT,
@@ -24,8 +24,8 @@ from store.codecs import (
     Int8Codec,
     TapCodec,
 )
-from store.errors import InputError
-from store.schema import tap_name
+from draftcache.store.errors import InputError
+from draftcache.store.schema import tap_name
 
 Tensors = dict[str, torch.Tensor]
 

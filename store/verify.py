@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store.commits import (
+from draftcache.store.commits import (
     SHARDS_DIRECTORY,
     Record,
     committed_shards,
@@ -24,15 +24,15 @@ from store.commits import (
     require_size,
     shard_name,
 )
-from store.errors import DraftcacheError, ShardDamagedError, StoreError
-from store.files import Buffer, hash_blocks
-from store.manifest import StoreManifest
-from store.reader import StoreReader, top_level_names
-from store.row_checks import check_conversation
-from store.schema import COUNT_FIELD, FIRST_FIELD
-from store.shard_index import INDEX_NAME, INDEX_RECORD, load_index, read_shard_index
-from store.storage import Location, Storage, open_storage
-from store.vocab_map import VocabMap
+from draftcache.store.errors import DraftcacheError, ShardDamagedError, StoreError
+from draftcache.store.files import Buffer, hash_blocks
+from draftcache.store.manifest import StoreManifest
+from draftcache.store.reader import StoreReader, top_level_names
+from draftcache.store.row_checks import check_conversation
+from draftcache.store.schema import COUNT_FIELD, FIRST_FIELD
+from draftcache.store.shard_index import INDEX_NAME, INDEX_RECORD, load_index, read_shard_index
+from draftcache.store.storage import Location, Storage, open_storage
+from draftcache.store.vocab_map import VocabMap
 
 _READ_BYTES = 1 << 22
 _PROCESSES_FROM = 8  # shards; fewer are not worth starting processes for

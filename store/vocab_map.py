@@ -16,8 +16,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from store.errors import InputError
-from store.files import atomic_path, canonical_json, hash_bytes
+from draftcache.store.errors import InputError
+from draftcache.store.files import atomic_path, canonical_json, hash_bytes
 
 _METADATA_KEY = "draftcache_vocab_map"
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from store.commits import (
+from draftcache.store.commits import (
     SHARDS_DIRECTORY,
     committed_shards,
     read_record,
@@ -21,17 +21,25 @@ from store.commits import (
     shard_name,
     write_record,
 )
-from store.errors import StoreError
-from store.files import hash_file
-from store.local_storage import LocalStorage
-from store.manifest import StoreManifest
-from store.reader import top_level_names
-from store.schema import COUNT_FIELD, FIRST_FIELD, INDEX_DTYPE, LENGTH_ARRAY, ArraySpec, Conversation, tap_name
-from store.shard_files import Files, npy_bytes, write_small_file
-from store.shard_index import INDEX_NAME, INDEX_RECORD, write_store_index
-from store.storage import Location, Lock, Stage, Storage, open_storage
-from store.tar_shards import TarShardWriter
-from store.zarr_writer import ZarrShardWriter
+from draftcache.store.errors import StoreError
+from draftcache.store.files import hash_file
+from draftcache.store.local_storage import LocalStorage
+from draftcache.store.manifest import StoreManifest
+from draftcache.store.reader import top_level_names
+from draftcache.store.schema import (
+    COUNT_FIELD,
+    FIRST_FIELD,
+    INDEX_DTYPE,
+    LENGTH_ARRAY,
+    ArraySpec,
+    Conversation,
+    tap_name,
+)
+from draftcache.store.shard_files import Files, npy_bytes, write_small_file
+from draftcache.store.shard_index import INDEX_NAME, INDEX_RECORD, write_store_index
+from draftcache.store.storage import Location, Lock, Stage, Storage, open_storage
+from draftcache.store.tar_shards import TarShardWriter
+from draftcache.store.zarr_writer import ZarrShardWriter
 
 CLEANING_S = 10.0
 """How long a writer waits for another one's start; longer is a job that holds the store alone."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from store.schema import ArraySpec
+from draftcache.store.schema import ArraySpec
 
 CRC_BYTES = 4
 INDEX_ENTRY = np.dtype([("offset", "<u8"), ("bytes", "<u8")])

@@ -10,11 +10,11 @@ from awscrt.checksums import crc32c
 from numcodecs import Zstd
 from numpy.typing import NDArray
 
-from store.commits import Record, require_size
-from store.errors import ShardDamagedError, StoreNotFoundError
-from store.schema import FIRST_FIELD, ArraySpec
-from store.storage import RangeFile, Storage
-from store.zarr_format import CRC_BYTES, INDEX_ENTRY, data_file
+from draftcache.store.commits import Record, require_size
+from draftcache.store.errors import ShardDamagedError, StoreNotFoundError
+from draftcache.store.schema import FIRST_FIELD, ArraySpec
+from draftcache.store.storage import RangeFile, Storage
+from draftcache.store.zarr_format import CRC_BYTES, INDEX_ENTRY, data_file
 
 _ZSTD = Zstd(level=1)
 _HOT_BYTES = 1 << 20

@@ -15,11 +15,11 @@ from awscrt.checksums import crc32c
 from numcodecs import Zstd
 from numpy.typing import NDArray
 
-from store.files import Buffer
-from store.schema import ArraySpec, Conversation
-from store.shard_files import PARALLEL_BYTES, Files, HashedFile, Run, run_later, run_now, write_small_file
-from store.storage import Stage
-from store.zarr_format import CRC_BYTES, INDEX_ENTRY, METADATA, array_metadata, data_file, json_bytes, node
+from draftcache.store.files import Buffer
+from draftcache.store.schema import ArraySpec, Conversation
+from draftcache.store.shard_files import PARALLEL_BYTES, Files, HashedFile, Run, run_later, run_now, write_small_file
+from draftcache.store.storage import Stage
+from draftcache.store.zarr_format import CRC_BYTES, INDEX_ENTRY, METADATA, array_metadata, data_file, json_bytes, node
 
 _ZSTD = Zstd(level=1)
 _HOT_BYTES = 1 << 20

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from draft_train.config import TrainConfig
-from draft_train.parallel import Ranks, joined_ranks
-from draft_train.trainer import Trainer
-from store.errors import DraftcacheError
+from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.parallel import Ranks, joined_ranks
+from draftcache.draft_train.trainer import Trainer
+from draftcache.store.errors import DraftcacheError
 
 
 @contextmanager

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from synthetic import DRAFT_VOCAB, HIDDEN, TOP_K, VOCAB, conversation, manifest, turns, vocab_map
 
-from store.codecs import bf16_to_float32, float32_to_bf16
-from store.reader import FROZEN_NAME, top_level_names
-from store.schema import Conversation, id_dtype
-from store.teacher_stats import describe, tail_mass
-from store.vocab_map import VocabMap
-from store.writer import StoreWriter
+from draftcache.store.codecs import bf16_to_float32, float32_to_bf16
+from draftcache.store.reader import FROZEN_NAME, top_level_names
+from draftcache.store.schema import Conversation, id_dtype
+from draftcache.store.teacher_stats import describe, tail_mass
+from draftcache.store.vocab_map import VocabMap
+from draftcache.store.writer import StoreWriter
 
 SUBSET, OTHER = 10, 30
 """Sizes of two further vocabularies: within the main one, and not."""

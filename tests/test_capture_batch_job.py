@@ -18,27 +18,27 @@ import pytest
 import torch
 from tiny_models import KINDS, VOCAB, save_model
 
-from capture import calibration
-from capture.batch_job import CaptureJob
-from capture.config import CaptureConfig
-from capture.prefill import Piece
-from capture.prepare import PrepareConfig, prepare
-from capture.self_check import TOKENS, check_tokens
-from capture.shard_worker import WorkerRole
-from capture.ssm_precision import lift_dt_limit, mamba_mixers
-from capture.stopping import StopRequest
-from capture.verifier import load_verifier
-from capture.work_plan import WorkPlan
-from store.codecs import bf16_to_float32
-from store.commits import committed_shards, read_record
-from store.errors import InputError, ManifestMismatchError
-from store.norm_band import NormBand
-from store.reader import StoreReader
-from store.rows import rows_in_reach, teacher_positions
-from store.schema import tap_name
-from store.storage import open_storage
-from store.teacher_stats import tail_mass
-from store.verify import verify_store
+from draftcache.capture import calibration
+from draftcache.capture.batch_job import CaptureJob
+from draftcache.capture.config import CaptureConfig
+from draftcache.capture.prefill import Piece
+from draftcache.capture.prepare import PrepareConfig, prepare
+from draftcache.capture.self_check import TOKENS, check_tokens
+from draftcache.capture.shard_worker import WorkerRole
+from draftcache.capture.ssm_precision import lift_dt_limit, mamba_mixers
+from draftcache.capture.stopping import StopRequest
+from draftcache.capture.verifier import load_verifier
+from draftcache.capture.work_plan import WorkPlan
+from draftcache.store.codecs import bf16_to_float32
+from draftcache.store.commits import committed_shards, read_record
+from draftcache.store.errors import InputError, ManifestMismatchError
+from draftcache.store.norm_band import NormBand
+from draftcache.store.reader import StoreReader
+from draftcache.store.rows import rows_in_reach, teacher_positions
+from draftcache.store.schema import tap_name
+from draftcache.store.storage import open_storage
+from draftcache.store.teacher_stats import tail_mass
+from draftcache.store.verify import verify_store
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 LAYERS = (0, 1, 2)
@@ -195,7 +195,7 @@ def flags(settings: CaptureConfig) -> list[str]:
 def test_sigkill_then_the_same_command_gives_the_same_store(nemotron: Path, dataset: Path, tmp_path: Path) -> None:
     CaptureJob(config(nemotron, dataset, tmp_path / "whole")).run()
     settings = config(nemotron, dataset, tmp_path / "cut")
-    command = [sys.executable, "-m", "tools.cli", "capture", *flags(settings)]
+    command = [sys.executable, "-m", "draftcache.tools.cli", "capture", *flags(settings)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
         while not (settings.output / "commit").is_dir() or not committed_shards(open_storage(settings.output)):
@@ -258,7 +258,10 @@ def test_failed_gate_quarantines_one_conversation_and_keeps_the_rest(
     assert store.index["dataset_index"][store.members("train")].tolist() == [0, 1, *range(3, ROWS)]
     # The command line says so, by its exit code too, whenever it runs again.
     result = subprocess.run(
-        [sys.executable, "-m", "tools.cli", "capture", *flags(job.config)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "draftcache.tools.cli", "capture", *flags(job.config)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 1
     assert "quarantined train[2]" in result.stdout

@@ -9,8 +9,15 @@ import numpy as np
 import pytest
 import zstandard
 
-from capture.conversations import ChatRow, Rejection, RowRejectedError, TokenRow, parse_row, read_conversations
-from store.errors import InputError
+from draftcache.capture.conversations import (
+    ChatRow,
+    Rejection,
+    RowRejectedError,
+    TokenRow,
+    parse_row,
+    read_conversations,
+)
+from draftcache.store.errors import InputError
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello 🎉"}]
 

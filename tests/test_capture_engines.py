@@ -28,19 +28,19 @@ from processes import ONE_THREAD, children, wait_for
 from test_capture_batch_job import config, flags, write_rows
 from tiny_models import save_model
 
-from capture import batch_job
-from capture.batch_job import CaptureJob
-from capture.calibration import StoreCalibration
-from capture.config import CaptureConfig
-from capture.engines import capture
-from capture.prepare import PrepareConfig, prepare
-from store.commits import committed_shards, shard_name
-from store.errors import InputError
-from store.norm_band import bands_from_json, bands_to_json
-from store.reader import StoreReader
-from store.storage import open_storage
-from store.verify import verify_store
-from tools.cli import main
+from draftcache.capture import batch_job
+from draftcache.capture.batch_job import CaptureJob
+from draftcache.capture.calibration import StoreCalibration
+from draftcache.capture.config import CaptureConfig
+from draftcache.capture.engines import capture
+from draftcache.capture.prepare import PrepareConfig, prepare
+from draftcache.store.commits import committed_shards, shard_name
+from draftcache.store.errors import InputError
+from draftcache.store.norm_band import bands_from_json, bands_to_json
+from draftcache.store.reader import StoreReader
+from draftcache.store.storage import open_storage
+from draftcache.store.verify import verify_store
+from draftcache.tools.cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 DEADLINE_S = 90
@@ -214,7 +214,15 @@ def test_workers_of_one_command_killed_then_run_by_another_number(
 ) -> None:
     """The command dies, or one of its workers. Its workers leave with it; the rest goes on without a dead worker."""
     output = tmp_path / "s"
-    command = [sys.executable, "-m", "tools.cli", "capture", *flags(replace(settings, output=output)), "--workers", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "draftcache.tools.cli",
+        "capture",
+        *flags(replace(settings, output=output)),
+        "--workers",
+        "2",
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ONE_THREAD) as process:
         wait_for(lambda: committed_shards(open_storage(output)))
         workers = children(process.pid)
@@ -386,7 +394,7 @@ def test_ray_actors_do_the_job_and_stop_when_told(settings: CaptureConfig, tmp_p
     """Told to stop half-way, then finished by another number of actors, one of which is killed."""
     output = tmp_path / "s"
     arguments = [*flags(replace(settings, output=output)), "--engine", "ray"]
-    command = [sys.executable, "-m", "tools.cli", "capture", *arguments]
+    command = [sys.executable, "-m", "draftcache.tools.cli", "capture", *arguments]
     with ray_cluster() as address:
         environment = {**RAY_ENVIRONMENT, "RAY_ADDRESS": address}
         with subprocess.Popen([*command], env=environment, stderr=subprocess.PIPE, text=True) as process:

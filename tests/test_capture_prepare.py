@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CHATML, TOKENIZER_TEXT, save_tokenizer
+from draftcache.prepare_chunks import Chunk
 
-import capture.prepare
-import capture.prepare_chunks
-from capture.prepare import PrepareConfig, PrepareResult, prepare
-from capture.prepare_chunks import Chunk
-from capture.token_dataset import TokenDataset
-from store.errors import DraftcacheError, InputError
-from store.vocab_map import VocabMap
-from tools.cli import main
+from draftcache.capture import prepare as prepare_job
+from draftcache.capture import prepare_chunks
+from draftcache.capture.prepare import PrepareConfig, PrepareResult, prepare
+from draftcache.capture.token_dataset import TokenDataset
+from draftcache.store.errors import DraftcacheError, InputError
+from draftcache.store.vocab_map import VocabMap
+from draftcache.tools.cli import main
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,14 +90,14 @@ def test_ids_and_masks_are_those_of_transformers(tokenizer_dir: Path, tmp_path: 
 def test_output_does_not_depend_on_the_number_of_workers(
     tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(capture.prepare_chunks, "CHUNK_BYTES", 4000)
+    monkeypatch.setattr(prepare_chunks, "CHUNK_BYTES", 4000)
     rows: list[Any] = random_rows(200)
     rows[50], rows[51], rows[120] = b"broken", rows[52], chat("only a user")
     inputs = {
         "a": [write_rows(tmp_path / "a.jsonl", rows), write_rows(tmp_path / "b.jsonl", random_rows(90, 2))],
         "c": [write_rows(tmp_path / "c.jsonl", random_rows(40, 3))],
     }
-    chunks = list(capture.prepare_chunks.read_chunks("a", 0, inputs["a"][0]))
+    chunks = list(prepare_chunks.read_chunks("a", 0, inputs["a"][0]))
     assert len(chunks) > 10
     for workers in (1, 3):
         run(tokenizer_dir, tmp_path / str(workers), inputs, workers=workers, draft_vocab_size=100)
@@ -310,7 +310,7 @@ def die(chunk: Chunk) -> None:
 def test_a_dead_worker_is_an_error_and_leaves_nothing(
     tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(capture.prepare, "run_in_worker", die)
+    monkeypatch.setattr(prepare_job, "run_in_worker", die)
     inputs = {"train": [write_rows(tmp_path / "rows.jsonl", random_rows(5))]}
     with pytest.raises(DraftcacheError, match="a worker process died"):
         run(tokenizer_dir, tmp_path / "out", inputs, workers=2)
@@ -320,7 +320,7 @@ def test_a_dead_worker_is_an_error_and_leaves_nothing(
 def test_command_line_end_to_end(tokenizer_dir: Path, tmp_path: Path) -> None:
     first = write_rows(tmp_path / "a.jsonl", [*random_rows(20), b"broken"])
     second = write_rows(tmp_path / "b.jsonl", random_rows(7, 2))
-    command = [sys.executable, "-m", "tools.cli", "prepare", "--tokenizer", str(tokenizer_dir)]
+    command = [sys.executable, "-m", "draftcache.tools.cli", "prepare", "--tokenizer", str(tokenizer_dir)]
     command += ["--output", str(tmp_path / "out"), "--max-length", "80", "--draft-vocab-size", "200", "--workers", "2"]
     command += ["--held-out", f"dev={second}", f"train={first}", f"train={second}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -358,7 +358,7 @@ def test_parsing_imports_nothing_heavy() -> None:
 
 def test_sigkill_leaves_nothing_that_opens(tokenizer_dir: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", random_rows(400) * 150)
-    command = [sys.executable, "-m", "tools.cli", "prepare", "--tokenizer", str(tokenizer_dir)]
+    command = [sys.executable, "-m", "draftcache.tools.cli", "prepare", "--tokenizer", str(tokenizer_dir)]
     command += ["--output", str(tmp_path / "out"), "--workers", "2", f"train={rows}"]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True

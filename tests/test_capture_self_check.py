@@ -12,14 +12,14 @@ import pytest
 import torch
 from tiny_models import VOCAB, make_model, save_model
 
-from capture import nemotron_forward
-from capture.kernels.attention import KeyValues
-from capture.nemotron_forward import NemotronForward
-from capture.prefill import Piece
-from capture.self_check import TOKENS, self_check
-from capture.ssm_precision import lift_dt_limit, mamba_mixers
-from capture.verifier import Verifier, find_modules, load_verifier
-from store.errors import InputError
+from draftcache.capture import nemotron_forward
+from draftcache.capture.kernels.attention import KeyValues
+from draftcache.capture.nemotron_forward import NemotronForward
+from draftcache.capture.prefill import Piece
+from draftcache.capture.self_check import TOKENS, self_check
+from draftcache.capture.ssm_precision import lift_dt_limit, mamba_mixers
+from draftcache.capture.verifier import Verifier, find_modules, load_verifier
+from draftcache.store.errors import InputError
 
 CPU = torch.device("cpu")
 DEMO = Path(__file__).parents[1] / "tools" / "demo" / "assets" / "verifier"

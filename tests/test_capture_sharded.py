@@ -18,17 +18,17 @@ from test_capture_batch_job import config, flags, write_rows
 from test_capture_forward import DEMO
 from tiny_models import KINDS, save_model
 
-from capture import nemotron_forward, sharded_verifier, verifier
-from capture.batch_job import CaptureJob
-from capture.config import CaptureConfig
-from capture.prepare import PrepareConfig, prepare
-from store.codecs import bf16_to_float32
-from store.commits import committed_shards
-from store.errors import InputError
-from store.reader import StoreReader
-from store.schema import tap_name
-from store.storage import open_storage
-from store.verify import verify_store
+from draftcache.capture import nemotron_forward, sharded_verifier, verifier
+from draftcache.capture.batch_job import CaptureJob
+from draftcache.capture.config import CaptureConfig
+from draftcache.capture.prepare import PrepareConfig, prepare
+from draftcache.store.codecs import bf16_to_float32
+from draftcache.store.commits import committed_shards
+from draftcache.store.errors import InputError
+from draftcache.store.reader import StoreReader
+from draftcache.store.schema import tap_name
+from draftcache.store.storage import open_storage
+from draftcache.store.verify import verify_store
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -53,7 +53,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Pa
 
 
 def start(settings: CaptureConfig) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tools.cli", "capture", *flags(settings)]
+    command = [sys.executable, "-m", "draftcache.tools.cli", "capture", *flags(settings)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ONE_THREAD)
 
 

@@ -15,19 +15,19 @@ from safetensors.torch import load_file
 from test_capture_batch_job import config, dataset, nemotron
 from tiny_models import VOCAB
 
-from capture.batch_job import CaptureJob
-from capture.config import CaptureConfig
-from capture.kernels.row_stats import largest, part_largest
-from capture.teacher_topk import TeacherHead, teacher_signal
-from capture.vocab_map import load_vocab_maps
-from store.codecs import bf16_to_float32
-from store.errors import InputError, ManifestMismatchError
-from store.reader import StoreReader
-from store.teacher_form import TEACHERS, DraftVocab, TeacherForm
-from store.teacher_stats import tail_mass
-from store.verify import verify_store
-from store.vocab_map import VocabMap
-from tools.cli import main
+from draftcache.capture.batch_job import CaptureJob
+from draftcache.capture.config import CaptureConfig
+from draftcache.capture.kernels.row_stats import largest, part_largest
+from draftcache.capture.teacher_topk import TeacherHead, teacher_signal
+from draftcache.capture.vocab_map import load_vocab_maps
+from draftcache.store.codecs import bf16_to_float32
+from draftcache.store.errors import InputError, ManifestMismatchError
+from draftcache.store.reader import StoreReader
+from draftcache.store.teacher_form import TEACHERS, DraftVocab, TeacherForm
+from draftcache.store.teacher_stats import tail_mass
+from draftcache.store.verify import verify_store
+from draftcache.store.vocab_map import VocabMap
+from draftcache.tools.cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 MAIN, FURTHER = torch.arange(0, VOCAB, 2), torch.arange(5, 300, 7)
@@ -246,15 +246,15 @@ def test_a_head_with_bias_has_no_exact_teacher(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings: CaptureConfig = config(nemotron, dataset, tmp_path / "s", teacher="hidden")
-    import capture.batch_job
+    from draftcache.capture import batch_job
 
-    load = capture.batch_job.load_verifier
+    load = batch_job.load_verifier
 
     def with_bias(*args: Any, **named: Any) -> Any:
         found = load(*args, **named)
         found.head.bias = torch.nn.Parameter(torch.zeros(found.vocab_size))
         return found
 
-    monkeypatch.setattr(capture.batch_job, "load_verifier", with_bias)
+    monkeypatch.setattr(batch_job, "load_verifier", with_bias)
     with pytest.raises(InputError, match="expected a head without bias"):
         CaptureJob(settings)

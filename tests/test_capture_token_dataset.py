@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from capture.conversations import Rejection
-from capture.token_dataset import CONVERSATION_DTYPE, TokenDataset, conversation_hash
-from capture.token_dataset_writer import DatasetWriter
-from store.errors import InputError
-from store.files import hash_bytes
+from draftcache.capture.conversations import Rejection
+from draftcache.capture.token_dataset import CONVERSATION_DTYPE, TokenDataset, conversation_hash
+from draftcache.capture.token_dataset_writer import DatasetWriter
+from draftcache.store.errors import InputError
+from draftcache.store.files import hash_bytes
 
 VOCAB = 50
 ROWS = [

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from synthetic import DRAFT_VOCAB, turns, vocab_map, write_store
 
-from draft_train.acceptance import AcceptanceCounts, bigram_table, count_chain, measure_bigram
-from store.reader import StoreReader
-from store.rows import start_rows
+from draftcache.draft_train.acceptance import AcceptanceCounts, bigram_table, count_chain, measure_bigram
+from draftcache.store.reader import StoreReader
+from draftcache.store.rows import start_rows
 
 
 def play(mask: np.ndarray, hits: np.ndarray, draft_tokens: int) -> tuple[int, int]:

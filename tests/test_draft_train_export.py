@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from synthetic import LAYERS, vocab_map, write_store
 from test_draft_train_trainer import config
 
-from draft_train.checkpoint import load_state
-from draft_train.export import aux_layer_ids, check_export, export_draft
-from draft_train.trainer import Trainer
-from store.errors import CheckpointError, InputError
-from store.files import hash_file
-from store.manifest import Tap
+from draftcache.draft_train.checkpoint import load_state
+from draftcache.draft_train.export import aux_layer_ids, check_export, export_draft
+from draftcache.draft_train.trainer import Trainer
+from draftcache.store.errors import CheckpointError, InputError
+from draftcache.store.files import hash_file
+from draftcache.store.manifest import Tap
 
 
 @pytest.fixture

@@ -13,18 +13,18 @@ from synthetic import VOCAB, conversation, manifest, vocab_map
 from test_draft_train_unroll import MASKS, STEPS, WINDOW, embeddings, make_model
 from torch import nn
 
-from draft_train import memory_estimate
-from draft_train.batches import Batch, build_batch
-from draft_train.choose_pass import choose_pass
-from draft_train.config import TrainConfig
-from draft_train.draft_model import DraftModel
-from draft_train.fused_pass import FusedPass, PassSettings
-from draft_train.gradient_pass import GradientPass, PlainPass
-from draft_train.kernels import flash_attention, runs
-from draft_train.kernels.runs import find_runs
-from draft_train.objective import Objective
-from draft_train.optimizer import make_optimizer
-from store.errors import InputError
+from draftcache.draft_train import memory_estimate
+from draftcache.draft_train.batches import Batch, build_batch
+from draftcache.draft_train.choose_pass import choose_pass
+from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.draft_model import DraftModel
+from draftcache.draft_train.fused_pass import FusedPass, PassSettings
+from draftcache.draft_train.gradient_pass import GradientPass, PlainPass
+from draftcache.draft_train.kernels import flash_attention, runs
+from draftcache.draft_train.kernels.runs import find_runs
+from draftcache.draft_train.objective import Objective
+from draftcache.draft_train.optimizer import make_optimizer
+from draftcache.store.errors import InputError
 
 SMALL = PassSettings(rows=7, mlp_rows=5)
 

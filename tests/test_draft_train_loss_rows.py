@@ -13,16 +13,16 @@ from test_draft_train_objective import objective
 from test_draft_train_trainer import config
 from test_draft_train_unroll import embeddings, make_model
 
-from draft_train.batches import build_batch
-from draft_train.gradient_pass import PlainPass
-from draft_train.loss_rows import left_out_pairs, turn_rows, unshifted_rows
-from draft_train.losses import tail_bucket_loss
-from draft_train.objective import Objective, teacher_probabilities
-from draft_train.trainer import Trainer
-from draft_train.unroll import unroll
-from store.errors import InputError
-from store.reader import StoreReader
-from store.rows import teacher_positions
+from draftcache.draft_train.batches import build_batch
+from draftcache.draft_train.gradient_pass import PlainPass
+from draftcache.draft_train.loss_rows import left_out_pairs, turn_rows, unshifted_rows
+from draftcache.draft_train.losses import tail_bucket_loss
+from draftcache.draft_train.objective import Objective, teacher_probabilities
+from draftcache.draft_train.trainer import Trainer
+from draftcache.draft_train.unroll import unroll
+from draftcache.store.errors import InputError
+from draftcache.store.reader import StoreReader
+from draftcache.store.rows import teacher_positions
 
 STEPS = 4
 MASKS = [

@@ -11,10 +11,10 @@ from test_draft_train_objective import batches, objective
 from test_draft_train_teacher import IDS, D
 from test_draft_train_unroll import embeddings, make_model
 
-from draft_train.config import LOSSES
-from draft_train.losses import LK_DECAY, acceptance, row_loss
-from draft_train.objective import draft_mass
-from store.errors import InputError
+from draftcache.draft_train.config import LOSSES
+from draftcache.draft_train.losses import LK_DECAY, acceptance, row_loss
+from draftcache.draft_train.objective import draft_mass
+from draftcache.store.errors import InputError
 
 ROWS, OUTSIDE = IDS.shape[0], 5
 WHOLE = torch.arange(D).flip(0).repeat(ROWS, 1)

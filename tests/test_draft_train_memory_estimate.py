@@ -12,13 +12,13 @@ from synthetic import write_store
 from test_draft_train_fused_pass import batch_of, objective
 from test_draft_train_unroll import MASKS, embeddings, make_model
 
-from draft_train.choose_pass import pass_settings
-from draft_train.config import TrainConfig
-from draft_train.draft_model import DraftModel
-from draft_train.fused_pass import FusedPass, PassSettings
-from draft_train.memory_estimate import Work, batch_bytes, kept_bytes, parameters, peak_bytes
-from tools.bench.train_cases import CASES, SHAPE, STEPS, TOP_K, Case, synthetic_batch
-from tools.cli import main
+from draftcache.draft_train.choose_pass import pass_settings
+from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.draft_model import DraftModel
+from draftcache.draft_train.fused_pass import FusedPass, PassSettings
+from draftcache.draft_train.memory_estimate import Work, batch_bytes, kept_bytes, parameters, peak_bytes
+from draftcache.tools.bench.train_cases import CASES, SHAPE, STEPS, TOP_K, Case, synthetic_batch
+from draftcache.tools.cli import main
 
 RESULTS = Path(__file__).parents[1] / "tools" / "bench" / "results" / "train-h100.json"
 MEASURED = {row["case"]: row["value"] for row in json.loads(RESULTS.read_text()) if row["metric"] == "peak_gib"}

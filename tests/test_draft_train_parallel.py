@@ -20,15 +20,15 @@ from safetensors.torch import load_file
 from synthetic import conversation, manifest, turns, write_files
 from test_draft_train_trainer import config, flags, metrics
 
-from draft_train.checkpoint import checkpoints, load_state
-from draft_train.config import TrainConfig
-from draft_train.parallel import joined_ranks
-from draft_train.trainer import Trainer
-from store.errors import InputError
-from store.writer import StoreWriter
+from draftcache.draft_train.checkpoint import checkpoints, load_state
+from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.parallel import joined_ranks
+from draftcache.draft_train.trainer import Trainer
+from draftcache.store.errors import InputError
+from draftcache.store.writer import StoreWriter
 
 WORKER = str(Path(__file__).with_name("rank_worker.py"))
-TRAIN = ["-m", "tools.cli", "train"]
+TRAIN = ["-m", "draftcache.tools.cli", "train"]
 
 
 @pytest.fixture

@@ -15,15 +15,15 @@ from teacher_stores import OTHER, write_teacher_store
 from test_draft_train_trainer import config
 from torch import nn
 
-from draft_train.batches import Batch, HostRows, build_batch
-from draft_train.host_memory import ALIGNMENT, HostRing, Region
-from draft_train.packed_batch import BatchLoader
-from draft_train.prefetch import Prefetcher, ring_bytes
-from draft_train.teacher import TeacherView
-from draft_train.trainer import Trainer
-from store.errors import ShardDamagedError
-from store.reader import StoreReader
-from store.writer import StoreWriter
+from draftcache.draft_train.batches import Batch, HostRows, build_batch
+from draftcache.draft_train.host_memory import ALIGNMENT, HostRing, Region
+from draftcache.draft_train.packed_batch import BatchLoader
+from draftcache.draft_train.prefetch import Prefetcher, ring_bytes
+from draftcache.draft_train.teacher import TeacherView
+from draftcache.draft_train.trainer import Trainer
+from draftcache.store.errors import ShardDamagedError
+from draftcache.store.reader import StoreReader
+from draftcache.store.writer import StoreWriter
 
 CPU = torch.device("cpu")
 

@@ -21,12 +21,12 @@ import torch
 from safetensors.torch import load_file
 from synthetic import vocab_map, write_store
 
-import draft_train.trainer as trainer_module
-from draft_train.checkpoint import checkpoints, load_state, resolve_checkpoint
-from draft_train.config import TrainConfig
-from draft_train.optimizer import learning_rate
-from draft_train.trainer import Trainer
-from store.errors import CheckpointError, InputError, ManifestMismatchError
+import draftcache.draft_train.trainer as trainer_module
+from draftcache.draft_train.checkpoint import checkpoints, load_state, resolve_checkpoint
+from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.optimizer import learning_rate
+from draftcache.draft_train.trainer import Trainer
+from draftcache.store.errors import CheckpointError, InputError, ManifestMismatchError
 
 
 def config(tmp_path: Path, **changes: object) -> TrainConfig:
@@ -124,7 +124,7 @@ def test_another_seed_gives_other_weights(store: Path) -> None:
 def test_sigkill_then_the_same_command_resumes(store: Path) -> None:
     whole, cut = config(store, output=store / "whole", epochs=40), config(store, output=store / "cut", epochs=40)
     Trainer(whole).run()
-    command = [sys.executable, "-m", "tools.cli", "train", *flags(cut)]
+    command = [sys.executable, "-m", "draftcache.tools.cli", "train", *flags(cut)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
         while not (cut.output / "checkpoints").is_dir() or not checkpoints(cut.output):
@@ -158,7 +158,7 @@ def test_best_checkpoint_survives_pruning_and_is_found(store: Path, monkeypatch:
     best = resolve_checkpoint(settings.output / "best")
     assert best.name == "step_00000004"
     assert load_state(best).metrics["eval_acceptance_length"] == 1.8
-    command = [sys.executable, "-m", "tools.cli", "export", "--checkpoint", str(settings.output / "best")]
+    command = [sys.executable, "-m", "draftcache.tools.cli", "export", "--checkpoint", str(settings.output / "best")]
     subprocess.run([*command, "--engine", "vllm", "--output", str(store / "draft")], check=True, capture_output=True)
     exported, theirs = (load_file(path / "model.safetensors") for path in (store / "draft", best))
     name = "fc.weight"
@@ -198,7 +198,7 @@ def test_without_evaluation_there_is_no_best(store: Path) -> None:
 def test_sigterm_saves_the_step_and_the_same_command_resumes(store: Path) -> None:
     whole, cut = (config(store, output=store / name, epochs=100, checkpoint_every=1000) for name in ("whole", "cut"))
     Trainer(whole).run()
-    command = [sys.executable, "-m", "tools.cli", "train", *flags(cut)]
+    command = [sys.executable, "-m", "draftcache.tools.cli", "train", *flags(cut)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         log, deadline = cut.output / "metrics.jsonl", time.monotonic() + 90
         while not log.is_file() or not log.read_text():
@@ -344,6 +344,6 @@ def test_wandb_offline_writes_a_run(store: Path, monkeypatch: pytest.MonkeyPatch
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     settings = config(store, wandb="offline", epochs=1)
-    command = [sys.executable, "-m", "tools.cli", "train", *flags(settings), "--wandb", "offline"]
+    command = [sys.executable, "-m", "draftcache.tools.cli", "train", *flags(settings), "--wandb", "offline"]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"WANDB_SILENT": "true"})
     assert list((settings.output / "wandb").glob("offline-run-*/*.wandb"))

@@ -6,21 +6,21 @@ import pytest
 import torch
 from kernel_device import BOUND, DEVICE, DTYPES, MARKS, error, rand
 
-from draft_train.kernels.norms import (
+from draftcache.draft_train.kernels.norms import (
     rms_norm,
     rms_norm_backward,
     rms_norm_backward_reference,
     rms_norm_reference,
 )
-from draft_train.kernels.rotary import (
+from draftcache.draft_train.kernels.rotary import (
     join_heads,
     join_heads_reference,
     rotary_table,
     split_heads,
     split_heads_reference,
 )
-from draft_train.kernels.swiglu import swiglu, swiglu_backward_, swiglu_backward_reference_, swiglu_reference
-from draft_train.kernels.tail_kl import tail_kl, tail_kl_reference
+from draftcache.draft_train.kernels.swiglu import swiglu, swiglu_backward_, swiglu_backward_reference_, swiglu_reference
+from draftcache.draft_train.kernels.tail_kl import tail_kl, tail_kl_reference
 
 pytestmark = MARKS
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from test_capture_forward import DEMO, run, tokens, worst
 
-from capture.nemotron_forward import NemotronForward
-from capture.prefill import PlainForward
-from capture.ssm_precision import enforce_contract, mamba_mixers, scan_implementation
-from capture.teacher_topk import TeacherHead, teacher_signal
-from capture.verifier import load_verifier
-from store.teacher_form import TEACHERS, DraftVocab, TeacherForm
+from draftcache.capture.nemotron_forward import NemotronForward
+from draftcache.capture.prefill import PlainForward
+from draftcache.capture.ssm_precision import enforce_contract, mamba_mixers, scan_implementation
+from draftcache.capture.teacher_topk import TeacherHead, teacher_signal
+from draftcache.capture.verifier import load_verifier
+from draftcache.store.teacher_form import TEACHERS, DraftVocab, TeacherForm
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from kernel_device import BF16, DEVICE, DTYPES, F32, INTERPRETED, MARKS, rand
 
-from capture.kernels.attention import causal_attention, causal_attention_reference
-from capture.kernels.causal_conv import causal_conv_silu, causal_conv_silu_reference
-from capture.kernels.experts import (
+from draftcache.capture.kernels.attention import causal_attention, causal_attention_reference
+from draftcache.capture.kernels.causal_conv import causal_conv_silu, causal_conv_silu_reference
+from draftcache.capture.kernels.experts import (
     combine,
     combine_reference,
     dispatch,
@@ -19,13 +19,13 @@ from capture.kernels.experts import (
     route,
     route_reference,
 )
-from capture.kernels.norms import (
+from draftcache.capture.kernels.norms import (
     add_rms_norm,
     add_rms_norm_reference,
     gated_group_norm,
     gated_group_norm_reference,
 )
-from capture.kernels.row_stats import (
+from draftcache.capture.kernels.row_stats import (
     draft_logits,
     draft_logits_reference,
     largest,

@@ -16,11 +16,11 @@ from synthetic import write_store
 from test_draft_train_parallel import TRAIN, WORKER, as_json, finish, start, weights
 from test_draft_train_trainer import config, flags, metrics
 
-from draft_train.checkpoint import checkpoints, load_state, resolve_checkpoint
-from draft_train.config import TrainConfig
-from draft_train.fused_pass import FusedPass
-from draft_train.kernels.flash_attention import why_not_flash
-from draft_train.trainer import Trainer
+from draftcache.draft_train.checkpoint import checkpoints, load_state, resolve_checkpoint
+from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.fused_pass import FusedPass
+from draftcache.draft_train.kernels.flash_attention import why_not_flash
+from draftcache.draft_train.trainer import Trainer
 
 pytestmark = [
     pytest.mark.gpu,

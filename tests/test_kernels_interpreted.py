@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from store.triton_launch import INTERPRETED, runs_kernels, tl
+from draftcache.store.triton_launch import INTERPRETED, runs_kernels, tl
 
 ROOT = Path(__file__).parents[1]
 FORWARD = "test_capture_forward.py::test_random_weights_equal_the_models_code"
@@ -50,7 +50,7 @@ def test_in_tritons_interpreter() -> None:
 
 @pytest.mark.skipif(not INTERPRETED, reason="of the interpreter's own process")
 def test_kernels_and_not_their_twins_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    from capture.kernels import row_stats
+    from draftcache.capture.kernels import row_stats
 
     assert runs_kernels(torch.zeros(1))
     monkeypatch.setattr(row_stats, "row_stats_reference", None)

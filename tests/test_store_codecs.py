@@ -11,8 +11,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from store import torch_codecs
-from store.codecs import (
+from draftcache.store import torch_codecs
+from draftcache.store.codecs import (
     MODES,
     Calibration,
     ChannelScales,
@@ -21,8 +21,8 @@ from store.codecs import (
     float32_to_bf16,
     tap_codec,
 )
-from store.errors import InputError, StoreError
-from store.schema import ROWS_AXIS
+from draftcache.store.errors import InputError, StoreError
+from draftcache.store.schema import ROWS_AXIS
 
 LAYER = 2
 HIDDEN = (1, 8, 100, 128, 130, 2688)

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from synthetic import LAYERS, conversation, manifest, turns, write_files, write_store
 
-from store.codecs import MODES, float32_to_bf16
-from store.convert import Conversion
-from store.errors import InputError, ManifestMismatchError, StoreError
-from store.reader import StoreReader
-from store.tar_shards import TarShardWriter
-from store.verify import verify_store
-from store.writer import StoreWriter
-from tools.cli import main
+from draftcache.store.codecs import MODES, float32_to_bf16
+from draftcache.store.convert import Conversion
+from draftcache.store.errors import InputError, ManifestMismatchError, StoreError
+from draftcache.store.reader import StoreReader
+from draftcache.store.tar_shards import TarShardWriter
+from draftcache.store.verify import verify_store
+from draftcache.store.writer import StoreWriter
+from draftcache.tools.cli import main
 
 EXACT = ("bf16", "lossless")
 

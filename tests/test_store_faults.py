@@ -20,15 +20,15 @@ import pytest
 import zarr
 from synthetic import conversation, manifest, turns, write_files, write_store
 
-from store.commits import committed_shards, read_record, shard_name
-from store.errors import DraftcacheError, ShardDamagedError, StorageError, StoreError
-from store.reader import FROZEN_NAME, StoreReader
-from store.repair import repair_store
-from store.schema import Conversation
-from store.storage import open_storage
-from store.verify import verify_store
-from store.writer import StoreWriter
-from tools.cli import main
+from draftcache.store.commits import committed_shards, read_record, shard_name
+from draftcache.store.errors import DraftcacheError, ShardDamagedError, StorageError, StoreError
+from draftcache.store.reader import FROZEN_NAME, StoreReader
+from draftcache.store.repair import repair_store
+from draftcache.store.schema import Conversation
+from draftcache.store.storage import open_storage
+from draftcache.store.verify import verify_store
+from draftcache.store.writer import StoreWriter
+from draftcache.tools.cli import main
 
 SHARDS = 12
 KILLS = 200
@@ -322,8 +322,8 @@ sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from test_store_faults import items_of
 from synthetic import manifest, write_files
-from store.errors import StorageError
-from store.writer import StoreWriter
+from draftcache.store.errors import StorageError
+from draftcache.store.writer import StoreWriter
 import signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with StoreWriter(Path(sys.argv[1]), manifest(shards=2), write_files) as writer:

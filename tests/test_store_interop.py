@@ -15,10 +15,10 @@ import zarr
 from numpy.typing import NDArray
 from synthetic import write_store
 
-from store.codecs import MODES
-from store.files import hash_file
-from store.reader import StoreReader
-from store.sealed_json import seal, unseal
+from draftcache.store.codecs import MODES
+from draftcache.store.files import hash_file
+from draftcache.store.reader import StoreReader
+from draftcache.store.sealed_json import seal, unseal
 
 ZARRS = """
 import sys

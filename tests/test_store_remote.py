@@ -16,15 +16,15 @@ import pytest
 from object_server import BUCKET, CREDENTIALS, FlakyProxy, S3Server, SeededPlan, s3_server
 from synthetic import conversation, manifest, turns, write_files
 
-from store.convert import Conversion
-from store.errors import ShardDamagedError, StorageError
-from store.object_storage import ObjectStorage
-from store.reader import StoreReader
-from store.repair import repair_store
-from store.storage import open_storage
-from store.verify import verify_store
-from store.writer import StoreWriter
-from tools.cli import main
+from draftcache.store.convert import Conversion
+from draftcache.store.errors import ShardDamagedError, StorageError
+from draftcache.store.object_storage import ObjectStorage
+from draftcache.store.reader import StoreReader
+from draftcache.store.repair import repair_store
+from draftcache.store.storage import open_storage
+from draftcache.store.verify import verify_store
+from draftcache.store.writer import StoreWriter
+from draftcache.tools.cli import main
 
 SHARDS = 3
 EXTRA: dict[str, Any] = {"quarantined": [], "gates": {}}
@@ -179,7 +179,7 @@ def test_the_command_line_works_on_a_bucket(proxy: FlakyProxy, url: str, tmp_pat
     write(tmp_path / "disk")
 
     def run(*arguments: str) -> str:
-        command = [sys.executable, "-m", "tools.cli", *arguments]
+        command = [sys.executable, "-m", "draftcache.tools.cli", *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True, env=dict(os.environ)).stdout
 
     run("convert", str(tmp_path / "disk"), url, "--layout", "webdataset")

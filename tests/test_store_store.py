@@ -16,8 +16,8 @@ from awscrt.checksums import crc32c
 from numcodecs import Zstd
 from synthetic import conversation, manifest, turns, write_files, write_store
 
-from store import tar_shards, zarr_writer
-from store.errors import (
+from draftcache.store import tar_shards, zarr_writer
+from draftcache.store.errors import (
     InputError,
     ManifestMismatchError,
     ShardDamagedError,
@@ -25,11 +25,11 @@ from store.errors import (
     StoreNotFoundError,
     StoreVersionError,
 )
-from store.manifest import VERSION, StoreManifest
-from store.reader import StoreReader
-from store.sealed_json import seal
-from store.storage import open_storage
-from store.writer import StoreWriter
+from draftcache.store.manifest import VERSION, StoreManifest
+from draftcache.store.reader import StoreReader
+from draftcache.store.sealed_json import seal
+from draftcache.store.storage import open_storage
+from draftcache.store.writer import StoreWriter
 
 
 @pytest.fixture
@@ -217,7 +217,7 @@ def test_writers_share_a_store_but_no_shard(tmp_path: Path) -> None:
 
 
 def test_a_writer_that_asks_to_be_alone_is_or_is_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("store.writer.CLEANING_S", 0.2)
+    monkeypatch.setattr("draftcache.store.writer.CLEANING_S", 0.2)
     with (
         StoreWriter(store, manifest(), write_files, exclusive=True),
         pytest.raises(StoreError, match="another job"),

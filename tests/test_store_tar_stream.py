@@ -17,12 +17,12 @@ import webdataset
 from synthetic import conversation, manifest, turns, write_files, write_store
 from zstandard import ZstdDecompressor
 
-from store.errors import ShardDamagedError, StreamingError
-from store.files import hash_bytes, hash_file
-from store.reader import StoreReader
-from store.sealed_json import seal, unseal
-from store.tar_stream import Reader, TarStream
-from store.writer import StoreWriter
+from draftcache.store.errors import ShardDamagedError, StreamingError
+from draftcache.store.files import hash_bytes, hash_file
+from draftcache.store.reader import StoreReader
+from draftcache.store.sealed_json import seal, unseal
+from draftcache.store.tar_stream import Reader, TarStream
+from draftcache.store.writer import StoreWriter
 
 COUNTS = (3, 1, 4, 2, 5)
 
@@ -119,7 +119,7 @@ import sys
 sys.path.insert(0, sys.argv[4])
 import torch
 import torch.distributed as distributed
-from store.tar_stream import Reader, TarStream
+from draftcache.store.tar_stream import Reader, TarStream
 rank = int(sys.argv[2])
 distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[3]}", rank=rank, world_size=2)
 steps = 0

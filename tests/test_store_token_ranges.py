@@ -10,11 +10,11 @@ import pytest
 from numpy.typing import NDArray
 from synthetic import HIDDEN, LAYERS, conversation, manifest, turns, write_files
 
-from store.errors import InputError
-from store.local_storage import LocalStorage
-from store.reader import StoreReader
-from store.rows import start_rows
-from store.writer import StoreWriter
+from draftcache.store.errors import InputError
+from draftcache.store.local_storage import LocalStorage
+from draftcache.store.reader import StoreReader
+from draftcache.store.rows import start_rows
+from draftcache.store.writer import StoreWriter
 
 LENGTH, WINDOW = 900, 60
 MASKS = (
@@ -27,8 +27,8 @@ TAPS = [f"tap_{layer}" for layer in LAYERS]
 
 def chunked(monkeypatch: pytest.MonkeyPatch, rows: int = 32) -> None:
     """Small chunks, so that a conversation has many."""
-    monkeypatch.setattr("store.schema.CHUNK_ROWS", rows)
-    monkeypatch.setattr("store.schema._CHUNK_BYTES", 1)
+    monkeypatch.setattr("draftcache.store.schema.CHUNK_ROWS", rows)
+    monkeypatch.setattr("draftcache.store.schema._CHUNK_BYTES", 1)
 
 
 @pytest.fixture(params=["zarr", "webdataset"])

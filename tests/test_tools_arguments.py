@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from capture.config import CaptureConfig
-from draft_train.config import TrainConfig
-from tools.arguments import add_settings
+from draftcache.capture.config import CaptureConfig
+from draftcache.draft_train.config import TrainConfig
+from draftcache.tools.arguments import add_settings
 
 
 @pytest.mark.parametrize("settings", [TrainConfig, CaptureConfig])

@@ -12,12 +12,12 @@ import pytest
 import torch
 from synthetic import write_store
 
-from store.codecs import bf16_to_float32
-from store.errors import StoreError
-from store.reader import StoreReader
-from tools.bench import store as bench
-from tools.bench.store_cases import MODES, check, choose_windows, make_cases
-from tools.bench.store_content import Content, exponent_entropy, from_store, generate
+from draftcache.store.codecs import bf16_to_float32
+from draftcache.store.errors import StoreError
+from draftcache.store.reader import StoreReader
+from draftcache.tools.bench import store as bench
+from draftcache.tools.bench.store_cases import MODES, check, choose_windows, make_cases
+from draftcache.tools.bench.store_content import Content, exponent_entropy, from_store, generate
 
 CASES = (
     *(f"ours-{mode}" for mode in MODES),

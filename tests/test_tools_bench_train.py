@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from draft_train.config import TrainConfig
-from draft_train.trainer import Trainer
-from store.reader import StoreReader
-from tools.bench.rows import some_of
-from tools.bench.train_cases import SHAPE, Case, needed_flops, synthetic_batch
-from tools.bench.train_loader import _metrics, _read_through, drop_from_memory, write_store
-from tools.cli import main
+from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.trainer import Trainer
+from draftcache.store.reader import StoreReader
+from draftcache.tools.bench.rows import some_of
+from draftcache.tools.bench.train_cases import SHAPE, Case, needed_flops, synthetic_batch
+from draftcache.tools.bench.train_loader import _metrics, _read_through, drop_from_memory, write_store
+from draftcache.tools.cli import main
 
 SMALL = replace(
     SHAPE, hidden_size=32, num_attention_heads=4, head_dim=16, vocab_size=4096, draft_vocab_size=1600, sliding_window=64

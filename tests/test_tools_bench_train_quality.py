@@ -7,10 +7,10 @@ import argparse
 import numpy as np
 import pytest
 
-from draft_train.config import TrainConfig
-from tools.arguments import add_settings, read_settings
-from tools.bench.demo_training import DRAFT_FLAGS, rows
-from tools.bench.train_quality import RECIPES, pooled
+from draftcache.draft_train.config import TrainConfig
+from draftcache.tools.arguments import add_settings, read_settings
+from draftcache.tools.bench.demo_training import DRAFT_FLAGS, rows
+from draftcache.tools.bench.train_quality import RECIPES, pooled
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

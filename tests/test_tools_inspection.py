@@ -16,18 +16,18 @@ import pytest
 from object_server import BUCKET, CREDENTIALS, s3_server
 from synthetic import LAYERS, TOP_K, VOCAB, conversation, manifest, turns, vocab_map, write_files, write_store
 
-from store.commits import write_record
-from store.errors import InputError, StoreError, StoreNotFoundError
-from store.files import hash_bytes
-from store.reader import StoreReader
-from store.schema import INDEX_DTYPE, tap_name
-from store.sealed_json import seal
-from store.shard_files import npy_bytes
-from store.storage import open_storage
-from store.teacher_stats import describe, tail_mass
-from store.writer import StoreWriter
-from tools.commands import inspect
-from tools.inspection import decode_conversation, summarise
+from draftcache.store.commits import write_record
+from draftcache.store.errors import InputError, StoreError, StoreNotFoundError
+from draftcache.store.files import hash_bytes
+from draftcache.store.reader import StoreReader
+from draftcache.store.schema import INDEX_DTYPE, tap_name
+from draftcache.store.sealed_json import seal
+from draftcache.store.shard_files import npy_bytes
+from draftcache.store.storage import open_storage
+from draftcache.store.teacher_stats import describe, tail_mass
+from draftcache.store.writer import StoreWriter
+from draftcache.tools.commands import inspect
+from draftcache.tools.inspection import decode_conversation, summarise
 
 MASKS = ((40, (6, 16), (22, 37)), (300, (250, 260)), (33, (3, 4)), (700, (10, 60), (500, 600)))
 
@@ -333,7 +333,7 @@ def test_30k_conversations_take_little_more_than_parsing_their_records(tmp_path:
     ours, least = [], []
     for _ in range(5):
         least.append(seconds("-c", PARSE_RECORDS, str(tmp_path / "s" / "commit"))[0])
-        took, printed = seconds("-m", "tools.cli", "inspect", str(tmp_path / "s"), "--json")
+        took, printed = seconds("-m", "draftcache.tools.cli", "inspect", str(tmp_path / "s"), "--json")
         ours.append(took)
     found: dict[str, Any] = json.loads(printed)
     assert (found["conversations"], found["tokens"], found["shards_committed"]) == (30_000, tokens, shards)

@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_model
 from torch import Tensor
 
-from capture.ssm_precision import lift_dt_limit, mamba_mixers
-from capture.verifier import load_verifier
-from store.errors import GateError, InputError
-from tools.commands import probe
-from tools.probe import ProbeConfig, dump_states
-from tools.probe_compare import Comparison, compare_files
-from tools.probe_files import METADATA_KEY, read_states
+from draftcache.capture.ssm_precision import lift_dt_limit, mamba_mixers
+from draftcache.capture.verifier import load_verifier
+from draftcache.store.errors import GateError, InputError
+from draftcache.tools.commands import probe
+from draftcache.tools.probe import ProbeConfig, dump_states
+from draftcache.tools.probe_compare import Comparison, compare_files
+from draftcache.tools.probe_files import METADATA_KEY, read_states
 
 DEMO = Path(__file__).parents[1] / "tools" / "demo" / "assets" / "verifier"
 CPU = torch.device("cpu")
@@ -465,7 +465,7 @@ def test_output_hidden_states_of_another_length_are_refused(tmp_path: Path, monk
         short = SimpleNamespace(hidden_states=(torch.zeros(1, 2, HIDDEN),) * 3)
         return replace(load_verifier(*arguments, **named), body=lambda **_: short)
 
-    monkeypatch.setattr("tools.probe.load_verifier", with_a_short_body)
+    monkeypatch.setattr("draftcache.tools.probe.load_verifier", with_a_short_body)
     with pytest.raises(InputError, match="expected 13 entries of output_hidden_states, found 3"):
         dump(tmp_path / "a", source="transformers", token_ids=(5, 6))
 
@@ -490,7 +490,7 @@ def test_flags_that_do_not_go_together(flags: tuple[str, ...], message: str) -> 
 def test_comparing_needs_no_torch(ours: Path) -> None:
     code = f"""
 import sys
-from tools.cli import main
+from draftcache.tools.cli import main
 assert main(["probe", "--compare", {str(ours)!r}, {str(ours)!r}]) == 0
 assert main(["probe", "--compare", {str(ours)!r}, {str(ours)!r}, "--axis", "0"]) == 2
 assert "torch" not in sys.modules and "transformers" not in sys.modules

@@ -11,21 +11,21 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-import tools.speculative_decode
-from capture.batch_job import CaptureJob
-from capture.config import CaptureConfig
-from capture.prepare import PrepareConfig, prepare
-from capture.verifier import Verifier
-from draft_train.checkpoint import load_model, load_state
-from draft_train.config import TrainConfig
-from draft_train.frozen import FrozenWeights
-from draft_train.trainer import Trainer
-from store.reader import StoreReader
-from tools.demo.pipeline import ASSETS, LAYERS, VERIFIER, load_demo_verifier, read_conversations
-from tools.demo.traces import encode_prompts, generate_batch, prompt_of, write_traces
-from tools.demo.truth import truth_check
-from tools.evaluation import evaluate
-from tools.speculative_decode import speculative_greedy
+from draftcache.capture.batch_job import CaptureJob
+from draftcache.capture.config import CaptureConfig
+from draftcache.capture.prepare import PrepareConfig, prepare
+from draftcache.capture.verifier import Verifier
+from draftcache.draft_train.checkpoint import load_model, load_state
+from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.frozen import FrozenWeights
+from draftcache.draft_train.trainer import Trainer
+from draftcache.store.reader import StoreReader
+from draftcache.tools import speculative_decode
+from draftcache.tools.demo.pipeline import ASSETS, LAYERS, VERIFIER, load_demo_verifier, read_conversations
+from draftcache.tools.demo.traces import encode_prompts, generate_batch, prompt_of, write_traces
+from draftcache.tools.demo.truth import truth_check
+from draftcache.tools.evaluation import evaluate
+from draftcache.tools.speculative_decode import speculative_greedy
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 TOKENS = 32
@@ -124,13 +124,13 @@ def test_states_of_the_row_before_keep_the_text_and_cost_steps(
         return [result.token_ids for result in results], sum(result.verify_steps for result in results)
 
     text, steps = decode()
-    original = tools.speculative_decode._greedy
+    original = speculative_decode._greedy
 
     def shifted(verifier: Any, tokens: list[int], layers: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         choices, aux = original(verifier, tokens, layers)
         return choices, torch.roll(aux, 1, dims=0)
 
-    monkeypatch.setattr(tools.speculative_decode, "_greedy", shifted)
+    monkeypatch.setattr(speculative_decode, "_greedy", shifted)
     shifted_text, shifted_steps = decode()
     assert shifted_text == text
     assert shifted_steps > steps
@@ -146,7 +146,7 @@ def test_batched_traces_are_the_plain_greedy_ones(verifier: Verifier, tokenizer:
     for row in written:
         prompt = [token for token, mask in zip(row["token_ids"], row["loss_mask"], strict=True) if not mask]
         trace = row["token_ids"][len(prompt) :]
-        plain = tools.speculative_decode.plain_greedy(
+        plain = speculative_decode.plain_greedy(
             verifier, prompt, max_new_tokens=16, eos_token_id=int(tokenizer.eos_token_id)
         )
         assert trace == plain

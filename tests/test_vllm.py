@@ -17,16 +17,16 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, NemotronHConfig, NemotronHForCausalLM, set_seed
 
-from capture.batch_job import CaptureJob
-from capture.config import CaptureConfig
-from capture.prepare import PrepareConfig, prepare
-from draft_train.config import TrainConfig
-from draft_train.export import export_draft
-from draft_train.trainer import Trainer
-from tools.demo.pipeline import VERIFIER
-from tools.evaluation import evaluate
-from tools.probe import ProbeConfig, dump_states
-from tools.probe_compare import compare_files
+from draftcache.capture.batch_job import CaptureJob
+from draftcache.capture.config import CaptureConfig
+from draftcache.capture.prepare import PrepareConfig, prepare
+from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.export import export_draft
+from draftcache.draft_train.trainer import Trainer
+from draftcache.tools.demo.pipeline import VERIFIER
+from draftcache.tools.evaluation import evaluate
+from draftcache.tools.probe import ProbeConfig, dump_states
+from draftcache.tools.probe_compare import compare_files
 
 PYTHON = os.environ.get("DRAFTCACHE_VLLM_PYTHON", "")
 pytestmark = [

@@ -12,22 +12,31 @@ from collections.abc import Sequence
 
 # name -> (module with add_arguments(parser) and run(arguments) -> exit code, one help line)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "prepare": ("tools.commands.prepare", "conversations -> token ids, loss masks, counts, draft vocabulary"),
-    "vocab": ("tools.commands.vocab", "build one draft-vocabulary map over several prepared datasets"),
-    "capture": ("tools.commands.capture", "run the frozen verifier once and write its outputs to a store"),
-    "train": ("tools.commands.train", "train the draft from a store, with no verifier in memory"),
-    "eval": ("tools.commands.eval", "offline acceptance length of a draft, from a store"),
-    "export": ("tools.commands.export", "write a checkpoint in the form that an inference engine serves"),
-    "size": ("tools.commands.size", "bytes and time of a capture, or memory of training, beforehand"),
-    "inspect": ("tools.commands.inspect", "what is in a store, or in one of its conversations"),
+    "prepare": (
+        "draftcache.tools.commands.prepare",
+        "conversations -> token ids, loss masks, counts, draft vocabulary",
+    ),
+    "vocab": ("draftcache.tools.commands.vocab", "build one draft-vocabulary map over several prepared datasets"),
+    "capture": ("draftcache.tools.commands.capture", "run the frozen verifier once and write its outputs to a store"),
+    "train": ("draftcache.tools.commands.train", "train the draft from a store, with no verifier in memory"),
+    "eval": ("draftcache.tools.commands.eval", "offline acceptance length of a draft, from a store"),
+    "export": ("draftcache.tools.commands.export", "write a checkpoint in the form that an inference engine serves"),
+    "size": ("draftcache.tools.commands.size", "bytes and time of a capture, or memory of training, beforehand"),
+    "inspect": ("draftcache.tools.commands.inspect", "what is in a store, or in one of its conversations"),
     "probe": (
-        "tools.commands.probe",
+        "draftcache.tools.commands.probe",
         "dump the verifier's states on a fixed input, or compare them with an engine's",
     ),
-    "verify": ("tools.commands.verify", "check every byte and every row of a store; name what is damaged"),
-    "convert": ("tools.commands.convert", "copy a store into another layout, mode or shard size, bit-checked"),
-    "repair": ("tools.commands.repair", "take damaged shards out of a store, so that capture makes them again"),
-    "demo": ("tools.commands.demo", "the whole pipeline on a tiny verifier and real text"),
+    "verify": ("draftcache.tools.commands.verify", "check every byte and every row of a store; name what is damaged"),
+    "convert": (
+        "draftcache.tools.commands.convert",
+        "copy a store into another layout, mode or shard size, bit-checked",
+    ),
+    "repair": (
+        "draftcache.tools.commands.repair",
+        "take damaged shards out of a store, so that capture makes them again",
+    ),
+    "demo": ("draftcache.tools.commands.demo", "the whole pipeline on a tiny verifier and real text"),
 }
 
 
@@ -44,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     module = importlib.import_module(COMMANDS[parsed.command][0])
 
-    from store.errors import DraftcacheError
+    from draftcache.store.errors import DraftcacheError
 
     try:
         return int(module.run(parsed))

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from draft_train.acceptance import bigram_table, measure_acceptance, measure_bigram
-from draft_train.checkpoint import load_model, load_state, resolve_checkpoint
-from draft_train.fit import require_fit
-from draft_train.frozen import FrozenWeights
-from draft_train.parallel import choose_device
-from draft_train.untrained import untrained_draft
-from store.errors import InputError, ManifestMismatchError
-from store.reader import StoreReader
-from store.storage import Location
+from draftcache.draft_train.acceptance import bigram_table, measure_acceptance, measure_bigram
+from draftcache.draft_train.checkpoint import load_model, load_state, resolve_checkpoint
+from draftcache.draft_train.fit import require_fit
+from draftcache.draft_train.frozen import FrozenWeights
+from draftcache.draft_train.parallel import choose_device
+from draftcache.draft_train.untrained import untrained_draft
+from draftcache.store.errors import InputError, ManifestMismatchError
+from draftcache.store.reader import StoreReader
+from draftcache.store.storage import Location
 
 
 def evaluate(

@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store.codecs import bf16_to_float32
-from store.commits import COMMIT_DIRECTORY, Record, record_name, require_record
-from store.errors import InputError
-from store.files import hash_json
-from store.norm_band import NormBand
-from store.reader import StoreReader
-from store.schema import Conversation, tap_name
-from store.storage import Location, Storage
-from tools.shown_teacher import shown_teacher
+from draftcache.store.codecs import bf16_to_float32
+from draftcache.store.commits import COMMIT_DIRECTORY, Record, record_name, require_record
+from draftcache.store.errors import InputError
+from draftcache.store.files import hash_json
+from draftcache.store.norm_band import NormBand
+from draftcache.store.reader import StoreReader
+from draftcache.store.schema import Conversation, tap_name
+from draftcache.store.storage import Location, Storage
+from draftcache.tools.shown_teacher import shown_teacher
 
 DEFAULT_ROWS = 64
 _REMOTE_READS = 16  # records that are fetched at once from an object store
-_SEAL = "xxh3_128"  # as `store.sealed_json` writes it
+_SEAL = "xxh3_128"  # as `draftcache.store.sealed_json` writes it
 
 Summary = dict[str, Any]
 

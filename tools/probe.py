@@ -16,14 +16,14 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
-from capture.config import require_ascending
-from capture.ssm_precision import enforce_contract
-from capture.tokenizer_files import load_tokenizer
-from capture.verifier import Verifier, choose_device, choose_dtype, describe_verifier, load_verifier
-from store.errors import GateError, InputError
-from store.files import atomic_path, canonical_json
-from store.manifest import Tap
-from tools.probe_files import EMBEDDINGS, FINAL_NORM, METADATA_KEY, VERSION, block_tensor
+from draftcache.capture.config import require_ascending
+from draftcache.capture.ssm_precision import enforce_contract
+from draftcache.capture.tokenizer_files import load_tokenizer
+from draftcache.capture.verifier import Verifier, choose_device, choose_dtype, describe_verifier, load_verifier
+from draftcache.store.errors import GateError, InputError
+from draftcache.store.files import atomic_path, canonical_json
+from draftcache.store.manifest import Tap
+from draftcache.tools.probe_files import EMBEDDINGS, FINAL_NORM, METADATA_KEY, VERSION, block_tensor
 
 TEXT = """\
 The lighthouse keeper counted 38 ships before noon. "That makes 1,204 this year," she told the apprentice, "and only \

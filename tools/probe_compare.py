@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store.errors import InputError
-from tools.probe_files import (
+from draftcache.store.errors import InputError
+from draftcache.tools.probe_files import (
     EMBEDDINGS_BLOCK,
     StateFile,
     StateTensor,

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from store.errors import InputError
+from draftcache.store.errors import InputError
 
 METADATA_KEY = "draftcache_probe"
 """One key of safetensors metadata with all details as JSON: several would be written in an order that changes."""

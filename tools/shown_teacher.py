@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store.codecs import bf16_to_float32
-from store.frozen_tensors import frozen_tensor
-from store.reader import StoreReader
-from store.schema import Conversation
-from store.teacher_stats import tail_mass
+from draftcache.store.codecs import bf16_to_float32
+from draftcache.store.frozen_tensors import frozen_tensor
+from draftcache.store.reader import StoreReader
+from draftcache.store.schema import Conversation
+from draftcache.store.teacher_stats import tail_mass
 
 TOP_CHOICES = 3
 

@@ -15,11 +15,11 @@ import numpy as np
 from numcodecs import Zstd
 from numpy.typing import NDArray
 
-from capture.token_dataset import TokenDataset
-from store.codecs import ChannelScales, tap_codec
-from store.errors import InputError
-from store.rows import rows_in_reach, teacher_positions
-from store.schema import (
+from draftcache.capture.token_dataset import TokenDataset
+from draftcache.store.codecs import ChannelScales, tap_codec
+from draftcache.store.errors import InputError
+from draftcache.store.rows import rows_in_reach, teacher_positions
+from draftcache.store.schema import (
     INDEX_DTYPE,
     ROWS_AXIS,
     TEACHER_AXIS,
@@ -27,8 +27,8 @@ from store.schema import (
     ArraySpec,
     array_specs,
 )
-from store.teacher_form import TeacherForm
-from store.zarr_format import array_metadata
+from draftcache.store.teacher_form import TeacherForm
+from draftcache.store.zarr_format import array_metadata
 
 # zstd level 1, chunk by chunk. High planes: 0.37 to 0.40 of their bytes on states of a trained 270M model and on a
 # generator with outlier channels (0.30 to 0.385 on the demo's verifier). The rest: the demo's larger corpus.

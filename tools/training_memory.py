@@ -8,10 +8,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from draft_train.choose_pass import pass_settings
-from draft_train.config import DraftShape, TrainConfig
-from draft_train.memory_estimate import KINDS, SETTINGS, Work, peak_bytes
-from store.errors import InputError
+from draftcache.draft_train.choose_pass import pass_settings
+from draftcache.draft_train.config import DraftShape, TrainConfig
+from draftcache.draft_train.memory_estimate import KINDS, SETTINGS, Work, peak_bytes
+from draftcache.store.errors import InputError
 
 CARDS_GIB = (24, 40, 80)
 USABLE = 0.94
@@ -80,8 +80,8 @@ def _of_store(
     arguments: argparse.Namespace, train: TrainConfig, _config: dict[str, Any]
 ) -> tuple[DraftShape, Sequence[Rows], int]:
     """The conversation that takes most, and a pack of such where steps have several."""
-    from draft_train.untrained import draft_shape
-    from store.reader import StoreReader
+    from draftcache.draft_train.untrained import draft_shape
+    from draftcache.store.reader import StoreReader
 
     store = StoreReader(arguments.store)
     shape = draft_shape(train, store)

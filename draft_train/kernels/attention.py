@@ -15,11 +15,11 @@ import math
 import torch
 from torch import Tensor
 
-from draft_train.kernels import attention_kernels as kernels
-from draft_train.kernels import flash_attention
-from draft_train.kernels.sight import Attended, Sight
-from draft_train.window_attention import dense_window_attention
-from store.triton_launch import runs_kernels
+from draftcache.draft_train.kernels import attention_kernels as kernels
+from draftcache.draft_train.kernels import flash_attention
+from draftcache.draft_train.kernels.sight import Attended, Sight
+from draftcache.draft_train.window_attention import dense_window_attention
+from draftcache.store.triton_launch import runs_kernels
 
 
 def attend(q: Tensor, kv: Tensor, own: Tensor, sight: Sight) -> Attended:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draft_train.kernels.own_keys import own_key_gradients, own_part, own_query_part
-from draft_train.kernels.sight import Attended, Sight
-from store.triton_launch import jit, tl
+from draftcache.draft_train.kernels.own_keys import own_key_gradients, own_part, own_query_part
+from draftcache.draft_train.kernels.sight import Attended, Sight
+from draftcache.store.triton_launch import jit, tl
 
 _SIZES = ("queries", "keys", "slots", "step", "window")
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draft_train.kernels import own_keys
-from draft_train.kernels.runs import Runs
-from draft_train.kernels.sight import Attended, Sight
-from store.triton_launch import runs_kernels
+from draftcache.draft_train.kernels import own_keys
+from draftcache.draft_train.kernels.runs import Runs
+from draftcache.draft_train.kernels.sight import Attended, Sight
+from draftcache.store.triton_launch import runs_kernels
 
 AT_COMPILATION = "Argument aux_data"
 """How a warning of FlashAttention's about itself begins, which comes with every kernel that it compiles."""

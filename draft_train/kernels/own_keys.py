@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from draft_train.kernels.sight import Attended, Sight
-from store.triton_launch import jit, power_of_two, tl
+from draftcache.draft_train.kernels.sight import Attended, Sight
+from draftcache.store.triton_launch import jit, power_of_two, tl
 
 _SIZES = ("queries", "slots", "step")
 _ROWS = 16

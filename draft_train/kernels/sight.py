@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from draft_train.kernels.runs import Runs
+from draftcache.draft_train.kernels.runs import Runs
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The tail-bucket loss of rows of logits and its gradient, reading the logits once.
 
-Shape suffixes: T rows, V draft vocabulary, K teacher entries. The formulas are those of `draft_train.losses`.
+Shape suffixes: T rows, V draft vocabulary, K teacher entries. The formulas are those of
+`draftcache.draft_train.losses`.
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from draft_train.losses import fused_tail_bucket_loss
-from store.triton_launch import jit, power_of_two, runs_kernels, tl
+from draftcache.draft_train.losses import fused_tail_bucket_loss
+from draftcache.store.triton_launch import jit, power_of_two, runs_kernels, tl
 
 _MOST_IN_REGISTERS = 32_768
 """Logits of one row: 64 per thread."""

@@ -1,10 +1,10 @@
 """Capture at the 30B verifier's shape: the model's own forward, ours, and whole capture to disk, in one run.
 
-`python -m tools.bench.capture [--output FILE]` needs one GPU of 80 GB and mamba-ssm. Weights are random and made on
-the GPU, so that times are right and values mean nothing. `hf-forward-32k` is the model's own code with the same scan
-kernels; `forward-32k` and `prefill-256k` are ours without head, teacher and copies; `capture-32k` and `capture-mixed`
-are what `draftcache capture` does from token ids to committed shards, lossless; `-int8` in that mode; and `-memory`
-into memory (--memory), which shows what the disk costs.
+`python -m draftcache.tools.bench.capture [--output FILE]` needs one GPU of 80 GB and mamba-ssm. Weights are random and
+made on the GPU, so that times are right and values mean nothing. `hf-forward-32k` is the model's own code with the same
+scan kernels; `forward-32k` and `prefill-256k` are ours without head, teacher and copies; `capture-32k` and
+`capture-mixed` are what `draftcache capture` does from token ids to committed shards, lossless; `-int8` in that mode;
+and `-memory` into memory (--memory), which shows what the disk costs.
 
 - `tok_s`: tokens over wall time, medians of several runs after one that is not counted; captures run once, after a
   shorter one whose kernels are traced for `gpu_idle_share`.
@@ -28,14 +28,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from capture.prefill import Forward, PlainForward
-from capture.ssm_precision import mamba_mixers, scan_implementation
-from capture.verifier import Verifier, find_modules
-from store.errors import InputError
-from store.files import write_json
-from tools.bench.capture_job import CaptureRun, run_capture
-from tools.bench.rows import report, result_row, some_of
-from tools.bench.verifier_shape import LAYERS, random_verifier, verifier_config
+from draftcache.capture.prefill import Forward, PlainForward
+from draftcache.capture.ssm_precision import mamba_mixers, scan_implementation
+from draftcache.capture.verifier import Verifier, find_modules
+from draftcache.store.errors import InputError
+from draftcache.store.files import write_json
+from draftcache.tools.bench.capture_job import CaptureRun, run_capture
+from draftcache.tools.bench.rows import report, result_row, some_of
+from draftcache.tools.bench.verifier_shape import LAYERS, random_verifier, verifier_config
 
 LONG = 32_768
 CASES = (

@@ -15,23 +15,23 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from torch.profiler import ProfilerActivity, profile
 
-from capture.config import CaptureConfig
-from capture.progress import Event
-from capture.shard_capture import ShardCapture
-from capture.shard_worker import ShardWorker, WorkerRole
-from capture.stopping import StopRequest
-from capture.token_dataset import TokenDataset
-from capture.verifier import Verifier
-from capture.work_plan import WorkPlan, plan_shards
-from store import torch_codecs
-from store.codecs import Calibration
-from store.files import hash_bytes
-from store.manifest import StoreManifest, Tap
-from store.reader import FROZEN_NAME, VOCAB_MAP_NAME, StoreReader
-from store.rows import teacher_positions
-from store.vocab_map import VocabMap
-from store.writer import StoreWriter
-from tools.bench.verifier_shape import DRAFT_VOCAB, LAYERS
+from draftcache.capture.config import CaptureConfig
+from draftcache.capture.progress import Event
+from draftcache.capture.shard_capture import ShardCapture
+from draftcache.capture.shard_worker import ShardWorker, WorkerRole
+from draftcache.capture.stopping import StopRequest
+from draftcache.capture.token_dataset import TokenDataset
+from draftcache.capture.verifier import Verifier
+from draftcache.capture.work_plan import WorkPlan, plan_shards
+from draftcache.store import torch_codecs
+from draftcache.store.codecs import Calibration
+from draftcache.store.files import hash_bytes
+from draftcache.store.manifest import StoreManifest, Tap
+from draftcache.store.reader import FROZEN_NAME, VOCAB_MAP_NAME, StoreReader
+from draftcache.store.rows import teacher_positions
+from draftcache.store.vocab_map import VocabMap
+from draftcache.store.writer import StoreWriter
+from draftcache.tools.bench.verifier_shape import DRAFT_VOCAB, LAYERS
 
 LOSS_SHARE = 0.48
 _TURNS = 8

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from store.files import read_json
-from tools.bench.rows import result_row
-from tools.demo.pipeline import TRACE_SPLITS
+from draftcache.store.files import read_json
+from draftcache.tools.bench.rows import result_row
+from draftcache.tools.demo.pipeline import TRACE_SPLITS
 
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Student's t, 97.5 %, by degrees of freedom."""
@@ -66,6 +66,6 @@ def rows(figures: Mapping[str, Sequence[Mapping[str, float]]], device: str, *, s
 
 def draftcache(*words: object) -> None:
     """Print and run one `draftcache` command. Raises CalledProcessError where it fails."""
-    command = [sys.executable, "-m", "tools.cli", *map(str, words)]
+    command = [sys.executable, "-m", "draftcache.tools.cli", *map(str, words)]
     print("$ draftcache", *words, flush=True)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[2])

@@ -1,10 +1,10 @@
 """What training on rounded states costs: acceptance of drafts trained on int8 and fp8 stores beside lossless ones.
 
-`python -m tools.bench.lossy_modes --demo runs/demo [--output FILE]` takes the traces of a finished `draftcache demo`,
-converts their store to each mode, and trains a draft from scratch per mode and seed: same order, same steps. Every
-draft is evaluated on the exact states, which are what it meets when it is served. `acceptance_length` is the mean over
-seeds; `difference` is the mean of the paired differences to `lossless`, `difference_ci95` the half-width of its 95 %
-interval by Student's t over the seeds.
+`python -m draftcache.tools.bench.lossy_modes --demo runs/demo [--output FILE]` takes the traces of a finished
+`draftcache demo`, converts their store to each mode, and trains a draft from scratch per mode and seed: same order,
+same steps. Every draft is evaluated on the exact states, which are what it meets when it is served. `acceptance_length`
+is the mean over seeds; `difference` is the mean of the paired differences to `lossless`, `difference_ci95` the
+half-width of its 95 % interval by Student's t over the seeds.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tools.bench import demo_training
-from tools.bench.rows import cpu_name, report
+from draftcache.tools.bench import demo_training
+from draftcache.tools.bench.rows import cpu_name, report
 
 MODES = ("lossless", "int8", "fp8")
 

@@ -1,6 +1,6 @@
 """Prepare's throughput beside the bare tokenizer's, on the same texts and cores.
 
-`python -m tools.bench.prepare [--output FILE]`. The text is this Python's own standard library, cut into
+`python -m draftcache.tools.bench.prepare [--output FILE]`. The text is this Python's own standard library, cut into
 conversations of two to eight turns; the tokenizer is a byte-level BPE trained on it. `encode-batch` is
 `Tokenizer.encode_batch` over the rendered texts with its own threads on every core: no files, no JSON, no
 template, no masks. `prepare` is the whole job from JSONL to a committed dataset, start of its workers
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tools.bench.rows import cpu_name, report, result_row
+from draftcache.tools.bench.rows import cpu_name, report, result_row
 
 _TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}"
@@ -125,7 +125,7 @@ def encode_batch_speed(directory: Path, conversations: list[list[dict[str, str]]
 
 def prepare_speed(directory: Path) -> tuple[float, float]:
     """Tokens per second and per CPU second of the whole job, one process per core, workers' CPU time included."""
-    from capture.prepare import PrepareConfig, prepare
+    from draftcache.capture.prepare import PrepareConfig, prepare
 
     config = PrepareConfig(
         tokenizer=directory / "tokenizer",

@@ -1,7 +1,7 @@
 """The store beside other formats: the same content written and read through each, bit-compared.
 
-`python -m tools.bench.store [--output FILE]` measures sizes, CPU seconds and speeds on made-up states with real
-statistics; `--store PATH` takes an existing store's conversations and reports sizes only.
+`python -m draftcache.tools.bench.store [--output FILE]` measures sizes, CPU seconds and speeds on made-up states with
+real statistics; `--store PATH` takes an existing store's conversations and reports sizes only.
 
 - GB is 1e9 logical bytes (bf16 taps and all other arrays), the same number for every case, however small its files.
 - Cases take turns, round by round; medians, the first round is dropped. Writes end with fsync, reads come from a warm
@@ -30,13 +30,13 @@ import numpy as np
 import torch
 from numcodecs import Zstd
 
-from store.errors import StoreError
-from store.schema import CHUNK_ROWS, TOKENS_AXIS
-from tools.bench.rows import cpu_name, report, result_row
-from tools.bench.store_cases import Ours, check, choose_windows, expected_window, make_cases
-from tools.bench.store_content import exponent_entropy, from_store, generate, generate_tiny, peer_bytes
-from tools.bench.store_formats import Case, Window
-from tools.bench.store_picture import draw, table
+from draftcache.store.errors import StoreError
+from draftcache.store.schema import CHUNK_ROWS, TOKENS_AXIS
+from draftcache.tools.bench.rows import cpu_name, report, result_row
+from draftcache.tools.bench.store_cases import Ours, check, choose_windows, expected_window, make_cases
+from draftcache.tools.bench.store_content import exponent_entropy, from_store, generate, generate_tiny, peer_bytes
+from draftcache.tools.bench.store_formats import Case, Window
+from draftcache.tools.bench.store_picture import draw, table
 
 WINDOW_TOKENS = 4096
 _OPEN_SECONDS = 30.0  # a case whose openings took longer than this together is not opened again

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store.codecs import Calibration
-from store.errors import StoreError
-from store.manifest import StoreManifest, Tap
-from store.reader import FROZEN_NAME, VOCAB_MAP_NAME, StoreReader
-from store.schema import COUNT_FIELD, ROWS_AXIS, TOKENS_AXIS, ArraySpec, tap_name
-from store.writer import StoreWriter
-from tools.bench.store_content import Content
-from tools.bench.store_formats import Arrays, Buffers, Case, RawPreadv, Window, ZarrPython
-from tools.bench.store_sample_formats import Safetensors, TorchSave, Webdataset
+from draftcache.store.codecs import Calibration
+from draftcache.store.errors import StoreError
+from draftcache.store.manifest import StoreManifest, Tap
+from draftcache.store.reader import FROZEN_NAME, VOCAB_MAP_NAME, StoreReader
+from draftcache.store.schema import COUNT_FIELD, ROWS_AXIS, TOKENS_AXIS, ArraySpec, tap_name
+from draftcache.store.writer import StoreWriter
+from draftcache.tools.bench.store_content import Content
+from draftcache.tools.bench.store_formats import Arrays, Buffers, Case, RawPreadv, Window, ZarrPython
+from draftcache.tools.bench.store_sample_formats import Safetensors, TorchSave, Webdataset
 
 MODES = ("bf16", "lossless", "int8", "fp8")
 

@@ -18,12 +18,12 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from store.codecs import float32_to_bf16
-from store.errors import InputError
-from store.files import hash_bytes
-from store.reader import StoreReader
-from store.rows import rows_in_reach, teacher_positions
-from store.schema import (
+from draftcache.store.codecs import float32_to_bf16
+from draftcache.store.errors import InputError
+from draftcache.store.files import hash_bytes
+from draftcache.store.reader import StoreReader
+from draftcache.store.rows import rows_in_reach, teacher_positions
+from draftcache.store.schema import (
     LENGTH_ARRAY,
     ROWS_AXIS,
     TEACHER_AXIS,
@@ -33,7 +33,7 @@ from store.schema import (
     id_dtype,
     tap_name,
 )
-from store.teacher_form import draft_teacher
+from draftcache.store.teacher_form import draft_teacher
 
 LAYERS = (2, 26, 48)
 HIDDEN_SIZE = 2688

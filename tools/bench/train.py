@@ -1,6 +1,6 @@
 """Draft training at the seed's shape: hidden 2688, 32 / 2 heads, 32k of 131k words, window 4096, 6 unroll steps.
 
-`python -m tools.bench.train [--output FILE]` needs one GPU of 80 GB; `torchrun --nproc-per-node N -m
+`python -m draftcache.tools.bench.train [--output FILE]` needs one GPU of 80 GB; `torchrun --nproc-per-node N -m
 tools.bench.train` measures N GPUs beside one (case ddpN-32k, one conversation of 32k on each). Batches are synthetic
 store rows; one step is forward, backward, clipping and AdamW, as `draftcache train` does them; weights are float32,
 products bf16.
@@ -35,21 +35,21 @@ from typing import Any
 
 import torch
 
-from draft_train.batches import Batch
-from draft_train.choose_pass import pass_settings
-from draft_train.config import ATTENTION, TrainConfig
-from draft_train.draft_model import DraftModel
-from draft_train.fused_pass import FusedPass
-from draft_train.objective import Objective
-from draft_train.optimizer import make_optimizer
-from draft_train.parallel import GradientSums, Ranks, joined_ranks
-from store.errors import InputError
-from store.files import write_json
-from tools.bench.capture import matmul_ceiling, timed
-from tools.bench.rows import report, result_row, some_of
-from tools.bench.stages import IDLE, REST, STAGES, stage_times
-from tools.bench.train_cases import CASES, SHAPE, needed_flops, synthetic_batch
-from tools.bench.train_loader import loader_metrics, write_store
+from draftcache.draft_train.batches import Batch
+from draftcache.draft_train.choose_pass import pass_settings
+from draftcache.draft_train.config import ATTENTION, TrainConfig
+from draftcache.draft_train.draft_model import DraftModel
+from draftcache.draft_train.fused_pass import FusedPass
+from draftcache.draft_train.objective import Objective
+from draftcache.draft_train.optimizer import make_optimizer
+from draftcache.draft_train.parallel import GradientSums, Ranks, joined_ranks
+from draftcache.store.errors import InputError
+from draftcache.store.files import write_json
+from draftcache.tools.bench.capture import matmul_ceiling, timed
+from draftcache.tools.bench.rows import report, result_row, some_of
+from draftcache.tools.bench.stages import IDLE, REST, STAGES, stage_times
+from draftcache.tools.bench.train_cases import CASES, SHAPE, needed_flops, synthetic_batch
+from draftcache.tools.bench.train_loader import loader_metrics, write_store
 
 LONG = 32_768
 LOADER, LOADED = "loader-32k", 12
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def peer_rows(wheels: Path | None) -> list[dict[str, Any]]:
-    """Rows of `tools.bench.train_peers`, in a process of its own: importing the peers changes torch's settings."""
+    """Rows of `train_peers`, in a process of its own, because importing the peers changes torch's settings."""
     if wheels is None:
         return []
     with tempfile.TemporaryDirectory() as root:
@@ -102,7 +102,7 @@ def peer_rows(wheels: Path | None) -> list[dict[str, Any]]:
         command = [
             sys.executable,
             "-m",
-            "tools.bench.train_peers",
+            "draftcache.tools.bench.train_peers",
             "--peer-wheels",
             str(wheels),
             "--output",

@@ -1,4 +1,4 @@
-"""What `tools.bench.train` trains: the seed's draft, on conversations of random states and teacher."""
+"""What `draftcache.tools.bench.train` trains: the seed's draft, on conversations of random states and teacher."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from draft_train.batches import Batch, HostRows
-from draft_train.config import DraftShape
+from draftcache.draft_train.batches import Batch, HostRows
+from draftcache.draft_train.config import DraftShape
 
 SHAPE = DraftShape(
     hidden_size=2688, taps=3, intermediate_size=8064, num_attention_heads=32, num_key_value_heads=2, head_dim=128,

@@ -1,4 +1,4 @@
-"""Training from a store on disk at the seed's shape, for `tools.bench.train`: does the GPU wait for data?
+"""Training from a store on disk at the seed's shape, for `draftcache.tools.bench.train`: does the GPU wait for data?
 
 A lossless store of conversations of 32k tokens, every row with loss, random states and teacher, is written once and
 trained on by `Trainer`, as `draftcache train` does it, with each attention. First with none of its files in the
@@ -20,16 +20,16 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from draft_train.config import DraftShape, TrainConfig
-from draft_train.prefetch import LOCAL_READERS
-from draft_train.trainer import Trainer
-from store.files import hash_bytes
-from store.manifest import StoreManifest, Tap
-from store.reader import FROZEN_NAME, VOCAB_MAP_NAME, StoreReader
-from store.rows import rows_in_reach, teacher_positions
-from store.schema import Conversation, tap_name
-from store.vocab_map import VocabMap
-from store.writer import StoreWriter
+from draftcache.draft_train.config import DraftShape, TrainConfig
+from draftcache.draft_train.prefetch import LOCAL_READERS
+from draftcache.draft_train.trainer import Trainer
+from draftcache.store.files import hash_bytes
+from draftcache.store.manifest import StoreManifest, Tap
+from draftcache.store.reader import FROZEN_NAME, VOCAB_MAP_NAME, StoreReader
+from draftcache.store.rows import rows_in_reach, teacher_positions
+from draftcache.store.schema import Conversation, tap_name
+from draftcache.store.vocab_map import VocabMap
+from draftcache.store.writer import StoreWriter
 
 LAYERS = (2, 26, 48)
 _WARM_UP = 3

@@ -1,7 +1,7 @@
 """Training steps of SpecForge and NeMo Automodel at the seed draft's shape, from their own published wheels.
 
     pip download --no-deps --dest WHEELS specforge==0.2.0 nemo-automodel==0.7.0
-    python -m tools.bench.train_peers --peer-wheels WHEELS [--length 32768] [--output FILE]
+    python -m draftcache.tools.bench.train_peers --peer-wheels WHEELS [--length 32768] [--output FILE]
 
 needs one GPU of 80 GB, torch with triton, and transformers. What is timed is each project's trainer core as its own
 offline recipe runs it: forward, backward and optimizer step of one conversation whose every row carries loss, on
@@ -32,10 +32,10 @@ from typing import Any
 
 import torch
 
-from store.errors import InputError
-from store.files import write_json
-from tools.bench.peer_wheels import automodel_modules, unpacked_wheels
-from tools.bench.rows import report, result_row
+from draftcache.store.errors import InputError
+from draftcache.store.files import write_json
+from draftcache.tools.bench.peer_wheels import automodel_modules, unpacked_wheels
+from draftcache.tools.bench.rows import report, result_row
 
 UNITS = {"tok_s": "tok/s", "peak_gib": "GiB"}
 WARM_UP, TIMED = 2, 3

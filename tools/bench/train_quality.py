@@ -1,8 +1,9 @@
 """What the objective is worth: acceptance of drafts trained by our default beside other recipes, at equal steps.
 
-`python -m tools.bench.train_quality --demo runs/demo [--recipes draftcache,specforge] [--output FILE]` takes the traces
-of a finished `draftcache demo` and trains a draft from scratch per recipe and seed: same store, initial weights, order,
-optimizer and steps. About 100 s per draft on two cores, so 10 minutes for the default two recipes and three seeds.
+`python -m draftcache.tools.bench.train_quality --demo runs/demo [--recipes draftcache,specforge] [--output FILE]` takes
+the traces of a finished `draftcache demo` and trains a draft from scratch per recipe and seed: same store, initial
+weights, order, optimizer and steps. About 100 s per draft on two cores, so 10 minutes for the default two recipes and
+three seeds.
 
 - `draftcache`: the defaults.
 - `specforge`: SpecForge 0.2's objective: its unshifted loss mask, its mean over all positions, and no loss where the
@@ -23,8 +24,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tools.bench import demo_training
-from tools.bench.rows import cpu_name, report
+from draftcache.tools.bench import demo_training
+from draftcache.tools.bench.rows import cpu_name, report
 
 RECIPES: dict[str, tuple[str, ...]] = {
     "draftcache": (),

@@ -1,9 +1,9 @@
 """The draft's own attention kernels beside flex attention, on what both can do: step 0, causal, a window of 4,096.
 
-`python -m tools.bench.window_attention [--lengths 8192,32768] [--output FILE]` needs a CUDA device. 32 query heads,
-2 key-value heads of width 128, bf16. Cases `kernels-LENGTH` and `flex-LENGTH` (compiled, block mask made beforehand);
-`forward_ms` and `backward_ms` are medians, `error` is the largest relative difference, in the 2-norm, of output and the
-three gradients to the plain reference in float32, at 5,120 tokens.
+`python -m draftcache.tools.bench.window_attention [--lengths 8192,32768] [--output FILE]` needs a CUDA device. 32 query
+heads, 2 key-value heads of width 128, bf16. Cases `kernels-LENGTH` and `flex-LENGTH` (compiled, block mask made
+beforehand); `forward_ms` and `backward_ms` are medians, `error` is the largest relative difference, in the 2-norm, of
+output and the three gradients to the plain reference in float32, at 5,120 tokens.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draft_train.kernels.attention import (
+from draftcache.draft_train.kernels.attention import (
     attend,
     attend_backward,
     attend_backward_reference,
     attend_reference,
 )
-from draft_train.kernels.sight import Attended, Sight
-from store.errors import InputError
-from tools.bench.rows import report, result_row
+from draftcache.draft_train.kernels.sight import Attended, Sight
+from draftcache.store.errors import InputError
+from draftcache.tools.bench.rows import report, result_row
 
 HEADS, GROUPS, WIDTH, WINDOW, CHECKED = 32, 2, 128, 4096, 5120
 UNITS = {"forward_ms": "ms", "backward_ms": "ms", "error": "relative"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from capture.config import CaptureConfig
-from tools.arguments import add_settings, read_settings
+from draftcache.capture.config import CaptureConfig
+from draftcache.tools.arguments import add_settings, read_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,9 +18,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Exit code 1 when conversations were quarantined, whoever did so; 143 after SIGTERM, 130 after SIGINT."""
     config = read_settings(CaptureConfig, arguments)
 
-    from capture.engines import capture
-    from capture.stopping import CaptureStopped
-    from store.reader import StoreReader
+    from draftcache.capture.engines import capture
+    from draftcache.capture.stopping import CaptureStopped
+    from draftcache.store.reader import StoreReader
 
     try:
         summary = capture(config)

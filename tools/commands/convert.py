@@ -6,7 +6,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `store.convert.Conversion`."""
+    """Flags of `draftcache.store.convert.Conversion`."""
     parser.add_argument("source", help="directory, file://, s3:// or gs:// URL of a finished store")
     parser.add_argument("target", help="the same, of the store to create or to go on with")
     parser.add_argument("--layout", help="zarr or webdataset (default: the source's)")
@@ -18,11 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0: the target is finished and, unless told otherwise, compared."""
-    from store.codecs import MODES
-    from store.convert import Conversion
-    from store.errors import InputError
-    from store.manifest import LAYOUTS
-    from store.progress import progress_bar
+    from draftcache.store.codecs import MODES
+    from draftcache.store.convert import Conversion
+    from draftcache.store.errors import InputError
+    from draftcache.store.manifest import LAYOUTS
+    from draftcache.store.progress import progress_bar
 
     for flag, value, choices in (("layout", arguments.layout, LAYOUTS), ("mode", arguments.mode, MODES)):
         if value is not None and value not in choices:

@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 1 where speculative decoding was not lossless or offline and online counts differ."""
-    from tools.demo.pipeline import Demo, DemoSize
-    from tools.demo.report import format_summary
+    from draftcache.tools.demo.pipeline import Demo, DemoSize
+    from draftcache.tools.demo.report import format_summary
 
     summary = Demo(arguments.output, DemoSize()).run()
     print("\n" + format_summary(summary))

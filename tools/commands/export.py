@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write config.json and model.safetensors."""
-    from draft_train.export import export_draft
+    from draftcache.draft_train.export import export_draft
 
     path = export_draft(arguments.checkpoint, arguments.output, engine=arguments.engine, dtype=arguments.dtype)
     print(f"{path}: config.json and model.safetensors for {arguments.engine}")

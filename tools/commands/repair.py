@@ -14,9 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0: nothing was damaged, or the store is whole again; 1: capture has shards to make again."""
-    from store.progress import progress_bar
-    from store.repair import repair_store
-    from store.verify import verify_store
+    from draftcache.store.progress import progress_bar
+    from draftcache.store.repair import repair_store
+    from draftcache.store.verify import verify_store
 
     with progress_bar(unit="B", unit_scale=True, desc="verify") as bar:
         report = verify_store(

@@ -6,9 +6,9 @@ import argparse
 import os
 import sys
 
-from draft_train.config import TrainConfig
-from store.errors import DraftcacheError
-from tools.arguments import add_settings, read_settings
+from draftcache.draft_train.config import TrainConfig
+from draftcache.store.errors import DraftcacheError
+from draftcache.tools.arguments import add_settings, read_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,9 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(config: TrainConfig) -> int:
-    from draft_train.parallel import joined_ranks
-    from draft_train.stopping import StopRequest, TrainingStopped
-    from draft_train.trainer import Trainer
+    from draftcache.draft_train.parallel import joined_ranks
+    from draftcache.draft_train.stopping import StopRequest, TrainingStopped
+    from draftcache.draft_train.trainer import Trainer
 
     try:
         with StopRequest() as stop, joined_ranks(config.device) as ranks:

@@ -7,7 +7,7 @@ import json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `store.verify.verify_store`."""
+    """Flags of `draftcache.store.verify.verify_store`."""
     parser.add_argument("store", help="directory, file://, s3:// or gs:// URL of a store")
     parser.add_argument("--quick", action="store_true", help="only commit records and file sizes; reads no array")
     parser.add_argument("--allow-partial", action="store_true", help="accept a store whose capture has not finished")
@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 1 for a store that is damaged, or unfinished without --allow-partial."""
-    from store.progress import progress_bar
-    from store.verify import verify_store
+    from draftcache.store.progress import progress_bar
+    from draftcache.store.verify import verify_store
 
     with progress_bar(unit="B", unit_scale=True, desc="verify", disable=arguments.json) as bar:
         report = verify_store(

@@ -1,4 +1,4 @@
-"""Build the demo's conversations: `python -m tools.demo.build_corpus --sources DIR --corpus DIR`.
+"""Build the demo's conversations: `python -m draftcache.tools.demo.build_corpus --sources DIR --corpus DIR`.
 
 Every conversation of every source goes to `--corpus` (scratch: what the verifier trains on); a fair sample,
 the prompts and the licence texts go to `--assets` (shipped). Both splits are decided by a hash of the source
@@ -17,13 +17,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from store.files import write_json
-from tools.demo.conversation import Conversation, drop_near_duplicates, split_of
-from tools.demo.licences import write_licences
-from tools.demo.play_conversations import play_conversations
-from tools.demo.python_conversations import docs_conversations, library_conversations
-from tools.demo.sources import Sources, fetch_sources
-from tools.demo.wordnet_conversations import wordnet_conversations
+from draftcache.store.files import write_json
+from draftcache.tools.demo.conversation import Conversation, drop_near_duplicates, split_of
+from draftcache.tools.demo.licences import write_licences
+from draftcache.tools.demo.play_conversations import play_conversations
+from draftcache.tools.demo.python_conversations import docs_conversations, library_conversations
+from draftcache.tools.demo.sources import Sources, fetch_sources
+from draftcache.tools.demo.wordnet_conversations import wordnet_conversations
 
 __all__ = ["main"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from tools.demo.sources import Sources
+from draftcache.tools.demo.sources import Sources
 
 __all__ = ["write_licences"]
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from capture.verifier import Verifier
+    from draftcache.capture.verifier import Verifier
 
-from store.errors import DraftcacheError
-from store.files import read_json, write_json
+from draftcache.store.errors import DraftcacheError
+from draftcache.store.files import read_json, write_json
 
 ASSETS = Path(__file__).parent / "assets"
 VERIFIER = ASSETS / "verifier"
@@ -69,8 +69,8 @@ def load_demo_verifier() -> Verifier:
     """The shipped verifier in float32 on the CPU, its dt limit lifted and its carry proved."""
     import torch
 
-    from capture.ssm_precision import enforce_contract
-    from capture.verifier import load_verifier
+    from draftcache.capture.ssm_precision import enforce_contract
+    from draftcache.capture.verifier import load_verifier
 
     verifier = load_verifier(VERIFIER, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=False)
     enforce_contract(verifier.model, VERIFIER, allow_fallback=False)
@@ -94,7 +94,7 @@ def _start_worker() -> None:
 
 
 def _answer(prompts: list[list[int]], *, max_new_tokens: int, eos_token_id: int) -> list[list[int]]:
-    from tools.demo.traces import generate_batch
+    from draftcache.tools.demo.traces import generate_batch
 
     return generate_batch(_worker_model, prompts, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id)
 
@@ -114,7 +114,7 @@ class Demo:
 
     def command(self, *arguments: object) -> None:
         """Print and run one `draftcache` command. Raises DraftcacheError where it fails."""
-        from tools.cli import main
+        from draftcache.tools.cli import main
 
         words = [str(argument) for argument in arguments]
         print(f"\n$ draftcache {' '.join(words)}", flush=True)
@@ -162,7 +162,7 @@ class Demo:
         """Greedy answers of the verifier: to train prompts that stage 1 does not see, and to held-out prompts."""
         from transformers import AutoTokenizer
 
-        from tools.demo.traces import prompt_of, write_traces
+        from draftcache.tools.demo.traces import prompt_of, write_traces
 
         size = self.size
         sources = {
@@ -249,9 +249,9 @@ class Demo:
     def _summary(self) -> dict[str, Any]:
         from transformers import AutoTokenizer
 
-        from tools.demo.picture import draw_curves
-        from tools.demo.report import summarize
-        from tools.demo.truth import truth_check
+        from draftcache.tools.demo.picture import draw_curves
+        from draftcache.tools.demo.report import summarize
+        from draftcache.tools.demo.truth import truth_check
 
         started = time.monotonic()
         tokenizer = AutoTokenizer.from_pretrained(VERIFIER)
@@ -287,7 +287,7 @@ class Demo:
         return summary
 
     def _truth_prompts(self, tokenizer: Any) -> list[list[int]]:
-        from tools.demo.traces import encode_prompts, prompt_of
+        from draftcache.tools.demo.traces import encode_prompts, prompt_of
 
         rows = read_conversations(
             ASSETS / "conversations" / "val.jsonl.gz", self.size.val_conversations, 4 * self.size.truth_prompts

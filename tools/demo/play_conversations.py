@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from tools.demo.conversation import Conversation, make, rng_for, take_paragraphs
+from draftcache.tools.demo.conversation import Conversation, make, rng_for, take_paragraphs
 
 __all__ = ["play_conversations"]
 

@@ -8,8 +8,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from tools.demo.conversation import Conversation, make, rng_for, take_paragraphs
-from tools.demo.restructured import Entry, read_page
+from draftcache.tools.demo.conversation import Conversation, make, rng_for, take_paragraphs
+from draftcache.tools.demo.restructured import Entry, read_page
 
 __all__ = ["docs_conversations", "library_conversations"]
 

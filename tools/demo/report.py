@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from store.reader import StoreReader
-from tools.demo.truth import TruthResult
+from draftcache.store.reader import StoreReader
+from draftcache.tools.demo.truth import TruthResult
 
 
 def store_totals(path: Path) -> dict[str, float]:

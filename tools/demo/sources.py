@@ -8,7 +8,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from store.errors import InputError
+from draftcache.store.errors import InputError
 
 __all__ = ["DEBIAN_PACKAGES", "WHEELS", "Sources", "fetch_sources"]
 

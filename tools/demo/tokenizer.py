@@ -1,6 +1,6 @@
 """The demo's tokenizer: 4,096-entry byte-level BPE, ChatML template with assistant spans marked.
 
-`python -m tools.demo.tokenizer --corpus DIR` trains it on the train split, checks it, and writes
+`python -m draftcache.tools.demo.tokenizer --corpus DIR` trains it on the train split, checks it, and writes
 `DIR/tokenizer/` and `DIR/tokens.npz` (uint16 ids of every conversation, end to end, with their lengths).
 """
 
@@ -17,8 +17,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from store.errors import InputError
-from store.files import read_json, write_json
+from draftcache.store.errors import InputError
+from draftcache.store.files import read_json, write_json
 
 __all__ = ["CHAT_TEMPLATE", "VOCAB_SIZE", "check_tokenizer", "encode_split", "main", "train_tokenizer"]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from store.files import atomic_path
-from store.progress import progress_bar
+from draftcache.store.files import atomic_path
+from draftcache.store.progress import progress_bar
 
 Message = dict[str, Any]
 

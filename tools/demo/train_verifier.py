@@ -1,4 +1,6 @@
-"""Train the demo's verifier on one GPU: `python -m tools.demo.train_verifier --corpus DIR --output DIR --epochs N`.
+"""Train the demo's verifier on one GPU.
+
+    python -m draftcache.tools.demo.train_verifier --corpus DIR --output DIR --epochs N
 
 Causal language modelling on whole conversations in the chat template. The loss is on all tokens, not on the
 assistant's alone: the user's turns are as much real text as the answers, and a model this small learns the
@@ -29,11 +31,11 @@ from torch import Tensor, nn
 from transformers import NemotronHForCausalLM
 from transformers.models.nemotron_h import modeling_nemotron_h
 
-from store.errors import InputError
-from store.files import write_json
-from tools.demo import training_kernels
-from tools.demo.evaluate_verifier import HeldOut, held_out_losses, perplexities
-from tools.demo.verifier_model import build_model, load_model, save_model
+from draftcache.store.errors import InputError
+from draftcache.store.files import write_json
+from draftcache.tools.demo import training_kernels
+from draftcache.tools.demo.evaluate_verifier import HeldOut, held_out_losses, perplexities
+from draftcache.tools.demo.verifier_model import build_model, load_model, save_model
 
 __all__ = ["TrainingPlan", "main", "packed_windows", "train"]
 

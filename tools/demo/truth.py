@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 
-from capture.batch_job import CaptureJob
-from capture.config import CaptureConfig
-from capture.prepare import PrepareConfig, prepare
-from capture.verifier import Verifier
-from draft_train.acceptance import measure_acceptance
-from draft_train.checkpoint import load_model, load_state, resolve_checkpoint
-from draft_train.frozen import FrozenWeights
-from store.reader import StoreReader
-from tools.speculative_decode import plain_greedy, speculative_greedy
+from draftcache.capture.batch_job import CaptureJob
+from draftcache.capture.config import CaptureConfig
+from draftcache.capture.prepare import PrepareConfig, prepare
+from draftcache.capture.verifier import Verifier
+from draftcache.draft_train.acceptance import measure_acceptance
+from draftcache.draft_train.checkpoint import load_model, load_state, resolve_checkpoint
+from draftcache.draft_train.frozen import FrozenWeights
+from draftcache.store.reader import StoreReader
+from draftcache.tools.speculative_decode import plain_greedy, speculative_greedy
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from store.files import write_json
-from tools.demo.tokenizer import VOCAB_SIZE
+from draftcache.store.files import write_json
+from draftcache.tools.demo.tokenizer import VOCAB_SIZE
 
 __all__ = ["PATTERN", "build_model", "load_model", "save_model", "set_time_step_limit"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.demo.conversation import Conversation, make, rng_for
+from draftcache.tools.demo.conversation import Conversation, make, rng_for
 
 __all__ = ["wordnet_conversations"]
 
