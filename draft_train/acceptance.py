@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from draftcache.draft_train.batches import Batch, build_batch
-from draftcache.draft_train.draft_model import DraftModel
-from draftcache.draft_train.unroll import unroll
+from draftcache.draft_train.data.batches import Batch, build_batch
+from draftcache.draft_train.drafts.eagle3.model import DraftModel
+from draftcache.draft_train.drafts.eagle3.unroll import unroll
+from draftcache.store.format.rows import start_rows, tokens_left
+from draftcache.store.format.schema import Conversation
 from draftcache.store.reader import StoreReader
-from draftcache.store.rows import start_rows, tokens_left
-from draftcache.store.schema import Conversation
 
 LENGTH_BUCKETS = (16_384, 32_768, 65_536)
 _EXACT_AGREEMENT = 0.999

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from draftcache.draft_train.config import DraftShape
-from draftcache.draft_train.draft_model import DraftModel
-from draftcache.store.errors import CheckpointError, DraftcacheError
-from draftcache.store.files import fsync_directory, fsync_tree, hash_file, read_json, write_json
-from draftcache.store.vocab_map import VocabMap
+from draftcache.draft_train.drafts.eagle3.model import DraftModel
+from draftcache.store.common.errors import CheckpointError, DraftcacheError
+from draftcache.store.common.files import fsync_directory, fsync_tree, hash_file, read_json, write_json
+from draftcache.store.format.vocab_map import VocabMap
 
 FORMAT = "draftcache-checkpoint"
 VERSION = 1

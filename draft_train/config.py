@@ -6,8 +6,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from draftcache.store.errors import InputError
-from draftcache.store.storage import Location
+from draftcache.store.common.errors import InputError
+from draftcache.store.storage.base import Location
 
 
 def _doc(text: str) -> dict[str, str]:
@@ -83,11 +83,11 @@ class TrainConfig:
     step_decay: float = field(default=0.8, metadata=_doc("weight of step k in the loss is step_decay ** k"))
     loss: str = field(
         default="tail-kl",
-        metadata=_doc("loss of a row: tail-kl, renormalized-kl, tv, lk or lk-alpha (see draft_train/losses.py)"),
+        metadata=_doc("loss of a row: tail-kl, renormalized-kl, tv, lk or lk-alpha (see draft_train/loss/losses.py)"),
     )
     loss_rows: str = field(
         default="turns",
-        metadata=_doc("which rows carry loss at which steps: turns, or unshifted (see draft_train/loss_rows.py)"),
+        metadata=_doc("which rows carry loss at which steps: turns, or unshifted (see draft_train/loss/loss_rows.py)"),
     )
     out_of_vocab: str = field(
         default="weight",

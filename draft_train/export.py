@@ -23,9 +23,9 @@ from draftcache.draft_train.checkpoint import (
     load_vocab_map,
     resolve_checkpoint,
 )
-from draftcache.store.errors import CheckpointError, InputError
-from draftcache.store.files import fsync_directory, fsync_tree
-from draftcache.store.vocab_map import VocabMap
+from draftcache.store.common.errors import CheckpointError, InputError
+from draftcache.store.common.files import fsync_directory, fsync_tree
+from draftcache.store.format.vocab_map import VocabMap
 
 ENGINES = ("vllm", "sglang")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from draftcache.draft_train.checkpoint import CheckpointState
-from draftcache.store.errors import CheckpointError, ManifestMismatchError
+from draftcache.store.common.errors import CheckpointError, ManifestMismatchError
+from draftcache.store.format.teacher import DraftVocab
 from draftcache.store.reader import StoreReader
-from draftcache.store.teacher_form import DraftVocab
 
 
 def require_window(window: int | None, store: StoreReader) -> None:

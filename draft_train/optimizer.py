@@ -7,7 +7,7 @@ import math
 import torch
 
 from draftcache.draft_train.config import TrainConfig
-from draftcache.draft_train.draft_model import DraftModel
+from draftcache.draft_train.drafts.eagle3.model import DraftModel
 
 
 def make_optimizer(config: TrainConfig, model: DraftModel) -> torch.optim.AdamW:

@@ -10,9 +10,9 @@ from typing import Any, Self
 import numpy as np
 
 from draftcache.draft_train.config import TrainConfig
-from draftcache.store.errors import InputError
-from draftcache.store.files import atomic_path
-from draftcache.store.progress import progress_bar
+from draftcache.store.common.errors import InputError
+from draftcache.store.common.files import atomic_path
+from draftcache.store.common.progress import progress_bar
 
 _WORTH_SAYING = 0.03  # of the wall time waited for data
 

@@ -28,22 +28,22 @@ from draftcache.draft_train.checkpoint import (
     resolve_checkpoint,
     save_checkpoint,
 )
-from draftcache.draft_train.choose_pass import choose_pass
 from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.data.frozen import FrozenWeights
+from draftcache.draft_train.data.order import Schedule, StepPlan
+from draftcache.draft_train.data.packed_batch import BatchLoader
+from draftcache.draft_train.data.prefetch import Prefetcher, ring_bytes
+from draftcache.draft_train.data.teacher import TeacherView
+from draftcache.draft_train.drafts.eagle3.choose_pass import choose_pass
+from draftcache.draft_train.drafts.eagle3.untrained import draft_shape, untrained_draft
 from draftcache.draft_train.fit import require_equal, require_fit, require_window
-from draftcache.draft_train.frozen import FrozenWeights
-from draftcache.draft_train.loss_rows import left_out_pairs
-from draftcache.draft_train.objective import Objective, ObjectiveResult
+from draftcache.draft_train.loss.loss_rows import left_out_pairs
+from draftcache.draft_train.loss.objective import Objective, ObjectiveResult
 from draftcache.draft_train.optimizer import learning_rate, make_optimizer
-from draftcache.draft_train.order import Schedule, StepPlan
-from draftcache.draft_train.packed_batch import BatchLoader
-from draftcache.draft_train.parallel import GradientSums, Ranks, choose_device
-from draftcache.draft_train.prefetch import Prefetcher, ring_bytes
+from draftcache.draft_train.ranks import GradientSums, Ranks, choose_device
 from draftcache.draft_train.run_log import RunLog, step_record
 from draftcache.draft_train.stopping import StopRequest, TrainingStopped
-from draftcache.draft_train.teacher import TeacherView
-from draftcache.draft_train.untrained import draft_shape, untrained_draft
-from draftcache.store.errors import DraftcacheError, InputError
+from draftcache.store.common.errors import DraftcacheError, InputError
 from draftcache.store.reader import StoreReader
 
 

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from draftcache.store.codecs import LOSSY_MODES, Calibration, bf16_to_float32, float32_to_bf16
-from draftcache.store.commits import Record, read_record, require_record, shard_name
-from draftcache.store.errors import InputError, StoreError
-from draftcache.store.norm_band import NormBand
+from draftcache.store.common.errors import InputError, StoreError
+from draftcache.store.format.commits import Record, read_record, require_record, shard_name
+from draftcache.store.format.index import read_shard_index
+from draftcache.store.format.norm_band import NormBand
+from draftcache.store.format.schema import Conversation, tap_name
+from draftcache.store.format.tap_codecs import LOSSY_MODES, Calibration, bf16_to_float32, float32_to_bf16
+from draftcache.store.format.teacher_stats import describe, tail_mass
 from draftcache.store.reader import StoreReader
-from draftcache.store.schema import Conversation, tap_name
-from draftcache.store.shard_index import read_shard_index
-from draftcache.store.storage import Location
-from draftcache.store.teacher_stats import describe, tail_mass
+from draftcache.store.storage.base import Location
 from draftcache.store.writer import StoreWriter
 
 _CALIBRATION_ROWS = 65_536

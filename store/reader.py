@@ -14,7 +14,9 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from draftcache.store.commits import (
+from draftcache.store.common.errors import InputError, ShardDamagedError, StoreError
+from draftcache.store.common.files import hash_file
+from draftcache.store.format.commits import (
     Record,
     committed_shards,
     read_committed,
@@ -23,11 +25,10 @@ from draftcache.store.commits import (
     require_size,
     shard_name,
 )
-from draftcache.store.errors import InputError, ShardDamagedError, StoreError
-from draftcache.store.files import hash_file
-from draftcache.store.manifest import StoreManifest
-from draftcache.store.rows import rows_in_reach
-from draftcache.store.schema import (
+from draftcache.store.format.index import INDEX_NAME, INDEX_RECORD, join_indexes, load_index
+from draftcache.store.format.manifest import StoreManifest
+from draftcache.store.format.rows import rows_in_reach
+from draftcache.store.format.schema import (
     COUNT_FIELD,
     ROWS_AXIS,
     TEACHER_AXIS,
@@ -35,11 +36,10 @@ from draftcache.store.schema import (
     Conversation,
     tap_name,
 )
-from draftcache.store.shard_index import INDEX_NAME, INDEX_RECORD, join_indexes, load_index
-from draftcache.store.storage import Location, Storage, open_storage
-from draftcache.store.tar_shards import TarShard
-from draftcache.store.vocab_map import VocabMap
-from draftcache.store.zarr_shards import ZarrShard
+from draftcache.store.format.vocab_map import VocabMap
+from draftcache.store.layouts.tar_shards import TarShard
+from draftcache.store.layouts.zarr_reader import ZarrShard
+from draftcache.store.storage.base import Location, Storage, open_storage
 
 FROZEN_NAME = "frozen.safetensors"
 VOCAB_MAP_NAME = "vocab_map.safetensors"

@@ -6,12 +6,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from draftcache.store.commits import SHARDS_DIRECTORY, record_name, shard_name
-from draftcache.store.errors import StoreError
-from draftcache.store.manifest import MANIFEST_NAME, StoreManifest
+from draftcache.store.common.errors import StoreError
+from draftcache.store.format.commits import SHARDS_DIRECTORY, record_name, shard_name
+from draftcache.store.format.index import INDEX_NAME, INDEX_RECORD, write_store_index
+from draftcache.store.format.manifest import MANIFEST_NAME, StoreManifest
 from draftcache.store.reader import top_level_names
-from draftcache.store.shard_index import INDEX_NAME, INDEX_RECORD, write_store_index
-from draftcache.store.storage import Location, Storage, open_storage
+from draftcache.store.storage.base import Location, Storage, open_storage
 from draftcache.store.verify import VerifyReport
 
 QUARANTINE_DIRECTORY = "quarantine"

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from draftcache.store.codecs import bf16_to_float32
-from draftcache.store.files import hash_bytes
-from draftcache.store.manifest import StoreManifest
-from draftcache.store.rows import rows_in_reach, teacher_positions
-from draftcache.store.schema import Conversation, tap_name
+from draftcache.store.common.files import hash_bytes
+from draftcache.store.format.manifest import StoreManifest
+from draftcache.store.format.rows import rows_in_reach, teacher_positions
+from draftcache.store.format.schema import Conversation, tap_name
+from draftcache.store.format.tap_codecs import bf16_to_float32
 
 _ROUNDING = 0.02  # of a logit: the gaps are float16, and sums of exponentials are float32
 _STORED = math.log(1.1)  # how far the log rms of stored rows may be from what capture saw: fp8 keeps 4 bits

@@ -18,14 +18,14 @@ import numpy as np
 from numcodecs import Zstd
 from numpy.typing import NDArray
 
-from draftcache.store.commits import Record, require_size
-from draftcache.store.errors import ShardDamagedError, StreamingError
-from draftcache.store.files import hash_bytes
-from draftcache.store.manifest import StoreManifest
+from draftcache.store.common.errors import ShardDamagedError, StreamingError
+from draftcache.store.common.files import hash_bytes
+from draftcache.store.format.commits import Record, require_size
+from draftcache.store.format.manifest import StoreManifest
+from draftcache.store.format.schema import ArraySpec, Conversation
+from draftcache.store.layouts.tar_shards import DATA_NAME, member_suffix
 from draftcache.store.reader import StoreReader
-from draftcache.store.schema import ArraySpec, Conversation
-from draftcache.store.storage import Location, RangeFile
-from draftcache.store.tar_shards import DATA_NAME, member_suffix
+from draftcache.store.storage.base import Location, RangeFile
 
 _MEMBER = re.compile(r"(?P<key>[0-9]{2,}-[0-9]{9,})\.(?P<suffix>json|[a-z0-9_]+\.npy(\.zst)?)")
 _READ_AHEAD = 1 << 23

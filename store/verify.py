@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from draftcache.store.commits import (
+from draftcache.store.common.errors import DraftcacheError, ShardDamagedError, StoreError
+from draftcache.store.common.files import Buffer, hash_blocks
+from draftcache.store.format.commits import (
     SHARDS_DIRECTORY,
     Record,
     committed_shards,
@@ -24,15 +26,13 @@ from draftcache.store.commits import (
     require_size,
     shard_name,
 )
-from draftcache.store.errors import DraftcacheError, ShardDamagedError, StoreError
-from draftcache.store.files import Buffer, hash_blocks
-from draftcache.store.manifest import StoreManifest
+from draftcache.store.format.index import INDEX_NAME, INDEX_RECORD, load_index, read_shard_index
+from draftcache.store.format.manifest import StoreManifest
+from draftcache.store.format.schema import COUNT_FIELD, FIRST_FIELD
+from draftcache.store.format.vocab_map import VocabMap
 from draftcache.store.reader import StoreReader, top_level_names
 from draftcache.store.row_checks import check_conversation
-from draftcache.store.schema import COUNT_FIELD, FIRST_FIELD
-from draftcache.store.shard_index import INDEX_NAME, INDEX_RECORD, load_index, read_shard_index
-from draftcache.store.storage import Location, Storage, open_storage
-from draftcache.store.vocab_map import VocabMap
+from draftcache.store.storage.base import Location, Storage, open_storage
 
 _READ_BYTES = 1 << 22
 _PROCESSES_FROM = 8  # shards; fewer are not worth starting processes for

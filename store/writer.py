@@ -13,7 +13,9 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from draftcache.store.commits import (
+from draftcache.store.common.errors import StoreError
+from draftcache.store.common.files import hash_file
+from draftcache.store.format.commits import (
     SHARDS_DIRECTORY,
     committed_shards,
     read_record,
@@ -21,12 +23,9 @@ from draftcache.store.commits import (
     shard_name,
     write_record,
 )
-from draftcache.store.errors import StoreError
-from draftcache.store.files import hash_file
-from draftcache.store.local_storage import LocalStorage
-from draftcache.store.manifest import StoreManifest
-from draftcache.store.reader import top_level_names
-from draftcache.store.schema import (
+from draftcache.store.format.index import INDEX_NAME, INDEX_RECORD, write_store_index
+from draftcache.store.format.manifest import StoreManifest
+from draftcache.store.format.schema import (
     COUNT_FIELD,
     FIRST_FIELD,
     INDEX_DTYPE,
@@ -35,11 +34,12 @@ from draftcache.store.schema import (
     Conversation,
     tap_name,
 )
-from draftcache.store.shard_files import Files, npy_bytes, write_small_file
-from draftcache.store.shard_index import INDEX_NAME, INDEX_RECORD, write_store_index
-from draftcache.store.storage import Location, Lock, Stage, Storage, open_storage
-from draftcache.store.tar_shards import TarShardWriter
-from draftcache.store.zarr_writer import ZarrShardWriter
+from draftcache.store.layouts.shard_files import Files, npy_bytes, write_small_file
+from draftcache.store.layouts.tar_shards import TarShardWriter
+from draftcache.store.layouts.zarr_writer import ZarrShardWriter
+from draftcache.store.reader import top_level_names
+from draftcache.store.storage.base import Location, Lock, Stage, Storage, open_storage
+from draftcache.store.storage.local import LocalStorage
 
 CLEANING_S = 10.0
 """How long a writer waits for another one's start; longer is a job that holds the store alone."""

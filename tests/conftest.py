@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from draftcache.capture.ssm_precision import stand_in_for_extension
+from draftcache.capture.verifier.ssm_precision import stand_in_for_extension
 
 stand_in_for_extension()  # before any test module imports transformers' NemotronH
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from draftcache.draft_train.kernels.flash_attention import AT_COMPILATION
-from draftcache.store.triton_launch import INTERPRETED
+from draftcache.draft_train.drafts.eagle3.kernels.flash_attention import AT_COMPILATION
+from draftcache.store.common.triton_launch import INTERPRETED
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 MARKS = [

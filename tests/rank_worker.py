@@ -15,9 +15,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from draftcache.draft_train.config import TrainConfig
-from draftcache.draft_train.parallel import Ranks, joined_ranks
+from draftcache.draft_train.ranks import Ranks, joined_ranks
 from draftcache.draft_train.trainer import Trainer
-from draftcache.store.errors import DraftcacheError
+from draftcache.store.common.errors import DraftcacheError
 
 
 @contextmanager

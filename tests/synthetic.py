@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from draftcache.store.codecs import ChannelScales, float32_to_bf16
-from draftcache.store.files import hash_bytes
-from draftcache.store.manifest import StoreManifest, Tap
+from draftcache.store.common.files import hash_bytes
+from draftcache.store.format.manifest import StoreManifest, Tap
+from draftcache.store.format.rows import rows_in_reach, teacher_positions
+from draftcache.store.format.schema import Conversation, tap_name
+from draftcache.store.format.tap_codecs import ChannelScales, float32_to_bf16
+from draftcache.store.format.vocab_map import VocabMap
 from draftcache.store.reader import FROZEN_NAME, VOCAB_MAP_NAME
-from draftcache.store.rows import rows_in_reach, teacher_positions
-from draftcache.store.schema import Conversation, tap_name
-from draftcache.store.vocab_map import VocabMap
 from draftcache.store.writer import StoreWriter
 
 VOCAB, DRAFT_VOCAB, HIDDEN, TOP_K = 40, 24, 8, 6

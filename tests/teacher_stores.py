@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from synthetic import DRAFT_VOCAB, HIDDEN, TOP_K, VOCAB, conversation, manifest, turns, vocab_map
 
-from draftcache.store.codecs import bf16_to_float32, float32_to_bf16
+from draftcache.store.format.schema import Conversation, id_dtype
+from draftcache.store.format.tap_codecs import bf16_to_float32, float32_to_bf16
+from draftcache.store.format.teacher_stats import describe, tail_mass
+from draftcache.store.format.vocab_map import VocabMap
 from draftcache.store.reader import FROZEN_NAME, top_level_names
-from draftcache.store.schema import Conversation, id_dtype
-from draftcache.store.teacher_stats import describe, tail_mass
-from draftcache.store.vocab_map import VocabMap
 from draftcache.store.writer import StoreWriter
 
 SUBSET, OTHER = 10, 30

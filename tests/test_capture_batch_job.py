@@ -18,26 +18,26 @@ import pytest
 import torch
 from tiny_models import KINDS, VOCAB, save_model
 
-from draftcache.capture import calibration
-from draftcache.capture.batch_job import CaptureJob
-from draftcache.capture.config import CaptureConfig
-from draftcache.capture.prefill import Piece
-from draftcache.capture.prepare import PrepareConfig, prepare
-from draftcache.capture.self_check import TOKENS, check_tokens
-from draftcache.capture.shard_worker import WorkerRole
-from draftcache.capture.ssm_precision import lift_dt_limit, mamba_mixers
-from draftcache.capture.stopping import StopRequest
-from draftcache.capture.verifier import load_verifier
-from draftcache.capture.work_plan import WorkPlan
-from draftcache.store.codecs import bf16_to_float32
-from draftcache.store.commits import committed_shards, read_record
-from draftcache.store.errors import InputError, ManifestMismatchError
-from draftcache.store.norm_band import NormBand
+from draftcache.capture.job import calibration
+from draftcache.capture.job.config import CaptureConfig
+from draftcache.capture.job.shard_worker import WorkerRole
+from draftcache.capture.job.stopping import StopRequest
+from draftcache.capture.job.work_plan import WorkPlan
+from draftcache.capture.job.worker_job import CaptureJob
+from draftcache.capture.prepare.job import PrepareConfig, prepare
+from draftcache.capture.verifier.forward import Piece
+from draftcache.capture.verifier.load import load_verifier
+from draftcache.capture.verifier.self_check import TOKENS, check_tokens
+from draftcache.capture.verifier.ssm_precision import lift_dt_limit, mamba_mixers
+from draftcache.store.common.errors import InputError, ManifestMismatchError
+from draftcache.store.format.commits import committed_shards, read_record
+from draftcache.store.format.norm_band import NormBand
+from draftcache.store.format.rows import rows_in_reach, teacher_positions
+from draftcache.store.format.schema import tap_name
+from draftcache.store.format.tap_codecs import bf16_to_float32
+from draftcache.store.format.teacher_stats import tail_mass
 from draftcache.store.reader import StoreReader
-from draftcache.store.rows import rows_in_reach, teacher_positions
-from draftcache.store.schema import tap_name
-from draftcache.store.storage import open_storage
-from draftcache.store.teacher_stats import tail_mass
+from draftcache.store.storage.base import open_storage
 from draftcache.store.verify import verify_store
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

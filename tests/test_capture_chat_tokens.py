@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from conftest import CHATML, save_tokenizer
 
-from draftcache.capture.chat_tokens import ChatTokenizer, RenderedChat, check_template_compiles, render_chat
-from draftcache.capture.conversations import ChatRow, RowRejectedError
-from draftcache.capture.template_check import check_against_transformers, first_template_difference
-from draftcache.capture.tokenizer_files import SHIPPED_TEMPLATE, ChatTemplate, choose_template, load_tokenizer
-from draftcache.store.errors import InputError
+from draftcache.capture.prepare.chat_tokens import ChatTokenizer, RenderedChat, check_template_compiles, render_chat
+from draftcache.capture.prepare.conversations import ChatRow, RowRejectedError
+from draftcache.capture.prepare.template_check import check_against_transformers, first_template_difference
+from draftcache.capture.prepare.tokenizer_files import SHIPPED_TEMPLATE, ChatTemplate, choose_template, load_tokenizer
+from draftcache.store.common.errors import InputError
 
 # Turns with nothing between them but text: tokens merge across the boundaries of the assistant's spans.
 BARE = (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from draftcache.capture.conversations import (
+from draftcache.capture.prepare.conversations import (
     ChatRow,
     Rejection,
     RowRejectedError,
@@ -17,7 +17,7 @@ from draftcache.capture.conversations import (
     parse_row,
     read_conversations,
 )
-from draftcache.store.errors import InputError
+from draftcache.store.common.errors import InputError
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello 🎉"}]
 

@@ -28,17 +28,17 @@ from processes import ONE_THREAD, children, wait_for
 from test_capture_batch_job import config, flags, write_rows
 from tiny_models import save_model
 
-from draftcache.capture import batch_job
-from draftcache.capture.batch_job import CaptureJob
-from draftcache.capture.calibration import StoreCalibration
-from draftcache.capture.config import CaptureConfig
-from draftcache.capture.engines import capture
-from draftcache.capture.prepare import PrepareConfig, prepare
-from draftcache.store.commits import committed_shards, shard_name
-from draftcache.store.errors import InputError
-from draftcache.store.norm_band import bands_from_json, bands_to_json
+from draftcache.capture.job import worker_job as batch_job
+from draftcache.capture.job.calibration import StoreCalibration
+from draftcache.capture.job.config import CaptureConfig
+from draftcache.capture.job.launch import capture
+from draftcache.capture.job.worker_job import CaptureJob
+from draftcache.capture.prepare.job import PrepareConfig, prepare
+from draftcache.store.common.errors import InputError
+from draftcache.store.format.commits import committed_shards, shard_name
+from draftcache.store.format.norm_band import bands_from_json, bands_to_json
 from draftcache.store.reader import StoreReader
-from draftcache.store.storage import open_storage
+from draftcache.store.storage.base import open_storage
 from draftcache.store.verify import verify_store
 from draftcache.tools.cli import main
 

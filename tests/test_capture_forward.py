@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny_models import make_model
 
-from draftcache.capture.nemotron_forward import NemotronForward, unsupported
-from draftcache.capture.prefill import Forward, PlainForward
-from draftcache.capture.ssm_precision import lift_dt_limit, mamba_mixers
-from draftcache.capture.verifier import find_modules, load_verifier
+from draftcache.capture.verifier.forward import Forward, PlainForward
+from draftcache.capture.verifier.load import find_modules, load_verifier
+from draftcache.capture.verifier.nemotron.forward import NemotronForward, unsupported
+from draftcache.capture.verifier.ssm_precision import lift_dt_limit, mamba_mixers
 
 DEMO = Path(__file__).parents[1] / "tools" / "demo" / "assets" / "verifier"
 CPU = torch.device("cpu")

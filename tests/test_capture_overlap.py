@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from draftcache.capture.batches import token_batches
-from draftcache.capture.overlap import HostArrays, HostMemory, Writing
+from draftcache.capture.job.batches import token_batches
+from draftcache.capture.job.overlap import HostArrays, HostMemory, Writing
 
 
 def test_batches_keep_the_budget_and_like_lengths_together() -> None:

@@ -16,12 +16,12 @@ import pytest
 from conftest import CHATML, TOKENIZER_TEXT, save_tokenizer
 from draftcache.prepare_chunks import Chunk
 
-from draftcache.capture import prepare as prepare_job
-from draftcache.capture import prepare_chunks
-from draftcache.capture.prepare import PrepareConfig, PrepareResult, prepare
-from draftcache.capture.token_dataset import TokenDataset
-from draftcache.store.errors import DraftcacheError, InputError
-from draftcache.store.vocab_map import VocabMap
+from draftcache.capture.prepare import chunks as prepare_chunks
+from draftcache.capture.prepare import job as prepare_job
+from draftcache.capture.prepare.job import PrepareConfig, PrepareResult, prepare
+from draftcache.capture.prepare.token_dataset import TokenDataset
+from draftcache.store.common.errors import DraftcacheError, InputError
+from draftcache.store.format.vocab_map import VocabMap
 from draftcache.tools.cli import main
 
 ROOT = Path(__file__).parent.parent

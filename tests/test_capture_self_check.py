@@ -12,14 +12,14 @@ import pytest
 import torch
 from tiny_models import VOCAB, make_model, save_model
 
-from draftcache.capture import nemotron_forward
 from draftcache.capture.kernels.attention import KeyValues
-from draftcache.capture.nemotron_forward import NemotronForward
-from draftcache.capture.prefill import Piece
-from draftcache.capture.self_check import TOKENS, self_check
-from draftcache.capture.ssm_precision import lift_dt_limit, mamba_mixers
-from draftcache.capture.verifier import Verifier, find_modules, load_verifier
-from draftcache.store.errors import InputError
+from draftcache.capture.verifier.forward import Piece
+from draftcache.capture.verifier.load import Verifier, find_modules, load_verifier
+from draftcache.capture.verifier.nemotron import forward as nemotron_forward
+from draftcache.capture.verifier.nemotron.forward import NemotronForward
+from draftcache.capture.verifier.self_check import TOKENS, self_check
+from draftcache.capture.verifier.ssm_precision import lift_dt_limit, mamba_mixers
+from draftcache.store.common.errors import InputError
 
 CPU = torch.device("cpu")
 DEMO = Path(__file__).parents[1] / "tools" / "demo" / "assets" / "verifier"

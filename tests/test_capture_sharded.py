@@ -18,16 +18,18 @@ from test_capture_batch_job import config, flags, write_rows
 from test_capture_forward import DEMO
 from tiny_models import KINDS, save_model
 
-from draftcache.capture import nemotron_forward, sharded_verifier, verifier
-from draftcache.capture.batch_job import CaptureJob
-from draftcache.capture.config import CaptureConfig
-from draftcache.capture.prepare import PrepareConfig, prepare
-from draftcache.store.codecs import bf16_to_float32
-from draftcache.store.commits import committed_shards
-from draftcache.store.errors import InputError
+from draftcache.capture.job import tensor_parallel as sharded_verifier
+from draftcache.capture.job.config import CaptureConfig
+from draftcache.capture.job.worker_job import CaptureJob
+from draftcache.capture.prepare.job import PrepareConfig, prepare
+from draftcache.capture.verifier import load as verifier
+from draftcache.capture.verifier.nemotron import forward as nemotron_forward
+from draftcache.store.common.errors import InputError
+from draftcache.store.format.commits import committed_shards
+from draftcache.store.format.schema import tap_name
+from draftcache.store.format.tap_codecs import bf16_to_float32
 from draftcache.store.reader import StoreReader
-from draftcache.store.schema import tap_name
-from draftcache.store.storage import open_storage
+from draftcache.store.storage.base import open_storage
 from draftcache.store.verify import verify_store
 
 pytestmark = [

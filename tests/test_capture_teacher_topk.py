@@ -15,18 +15,18 @@ from safetensors.torch import load_file
 from test_capture_batch_job import config, dataset, nemotron
 from tiny_models import VOCAB
 
-from draftcache.capture.batch_job import CaptureJob
-from draftcache.capture.config import CaptureConfig
+from draftcache.capture.job.config import CaptureConfig
+from draftcache.capture.job.worker_job import CaptureJob
 from draftcache.capture.kernels.row_stats import largest, part_largest
-from draftcache.capture.teacher_topk import TeacherHead, teacher_signal
-from draftcache.capture.vocab_map import load_vocab_maps
-from draftcache.store.codecs import bf16_to_float32
-from draftcache.store.errors import InputError, ManifestMismatchError
+from draftcache.capture.prepare.draft_vocabulary import load_vocab_maps
+from draftcache.capture.verifier.teacher import TeacherHead, teacher_signal
+from draftcache.store.common.errors import InputError, ManifestMismatchError
+from draftcache.store.format.tap_codecs import bf16_to_float32
+from draftcache.store.format.teacher import TEACHERS, DraftVocab, TeacherForm
+from draftcache.store.format.teacher_stats import tail_mass
+from draftcache.store.format.vocab_map import VocabMap
 from draftcache.store.reader import StoreReader
-from draftcache.store.teacher_form import TEACHERS, DraftVocab, TeacherForm
-from draftcache.store.teacher_stats import tail_mass
 from draftcache.store.verify import verify_store
-from draftcache.store.vocab_map import VocabMap
 from draftcache.tools.cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -246,7 +246,7 @@ def test_a_head_with_bias_has_no_exact_teacher(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings: CaptureConfig = config(nemotron, dataset, tmp_path / "s", teacher="hidden")
-    from draftcache.capture import batch_job
+    from draftcache.capture.job import worker_job as batch_job
 
     load = batch_job.load_verifier
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from draftcache.capture.conversations import Rejection
-from draftcache.capture.token_dataset import CONVERSATION_DTYPE, TokenDataset, conversation_hash
-from draftcache.capture.token_dataset_writer import DatasetWriter
-from draftcache.store.errors import InputError
-from draftcache.store.files import hash_bytes
+from draftcache.capture.prepare.conversations import Rejection
+from draftcache.capture.prepare.token_dataset import CONVERSATION_DTYPE, TokenDataset, conversation_hash
+from draftcache.capture.prepare.token_dataset_writer import DatasetWriter
+from draftcache.store.common.errors import InputError
+from draftcache.store.common.files import hash_bytes
 
 VOCAB = 50
 ROWS = [

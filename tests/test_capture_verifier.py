@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import KINDS, VOCAB, make_model, save_model
 
-from draftcache.capture.gates import Gates, gate_statistics
-from draftcache.capture.self_check import self_check
-from draftcache.capture.ssm_precision import (
+from draftcache.capture.job.gates import Gates, gate_statistics
+from draftcache.capture.verifier.load import describe_verifier, find_modules, load_verifier, weights_fingerprint
+from draftcache.capture.verifier.self_check import self_check
+from draftcache.capture.verifier.ssm_precision import (
     DT_LIMIT,
     assert_dt_limit,
     enforce_contract,
@@ -22,9 +23,8 @@ from draftcache.capture.ssm_precision import (
     run_canary,
     scan_implementation,
 )
-from draftcache.capture.verifier import describe_verifier, find_modules, load_verifier, weights_fingerprint
-from draftcache.store.errors import GateError, InputError, PrecisionError
-from draftcache.store.norm_band import NormBand
+from draftcache.store.common.errors import GateError, InputError, PrecisionError
+from draftcache.store.format.norm_band import NormBand
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

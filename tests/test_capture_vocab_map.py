@@ -8,10 +8,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from draftcache.capture.vocab_map import build_vocab_map, coverage_table
-from draftcache.store.errors import InputError
-from draftcache.store.files import hash_bytes
-from draftcache.store.vocab_map import VocabMap
+from draftcache.capture.prepare.draft_vocabulary import build_vocab_map, coverage_table
+from draftcache.store.common.errors import InputError
+from draftcache.store.common.files import hash_bytes
+from draftcache.store.format.vocab_map import VocabMap
 
 #                ids:  0  1  2  3  4  5  6  7
 STAGE_1 = np.array([0, 5, 0, 2, 2, 0, 9, 0], np.int64)

@@ -9,8 +9,8 @@ import pytest
 from synthetic import DRAFT_VOCAB, turns, vocab_map, write_store
 
 from draftcache.draft_train.acceptance import AcceptanceCounts, bigram_table, count_chain, measure_bigram
+from draftcache.store.format.rows import start_rows
 from draftcache.store.reader import StoreReader
-from draftcache.store.rows import start_rows
 
 
 def play(mask: np.ndarray, hits: np.ndarray, draft_tokens: int) -> tuple[int, int]:

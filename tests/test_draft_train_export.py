@@ -15,9 +15,9 @@ from test_draft_train_trainer import config
 from draftcache.draft_train.checkpoint import load_state
 from draftcache.draft_train.export import aux_layer_ids, check_export, export_draft
 from draftcache.draft_train.trainer import Trainer
-from draftcache.store.errors import CheckpointError, InputError
-from draftcache.store.files import hash_file
-from draftcache.store.manifest import Tap
+from draftcache.store.common.errors import CheckpointError, InputError
+from draftcache.store.common.files import hash_file
+from draftcache.store.format.manifest import Tap
 
 
 @pytest.fixture

@@ -13,18 +13,18 @@ from synthetic import VOCAB, conversation, manifest, vocab_map
 from test_draft_train_unroll import MASKS, STEPS, WINDOW, embeddings, make_model
 from torch import nn
 
-from draftcache.draft_train import memory_estimate
-from draftcache.draft_train.batches import Batch, build_batch
-from draftcache.draft_train.choose_pass import choose_pass
 from draftcache.draft_train.config import TrainConfig
-from draftcache.draft_train.draft_model import DraftModel
-from draftcache.draft_train.fused_pass import FusedPass, PassSettings
-from draftcache.draft_train.gradient_pass import GradientPass, PlainPass
-from draftcache.draft_train.kernels import flash_attention, runs
-from draftcache.draft_train.kernels.runs import find_runs
-from draftcache.draft_train.objective import Objective
+from draftcache.draft_train.data.batches import Batch, build_batch
+from draftcache.draft_train.drafts.eagle3 import memory as memory_estimate
+from draftcache.draft_train.drafts.eagle3.choose_pass import choose_pass
+from draftcache.draft_train.drafts.eagle3.fused_pass import FusedPass, PassSettings
+from draftcache.draft_train.drafts.eagle3.kernels import flash_attention, runs
+from draftcache.draft_train.drafts.eagle3.kernels.runs import find_runs
+from draftcache.draft_train.drafts.eagle3.model import DraftModel
+from draftcache.draft_train.drafts.gradient_pass import GradientPass, PlainPass
+from draftcache.draft_train.loss.objective import Objective
 from draftcache.draft_train.optimizer import make_optimizer
-from draftcache.store.errors import InputError
+from draftcache.store.common.errors import InputError
 
 SMALL = PassSettings(rows=7, mlp_rows=5)
 

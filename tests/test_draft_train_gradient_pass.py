@@ -9,7 +9,7 @@ from test_draft_train_objective import batches, objective
 from test_draft_train_unroll import embeddings, make_model
 from torch import nn
 
-from draftcache.draft_train.gradient_pass import PlainPass
+from draftcache.draft_train.drafts.gradient_pass import PlainPass
 
 
 def test_gradients_accumulate_and_equal_autograd() -> None:

@@ -13,16 +13,16 @@ from test_draft_train_objective import objective
 from test_draft_train_trainer import config
 from test_draft_train_unroll import embeddings, make_model
 
-from draftcache.draft_train.batches import build_batch
-from draftcache.draft_train.gradient_pass import PlainPass
-from draftcache.draft_train.loss_rows import left_out_pairs, turn_rows, unshifted_rows
-from draftcache.draft_train.losses import tail_bucket_loss
-from draftcache.draft_train.objective import Objective, teacher_probabilities
+from draftcache.draft_train.data.batches import build_batch
+from draftcache.draft_train.drafts.eagle3.unroll import unroll
+from draftcache.draft_train.drafts.gradient_pass import PlainPass
+from draftcache.draft_train.loss.loss_rows import left_out_pairs, turn_rows, unshifted_rows
+from draftcache.draft_train.loss.losses import tail_bucket_loss
+from draftcache.draft_train.loss.objective import Objective, teacher_probabilities
 from draftcache.draft_train.trainer import Trainer
-from draftcache.draft_train.unroll import unroll
-from draftcache.store.errors import InputError
+from draftcache.store.common.errors import InputError
+from draftcache.store.format.rows import teacher_positions
 from draftcache.store.reader import StoreReader
-from draftcache.store.rows import teacher_positions
 
 STEPS = 4
 MASKS = [

@@ -12,9 +12,9 @@ from test_draft_train_teacher import IDS, D
 from test_draft_train_unroll import embeddings, make_model
 
 from draftcache.draft_train.config import LOSSES
-from draftcache.draft_train.losses import LK_DECAY, acceptance, row_loss
-from draftcache.draft_train.objective import draft_mass
-from draftcache.store.errors import InputError
+from draftcache.draft_train.loss.losses import LK_DECAY, acceptance, row_loss
+from draftcache.draft_train.loss.objective import draft_mass
+from draftcache.store.common.errors import InputError
 
 ROWS, OUTSIDE = IDS.shape[0], 5
 WHOLE = torch.arange(D).flip(0).repeat(ROWS, 1)

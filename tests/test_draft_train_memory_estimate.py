@@ -12,11 +12,11 @@ from synthetic import write_store
 from test_draft_train_fused_pass import batch_of, objective
 from test_draft_train_unroll import MASKS, embeddings, make_model
 
-from draftcache.draft_train.choose_pass import pass_settings
 from draftcache.draft_train.config import TrainConfig
-from draftcache.draft_train.draft_model import DraftModel
-from draftcache.draft_train.fused_pass import FusedPass, PassSettings
-from draftcache.draft_train.memory_estimate import Work, batch_bytes, kept_bytes, parameters, peak_bytes
+from draftcache.draft_train.drafts.eagle3.choose_pass import pass_settings
+from draftcache.draft_train.drafts.eagle3.fused_pass import FusedPass, PassSettings
+from draftcache.draft_train.drafts.eagle3.memory import Work, batch_bytes, kept_bytes, parameters, peak_bytes
+from draftcache.draft_train.drafts.eagle3.model import DraftModel
 from draftcache.tools.bench.train_cases import CASES, SHAPE, STEPS, TOP_K, Case, synthetic_batch
 from draftcache.tools.cli import main
 

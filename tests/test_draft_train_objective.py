@@ -11,10 +11,10 @@ import torch
 from synthetic import DRAFT_VOCAB, VOCAB, conversation, manifest, turns, vocab_map
 from test_draft_train_unroll import embeddings, make_model
 
-from draftcache.draft_train.batches import Batch, build_batch
 from draftcache.draft_train.config import TrainConfig
-from draftcache.draft_train.losses import fused_tail_bucket_loss, tail_bucket_loss
-from draftcache.draft_train.objective import Objective, ObjectiveResult, row_weights, teacher_probabilities
+from draftcache.draft_train.data.batches import Batch, build_batch
+from draftcache.draft_train.loss.losses import fused_tail_bucket_loss, tail_bucket_loss
+from draftcache.draft_train.loss.objective import Objective, ObjectiveResult, row_weights, teacher_probabilities
 
 V, K, ROWS = 50, 8, 12
 
@@ -117,7 +117,7 @@ def test_loss_averages_rows_then_conversations_in_any_packing() -> None:
 
 
 def test_loss_of_one_conversation_by_hand() -> None:
-    from draftcache.draft_train.unroll import unroll
+    from draftcache.draft_train.drafts.eagle3.unroll import unroll
 
     model, (batch, _) = make_model(), batches()[1]
     expected = 0.0

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from draftcache.draft_train.order import Schedule, epoch_batches, micro_batches
+from draftcache.draft_train.data.order import Schedule, epoch_batches, micro_batches
 
 MEMBERS = np.arange(5, 103)
 TOKENS = np.random.default_rng(0).integers(10, 1000, 200)

@@ -22,9 +22,9 @@ from test_draft_train_trainer import config, flags, metrics
 
 from draftcache.draft_train.checkpoint import checkpoints, load_state
 from draftcache.draft_train.config import TrainConfig
-from draftcache.draft_train.parallel import joined_ranks
+from draftcache.draft_train.ranks import joined_ranks
 from draftcache.draft_train.trainer import Trainer
-from draftcache.store.errors import InputError
+from draftcache.store.common.errors import InputError
 from draftcache.store.writer import StoreWriter
 
 WORKER = str(Path(__file__).with_name("rank_worker.py"))

@@ -15,13 +15,13 @@ from teacher_stores import OTHER, write_teacher_store
 from test_draft_train_trainer import config
 from torch import nn
 
-from draftcache.draft_train.batches import Batch, HostRows, build_batch
-from draftcache.draft_train.host_memory import ALIGNMENT, HostRing, Region
-from draftcache.draft_train.packed_batch import BatchLoader
-from draftcache.draft_train.prefetch import Prefetcher, ring_bytes
-from draftcache.draft_train.teacher import TeacherView
+from draftcache.draft_train.data.batches import Batch, HostRows, build_batch
+from draftcache.draft_train.data.host_memory import ALIGNMENT, HostRing, Region
+from draftcache.draft_train.data.packed_batch import BatchLoader
+from draftcache.draft_train.data.prefetch import Prefetcher, ring_bytes
+from draftcache.draft_train.data.teacher import TeacherView
 from draftcache.draft_train.trainer import Trainer
-from draftcache.store.errors import ShardDamagedError
+from draftcache.store.common.errors import ShardDamagedError
 from draftcache.store.reader import StoreReader
 from draftcache.store.writer import StoreWriter
 

@@ -13,18 +13,18 @@ from synthetic import DRAFT_VOCAB, TOP_K
 from teacher_stores import OTHER, SUBSET, maps, write_teacher_store
 from test_draft_train_trainer import config
 
-from draftcache.draft_train import objective
-from draftcache.draft_train.batches import Batch, build_batch
 from draftcache.draft_train.checkpoint import load_state
 from draftcache.draft_train.config import LOSSES
+from draftcache.draft_train.data.batches import Batch, build_batch
+from draftcache.draft_train.data.teacher import TeacherView, exact_probabilities
+from draftcache.draft_train.evaluate import evaluate
 from draftcache.draft_train.export import export_draft
-from draftcache.draft_train.losses import fused_tail_bucket_loss, row_loss, tail_bucket_loss
-from draftcache.draft_train.objective import ObjectiveResult, teacher_probabilities
-from draftcache.draft_train.teacher import TeacherView, exact_probabilities
+from draftcache.draft_train.loss import objective
+from draftcache.draft_train.loss.losses import fused_tail_bucket_loss, row_loss, tail_bucket_loss
+from draftcache.draft_train.loss.objective import ObjectiveResult, teacher_probabilities
 from draftcache.draft_train.trainer import Trainer
-from draftcache.store.errors import CheckpointError, InputError
+from draftcache.store.common.errors import CheckpointError, InputError
 from draftcache.store.reader import StoreReader
-from draftcache.tools.evaluation import evaluate
 
 D, ROWS = 9, 7
 IDS = torch.tensor(

@@ -26,7 +26,7 @@ from draftcache.draft_train.checkpoint import checkpoints, load_state, resolve_c
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.optimizer import learning_rate
 from draftcache.draft_train.trainer import Trainer
-from draftcache.store.errors import CheckpointError, InputError, ManifestMismatchError
+from draftcache.store.common.errors import CheckpointError, InputError, ManifestMismatchError
 
 
 def config(tmp_path: Path, **changes: object) -> TrainConfig:

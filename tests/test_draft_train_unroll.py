@@ -10,13 +10,13 @@ import pytest
 import torch
 from synthetic import DRAFT_VOCAB, HIDDEN, LAYERS, VOCAB, conversation, manifest, turns
 
-from draftcache.draft_train.batches import build_batch
 from draftcache.draft_train.config import DraftShape
-from draftcache.draft_train.draft_model import DraftModel
-from draftcache.draft_train.unroll import unroll
-from draftcache.draft_train.window_attention import dense_window_attention, window_attention
-from draftcache.store.rows import run_lengths
-from draftcache.store.schema import Conversation, tap_name
+from draftcache.draft_train.data.batches import build_batch
+from draftcache.draft_train.drafts.eagle3.model import DraftModel
+from draftcache.draft_train.drafts.eagle3.unroll import unroll
+from draftcache.draft_train.drafts.eagle3.window_attention import dense_window_attention, window_attention
+from draftcache.store.format.rows import run_lengths
+from draftcache.store.format.schema import Conversation, tap_name
 
 STEPS = 4
 WINDOW = 7
@@ -193,8 +193,8 @@ def test_pruned_rows_change_nothing_and_one_row_more_does() -> None:
 @pytest.mark.parametrize("kept_scores", [0, 1 << 26])
 def test_blocked_attention_equals_dense(monkeypatch: pytest.MonkeyPatch, kept_scores: int) -> None:
     """With scores recomputed in the backward pass and with scores kept."""
-    monkeypatch.setattr("draftcache.draft_train.window_attention.QUERY_BLOCK", 5)
-    monkeypatch.setattr("draftcache.draft_train.window_attention.KEPT_SCORES", kept_scores)
+    monkeypatch.setattr("draftcache.draft_train.drafts.eagle3.window_attention.QUERY_BLOCK", 5)
+    monkeypatch.setattr("draftcache.draft_train.drafts.eagle3.window_attention.KEPT_SCORES", kept_scores)
     generator = torch.Generator().manual_seed(0)
     make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()  # noqa: E731
     key_positions = torch.arange(50)[torch.rand(50, generator=generator) < 0.8]

@@ -14,23 +14,23 @@ from test_draft_train_objective import objective
 from test_draft_train_trainer import config, metrics
 from tiny_models import save_model
 
-from draftcache.capture.self_check import self_check
-from draftcache.capture.ssm_precision import (
+from draftcache.capture.verifier.load import load_verifier
+from draftcache.capture.verifier.self_check import self_check
+from draftcache.capture.verifier.ssm_precision import (
     enforce_contract,
     mamba_mixers,
     require_canary,
     run_canary,
     scan_implementation,
 )
-from draftcache.capture.verifier import load_verifier
-from draftcache.draft_train.batches import build_batch
 from draftcache.draft_train.config import DraftShape
-from draftcache.draft_train.draft_model import DraftModel
-from draftcache.draft_train.losses import fused_tail_bucket_loss
-from draftcache.draft_train.objective import teacher_probabilities
-from draftcache.draft_train.teacher import exact_probabilities
+from draftcache.draft_train.data.batches import build_batch
+from draftcache.draft_train.data.teacher import exact_probabilities
+from draftcache.draft_train.drafts.eagle3.model import DraftModel
+from draftcache.draft_train.loss.losses import fused_tail_bucket_loss
+from draftcache.draft_train.loss.objective import teacher_probabilities
 from draftcache.draft_train.trainer import Trainer
-from draftcache.store.errors import PrecisionError
+from draftcache.store.common.errors import PrecisionError
 from draftcache.tools.demo.pipeline import LAYERS as DEMO_LAYERS
 from draftcache.tools.demo.pipeline import VERIFIER
 

@@ -19,8 +19,8 @@ from test_store_codecs import (
     outlier_states,
 )
 
-from draftcache.store import torch_codecs
-from draftcache.store.codecs import MODES
+from draftcache.store.format import torch_codecs
+from draftcache.store.format.tap_codecs import MODES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda")

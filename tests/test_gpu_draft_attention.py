@@ -11,19 +11,19 @@ from synthetic import VOCAB, vocab_map
 from test_draft_train_fused_pass import SMALL, batch_of, config, near, objective, run
 from test_draft_train_unroll import MASKS, embeddings, make_model
 
-from draftcache.draft_train.draft_model import DraftModel
-from draftcache.draft_train.fused_pass import FusedPass
-from draftcache.draft_train.gradient_pass import PlainPass
-from draftcache.draft_train.kernels.attention import (
+from draftcache.draft_train.drafts.eagle3.fused_pass import FusedPass
+from draftcache.draft_train.drafts.eagle3.kernels.attention import (
     attend,
     attend_backward,
     attend_backward_reference,
     attend_reference,
 )
-from draftcache.draft_train.kernels.flash_attention import why_not_flash
-from draftcache.draft_train.kernels.runs import find_runs
-from draftcache.draft_train.kernels.sight import Sight
-from draftcache.draft_train.objective import Objective
+from draftcache.draft_train.drafts.eagle3.kernels.flash_attention import why_not_flash
+from draftcache.draft_train.drafts.eagle3.kernels.runs import find_runs
+from draftcache.draft_train.drafts.eagle3.kernels.sight import Sight
+from draftcache.draft_train.drafts.eagle3.model import DraftModel
+from draftcache.draft_train.drafts.gradient_pass import PlainPass
+from draftcache.draft_train.loss.objective import Objective
 
 pytestmark = MARKS
 

@@ -20,7 +20,7 @@ from draftcache.draft_train.kernels.rotary import (
     split_heads_reference,
 )
 from draftcache.draft_train.kernels.swiglu import swiglu, swiglu_backward_, swiglu_backward_reference_, swiglu_reference
-from draftcache.draft_train.kernels.tail_kl import tail_kl, tail_kl_reference
+from draftcache.draft_train.loss.kernels.tail_kl import tail_kl, tail_kl_reference
 
 pytestmark = MARKS
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from test_capture_forward import DEMO, run, tokens, worst
 
-from draftcache.capture.nemotron_forward import NemotronForward
-from draftcache.capture.prefill import PlainForward
-from draftcache.capture.ssm_precision import enforce_contract, mamba_mixers, scan_implementation
-from draftcache.capture.teacher_topk import TeacherHead, teacher_signal
-from draftcache.capture.verifier import load_verifier
-from draftcache.store.teacher_form import TEACHERS, DraftVocab, TeacherForm
+from draftcache.capture.verifier.forward import PlainForward
+from draftcache.capture.verifier.load import load_verifier
+from draftcache.capture.verifier.nemotron.forward import NemotronForward
+from draftcache.capture.verifier.ssm_precision import enforce_contract, mamba_mixers, scan_implementation
+from draftcache.capture.verifier.teacher import TeacherHead, teacher_signal
+from draftcache.store.format.teacher import TEACHERS, DraftVocab, TeacherForm
 
 pytestmark = [
     pytest.mark.gpu,

@@ -3,7 +3,7 @@
 The patch lets mamba-ssm's `_state_passing_fwd` return the states at its chunks' borders in float32 instead of C's
 dtype. Between the chunks of one call the state is in float32 registers anyway, and the kernel that reads the border
 states casts them to C's dtype before its dot product, so the values that it multiplies are the same. What does change
-the model is a state that is rounded from call to call: see `draftcache.capture.ssm_precision`.
+the model is a state that is rounded from call to call: see `draftcache.capture.verifier.ssm_precision`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import pytest
 import torch
 from test_capture_forward import DEMO, run, tokens
 
-from draftcache.capture.ssm_precision import DT_LIMIT, enforce_contract
-from draftcache.capture.verifier import load_verifier
+from draftcache.capture.verifier.load import load_verifier
+from draftcache.capture.verifier.ssm_precision import DT_LIMIT, enforce_contract
 
 pytestmark = [
     pytest.mark.gpu,

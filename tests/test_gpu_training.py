@@ -18,8 +18,8 @@ from test_draft_train_trainer import config, flags, metrics
 
 from draftcache.draft_train.checkpoint import checkpoints, load_state, resolve_checkpoint
 from draftcache.draft_train.config import TrainConfig
-from draftcache.draft_train.fused_pass import FusedPass
-from draftcache.draft_train.kernels.flash_attention import why_not_flash
+from draftcache.draft_train.drafts.eagle3.fused_pass import FusedPass
+from draftcache.draft_train.drafts.eagle3.kernels.flash_attention import why_not_flash
 from draftcache.draft_train.trainer import Trainer
 
 pytestmark = [

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from draftcache.store import errors
+from draftcache.store.common import errors
 from draftcache.tools.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]

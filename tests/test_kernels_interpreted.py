@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from draftcache.store.triton_launch import INTERPRETED, runs_kernels, tl
+from draftcache.store.common.triton_launch import INTERPRETED, runs_kernels, tl
 
 ROOT = Path(__file__).parents[1]
 FORWARD = "test_capture_forward.py::test_random_weights_equal_the_models_code"

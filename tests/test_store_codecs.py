@@ -11,8 +11,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from draftcache.store import torch_codecs
-from draftcache.store.codecs import (
+from draftcache.store.common.errors import InputError, StoreError
+from draftcache.store.format import torch_codecs
+from draftcache.store.format.schema import ROWS_AXIS
+from draftcache.store.format.tap_codecs import (
     MODES,
     Calibration,
     ChannelScales,
@@ -21,8 +23,6 @@ from draftcache.store.codecs import (
     float32_to_bf16,
     tap_codec,
 )
-from draftcache.store.errors import InputError, StoreError
-from draftcache.store.schema import ROWS_AXIS
 
 LAYER = 2
 HIDDEN = (1, 8, 100, 128, 130, 2688)

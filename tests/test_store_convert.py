@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from synthetic import LAYERS, conversation, manifest, turns, write_files, write_store
 
-from draftcache.store.codecs import MODES, float32_to_bf16
+from draftcache.store.common.errors import InputError, ManifestMismatchError, StoreError
 from draftcache.store.convert import Conversion
-from draftcache.store.errors import InputError, ManifestMismatchError, StoreError
+from draftcache.store.format.tap_codecs import MODES, float32_to_bf16
+from draftcache.store.layouts.tar_shards import TarShardWriter
 from draftcache.store.reader import StoreReader
-from draftcache.store.tar_shards import TarShardWriter
 from draftcache.store.verify import verify_store
 from draftcache.store.writer import StoreWriter
 from draftcache.tools.cli import main

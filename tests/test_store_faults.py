@@ -20,12 +20,12 @@ import pytest
 import zarr
 from synthetic import conversation, manifest, turns, write_files, write_store
 
-from draftcache.store.commits import committed_shards, read_record, shard_name
-from draftcache.store.errors import DraftcacheError, ShardDamagedError, StorageError, StoreError
+from draftcache.store.common.errors import DraftcacheError, ShardDamagedError, StorageError, StoreError
+from draftcache.store.format.commits import committed_shards, read_record, shard_name
+from draftcache.store.format.schema import Conversation
 from draftcache.store.reader import FROZEN_NAME, StoreReader
 from draftcache.store.repair import repair_store
-from draftcache.store.schema import Conversation
-from draftcache.store.storage import open_storage
+from draftcache.store.storage.base import open_storage
 from draftcache.store.verify import verify_store
 from draftcache.store.writer import StoreWriter
 from draftcache.tools.cli import main
@@ -322,7 +322,7 @@ sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from test_store_faults import items_of
 from synthetic import manifest, write_files
-from draftcache.store.errors import StorageError
+from draftcache.store.common.errors import StorageError
 from draftcache.store.writer import StoreWriter
 import signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -15,10 +15,10 @@ import zarr
 from numpy.typing import NDArray
 from synthetic import write_store
 
-from draftcache.store.codecs import MODES
-from draftcache.store.files import hash_file
+from draftcache.store.common.files import hash_file
+from draftcache.store.common.sealed_json import seal, unseal
+from draftcache.store.format.tap_codecs import MODES
 from draftcache.store.reader import StoreReader
-from draftcache.store.sealed_json import seal, unseal
 
 ZARRS = """
 import sys

@@ -21,11 +21,11 @@ import pytest
 from botocore.exceptions import ClientError
 from object_server import BUCKET, CREDENTIALS, KINDS, FlakyProxy, Request, S3Server, SeededPlan, s3_server
 
-from draftcache.store import obstore_module
-from draftcache.store.errors import InputError, ShardDamagedError, StorageError, StoreNotFoundError
-from draftcache.store.local_storage import LocalStorage
-from draftcache.store.object_storage import ObjectStorage
-from draftcache.store.storage import Storage, open_storage
+from draftcache.store.common.errors import InputError, ShardDamagedError, StorageError, StoreNotFoundError
+from draftcache.store.storage import obstore_module
+from draftcache.store.storage.base import Storage, open_storage
+from draftcache.store.storage.local import LocalStorage
+from draftcache.store.storage.object_store import ObjectStorage
 
 MIB = 1 << 20
 ROOT = Path(__file__).parents[1]
@@ -261,7 +261,7 @@ def test_uploads_hold_a_few_parts_only(connect: Connect) -> None:
     storage = connect()
     code = f"""
 from pathlib import Path
-from draftcache.store.object_storage import ObjectStorage
+from draftcache.store.storage.object_store import ObjectStorage
 peak = lambda: int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) >> 10
 file = ObjectStorage({storage.url!r}).stage("d").open("file")
 block = bytes(1 << 20)
@@ -437,7 +437,7 @@ def test_abandon_aborts_open_uploads(server: S3Server, connect: Connect) -> None
 def test_a_program_that_dies_with_an_open_upload_ends(server: S3Server, connect: Connect, proxy: FlakyProxy) -> None:
     storage = connect()
     code = f"""
-from draftcache.store.object_storage import ObjectStorage
+from draftcache.store.storage.object_store import ObjectStorage
 file = ObjectStorage({storage.url!r}).stage("d").open("file")
 file.write([bytes(25 << 20)])
 raise SystemExit(3)

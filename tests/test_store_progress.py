@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from draftcache.store import progress
+from draftcache.store.common import progress
 
 SCRIPT = """
-from draftcache.store.progress import progress_bar
+from draftcache.store.common.progress import progress_bar
 with progress_bar(total=100, desc="work", unit="tok", unit_scale=True) as bar:
     for number in range(100):
         bar.set_postfix_str(f"step {number}", refresh=False)

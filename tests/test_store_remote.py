@@ -16,12 +16,12 @@ import pytest
 from object_server import BUCKET, CREDENTIALS, FlakyProxy, S3Server, SeededPlan, s3_server
 from synthetic import conversation, manifest, turns, write_files
 
+from draftcache.store.common.errors import ShardDamagedError, StorageError
 from draftcache.store.convert import Conversion
-from draftcache.store.errors import ShardDamagedError, StorageError
-from draftcache.store.object_storage import ObjectStorage
 from draftcache.store.reader import StoreReader
 from draftcache.store.repair import repair_store
-from draftcache.store.storage import open_storage
+from draftcache.store.storage.base import open_storage
+from draftcache.store.storage.object_store import ObjectStorage
 from draftcache.store.verify import verify_store
 from draftcache.store.writer import StoreWriter
 from draftcache.tools.cli import main

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from draftcache.store.rows import rows_in_reach, run_lengths, start_rows, teacher_positions, tokens_left
+from draftcache.store.format.rows import rows_in_reach, run_lengths, start_rows, teacher_positions, tokens_left
 
 
 def random_masks() -> list[np.ndarray]:

@@ -16,8 +16,7 @@ from awscrt.checksums import crc32c
 from numcodecs import Zstd
 from synthetic import conversation, manifest, turns, write_files, write_store
 
-from draftcache.store import tar_shards, zarr_writer
-from draftcache.store.errors import (
+from draftcache.store.common.errors import (
     InputError,
     ManifestMismatchError,
     ShardDamagedError,
@@ -25,10 +24,11 @@ from draftcache.store.errors import (
     StoreNotFoundError,
     StoreVersionError,
 )
-from draftcache.store.manifest import VERSION, StoreManifest
+from draftcache.store.common.sealed_json import seal
+from draftcache.store.format.manifest import VERSION, StoreManifest
+from draftcache.store.layouts import tar_shards, zarr_writer
 from draftcache.store.reader import StoreReader
-from draftcache.store.sealed_json import seal
-from draftcache.store.storage import open_storage
+from draftcache.store.storage.base import open_storage
 from draftcache.store.writer import StoreWriter
 
 

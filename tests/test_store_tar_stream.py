@@ -17,10 +17,10 @@ import webdataset
 from synthetic import conversation, manifest, turns, write_files, write_store
 from zstandard import ZstdDecompressor
 
-from draftcache.store.errors import ShardDamagedError, StreamingError
-from draftcache.store.files import hash_bytes, hash_file
+from draftcache.store.common.errors import ShardDamagedError, StreamingError
+from draftcache.store.common.files import hash_bytes, hash_file
+from draftcache.store.common.sealed_json import seal, unseal
 from draftcache.store.reader import StoreReader
-from draftcache.store.sealed_json import seal, unseal
 from draftcache.store.tar_stream import Reader, TarStream
 from draftcache.store.writer import StoreWriter
 

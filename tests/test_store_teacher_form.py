@@ -16,24 +16,24 @@ from safetensors.torch import save_file
 from synthetic import DRAFT_VOCAB, HIDDEN, VOCAB, manifest
 from teacher_stores import OTHER, SUBSET, head, maps, write_teacher_store
 
-from draftcache.store.codecs import bf16_to_float32
+from draftcache.store.common.errors import InputError, StoreError, StoreVersionError
 from draftcache.store.convert import Conversion
-from draftcache.store.errors import InputError, StoreError, StoreVersionError
-from draftcache.store.frozen_tensors import frozen_tensor
-from draftcache.store.manifest import StoreManifest
+from draftcache.store.format.frozen import frozen_tensor
+from draftcache.store.format.manifest import StoreManifest
+from draftcache.store.format.schema import Conversation
+from draftcache.store.format.tap_codecs import bf16_to_float32
+from draftcache.store.format.teacher import TEACHERS, DraftVocab, TeacherForm
+from draftcache.store.format.teacher_stats import describe, tail_mass
 from draftcache.store.reader import StoreReader, top_level_names
 from draftcache.store.repair import repair_store
 from draftcache.store.row_checks import check_conversation
-from draftcache.store.schema import Conversation
-from draftcache.store.storage import open_storage
+from draftcache.store.storage.base import open_storage
 from draftcache.store.tar_stream import TarStream
-from draftcache.store.teacher_form import TEACHERS, DraftVocab, TeacherForm
-from draftcache.store.teacher_stats import describe, tail_mass
 from draftcache.store.verify import verify_store
 from draftcache.tools.cli import main
 from draftcache.tools.commands import size
-from draftcache.tools.inspection import decode_conversation, summarise
-from draftcache.tools.sizes_text import format_sizes
+from draftcache.tools.reports.inspection import decode_conversation, summarise
+from draftcache.tools.reports.sizes_text import format_sizes
 
 FURTHER = f"log_z_draft_{OTHER}"
 
@@ -98,8 +98,8 @@ def test_verify_repair_and_every_changed_file(tmp_path: Path, kind: str, bf16: b
 
 def test_another_map_in_the_place_of_a_further_one_is_damage(tmp_path: Path) -> None:
     """Its own hash is right, but it isn't the manifest's: as if a record had been made for it."""
-    from draftcache.store.commits import record_name, write_record
-    from draftcache.store.files import hash_file
+    from draftcache.store.common.files import hash_file
+    from draftcache.store.format.commits import record_name, write_record
 
     write_teacher_store(tmp_path / "s", "full", per_shard=1)
     name, storage = f"vocab_map_{SUBSET}.safetensors", open_storage(tmp_path / "s")

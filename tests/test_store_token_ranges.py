@@ -10,10 +10,10 @@ import pytest
 from numpy.typing import NDArray
 from synthetic import HIDDEN, LAYERS, conversation, manifest, turns, write_files
 
-from draftcache.store.errors import InputError
-from draftcache.store.local_storage import LocalStorage
+from draftcache.store.common.errors import InputError
+from draftcache.store.format.rows import start_rows
 from draftcache.store.reader import StoreReader
-from draftcache.store.rows import start_rows
+from draftcache.store.storage.local import LocalStorage
 from draftcache.store.writer import StoreWriter
 
 LENGTH, WINDOW = 900, 60
@@ -27,8 +27,8 @@ TAPS = [f"tap_{layer}" for layer in LAYERS]
 
 def chunked(monkeypatch: pytest.MonkeyPatch, rows: int = 32) -> None:
     """Small chunks, so that a conversation has many."""
-    monkeypatch.setattr("draftcache.store.schema.CHUNK_ROWS", rows)
-    monkeypatch.setattr("draftcache.store.schema._CHUNK_BYTES", 1)
+    monkeypatch.setattr("draftcache.store.format.schema.CHUNK_ROWS", rows)
+    monkeypatch.setattr("draftcache.store.format.schema._CHUNK_BYTES", 1)
 
 
 @pytest.fixture(params=["zarr", "webdataset"])

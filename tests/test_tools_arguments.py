@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from draftcache.capture.config import CaptureConfig
+from draftcache.capture.job.config import CaptureConfig
 from draftcache.draft_train.config import TrainConfig
 from draftcache.tools.arguments import add_settings
 

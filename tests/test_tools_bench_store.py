@@ -12,8 +12,8 @@ import pytest
 import torch
 from synthetic import write_store
 
-from draftcache.store.codecs import bf16_to_float32
-from draftcache.store.errors import StoreError
+from draftcache.store.common.errors import StoreError
+from draftcache.store.format.tap_codecs import bf16_to_float32
 from draftcache.store.reader import StoreReader
 from draftcache.tools.bench import store as bench
 from draftcache.tools.bench.store_cases import MODES, check, choose_windows, make_cases

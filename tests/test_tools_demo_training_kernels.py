@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers.models.nemotron_h import modeling_nemotron_h
 
-from draftcache.tools.demo import training_kernels
-from draftcache.tools.demo.verifier_model import build_model
+from draftcache.tools.demo.corpus import training_kernels
+from draftcache.tools.demo.corpus.verifier_model import build_model
 
 
 def test_model_output_equals_the_unmodified_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,18 +16,18 @@ import pytest
 from object_server import BUCKET, CREDENTIALS, s3_server
 from synthetic import LAYERS, TOP_K, VOCAB, conversation, manifest, turns, vocab_map, write_files, write_store
 
-from draftcache.store.commits import write_record
-from draftcache.store.errors import InputError, StoreError, StoreNotFoundError
-from draftcache.store.files import hash_bytes
+from draftcache.store.common.errors import InputError, StoreError, StoreNotFoundError
+from draftcache.store.common.files import hash_bytes
+from draftcache.store.common.sealed_json import seal
+from draftcache.store.format.commits import write_record
+from draftcache.store.format.schema import INDEX_DTYPE, tap_name
+from draftcache.store.format.teacher_stats import describe, tail_mass
+from draftcache.store.layouts.shard_files import npy_bytes
 from draftcache.store.reader import StoreReader
-from draftcache.store.schema import INDEX_DTYPE, tap_name
-from draftcache.store.sealed_json import seal
-from draftcache.store.shard_files import npy_bytes
-from draftcache.store.storage import open_storage
-from draftcache.store.teacher_stats import describe, tail_mass
+from draftcache.store.storage.base import open_storage
 from draftcache.store.writer import StoreWriter
 from draftcache.tools.commands import inspect
-from draftcache.tools.inspection import decode_conversation, summarise
+from draftcache.tools.reports.inspection import decode_conversation, summarise
 
 MASKS = ((40, (6, 16), (22, 37)), (300, (250, 260)), (33, (3, 4)), (700, (10, 60), (500, 600)))
 

@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_model
 from torch import Tensor
 
-from draftcache.capture.ssm_precision import lift_dt_limit, mamba_mixers
-from draftcache.capture.verifier import load_verifier
-from draftcache.store.errors import GateError, InputError
+from draftcache.capture.verifier.load import load_verifier
+from draftcache.capture.verifier.ssm_precision import lift_dt_limit, mamba_mixers
+from draftcache.store.common.errors import GateError, InputError
 from draftcache.tools.commands import probe
-from draftcache.tools.probe import ProbeConfig, dump_states
-from draftcache.tools.probe_compare import Comparison, compare_files
-from draftcache.tools.probe_files import METADATA_KEY, read_states
+from draftcache.tools.probe.compare import Comparison, compare_files
+from draftcache.tools.probe.dump import ProbeConfig, dump_states
+from draftcache.tools.probe.files import METADATA_KEY, read_states
 
 DEMO = Path(__file__).parents[1] / "tools" / "demo" / "assets" / "verifier"
 CPU = torch.device("cpu")
@@ -465,7 +465,7 @@ def test_output_hidden_states_of_another_length_are_refused(tmp_path: Path, monk
         short = SimpleNamespace(hidden_states=(torch.zeros(1, 2, HIDDEN),) * 3)
         return replace(load_verifier(*arguments, **named), body=lambda **_: short)
 
-    monkeypatch.setattr("draftcache.tools.probe.load_verifier", with_a_short_body)
+    monkeypatch.setattr("draftcache.tools.probe.dump.load_verifier", with_a_short_body)
     with pytest.raises(InputError, match="expected 13 entries of output_hidden_states, found 3"):
         dump(tmp_path / "a", source="transformers", token_ids=(5, 6))
 

@@ -16,18 +16,25 @@ from synthetic import DRAFT_VOCAB, LAYERS, TOP_K, VOCAB, conversation, manifest,
 from tiny_models import make_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from draftcache.capture.token_dataset import CONVERSATION_DTYPE, TokenDataset, conversation_hash
-from draftcache.capture.token_dataset_writer import DatasetWriter
-from draftcache.store.codecs import LOSSY_MODES, MODES, ChannelScales, float32_to_bf16
-from draftcache.store.errors import InputError
-from draftcache.store.manifest import LAYOUTS
+from draftcache.capture.prepare.token_dataset import CONVERSATION_DTYPE, TokenDataset, conversation_hash
+from draftcache.capture.prepare.token_dataset_writer import DatasetWriter
+from draftcache.store.common.errors import InputError
+from draftcache.store.format.manifest import LAYOUTS
+from draftcache.store.format.rows import rows_in_reach, teacher_positions
+from draftcache.store.format.schema import Conversation, tap_name
+from draftcache.store.format.tap_codecs import LOSSY_MODES, MODES, ChannelScales, float32_to_bf16
+from draftcache.store.format.teacher import draft_teacher
 from draftcache.store.reader import StoreReader
-from draftcache.store.rows import rows_in_reach, teacher_positions
-from draftcache.store.schema import Conversation, tap_name
-from draftcache.store.teacher_form import draft_teacher
 from draftcache.store.writer import StoreWriter
 from draftcache.tools.commands import size
-from draftcache.tools.sizing import count_dataset, frozen_bytes, guess_counts, shard_bytes, specs_of, verifier_flops
+from draftcache.tools.reports.sizing import (
+    count_dataset,
+    frozen_bytes,
+    guess_counts,
+    shard_bytes,
+    specs_of,
+    verifier_flops,
+)
 
 HIDDEN = 256
 WINDOW = 300
@@ -153,7 +160,7 @@ def test_counts_are_those_of_the_masks(dataset: TokenDataset) -> None:
 
 
 def test_shards_are_filled_as_capture_fills_them(dataset: TokenDataset) -> None:
-    from draftcache.capture.work_plan import plan_shards
+    from draftcache.capture.job.work_plan import plan_shards
 
     for shard_tokens in (1, 700, SHARD_TOKENS, 1 << 30):
         counts = count_dataset(dataset, None, shard_tokens)

@@ -11,20 +11,20 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from draftcache.capture.batch_job import CaptureJob
-from draftcache.capture.config import CaptureConfig
-from draftcache.capture.prepare import PrepareConfig, prepare
-from draftcache.capture.verifier import Verifier
+from draftcache.capture.job.config import CaptureConfig
+from draftcache.capture.job.worker_job import CaptureJob
+from draftcache.capture.prepare.job import PrepareConfig, prepare
+from draftcache.capture.verifier.load import Verifier
 from draftcache.draft_train.checkpoint import load_model, load_state
 from draftcache.draft_train.config import TrainConfig
-from draftcache.draft_train.frozen import FrozenWeights
+from draftcache.draft_train.data.frozen import FrozenWeights
+from draftcache.draft_train.evaluate import evaluate
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.reader import StoreReader
 from draftcache.tools import speculative_decode
 from draftcache.tools.demo.pipeline import ASSETS, LAYERS, VERIFIER, load_demo_verifier, read_conversations
 from draftcache.tools.demo.traces import encode_prompts, generate_batch, prompt_of, write_traces
 from draftcache.tools.demo.truth import truth_check
-from draftcache.tools.evaluation import evaluate
 from draftcache.tools.speculative_decode import speculative_greedy
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -17,16 +17,16 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, NemotronHConfig, NemotronHForCausalLM, set_seed
 
-from draftcache.capture.batch_job import CaptureJob
-from draftcache.capture.config import CaptureConfig
-from draftcache.capture.prepare import PrepareConfig, prepare
+from draftcache.capture.job.config import CaptureConfig
+from draftcache.capture.job.worker_job import CaptureJob
+from draftcache.capture.prepare.job import PrepareConfig, prepare
 from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.evaluate import evaluate
 from draftcache.draft_train.export import export_draft
 from draftcache.draft_train.trainer import Trainer
 from draftcache.tools.demo.pipeline import VERIFIER
-from draftcache.tools.evaluation import evaluate
-from draftcache.tools.probe import ProbeConfig, dump_states
-from draftcache.tools.probe_compare import compare_files
+from draftcache.tools.probe.compare import compare_files
+from draftcache.tools.probe.dump import ProbeConfig, dump_states
 
 PYTHON = os.environ.get("DRAFTCACHE_VLLM_PYTHON", "")
 pytestmark = [

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     module = importlib.import_module(COMMANDS[parsed.command][0])
 
-    from draftcache.store.errors import DraftcacheError
+    from draftcache.store.common.errors import DraftcacheError
 
     try:
         return int(module.run(parsed))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from draftcache.draft_train.draft_model import DraftModel
+from draftcache.draft_train.drafts.eagle3.model import DraftModel
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ def speculative_greedy(
 ) -> SpeculativeResult:
     """Draft `draft_tokens`, verify them in one forward, keep the agreeing prefix and the verifier's next token.
 
-    `verifier` is a `draftcache.capture.verifier.Verifier`; `aux_dtype` rounds its states as the store that the draft
-    was trained from does.
+    `verifier` is a `draftcache.capture.verifier.load.Verifier`; `aux_dtype` rounds its states as the store that the
+    draft was trained from does.
     """
     cache = _DraftCache(draft, embeddings)
     choices, aux = _greedy(verifier, prompt, layers)
@@ -133,7 +133,7 @@ def speculative_greedy(
 
 def _greedy(verifier: Any, tokens: list[int], layers: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """The verifier's argmax after each token [L], and its taps [L, taps * H] in float32."""
-    from draftcache.capture.verifier import head_logits
+    from draftcache.capture.verifier.load import head_logits
 
     states = verifier.forward(torch.tensor(tokens), layers)
     aux = torch.cat([states.taps[layer].float() for layer in layers], dim=-1) if layers else torch.empty(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from draftcache.store.triton_launch import jit, runs_kernels, tl
+from draftcache.store.common.triton_launch import jit, runs_kernels, tl
 
 TAPS = 4
 """Kernel length that the Triton form is written for."""

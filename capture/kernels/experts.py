@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from draftcache.store.triton_launch import jit, runs_kernels, tl
+from draftcache.store.common.triton_launch import jit, runs_kernels, tl
 
 _ELEMENTS = 4096
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from draftcache.store.triton_launch import jit, power_of_two, runs_kernels, tl
+from draftcache.store.common.triton_launch import jit, power_of_two, runs_kernels, tl
 
 _GATED_ROWS = 4
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from draftcache.store.triton_launch import jit, runs_kernels, tl
+from draftcache.store.common.triton_launch import jit, runs_kernels, tl
 
 _BLOCK = 4096
 _PART = 64

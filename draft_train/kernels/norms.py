@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from draftcache.store.triton_launch import jit, power_of_two, runs_kernels, tl
+from draftcache.store.common.triton_launch import jit, power_of_two, runs_kernels, tl
 
 _PROGRAMS = 264
 """Programs that share a backward pass's rows: each sums the weight's gradient over its own."""

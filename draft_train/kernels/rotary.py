@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from draftcache.store.triton_launch import jit, power_of_two, runs_kernels, tl
+from draftcache.store.common.triton_launch import jit, power_of_two, runs_kernels, tl
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tensor:

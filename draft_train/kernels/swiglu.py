@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from draftcache.store.triton_launch import jit, runs_kernels, tl
+from draftcache.store.common.triton_launch import jit, runs_kernels, tl
 
 _BLOCK = 1024
 

@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from draftcache.capture.prefill import Forward, PlainForward
-from draftcache.capture.ssm_precision import mamba_mixers, scan_implementation
-from draftcache.capture.verifier import Verifier, find_modules
-from draftcache.store.errors import InputError
-from draftcache.store.files import write_json
+from draftcache.capture.verifier.forward import Forward, PlainForward
+from draftcache.capture.verifier.load import Verifier, find_modules
+from draftcache.capture.verifier.ssm_precision import mamba_mixers, scan_implementation
+from draftcache.store.common.errors import InputError
+from draftcache.store.common.files import write_json
 from draftcache.tools.bench.capture_job import CaptureRun, run_capture
 from draftcache.tools.bench.rows import report, result_row, some_of
 from draftcache.tools.bench.verifier_shape import LAYERS, random_verifier, verifier_config

@@ -15,21 +15,21 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from torch.profiler import ProfilerActivity, profile
 
-from draftcache.capture.config import CaptureConfig
-from draftcache.capture.progress import Event
-from draftcache.capture.shard_capture import ShardCapture
-from draftcache.capture.shard_worker import ShardWorker, WorkerRole
-from draftcache.capture.stopping import StopRequest
-from draftcache.capture.token_dataset import TokenDataset
-from draftcache.capture.verifier import Verifier
-from draftcache.capture.work_plan import WorkPlan, plan_shards
-from draftcache.store import torch_codecs
-from draftcache.store.codecs import Calibration
-from draftcache.store.files import hash_bytes
-from draftcache.store.manifest import StoreManifest, Tap
+from draftcache.capture.job.config import CaptureConfig
+from draftcache.capture.job.progress import Event
+from draftcache.capture.job.shard_capture import ShardCapture
+from draftcache.capture.job.shard_worker import ShardWorker, WorkerRole
+from draftcache.capture.job.stopping import StopRequest
+from draftcache.capture.job.work_plan import WorkPlan, plan_shards
+from draftcache.capture.prepare.token_dataset import TokenDataset
+from draftcache.capture.verifier.load import Verifier
+from draftcache.store.common.files import hash_bytes
+from draftcache.store.format import torch_codecs
+from draftcache.store.format.manifest import StoreManifest, Tap
+from draftcache.store.format.rows import teacher_positions
+from draftcache.store.format.tap_codecs import Calibration
+from draftcache.store.format.vocab_map import VocabMap
 from draftcache.store.reader import FROZEN_NAME, VOCAB_MAP_NAME, StoreReader
-from draftcache.store.rows import teacher_positions
-from draftcache.store.vocab_map import VocabMap
 from draftcache.store.writer import StoreWriter
 from draftcache.tools.bench.verifier_shape import DRAFT_VOCAB, LAYERS
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from draftcache.store.files import read_json
+from draftcache.store.common.files import read_json
 from draftcache.tools.bench.rows import result_row
 from draftcache.tools.demo.pipeline import TRACE_SPLITS
 
@@ -68,4 +68,4 @@ def draftcache(*words: object) -> None:
     """Print and run one `draftcache` command. Raises CalledProcessError where it fails."""
     command = [sys.executable, "-m", "draftcache.tools.cli", *map(str, words)]
     print("$ draftcache", *words, flush=True)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[2])
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -15,7 +15,7 @@ from types import ModuleType
 
 import torch
 
-from draftcache.store.errors import InputError
+from draftcache.store.common.errors import InputError
 
 WHEELS = ("specforge", "nemo_automodel")
 _BARE = ("speculative", "speculative.eagle", "datasets", "datasets.llm")

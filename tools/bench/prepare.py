@@ -125,7 +125,7 @@ def encode_batch_speed(directory: Path, conversations: list[list[dict[str, str]]
 
 def prepare_speed(directory: Path) -> tuple[float, float]:
     """Tokens per second and per CPU second of the whole job, one process per core, workers' CPU time included."""
-    from draftcache.capture.prepare import PrepareConfig, prepare
+    from draftcache.capture.prepare.job import PrepareConfig, prepare
 
     config = PrepareConfig(
         tokenizer=directory / "tokenizer",

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from draftcache.store.files import write_json
+from draftcache.store.common.files import write_json
 
 
 def cpu_name() -> str:

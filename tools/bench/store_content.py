@@ -18,12 +18,10 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from draftcache.store.codecs import float32_to_bf16
-from draftcache.store.errors import InputError
-from draftcache.store.files import hash_bytes
-from draftcache.store.reader import StoreReader
-from draftcache.store.rows import rows_in_reach, teacher_positions
-from draftcache.store.schema import (
+from draftcache.store.common.errors import InputError
+from draftcache.store.common.files import hash_bytes
+from draftcache.store.format.rows import rows_in_reach, teacher_positions
+from draftcache.store.format.schema import (
     LENGTH_ARRAY,
     ROWS_AXIS,
     TEACHER_AXIS,
@@ -33,7 +31,9 @@ from draftcache.store.schema import (
     id_dtype,
     tap_name,
 )
-from draftcache.store.teacher_form import draft_teacher
+from draftcache.store.format.tap_codecs import float32_to_bf16
+from draftcache.store.format.teacher import draft_teacher
+from draftcache.store.reader import StoreReader
 
 LAYERS = (2, 26, 48)
 HIDDEN_SIZE = 2688

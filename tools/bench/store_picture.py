@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from draftcache.tools.accounting import text_table
+from draftcache.tools.reports.accounting import text_table
 
 _COLUMNS = (
     ("bytes_per_token", "bytes/token", ",.0f"),

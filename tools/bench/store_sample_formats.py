@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from webdataset import tariterators
 
-from draftcache.store.files import fsync_directory
+from draftcache.store.common.files import fsync_directory
 from draftcache.tools.bench.store_formats import Arrays, Case, Window, sync, window_spans
 
 _NPY_HEADER = 128  # numpy pads a small array's header to this

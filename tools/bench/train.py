@@ -35,16 +35,16 @@ from typing import Any
 
 import torch
 
-from draftcache.draft_train.batches import Batch
-from draftcache.draft_train.choose_pass import pass_settings
 from draftcache.draft_train.config import ATTENTION, TrainConfig
-from draftcache.draft_train.draft_model import DraftModel
-from draftcache.draft_train.fused_pass import FusedPass
-from draftcache.draft_train.objective import Objective
+from draftcache.draft_train.data.batches import Batch
+from draftcache.draft_train.drafts.eagle3.choose_pass import pass_settings
+from draftcache.draft_train.drafts.eagle3.fused_pass import FusedPass
+from draftcache.draft_train.drafts.eagle3.model import DraftModel
+from draftcache.draft_train.loss.objective import Objective
 from draftcache.draft_train.optimizer import make_optimizer
-from draftcache.draft_train.parallel import GradientSums, Ranks, joined_ranks
-from draftcache.store.errors import InputError
-from draftcache.store.files import write_json
+from draftcache.draft_train.ranks import GradientSums, Ranks, joined_ranks
+from draftcache.store.common.errors import InputError
+from draftcache.store.common.files import write_json
 from draftcache.tools.bench.capture import matmul_ceiling, timed
 from draftcache.tools.bench.rows import report, result_row, some_of
 from draftcache.tools.bench.stages import IDLE, REST, STAGES, stage_times

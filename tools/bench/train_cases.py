@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from draftcache.draft_train.batches import Batch, HostRows
 from draftcache.draft_train.config import DraftShape
+from draftcache.draft_train.data.batches import Batch, HostRows
 
 SHAPE = DraftShape(
     hidden_size=2688, taps=3, intermediate_size=8064, num_attention_heads=32, num_key_value_heads=2, head_dim=128,

@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from draftcache.draft_train.config import DraftShape, TrainConfig
-from draftcache.draft_train.prefetch import LOCAL_READERS
+from draftcache.draft_train.data.prefetch import LOCAL_READERS
 from draftcache.draft_train.trainer import Trainer
-from draftcache.store.files import hash_bytes
-from draftcache.store.manifest import StoreManifest, Tap
+from draftcache.store.common.files import hash_bytes
+from draftcache.store.format.manifest import StoreManifest, Tap
+from draftcache.store.format.rows import rows_in_reach, teacher_positions
+from draftcache.store.format.schema import Conversation, tap_name
+from draftcache.store.format.vocab_map import VocabMap
 from draftcache.store.reader import FROZEN_NAME, VOCAB_MAP_NAME, StoreReader
-from draftcache.store.rows import rows_in_reach, teacher_positions
-from draftcache.store.schema import Conversation, tap_name
-from draftcache.store.vocab_map import VocabMap
 from draftcache.store.writer import StoreWriter
 
 LAYERS = (2, 26, 48)

@@ -32,8 +32,8 @@ from typing import Any
 
 import torch
 
-from draftcache.store.errors import InputError
-from draftcache.store.files import write_json
+from draftcache.store.common.errors import InputError
+from draftcache.store.common.files import write_json
 from draftcache.tools.bench.peer_wheels import automodel_modules, unpacked_wheels
 from draftcache.tools.bench.rows import report, result_row
 

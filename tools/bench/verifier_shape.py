@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from draftcache.capture.ssm_precision import lift_dt_limit, mamba_mixers, stand_in_for_extension
+from draftcache.capture.verifier.ssm_precision import lift_dt_limit, mamba_mixers, stand_in_for_extension
 
 PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 LAYERS = (2, 26, 48)

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftcache.draft_train.kernels.attention import (
+from draftcache.draft_train.drafts.eagle3.kernels.attention import (
     attend,
     attend_backward,
     attend_backward_reference,
     attend_reference,
 )
-from draftcache.draft_train.kernels.sight import Attended, Sight
-from draftcache.store.errors import InputError
+from draftcache.draft_train.drafts.eagle3.kernels.sight import Attended, Sight
+from draftcache.store.common.errors import InputError
 from draftcache.tools.bench.rows import report, result_row
 
 HEADS, GROUPS, WIDTH, WINDOW, CHECKED = 32, 2, 128, 4096, 5120

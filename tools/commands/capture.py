@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from draftcache.capture.config import CaptureConfig
+from draftcache.capture.job.config import CaptureConfig
 from draftcache.tools.arguments import add_settings, read_settings
 
 
@@ -18,8 +18,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Exit code 1 when conversations were quarantined, whoever did so; 143 after SIGTERM, 130 after SIGINT."""
     config = read_settings(CaptureConfig, arguments)
 
-    from draftcache.capture.engines import capture
-    from draftcache.capture.stopping import CaptureStopped
+    from draftcache.capture.job.launch import capture
+    from draftcache.capture.job.stopping import CaptureStopped
     from draftcache.store.reader import StoreReader
 
     try:

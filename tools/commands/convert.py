@@ -18,11 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0: the target is finished and, unless told otherwise, compared."""
-    from draftcache.store.codecs import MODES
+    from draftcache.store.common.errors import InputError
+    from draftcache.store.common.progress import progress_bar
     from draftcache.store.convert import Conversion
-    from draftcache.store.errors import InputError
-    from draftcache.store.manifest import LAYOUTS
-    from draftcache.store.progress import progress_bar
+    from draftcache.store.format.manifest import LAYOUTS
+    from draftcache.store.format.tap_codecs import MODES
 
     for flag, value, choices in (("layout", arguments.layout, LAYOUTS), ("mode", arguments.mode, MODES)):
         if value is not None and value not in choices:

@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print a table: split, draft, untrained draft, bigram."""
-    from draftcache.store.files import write_json
-    from draftcache.tools.evaluation import evaluate
+    from draftcache.draft_train.evaluate import evaluate
+    from draftcache.store.common.files import write_json
 
     result = evaluate(
         store_path=arguments.store,

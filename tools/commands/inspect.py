@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0. Raises InputError for flags that do not go together."""
-    from draftcache.store.errors import InputError
-    from draftcache.tools.inspection import summarise
+    from draftcache.store.common.errors import InputError
+    from draftcache.tools.reports.inspection import summarise
 
     if (arguments.split is None) != (arguments.index is None):
         raise InputError("expected --split and --index together, found one of them")
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _conversation(arguments: argparse.Namespace) -> dict[str, Any]:
     from draftcache.store.reader import StoreReader
-    from draftcache.tools.inspection import decode_conversation, find_conversation, token_text
+    from draftcache.tools.reports.inspection import decode_conversation, find_conversation, token_text
 
     rows = None if arguments.rows is None else parse_rows(arguments.rows)
     text = None if arguments.tokenizer is None else token_text(arguments.tokenizer)
@@ -60,7 +60,7 @@ def _conversation(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def parse_rows(text: str) -> tuple[int, int]:
     """`A,B` as two numbers. Raises InputError."""
-    from draftcache.store.errors import InputError
+    from draftcache.store.common.errors import InputError
 
     first, comma, last = text.partition(",")
     if not comma or not first.strip().isdigit() or not last.strip().isdigit():
@@ -69,7 +69,7 @@ def parse_rows(text: str) -> tuple[int, int]:
 
 
 def format_summary(found: dict[str, Any]) -> str:
-    """Of `draftcache.tools.inspection.summarise`."""
+    """Of `draftcache.tools.reports.inspection.summarise`."""
     verifier, sizes = found["verifier"], found["bytes"]
     lines = [
         f"store       {found['store']}",
@@ -158,7 +158,7 @@ def _format_tail(tail: dict[str, Any] | None, teacher: str) -> str:
 
 
 def format_conversation(found: dict[str, Any]) -> str:
-    """Of `draftcache.tools.inspection.decode_conversation`. Teacher columns are about the token that follows."""
+    """Of `inspection.decode_conversation`. Teacher columns are about the token that follows."""
     first, last = found["shown"]
     layers = [str(layer) for layer in found["layers"]]
     with_text = any(row["text"] is not None for row in found["table"])

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from draftcache.store.errors import InputError
+from draftcache.store.common.errors import InputError
 
 # A split's name becomes a directory beside manifest.json and a row beside `union`.
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -59,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run prepare. Exit code 1 where rows were quarantined."""
-    from draftcache.capture.prepare import PrepareConfig, prepare
-    from draftcache.capture.token_dataset import QUARANTINE
+    from draftcache.capture.prepare.job import PrepareConfig, prepare
+    from draftcache.capture.prepare.token_dataset import QUARANTINE
 
     result = prepare(
         PrepareConfig(
@@ -104,7 +104,7 @@ def read_splits(pairs: list[str]) -> dict[str, list[Path]]:
 
 
 def _report(details: dict[str, Any]) -> None:
-    from draftcache.tools.accounting import accounting_table, coverage_text
+    from draftcache.tools.reports.accounting import accounting_table, coverage_text
 
     print(f"vocabulary: {details['vocab_size']:,} ids, from {details['vocab_size_from']}")
     print(f"chat template: {details['chat_template']['source']}, {details['chat_template']['matched']}\n")

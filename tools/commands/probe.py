@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from draftcache.tools.probe_compare import Comparison, Match
+    from draftcache.tools.probe.compare import Comparison, Match
 
 _INPUT = ("output", "layers", "text", "token_ids", "only_layers", "source")
 _DUMP_ONLY = (*_INPUT, "device", "compute_dtype", "allow_fallback", "trust_remote_code")
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 1 where no single offset fits every state. Raises InputError for flags that do not go together."""
-    from draftcache.store.errors import InputError
+    from draftcache.store.common.errors import InputError
 
     unused = _COMPARE_ONLY if arguments.compare is None else _DUMP_ONLY
     for name in unused:
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _dump(arguments: argparse.Namespace) -> int:
-    from draftcache.store.errors import InputError
+    from draftcache.store.common.errors import InputError
 
     for name in ("output", "layers"):
         if getattr(arguments, name) is None:
@@ -80,7 +80,7 @@ def _dump(arguments: argparse.Namespace) -> int:
         if settings[name] is not None:
             settings[name] = parse_numbers(f"--{name.replace('_', '-')}", settings[name])
 
-    from draftcache.tools.probe import ProbeConfig, dump_states
+    from draftcache.tools.probe.dump import ProbeConfig, dump_states
 
     given = {name: value for name, value in settings.items() if value is not None}
     details = dump_states(ProbeConfig(verifier=arguments.verifier, **given))
@@ -101,8 +101,8 @@ def _dump(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from draftcache.store.errors import InputError
-    from draftcache.tools.probe_compare import TOLERANCE, compare_files
+    from draftcache.store.common.errors import InputError
+    from draftcache.tools.probe.compare import TOLERANCE, compare_files
 
     ids = None if arguments.ids is None else parse_numbers("--ids", arguments.ids)
     if ids is not None and list(ids) != sorted(set(ids)):
@@ -119,7 +119,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def parse_numbers(flag: str, text: str) -> tuple[int, ...]:
     """`A,B,C` as numbers >= 0. Raises InputError."""
-    from draftcache.store.errors import InputError
+    from draftcache.store.common.errors import InputError
 
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
@@ -128,7 +128,7 @@ def parse_numbers(flag: str, text: str) -> tuple[int, ...]:
 
 
 def format_comparison(found: Comparison) -> str:
-    """Of `draftcache.tools.probe_compare.compare_files`: a row per state of OTHER, then the verdict."""
+    """Of `draftcache.tools.probe.compare.compare_files`: a row per state of OTHER, then the verdict."""
     lines = [
         f"{'other':<20} {'id':>5} {'is':<12} {'difference':>10} {'cosine':>9} {'next nearest':<12} {'difference':>10} "
         f"{'id - block':>10}",

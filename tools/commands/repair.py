@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0: nothing was damaged, or the store is whole again; 1: capture has shards to make again."""
-    from draftcache.store.progress import progress_bar
+    from draftcache.store.common.progress import progress_bar
     from draftcache.store.repair import repair_store
     from draftcache.store.verify import verify_store
 

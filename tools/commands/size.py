@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftcache.draft_train.config import TrainConfig
-from draftcache.draft_train.memory_estimate import SETTINGS
+from draftcache.draft_train.drafts.eagle3.memory import SETTINGS
 from draftcache.tools.arguments import add_settings
 
 if TYPE_CHECKING:
-    from draftcache.store.schema import ArraySpec
-    from draftcache.tools.sizing import Counts
+    from draftcache.store.format.schema import ArraySpec
+    from draftcache.tools.reports.sizing import Counts
 
 _DRAFT_VOCAB = 32_000
 
@@ -62,13 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0. Raises InputError for values that do not fit together."""
     if arguments.train:
-        from draftcache.tools.training_memory import format_training_memory, training_memory
+        from draftcache.tools.reports.training_memory import format_training_memory, training_memory
 
         memory = training_memory(arguments, _config(arguments.verifier))
         print(json.dumps(memory, indent=2) if arguments.json else format_training_memory(memory))
         return 0
     result = size(arguments)
-    from draftcache.tools.sizes_text import format_sizes
+    from draftcache.tools.reports.sizes_text import format_sizes
 
     print(json.dumps(result, indent=2) if arguments.json else format_sizes(result))
     return 0
@@ -76,9 +76,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def size(arguments: argparse.Namespace) -> dict[str, Any]:
     """Counts, compute time, bytes and times per mode, and peers' bytes, as JSON values."""
-    from draftcache.store.codecs import MODES
-    from draftcache.store.errors import InputError
-    from draftcache.tools.sizing import count_dataset, frozen_bytes, guess_counts, peer_bytes
+    from draftcache.store.common.errors import InputError
+    from draftcache.store.format.tap_codecs import MODES
+    from draftcache.tools.reports.sizing import count_dataset, frozen_bytes, guess_counts, peer_bytes
 
     if (arguments.dataset is None) == (arguments.tokens is None):
         raise InputError("expected --dataset or --tokens (or --train with --store or --length), found neither")
@@ -96,7 +96,7 @@ def size(arguments: argparse.Namespace) -> dict[str, Any]:
         counts = guess_counts(arguments.tokens, arguments.loss_fraction, arguments.mean_length, arguments.shard_tokens)
         draft_vocab = arguments.draft_vocab_size or _DRAFT_VOCAB
     else:
-        from draftcache.capture.token_dataset import TokenDataset
+        from draftcache.capture.prepare.token_dataset import TokenDataset
 
         dataset = TokenDataset.open(arguments.dataset)
         counts = count_dataset(dataset, arguments.window or None, arguments.shard_tokens)
@@ -137,8 +137,8 @@ def size(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _config(verifier: Path | None) -> dict[str, Any]:
     """The verifier's config.json, that of its text part where it has several; empty without a verifier."""
-    from draftcache.store.errors import InputError
-    from draftcache.store.files import read_json
+    from draftcache.store.common.errors import InputError
+    from draftcache.store.common.files import read_json
 
     if verifier is None:
         return {}
@@ -150,7 +150,7 @@ def _config(verifier: Path | None) -> dict[str, Any]:
 
 
 def _require_settings(arguments: argparse.Namespace, hidden: int, config: Mapping[str, Any]) -> None:
-    from draftcache.store.errors import InputError
+    from draftcache.store.common.errors import InputError
 
     layers = arguments.layers
     if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
@@ -170,8 +170,8 @@ def _require_settings(arguments: argparse.Namespace, hidden: int, config: Mappin
 
 
 def _require_teacher(arguments: argparse.Namespace, sizes: tuple[int, ...], vocab_size: int | None) -> None:
-    from draftcache.store.errors import InputError
-    from draftcache.store.teacher_form import TEACHERS
+    from draftcache.store.common.errors import InputError
+    from draftcache.store.format.teacher import TEACHERS
 
     teacher, top_k = arguments.teacher, arguments.top_k
     if teacher not in TEACHERS:
@@ -195,8 +195,8 @@ def _specs(
     arguments: argparse.Namespace, mode: str, hidden: int, sizes: tuple[int, ...], vocab_size: int | None
 ) -> dict[str, ArraySpec]:
     """Arrays of a shard in a mode. States of teacher "hidden" are float32 where the taps are, else bf16."""
-    from draftcache.store.teacher_form import DraftVocab, TeacherForm
-    from draftcache.tools.sizing import specs_of
+    from draftcache.store.format.teacher import DraftVocab, TeacherForm
+    from draftcache.tools.reports.sizing import specs_of
 
     main, *more = sizes
     teacher = TeacherForm(
@@ -211,15 +211,15 @@ def _specs(
 
 
 def _dataset_draft_vocab(dataset: Path) -> int:
-    from draftcache.capture.token_dataset import VOCAB_MAP
-    from draftcache.store.vocab_map import VocabMap
+    from draftcache.capture.prepare.token_dataset import VOCAB_MAP
+    from draftcache.store.format.vocab_map import VocabMap
 
     return len(VocabMap.load(dataset / VOCAB_MAP)) if (dataset / VOCAB_MAP).is_file() else _DRAFT_VOCAB
 
 
 def _compute(arguments: argparse.Namespace, config: Mapping[str, Any], counts: Counts) -> dict[str, Any] | None:
     """Seconds of the verifier's forward passes, by the rate given or by FLOPs; None where neither is known."""
-    from draftcache.tools.sizing import FORWARD_SHARE, GPU_TFLOPS, verifier_flops
+    from draftcache.tools.reports.sizing import FORWARD_SHARE, GPU_TFLOPS, verifier_flops
 
     tokens = float(counts.tokens.sum())
     if arguments.tokens_per_second:
@@ -249,7 +249,7 @@ def _mode(
     frozen: int,
     compute: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    from draftcache.tools.sizing import shard_bytes
+    from draftcache.tools.reports.sizing import shard_bytes
 
     arrays = shard_bytes(counts, specs, arguments.layout)
     shards = sum(arrays.values())

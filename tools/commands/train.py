@@ -7,7 +7,7 @@ import os
 import sys
 
 from draftcache.draft_train.config import TrainConfig
-from draftcache.store.errors import DraftcacheError
+from draftcache.store.common.errors import DraftcacheError
 from draftcache.tools.arguments import add_settings, read_settings
 
 
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(config: TrainConfig) -> int:
-    from draftcache.draft_train.parallel import joined_ranks
+    from draftcache.draft_train.ranks import joined_ranks
     from draftcache.draft_train.stopping import StopRequest, TrainingStopped
     from draftcache.draft_train.trainer import Trainer
 

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 1 for a store that is damaged, or unfinished without --allow-partial."""
-    from draftcache.store.progress import progress_bar
+    from draftcache.store.common.progress import progress_bar
     from draftcache.store.verify import verify_store
 
     with progress_bar(unit="B", unit_scale=True, desc="verify", disable=arguments.json) as bar:

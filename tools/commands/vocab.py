@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from draftcache.store.errors import InputError, ManifestMismatchError
+from draftcache.store.common.errors import InputError, ManifestMismatchError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Build the map from the union of the inputs' token counts, print what it covers."""
-    from draftcache.capture.vocab_map import build_vocab_map, coverage_table
-    from draftcache.store.vocab_map import VocabMap
-    from draftcache.tools.accounting import coverage_text
+    from draftcache.capture.prepare.draft_vocabulary import build_vocab_map, coverage_table
+    from draftcache.store.format.vocab_map import VocabMap
+    from draftcache.tools.reports.accounting import coverage_text
 
     counts = read_counts(arguments.inputs)
     vocab_map = build_vocab_map(counts, arguments.size)
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def read_counts(inputs: list[str]) -> dict[str, np.ndarray]:
     """Loss-masked counts, int64 [V], by `directory:split`. Raises where tokenizers differ or a split is named twice."""
-    from draftcache.capture.token_dataset import TokenDataset
+    from draftcache.capture.prepare.token_dataset import TokenDataset
 
     counts: dict[str, np.ndarray] = {}
     first: TokenDataset | None = None

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from draftcache.store.files import atomic_path
+from draftcache.store.common.files import atomic_path
 
 
 def draw_curves(metrics: dict[str, Path], summary: dict[str, Any], output: Path) -> None:

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from draftcache.capture.verifier import Verifier
+    from draftcache.capture.verifier.load import Verifier
 
-from draftcache.store.errors import DraftcacheError
-from draftcache.store.files import read_json, write_json
+from draftcache.store.common.errors import DraftcacheError
+from draftcache.store.common.files import read_json, write_json
 
 ASSETS = Path(__file__).parent / "assets"
 VERIFIER = ASSETS / "verifier"
@@ -69,8 +69,8 @@ def load_demo_verifier() -> Verifier:
     """The shipped verifier in float32 on the CPU, its dt limit lifted and its carry proved."""
     import torch
 
-    from draftcache.capture.ssm_precision import enforce_contract
-    from draftcache.capture.verifier import load_verifier
+    from draftcache.capture.verifier.load import load_verifier
+    from draftcache.capture.verifier.ssm_precision import enforce_contract
 
     verifier = load_verifier(VERIFIER, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=False)
     enforce_contract(verifier.model, VERIFIER, allow_fallback=False)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from draftcache.store.files import atomic_path
-from draftcache.store.progress import progress_bar
+from draftcache.store.common.files import atomic_path
+from draftcache.store.common.progress import progress_bar
 
 Message = dict[str, Any]
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from draftcache.capture.batch_job import CaptureJob
-from draftcache.capture.config import CaptureConfig
-from draftcache.capture.prepare import PrepareConfig, prepare
-from draftcache.capture.verifier import Verifier
+from draftcache.capture.job.config import CaptureConfig
+from draftcache.capture.job.worker_job import CaptureJob
+from draftcache.capture.prepare.job import PrepareConfig, prepare
+from draftcache.capture.verifier.load import Verifier
 from draftcache.draft_train.acceptance import measure_acceptance
 from draftcache.draft_train.checkpoint import load_model, load_state, resolve_checkpoint
-from draftcache.draft_train.frozen import FrozenWeights
+from draftcache.draft_train.data.frozen import FrozenWeights
 from draftcache.store.reader import StoreReader
 from draftcache.tools.speculative_decode import plain_greedy, speculative_greedy
 

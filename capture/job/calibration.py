@@ -1,0 +1,87 @@
+"""One pass before the first shard: what every worker on a store must judge and scale by alike.
+
+Norms come from conversations at even steps through the dataset, so that the bands do not depend on which shards were
+done before; int8's channel scales come from the same conversations. Both go into the manifest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from draftcache.capture.job.config import CaptureConfig
+from draftcache.capture.job.gates import Gates, gate_statistics
+from draftcache.capture.job.work_plan import WorkPlan
+from draftcache.capture.verifier.load import Verifier
+from draftcache.store.common.errors import GateError
+from draftcache.store.format import torch_codecs
+from draftcache.store.format.norm_band import bands_to_json
+from draftcache.store.format.rows import rows_in_reach, teacher_positions
+from draftcache.store.format.tap_codecs import Calibration
+
+LEAST_CONVERSATIONS = 32
+"""A mean of 32 logarithms is within 0.7 sigma (4 standard errors) of the true one; the band has 8."""
+PIECE = 8192
+"""Most tokens per piece of the forward, a multiple of the scan's chunk."""
+
+
+@dataclass(frozen=True)
+class StoreCalibration:
+    """Fields of `StoreManifest`, as JSON values."""
+
+    norm_bands: dict[str, Any]
+    channel_scales: dict[str, Any] | None
+
+
+def calibration_conversations(config: CaptureConfig, work: WorkPlan) -> list[tuple[str, int]]:
+    """At least 32 conversations; for int8, as many as have about `--calibration-tokens`."""
+    wanted = LEAST_CONVERSATIONS
+    if config.mode == "int8":
+        conversations = sum(len(work.dataset.split(name).conversations) for name in work.splits)
+        tokens = max(sum(shard.tokens for shard in work.shards), 1)
+        wanted = max(wanted, round(conversations * min(1.0, config.calibration_tokens / tokens)))
+    return work.spread(wanted)
+
+
+def calibrate(config: CaptureConfig, work: WorkPlan, verifier: Verifier) -> StoreCalibration:
+    """Bands of the taps' norms over rows in reach, and for int8 the rms of every channel.
+
+    Conversations that fail a gate count for neither. Raises InputError where int8 finds no state at all.
+    """
+    gates = Gates(config.layers)
+    scales = Calibration(config.layers, verifier.hidden_size) if config.mode == "int8" else None
+    for split, number in calibration_conversations(config, work):
+        token_ids, loss_mask, _ = work.dataset.split(split)[number]
+        with contextlib.suppress(GateError):
+            _add(gates, scales, config, verifier, token_ids, loss_mask)
+    return StoreCalibration(
+        norm_bands=bands_to_json(gates.norms), channel_scales=None if scales is None else scales.finish().to_json()
+    )
+
+
+def _add(
+    gates: Gates,
+    scales: Calibration | None,
+    config: CaptureConfig,
+    verifier: Verifier,
+    token_ids: np.ndarray[Any, Any],
+    loss_mask: np.ndarray[Any, Any],
+) -> None:
+    positions, teacher = rows_in_reach(loss_mask, config.window or None), teacher_positions(loss_mask)
+    if not teacher.size:
+        return
+    ids = torch.from_numpy(token_ids.astype(np.int64))
+    total = torch.zeros(len(config.layers) + 1, 4)
+    for piece in verifier.prefill(ids[None], config.layers, min(PIECE, config.prefill_chunk)):
+        rows, places = (torch.from_numpy(piece.rows_of(wanted)).to(verifier.device) for wanted in (positions, teacher))
+        taps = {layer: tap[0][rows] for layer, tap in piece.taps.items()}
+        statistics = gate_statistics(taps, piece.final[0][places]).cpu()
+        if scales is not None and bool(torch.isfinite(statistics).all()):
+            for layer, tap in taps.items():
+                torch_codecs.add_squares(scales, layer, tap)
+        total += statistics
+    gates.judge(total)

@@ -1,0 +1,198 @@
+"""Workers as actors of an existing Ray cluster: one per GPU, or per CPU slot where it has no GPUs.
+
+Ray only starts them and carries their reports; who does what is settled through the store, as everywhere. Verifier
+and dataset must lie at the same paths on every node, or on a file system that all of them share.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from draftcache.capture.job.config import CaptureConfig
+from draftcache.capture.job.progress import Event, JobProgress, Line
+from draftcache.capture.job.shard_worker import WorkerRole
+from draftcache.capture.job.stopping import CaptureStopped, ParentSignals, StopRequest, StopSteps
+from draftcache.capture.job.worker_job import CaptureJob
+from draftcache.store.common.errors import DraftcacheError, InputError, StoreError
+
+_POLL_S = 0.5
+_KNOCK_S = 10.0
+
+
+class RayWorker:
+    """The actor. `run` occupies one of its threads, the other methods answer meanwhile."""
+
+    def __init__(self, config: CaptureConfig, number: int, count: int) -> None:
+        self._config = config
+        self._stop = StopRequest(config.grace_seconds)
+        self._events: list[Event] = []
+        self._lock = threading.Lock()
+        self._role = WorkerRole(report=self._report, stop=self._stop, number=number, count=count)
+
+    def _report(self, event: Event) -> None:
+        with self._lock:
+            self._events.append(event)
+
+    def run(self) -> DraftcacheError | None:
+        """The worker's share of the job; what it was refused for, if so."""
+        try:
+            with CaptureJob(self._config) as job:
+                job.run_worker(self._role)
+        except DraftcacheError as exc:
+            return exc
+        except CaptureStopped:
+            pass
+        return None
+
+    def take_events(self) -> list[Event]:
+        """What happened since the last call."""
+        with self._lock:
+            events, self._events = self._events, []
+        return events
+
+    def ask_to_stop(self, grace_seconds: float) -> None:
+        """See `StopRequest.ask`."""
+        self._stop.ask(grace_seconds)
+
+
+def run_on_ray(config: CaptureConfig, progress: JobProgress, stop: StopRequest) -> None:
+    """Run actors until the store is whole. An actor that dies leaves its shard to the others.
+
+    Raises InputError without Ray or a running cluster, what the first actor was refused for where none came to the
+    end, and CaptureStopped after SIGTERM or SIGINT.
+    """
+    with _cluster() as ray, ParentSignals(stop):
+        resources = ray.cluster_resources()
+        slot = "GPU" if resources.get("GPU") else "CPU"
+        slots = int(resources.get(slot, 0)) // config.shard
+        workers = config.workers or (slots if slot == "GPU" else 1)
+        if workers > slots:
+            progress.take(0, Line(f"{workers} workers, but the cluster has {slots} {slot} slots now: some must wait"))
+        options = {"num_gpus": config.shard} if slot == "GPU" else {"num_cpus": config.shard}
+        actor = ray.remote(max_concurrency=4, **options)(RayWorker)
+        handles = [actor.remote(_everywhere(config), number, workers) for number in range(workers)]
+        try:
+            _Actors(ray, handles, progress).watch(stop)
+        finally:
+            for handle in handles:
+                ray.kill(handle)
+    if stop.asked:
+        raise CaptureStopped(stop.signal_number)
+
+
+class _Actors:
+    """The driver's end of the actors."""
+
+    def __init__(self, ray: Any, handles: list[Any], progress: JobProgress) -> None:
+        self._ray = ray
+        self._handles = handles
+        self._progress = progress
+        self._runs = {handle.run.remote(): number for number, handle in enumerate(handles)}
+        self._news = {handle.take_events.remote(): number for number, handle in enumerate(handles)}
+        self._errors: list[DraftcacheError] = []
+
+    def watch(self, stop: StopRequest) -> None:
+        """Until one comes to the end, which has then seen the whole store, or none is left."""
+        steps = StopSteps(stop)
+        while self._runs:
+            self._take_news()
+            ended, _ = self._ray.wait(list(self._runs), num_returns=len(self._runs), timeout=_POLL_S)
+            successes = [self._succeeded(run, self._runs.pop(run)) for run in ended]
+            if any(successes) and not stop.asked:
+                self._take_news(timeout=_POLL_S)
+                return
+            self._progress.refresh()
+            for step in steps.due():
+                for number in self._runs.values():
+                    self._tell(self._handles[number], step, stop)
+        if not stop.asked:
+            raise (
+                self._errors[0]
+                if self._errors
+                else StoreError(
+                    "expected at least one Ray worker to finish, found none; what was committed stays: run the same "
+                    "command again to go on"
+                )
+            )
+
+    def _take_news(self, timeout: float = 0) -> None:
+        waiting = list(self._news)
+        ready = self._ray.wait(waiting, num_returns=len(waiting), timeout=timeout)[0] if waiting else []
+        for reference in ready:
+            number = self._news.pop(reference)
+            try:
+                events = self._ray.get(reference)
+            except self._ray.exceptions.RayError:  # `run` says what it died of
+                self._progress.drop(number)
+                continue
+            for event in events:
+                self._progress.take(number, event)
+            self._news[self._handles[number].take_events.remote()] = number
+
+    def _succeeded(self, run: Any, number: int) -> bool:
+        try:
+            error = self._ray.get(run)
+        except self._ray.exceptions.RayError as exc:
+            self._progress.drop(number)
+            self._progress.take(number, Line(f"worker {number} ended early: {exc}"))
+            return False
+        if error is None:
+            return True
+        self._errors.append(error)
+        self._progress.take(number, Line(f"worker {number} ended early: {error}"))
+        return False
+
+    def _tell(self, handle: Any, step: str, stop: StopRequest) -> None:
+        if step == "kill":
+            self._ray.kill(handle)
+        else:
+            handle.ask_to_stop.remote(stop.grace_seconds if step == "ask" else 0.0)
+
+
+@contextmanager
+def _cluster() -> Iterator[Any]:
+    """The ray module, connected."""
+    try:
+        import ray
+    except ImportError as exc:
+        raise InputError("--engine ray: expected Ray, found none; install draftcache[ray]") from exc
+    connected = ray.is_initialized()
+    if not connected:
+        address = os.environ.get("RAY_ADDRESS") or "auto"
+        try:
+            _knock(address)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        except (OSError, ValueError, RuntimeError) as exc:
+            raise InputError(
+                f"--engine ray: expected a running cluster at {address}, could not connect ({exc.__cause__ or exc}); "
+                "start one with `ray start --head`, or set RAY_ADDRESS"
+            ) from exc
+    try:
+        yield ray
+    finally:
+        if not connected:
+            ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens at HOST:PORT; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
+
+
+def _everywhere(config: CaptureConfig) -> CaptureConfig:
+    """Paths that mean the same in an actor's own working directory."""
+    output = config.output if "://" in str(config.output) else Path(config.output).resolve()
+    vocab_map = None if config.vocab_map is None else config.vocab_map.resolve()
+    verifier, dataset = config.verifier.resolve(), config.dataset.resolve()
+    more = tuple(path.resolve() for path in config.more_vocab_maps)
+    return replace(config, verifier=verifier, dataset=dataset, vocab_map=vocab_map, more_vocab_maps=more, output=output)

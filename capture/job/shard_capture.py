@@ -1,0 +1,257 @@
+"""Computing one shard: conversations -> verifier -> teacher and codec on the device -> gates -> the shard.
+
+The device computes a batch while the one before is copied, and those before that are judged, compressed and written
+by a thread. Nothing is waited for but memory: at most `buffer_bytes` are on their way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from draftcache.capture.job.batches import token_batches
+from draftcache.capture.job.config import CaptureConfig
+from draftcache.capture.job.gates import Gates, gate_statistics
+from draftcache.capture.job.overlap import HostArrays, HostMemory, Writing
+from draftcache.capture.job.progress import Progress
+from draftcache.capture.job.work_plan import ShardPlan, WorkPlan
+from draftcache.capture.verifier.forward import Piece
+from draftcache.capture.verifier.load import Verifier
+from draftcache.capture.verifier.teacher import TeacherHead, teacher_signal
+from draftcache.store.common.errors import GateError
+from draftcache.store.format import torch_codecs
+from draftcache.store.format.manifest import StoreManifest
+from draftcache.store.format.rows import rows_in_reach, teacher_positions
+from draftcache.store.format.schema import Conversation
+from draftcache.store.format.teacher_stats import tail_mass
+from draftcache.store.format.vocab_map import VocabMap
+from draftcache.store.writer import ShardInProgress
+
+_STATISTICS = "gate statistics"
+_GPU_MULTIPLE = 128
+"""Batches are padded to a multiple: the scan's chunk, and Triton compiles anew for lengths that 16 does not divide."""
+
+
+@dataclass
+class ShardSummary:
+    """What a shard's commit record says beside its files."""
+
+    quarantined: list[dict[str, Any]] = field(default_factory=list)
+    tails: list[NDArray[Any]] = field(default_factory=list)
+    """tau [P] of every conversation; see `draftcache.store.format.teacher_stats.tail_mass`."""
+    norms: dict[str, Any] = field(default_factory=dict)
+    """See `Gates.norms_json`."""
+
+
+@dataclass
+class _Task:
+    """One conversation on its way."""
+
+    number: int
+    token_ids: NDArray[Any]
+    loss_mask: NDArray[np.bool_]
+    content_hash: str
+    positions: NDArray[np.int64]
+    teacher: NDArray[np.int64]
+    host: HostArrays
+    statistics: Tensor | None = None
+
+
+class ShardCapture:
+    """Computes shards with one verifier."""
+
+    def __init__(
+        self,
+        config: CaptureConfig,
+        work: WorkPlan,
+        verifier: Verifier,
+        vocab_maps: Sequence[VocabMap],
+        manifest: StoreManifest,
+    ) -> None:
+        """`vocab_maps`: those of the manifest's draft vocabularies, in its order."""
+        self.config = config
+        self.work = work
+        self.verifier = verifier
+        self.manifest = manifest
+        self.device = verifier.device
+        self.writings: list[Writing[_Task]] = []
+        """Of the shards that are not finished."""
+        self._teacher = TeacherHead(
+            head=verifier.head,
+            form=manifest.teacher_form,
+            target_ids=tuple(torch.from_numpy(item.target_ids).to(self.device) for item in vocab_maps),
+            slice_rows=config.head_slice,
+        )
+        self.in_draft = manifest.teacher_form.in_draft(vocab_maps[0])
+        on_gpu = self.device.type == "cuda"
+        self._memory = HostMemory(config.buffer_bytes) if on_gpu and config.buffer_bytes else None
+        self._stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
+
+    def begin(self, begun: ShardInProgress, plan: ShardPlan, progress: Progress) -> ShardRunning:
+        """Append the shard's conversations to `begun`, but for those that fail a gate.
+
+        Returns when the device has everything to do; what is left is waited for by `finish`. May be left by
+        CaptureStopped at any instant: then nothing more is appended.
+        """
+        running = ShardRunning(self, begun, plan, progress)
+        try:
+            running.compute()
+        except BaseException:
+            running.abandon()
+            raise
+        return running
+
+    def compute_piece(self, piece: Piece, token_ids: Tensor, row: int, task: _Task, wait: Callable[[], bool]) -> None:
+        """Take from a piece what is kept of the conversation in its row `row`, and send it to the host."""
+        config = self.config
+        rows, places = piece.rows_of(task.positions), piece.rows_of(task.teacher)
+        taps = {layer: self._rows(piece.taps[layer][row], rows) for layer in config.layers}
+        final = self._rows(piece.final[row], places)
+        statistics = gate_statistics(taps, final)
+        task.statistics = statistics if task.statistics is None else task.statistics + statistics
+        parts: dict[str, Tensor] = {}
+        for layer, tap in taps.items():
+            parts |= torch_codecs.encode(self.manifest.codec, layer, tap, require_finite=False)
+        counts = dict.fromkeys(parts, task.positions.size)
+        if places.size:
+            signal = teacher_signal(final, self._rows(token_ids[row], places + piece.first + 1), self._teacher)
+            parts |= signal
+            counts |= dict.fromkeys(signal, task.teacher.size)
+        task.host.add(parts, counts, wait)
+
+    def _rows(self, states: Tensor, rows: NDArray[np.int64]) -> Tensor:
+        """Rows of states [L, ...]; no copy where they follow one another."""
+        if rows.size and rows[-1] - rows[0] + 1 == rows.size:
+            return states[int(rows[0]) : int(rows[-1]) + 1]
+        return states[self.to_device(rows)]
+
+    def host_arrays(self) -> HostArrays:
+        """Memory for one conversation."""
+        return HostArrays(self._stream, self._memory)
+
+    def to_device(self, array: NDArray[np.int64]) -> Tensor:
+        """A copy that nothing is waited for: one from memory that is not pinned would wait for the device."""
+        tensor = torch.from_numpy(array)
+        return (
+            tensor.to(self.device) if self._stream is None else tensor.pin_memory().to(self.device, non_blocking=True)
+        )
+
+
+class ShardRunning:
+    """One shard on its way through device, copies and writing."""
+
+    def __init__(self, capture: ShardCapture, begun: ShardInProgress, plan: ShardPlan, progress: Progress) -> None:
+        self._capture, self._begun, self._plan, self._progress = capture, begun, plan, progress
+        self._split = capture.work.splits[plan.split]
+        self._gates = Gates(capture.config.layers, capture.manifest.bands)
+        self._summary = ShardSummary()
+        self._lines: list[str] = []
+        self._writing = Writing[_Task](self._append, capture.config.buffer_bytes, lambda task: task.host.release())
+        capture.writings.append(self._writing)
+
+    def compute(self) -> None:
+        """Give the device every batch of the shard."""
+        config, plan = self._capture.config, self._plan
+        tasks = [task for number in range(plan.first, plan.last) if (task := self._task(number)) is not None]
+        for batch in token_batches([task.token_ids.size for task in tasks], config.batch_tokens):
+            self._compute_batch([tasks[number] for number in batch])
+
+    def _task(self, number: int) -> _Task | None:
+        token_ids, loss_mask, content_hash = self._capture.work.dataset.split(self._split)[number]
+        teacher = teacher_positions(loss_mask)
+        if not teacher.size:
+            reason = "expected an assistant turn of at least two tokens after the first token, found none"
+            self._quarantine(number, content_hash, reason)
+            self._progress.advance(len(token_ids), self._begun.payload_bytes)
+            return None
+        return _Task(
+            number=number,
+            token_ids=token_ids,
+            loss_mask=loss_mask,
+            content_hash=content_hash,
+            positions=rows_in_reach(loss_mask, self._capture.config.window or None),
+            teacher=teacher,
+            host=self._capture.host_arrays(),
+        )
+
+    @torch.inference_mode()
+    def _compute_batch(self, tasks: list[_Task]) -> None:
+        capture = self._capture
+        longest = max(task.token_ids.size for task in tasks)
+        multiple = _GPU_MULTIPLE if capture.device.type == "cuda" else 1
+        token_ids = np.zeros((len(tasks), -(-longest // multiple) * multiple), np.int64)
+        for row, task in enumerate(tasks):
+            token_ids[row, : task.token_ids.size] = task.token_ids
+        ids = capture.to_device(token_ids)
+        for piece in capture.verifier.prefill(ids, capture.config.layers, capture.config.prefill_chunk):
+            for row, task in enumerate(tasks):
+                if piece.first < task.token_ids.size:
+                    capture.compute_piece(piece, ids, row, task, self._memory_comes_back)
+        for task in tasks:
+            assert task.statistics is not None
+            counts = {_STATISTICS: task.statistics.shape[0]}
+            task.host.add({_STATISTICS: task.statistics}, counts, self._memory_comes_back)
+            self._writing.put(task, task.host.nbytes)
+            self._say()
+            self._progress.advance(task.token_ids.size, self._begun.payload_bytes)
+
+    def _memory_comes_back(self) -> bool:
+        """Whether this shard's writing thread, or that of the one before, will give some back."""
+        return any(writing.busy for writing in self._capture.writings)
+
+    def _append(self, task: _Task) -> None:
+        """In the writing thread."""
+        try:
+            self._judge_and_append(task)
+        finally:
+            task.host.release()
+
+    def _judge_and_append(self, task: _Task) -> None:
+        """Append, or set aside what fails a gate."""
+        arrays = task.host.numpy()
+        try:
+            self._gates.judge(torch.from_numpy(arrays.pop(_STATISTICS)))
+        except GateError as exc:
+            self._quarantine(task.number, task.content_hash, str(exc))
+            return
+        arrays |= {
+            "token_ids": task.token_ids.astype(np.uint32),
+            "loss_mask": task.loss_mask.astype(np.uint8),
+            "positions": task.positions.astype(np.int32),
+            "teacher_positions": task.teacher.astype(np.int32),
+        }
+        self._summary.tails.append(tail_mass(arrays, self._capture.in_draft))
+        self._begun.append(
+            Conversation(
+                content_hash=task.content_hash, split=self._plan.split, dataset_index=task.number, arrays=arrays
+            )
+        )
+
+    def _quarantine(self, number: int, content_hash: str, reason: str) -> None:
+        self._summary.quarantined.append(
+            {"split": self._split, "dataset_index": number, "content_hash": content_hash, "reason": reason}
+        )
+        self._lines.append(f"quarantined {self._split}[{number}]: {reason}")
+
+    def _say(self) -> None:
+        while self._lines:
+            self._progress.say(self._lines.pop(0))
+
+    def finish(self) -> ShardSummary:
+        """Wait until everything is appended."""
+        self._writing.finish()
+        self._capture.writings.remove(self._writing)
+        self._say()
+        self._summary.quarantined.sort(key=lambda item: item["dataset_index"])
+        self._summary.norms = self._gates.norms_json()
+        return self._summary
+
+    def abandon(self) -> None:
+        """Append nothing more."""
+        self._writing.abandon()

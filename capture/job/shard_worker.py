@@ -1,0 +1,164 @@
+"""One worker's share of a job: whichever shards are free, until none is missing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from draftcache.capture.job.progress import Line, Report, ShardAdvanced, ShardDone
+from draftcache.capture.job.shard_capture import ShardCapture, ShardRunning
+from draftcache.capture.job.stopping import StopRequest
+from draftcache.capture.job.work_plan import WorkPlan
+from draftcache.store.format.commits import read_record
+from draftcache.store.format.index import INDEX_RECORD
+from draftcache.store.format.teacher_stats import describe
+from draftcache.store.writer import ShardInProgress, StoreWriter
+
+POLL_S = 0.5
+"""How often a worker with nothing to do looks whether other workers' shards were committed, or became free."""
+
+
+@dataclass(frozen=True)
+class WorkerRole:
+    """Which of a command's workers this is, whom it reports to, and who tells it to stop."""
+
+    report: Report
+    stop: StopRequest
+    number: int = 0
+    count: int = 1
+
+
+class ShardWorker:
+    """Takes free shards, one after the other, from a place of its own on.
+
+    On a disk a shard that another one works on is locked, so a worker goes past it, and waits for the last ones: the
+    lock of a dead process is free at once. Object stores have no locks: there two workers may do the same shard, and
+    the first commit counts; the other worker then jumps to another place, so that they don't go on side by side.
+    """
+
+    def __init__(
+        self,
+        work: WorkPlan,
+        shards: ShardCapture,
+        writer: StoreWriter,
+        role: WorkerRole,
+        provenance: Callable[[], dict[str, Any]],
+    ) -> None:
+        self._work = work
+        self._shards = shards
+        self._writer = writer
+        self._role = role
+        self._provenance = provenance
+        self._start = role.number / role.count if writer.storage.local_root is not None else random.random()
+
+    def run(self) -> None:
+        """Return when no shard is missing, and the index is written. Raises CaptureStopped."""
+        if self._missing() and read_record(self._writer.storage, INDEX_RECORD) is not None:
+            self._writer.discard_index()  # a damaged shard was taken out
+        while missing := self._missing():
+            if not self._round(missing):
+                self._role.stop.wait(POLL_S)
+        self._writer.finish()
+
+    def _missing(self) -> list[int]:
+        """From this worker's place on, and round."""
+        done = self._writer.committed()
+        first = int(self._start * len(self._work.shards))
+        order = [*range(first, len(self._work.shards)), *range(first)]
+        return [shard for shard in order if shard not in done]
+
+    def _round(self, missing: list[int]) -> bool:
+        """Whether there was a shard to do among these.
+
+        The device begins a shard while the one before is still being written, so it waits for no commit.
+        """
+        stop = self._role.stop
+        open_shards: list[_OpenShard] = []
+        worked = False
+        with stop.unit():
+            try:
+                for shard in missing:
+                    if stop.asked:
+                        break
+                    begun = self._writer.shard(shard)
+                    if begun is None:
+                        continue
+                    worked = True
+                    open_shards.append(_OpenShard(begun))
+                    open_shards[-1].running = self._shards.begin(
+                        begun, self._work.shards[shard], _ShardProgress(shard, self._role)
+                    )
+                    if len(open_shards) > 1 and not self._settle(open_shards):
+                        self._start = random.random()
+                        break
+                while open_shards:
+                    self._settle(open_shards)
+            finally:
+                for item in open_shards:
+                    item.abandon()
+        return worked
+
+    def _settle(self, open_shards: list[_OpenShard]) -> bool:
+        """Wait for the first one to be written and commit it; whether this worker's copy is the one that counts."""
+        begun, running = open_shards[0].begun, open_shards[0].running
+        assert running is not None, "it was begun"
+        plan = self._work.shards[begun.number]
+        summary = running.finish()
+        record = {
+            "tokens": plan.tokens,
+            "quarantined": summary.quarantined,
+            "gates": summary.norms,
+            "tail_mass": describe(np.concatenate(summary.tails) if summary.tails else np.empty(0)),
+            "provenance": self._provenance(),
+        }
+        with self._role.stop.commit(), begun:
+            kept = begun.commit(record)
+        open_shards.pop(0)
+        self._role.report(
+            ShardDone(
+                shard=begun.number,
+                kept=kept,
+                tokens=plan.tokens,
+                payload_bytes=begun.payload_bytes,
+                quarantined=len(summary.quarantined),
+            )
+        )
+        return kept
+
+
+@dataclass
+class _OpenShard:
+    """A shard that was begun and not committed yet."""
+
+    begun: ShardInProgress
+    running: ShardRunning | None = None
+
+    def abandon(self) -> None:
+        """Leave no trace of it, unless its commit got as far as its record."""
+        if self.running is not None:
+            self.running.abandon()
+        with self.begun:
+            pass
+
+
+class _ShardProgress:
+    """See `draftcache.capture.job.progress.Progress`."""
+
+    def __init__(self, shard: int, role: WorkerRole) -> None:
+        self._shard = shard
+        self._role = role
+        self._tokens = 0
+
+    def advance(self, tokens: int, payload_bytes: int) -> None:
+        """See Progress."""
+        self._tokens += tokens
+        self._role.report(ShardAdvanced(shard=self._shard, tokens=self._tokens, payload_bytes=payload_bytes))
+        self._role.stop.check()
+
+    def say(self, line: str) -> None:
+        """See Progress."""
+        self._role.report(Line(line))

@@ -1,0 +1,74 @@
+"""What there is to do: which conversation goes into which shard.
+
+The plan is a pure function of the dataset, the splits and `--shard-tokens`, so every process that works on a store,
+now or after a kill, has the same one, and the finished store does not depend on who did what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from draftcache.capture.job.config import CaptureConfig
+from draftcache.capture.prepare.token_dataset import TokenDataset
+from draftcache.store.common.errors import InputError
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One shard's conversations: numbers `first .. last` of one split, and how many tokens they have."""
+
+    split: int
+    first: int
+    last: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class WorkPlan:
+    """The dataset's splits in order, and the shards that they are cut into."""
+
+    dataset: TokenDataset
+    splits: tuple[str, ...]
+    shards: list[ShardPlan]
+
+    @classmethod
+    def of(cls, config: CaptureConfig) -> WorkPlan:
+        """Raises InputError where there is no prepared dataset, or a split is not in it."""
+        dataset = TokenDataset.open(config.dataset)
+        splits = config.splits or tuple(dataset.splits)
+        unknown = [name for name in splits if name not in dataset.splits]
+        if unknown:
+            raise InputError(f"{config.dataset}: expected splits among {list(dataset.splits)}, found {unknown}")
+        return cls(dataset=dataset, splits=splits, shards=plan_shards(dataset, splits, config.shard_tokens))
+
+    def tokens(self, shards: Collection[int]) -> int:
+        """Tokens of some shards."""
+        return sum(self.shards[shard].tokens for shard in shards)
+
+    def spread(self, count: int) -> list[tuple[str, int]]:
+        """About `count` conversations (split, number in it) at even steps through all of them."""
+        sizes = [len(self.dataset.split(name).conversations) for name in self.splits]
+        ends = np.cumsum(sizes)
+        places = np.linspace(0, max(int(ends[-1]) - 1, 0), min(count, int(ends[-1]))).round().astype(int)
+        splits = np.searchsorted(ends, places, side="right")
+        return [
+            (self.splits[split], int(place - (ends[split] - sizes[split])))
+            for place, split in zip(places.tolist(), splits.tolist(), strict=True)
+        ]
+
+
+def plan_shards(dataset: TokenDataset, splits: tuple[str, ...], shard_tokens: int) -> list[ShardPlan]:
+    """Fill shards in the dataset's order until each holds at least `shard_tokens`; no shard spans two splits."""
+    plan = []
+    for split, name in enumerate(splits):
+        lengths = np.asarray(dataset.split(name).conversations["tokens"])
+        first, tokens = 0, 0
+        for number, length in enumerate(lengths):
+            tokens += int(length)
+            if tokens >= shard_tokens or number + 1 == len(lengths):
+                plan.append(ShardPlan(split=split, first=first, last=number + 1, tokens=tokens))
+                first, tokens = number + 1, 0
+    return plan

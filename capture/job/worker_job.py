@@ -1,0 +1,233 @@
+"""The capture job of one worker: prepared conversations -> verifier -> gates -> committed shards.
+
+Any number of workers may run on one store, on any number of machines. They share nothing but the store: a shard is
+taken by its lock (where the storage has locks) and published by its commit record, which the first writer wins. A
+killed worker's shard is taken by whoever comes next, and the finished store does not depend on who did what.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from draftcache.capture.job.calibration import calibrate
+from draftcache.capture.job.config import CaptureConfig
+from draftcache.capture.job.progress import CaptureSummary, JobProgress, Line
+from draftcache.capture.job.shard_capture import ShardCapture
+from draftcache.capture.job.shard_worker import POLL_S, ShardWorker, WorkerRole
+from draftcache.capture.job.stopping import StopRequest
+from draftcache.capture.job.tensor_parallel import ShardedVerifier
+from draftcache.capture.job.work_plan import WorkPlan
+from draftcache.capture.prepare.draft_vocabulary import load_vocab_maps
+from draftcache.capture.verifier.load import Verifier, choose_device, choose_dtype, describe_verifier, load_verifier
+from draftcache.capture.verifier.self_check import check_verifier
+from draftcache.capture.verifier.ssm_precision import enforce_contract, mamba_mixers
+from draftcache.store.common.errors import InputError, ManifestMismatchError
+from draftcache.store.format.manifest import StoreManifest, Tap
+from draftcache.store.reader import FROZEN_NAME, VOCAB_MAP_NAME
+from draftcache.store.storage.base import open_storage
+from draftcache.store.writer import StoreWriter
+
+
+class CaptureJob:
+    """Loads what the job needs, refuses what does not fit together, then runs shards until none is missing."""
+
+    verifier: Verifier
+
+    def __init__(self, config: CaptureConfig) -> None:
+        self.config = config
+        self.work = WorkPlan.of(config)
+        self.vocab_maps = load_vocab_maps(config.vocab_map or config.dataset / VOCAB_MAP_NAME, config.more_vocab_maps)
+        if config.teacher == "draft" and config.top_k > (most := len(self.vocab_maps[0])):
+            raise InputError(f"--top-k: expected at most the draft vocabulary's {most}, found {config.top_k}")
+        self.device = choose_device(config.device)
+        self.dtype = choose_dtype(config.compute_dtype, self.device)
+        self.storage = open_storage(config.output)
+        self._followers = ShardedVerifier(config) if config.shard > 1 else None
+        try:
+            self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self) -> None:
+        if self._followers is None:
+            self._load_and_check()
+            return
+        with self._followers.all_alive():
+            self._followers.join()
+            self._load_and_check()
+        self.verifier = self._followers.lead(self.verifier)
+
+    def _load_and_check(self) -> None:
+        config = self.config
+        self.verifier = load_verifier(
+            config.verifier,
+            device=self.device,
+            dtype=self.dtype,
+            trust_remote_code=config.trust_remote_code,
+            shard=config.shard,
+        )
+        self._require_fit()
+        self.ssm = enforce_contract(self.verifier.model, config.verifier, allow_fallback=config.allow_fallback)
+        self.self_check = check_verifier(self.verifier, config, self.work)
+
+    def close(self) -> None:
+        """End the processes that hold parts of a sharded verifier."""
+        if self._followers is not None:
+            self._followers.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def _require_fit(self) -> None:
+        verifier, config = self.verifier, self.config
+        if config.layers[-1] >= len(verifier.blocks):
+            raise InputError(
+                f"--layers: expected blocks 0 to {len(verifier.blocks) - 1} of {config.verifier}, "
+                f"found {list(config.layers)}"
+            )
+        for mixer in mamba_mixers(verifier.model)[:1]:
+            if config.prefill_chunk % mixer.chunk_size:
+                raise InputError(
+                    f"--prefill-chunk: expected a multiple of the scan's chunk of {mixer.chunk_size} tokens, so that "
+                    f"none is padded where a piece ends, found {config.prefill_chunk}"
+                )
+        for name, size in (
+            ("dataset", self.work.dataset.vocab_size),
+            ("vocabulary map", self.vocab_maps[0].vocab_size),
+        ):
+            if size > verifier.vocab_size:
+                raise InputError(
+                    f"{config.dataset}: expected a {name} of at most the verifier's {verifier.vocab_size} token ids, "
+                    f"found {size}; it was prepared with another tokenizer"
+                )
+        if config.teacher == "full" and config.top_k > verifier.vocab_size:
+            raise InputError(
+                f"--top-k: expected at most the verifier's {verifier.vocab_size} token ids, found {config.top_k}"
+            )
+        if config.teacher == "hidden" and verifier.head.bias is not None:
+            raise InputError(
+                f"--teacher hidden: expected a head without bias in {config.verifier}, found one; its logits can't be "
+                "recomputed from the states and the head's rows alone: use --teacher full"
+            )
+
+    def settings(self) -> StoreManifest:
+        """The store's manifest, but for what the calibration measures."""
+        config, work = self.config, self.work
+        return StoreManifest(
+            verifier=describe_verifier(config.verifier, self.verifier),
+            tokenizer_hash=work.dataset.tokenizer_hash,
+            chat_template_hash=work.dataset.chat_template_hash,
+            dataset_hash=work.dataset.content_hash(work.splits),
+            splits=work.splits,
+            taps=tuple(Tap(layer=layer) for layer in config.layers),
+            mode=config.mode,
+            layout=config.layout,
+            compute_dtype=str(self.dtype).removeprefix("torch."),
+            window=config.window or None,
+            teacher=config.teacher,
+            top_k=0 if config.teacher == "hidden" else config.top_k,
+            draft_vocab_size=len(self.vocab_maps[0]),
+            draft_vocab_hash=self.vocab_maps[0].hash,
+            more_draft_vocabs={str(len(item)): item.hash for item in self.vocab_maps[1:]},
+            shard_tokens=config.shard_tokens,
+            shards=len(work.shards),
+            ssm=self.ssm and self.ssm | {"forward": self.verifier.engine.name, "prefill_chunk": config.prefill_chunk},
+            provenance=self._provenance(),
+        )
+
+    def _provenance(self) -> dict[str, Any]:
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
+        return {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": gpu,
+            "shard": self.config.shard,
+            "forward": {"name": self.verifier.engine.name, **self.verifier.engine.implementations()},
+            "self_check": self.self_check,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+
+    def run(self, stop: StopRequest | None = None) -> CaptureSummary:
+        """All that is missing, by this worker alone or beside others; returns when the store is whole."""
+        stop = stop or StopRequest(self.config.grace_seconds)
+        with JobProgress(self.work, self.storage) as progress:
+            self.run_worker(WorkerRole(report=lambda event: progress.take(0, event), stop=stop))
+        return progress.summary()
+
+    def run_worker(self, role: WorkerRole) -> None:
+        """Be one of a command's workers; returns when no shard is missing and the index is written.
+
+        Raises CaptureStopped when `role.stop` says so: what is committed stays, what was begun is removed.
+        """
+        if role.number == 0:
+            role.report(Line(self._what_runs()))
+        manifest = self.agree_on_manifest(role)
+        shards = ShardCapture(self.config, self.work, self.verifier, self.vocab_maps, manifest)
+        with StoreWriter(self.config.output, manifest, partial(self._write_files, manifest)) as writer:
+            ShardWorker(self.work, shards, writer, role, self._provenance).run()
+
+    def _what_runs(self) -> str:
+        engine = self.verifier.engine
+        details = dict(engine.implementations())
+        reason = details.pop("reason", "")
+        if self.ssm is not None:
+            details["scan"] = self.ssm["scan"]
+        listed = ", ".join(f"{name} {value}" for name, value in details.items())
+        return f"forward: {engine.name}" + (f", the model's own code, for {reason}" if reason else "") + f" ({listed})"
+
+    def agree_on_manifest(self, role: WorkerRole) -> StoreManifest:
+        """The settings with the store's calibration: the first job makes it, all others take it over.
+
+        Raises ManifestMismatchError naming the fields where the store was made with other settings.
+        """
+        settings = self.settings()
+        while not StoreManifest.exists(self.storage):
+            calibrating = self.storage.lock("calibrate")
+            if calibrating is None:
+                role.stop.wait(POLL_S)
+                continue
+            try:
+                if not StoreManifest.exists(self.storage):
+                    self._begin_store(settings, role)
+            finally:
+                calibrating.release()
+        stored = StoreManifest.load(self.storage)
+        stored.require_same(settings, self.storage.describe(), calibrated=False)
+        return settings.with_calibration_of(stored)
+
+    def _begin_store(self, settings: StoreManifest, role: WorkerRole) -> None:
+        role.report(Line("calibrating: one pass over some conversations, for the norms that the gates expect"))
+        measured = calibrate(self.config, self.work, self.verifier)
+        manifest = replace(settings, norm_bands=measured.norm_bands, channel_scales=measured.channel_scales)
+        # In an object store two jobs may come this far. One manifest is created; the other job's bands are not its.
+        prepare_files = partial(self._write_files, manifest)
+        with suppress(ManifestMismatchError), StoreWriter(self.config.output, manifest, prepare_files):
+            pass
+
+    def _write_files(self, manifest: StoreManifest, root: Path) -> list[Path]:
+        """Frozen weights that a trainer needs, so that it never loads the verifier; and the vocabulary maps."""
+        verifier = self.verifier
+        norm = verifier.final_norm.weight
+        assert isinstance(norm, torch.Tensor)
+        tensors = {"embed_tokens": verifier.embeddings.weight, "norm": norm}
+        paths = [root / FROZEN_NAME]
+        for vocab, item in zip(manifest.teacher_form.vocabularies, self.vocab_maps, strict=True):
+            tensors[vocab.head] = verifier.head.weight[torch.from_numpy(item.target_ids).to(self.device)]
+            paths.append(root / vocab.map_name)
+            item.save(paths[-1])
+        save_file({name: value.detach().contiguous().cpu() for name, value in tensors.items()}, paths[0])
+        return paths

@@ -1,0 +1,161 @@
+"""What prepare's worker processes do: a chunk of JSONL lines in, packed ids, masks and records out.
+
+A chunk holds about a mebibyte of lines whatever the number of workers: output depends on the input alone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing import connection, parent_process
+from pathlib import Path
+
+import numpy as np
+
+from draftcache.capture.prepare.chat_tokens import ChatTokenizer
+from draftcache.capture.prepare.conversations import Rejection, RowRejectedError, TokenRow, parse_row, read_lines
+from draftcache.capture.prepare.token_dataset import CONVERSATION_DTYPE, conversation_hash
+from draftcache.capture.prepare.tokenizer_files import ChatTemplate, TokenizerFiles
+
+# Large enough that handing over a chunk vanishes beside encoding it (about 0.3 s); small enough that the
+# encodings of one chunk (about 150 bytes per token) stay within some tens of megabytes.
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Lines of one file of one split, in order, with what reading already rejected."""
+
+    split: str
+    file_index: int
+    file: str
+    lines: list[tuple[int, bytes]]
+    rejections: list[Rejection] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkResult:
+    """Usable conversations packed flat: uint32 [t], bool [t], CONVERSATION_DTYPE [n]; and the others."""
+
+    split: str
+    token_ids: np.ndarray
+    loss_mask: np.ndarray
+    conversations: np.ndarray
+    rejections: list[Rejection]
+
+
+def read_chunks(split: str, file_index: int, path: Path) -> Iterator[Chunk]:
+    """Cut one JSONL file into chunks of about CHUNK_BYTES."""
+    lines: list[tuple[int, bytes]] = []
+    rejections: list[Rejection] = []
+    size = 0
+    for item in read_lines(path):
+        if isinstance(item, Rejection):
+            rejections.append(item)
+            continue
+        lines.append(item)
+        size += len(item[1])
+        if size >= CHUNK_BYTES:
+            yield Chunk(split=split, file_index=file_index, file=str(path), lines=lines)
+            lines, size = [], 0
+    if lines or rejections:
+        yield Chunk(split=split, file_index=file_index, file=str(path), lines=lines, rejections=rejections)
+
+
+class ChunkWorker:
+    """Turns chunks into results with one tokenizer."""
+
+    def __init__(self, files: TokenizerFiles, template: ChatTemplate, max_length: int) -> None:
+        self.tokenizer = ChatTokenizer(files, template)
+        self.vocab_size = files.vocab_size
+        self.max_length = max_length
+
+    def run(self, chunk: Chunk) -> ChunkResult:
+        """Parse, render, encode, truncate and check every line of the chunk."""
+        rejections = list(chunk.rejections)
+        rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        chats = {}
+        for number, line in chunk.lines:
+            try:
+                row = parse_row(line)
+                if isinstance(row, TokenRow):
+                    rows[number] = row.token_ids, row.loss_mask
+                else:
+                    chats[number] = self.tokenizer.render(row)
+            except RowRejectedError as exc:
+                rejections.append(exc.at(chunk.file, number))
+        rows.update(zip(chats, self.tokenizer.encode(list(chats.values())), strict=True))
+        kept, records = [], []
+        for number in sorted(rows):
+            try:
+                ids, mask, record = self._checked(*rows[number])
+            except RowRejectedError as exc:
+                rejections.append(exc.at(chunk.file, number))
+                continue
+            kept.append((ids, mask))
+            records.append((*record, number, chunk.file_index))
+        return ChunkResult(
+            split=chunk.split,
+            token_ids=np.concatenate([np.zeros(0, np.uint32), *(ids for ids, _ in kept)]),
+            loss_mask=np.concatenate([np.zeros(0, np.bool_), *(mask for _, mask in kept)]),
+            conversations=np.array(records, dtype=CONVERSATION_DTYPE),
+            rejections=sorted(rejections, key=lambda rejection: rejection.line),
+        )
+
+    def _checked(
+        self, token_ids: np.ndarray, loss_mask: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, tuple[np.void, int, int, int, int]]:
+        """Ids, mask and record fields of one conversation, truncated. Raises RowRejectedError."""
+        untruncated = len(token_ids)
+        if not loss_mask.any():
+            raise RowRejectedError(
+                "no-assistant-tokens",
+                expected="at least one assistant token",
+                found=f"none in {untruncated} tokens",
+            )
+        if (largest := int(token_ids.max())) >= self.vocab_size:
+            raise RowRejectedError(
+                "token-id-out-of-vocabulary",
+                expected=f"token ids below {self.vocab_size}",
+                found=str(largest),
+            )
+        first = int(loss_mask.argmax())
+        token_ids, loss_mask = token_ids[: self.max_length], loss_mask[: self.max_length]
+        if not loss_mask.any():
+            raise RowRejectedError(
+                "no-assistant-tokens-after-truncation",
+                expected=f"an assistant token among the first {self.max_length}",
+                found=f"the first one at position {first} of {untruncated}",
+            )
+        digest = np.void(conversation_hash(token_ids, loss_mask))
+        return token_ids, loss_mask, (digest, 0, len(token_ids), untruncated, int(loss_mask.sum()))
+
+
+_worker: ChunkWorker | None = None
+
+
+def start_worker(files: TokenizerFiles, template: ChatTemplate, max_length: int) -> None:
+    """Initialise a worker process."""
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the pool; workers need not print tracebacks
+    parent = parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker = ChunkWorker(files, template, max_length)
+
+
+def run_in_worker(chunk: Chunk) -> ChunkResult:
+    """Run one chunk in a process that `start_worker` initialised."""
+    if _worker is None:
+        raise RuntimeError("start_worker was not called in this process")
+    return _worker.run(chunk)
+
+
+def _exit_with(sentinel: int) -> None:
+    # A pool's workers hold both ends of its pipes, so without this they outlive a SIGKILLed parent.
+    connection.wait([sentinel])
+    os._exit(1)

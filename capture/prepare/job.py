@@ -1,0 +1,277 @@
+"""The prepare job: JSONL conversations -> a prepared dataset and its draft-vocabulary map.
+
+One process per core, each with the tokenizer's own threads off; rows leave in the order they came in, so the
+output is the same for any number of workers. Nothing under the output's name exists until all of it does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from draftcache.capture.prepare.chat_tokens import check_template_compiles, one_thread_per_process
+from draftcache.capture.prepare.chunks import Chunk, ChunkResult, ChunkWorker, read_chunks, run_in_worker, start_worker
+from draftcache.capture.prepare.conversations import ChatRow, Rejection, read_conversations
+from draftcache.capture.prepare.draft_vocabulary import build_vocab_map, coverage_table
+from draftcache.capture.prepare.template_check import Sample, check_against_transformers, first_template_difference
+from draftcache.capture.prepare.token_dataset import VERSION, VOCAB_MAP, TokenDataset
+from draftcache.capture.prepare.token_dataset_writer import DatasetWriter, SplitWriter, check_output, is_dataset
+from draftcache.capture.prepare.tokenizer_files import (
+    NO_TEMPLATE,
+    ChatTemplate,
+    TokenizerFiles,
+    choose_template,
+    load_tokenizer,
+)
+from draftcache.store.common.errors import DraftcacheError, InputError
+from draftcache.store.common.files import hash_file, hash_json
+from draftcache.store.common.progress import progress_bar
+
+# Conversations per file rendered with both templates, and how many of them transformers itself tokenises.
+TEMPLATE_SAMPLE = 64
+TRANSFORMERS_SAMPLE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Everything that decides prepare's output, and how it runs."""
+
+    tokenizer: Path
+    output: Path
+    splits: dict[str, list[Path]]  # counted into the vocabulary map
+    held_out: dict[str, list[Path]]  # only reported
+    max_length: int = 32768  # tokens kept of each conversation
+    draft_vocab_size: int | None = None
+    chat_template: Path | None = None
+    allow_template_difference: bool = False
+    trust_remote_code: bool = False
+    workers: int = 0  # 0: one per core
+    overwrite: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.splits:
+            raise InputError("prepare: expected at least one NAME=FILE that is not held out, found none")
+        if both := sorted(set(self.splits) & set(self.held_out)):
+            raise InputError(f"prepare: expected other names for held-out splits, found {both} in both")
+        for flag, value, least in (
+            ("--max-length", self.max_length, 2),
+            ("--draft-vocab-size", 1 if self.draft_vocab_size is None else self.draft_vocab_size, 1),
+            ("--workers", self.workers, 0),
+        ):
+            if value < least:
+                raise InputError(f"{flag}: expected at least {least}, found {value}")
+
+    @property
+    def all_splits(self) -> dict[str, list[Path]]:
+        """Counted splits, then held-out ones."""
+        return {**self.splits, **self.held_out}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareResult:
+    """The finished dataset's manifest; `reused` where the same job had already made it."""
+
+    manifest: dict[str, Any]
+    reused: bool
+
+    @property
+    def quarantined_rows(self) -> int:
+        """Rows set aside, over all splits."""
+        return sum(record["quarantined_rows"] for record in self.manifest["splits"].values())
+
+
+def prepare(config: PrepareConfig) -> PrepareResult:
+    """Run the job. Raises InputError for refusals; rows that cannot be used go to quarantine instead."""
+    with one_thread_per_process():
+        files, tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
+        sources = {name: _sources(paths) for name, paths in config.all_splits.items()}
+        template = _template(config, files)
+        check_template_compiles(template)
+        job = _job_hash(config, files, template, sources)
+        if not config.overwrite and (manifest := _finished_by(config.output, job)):
+            return PrepareResult(manifest=manifest, reused=True)
+        check_output(config.output, overwrite=config.overwrite)
+        matched = _check_sample(config, files, template, tokenizer)
+        manifest = {
+            "job": job,
+            "tokenizer": {"directory": files.directory, "hash": files.hash, "files": files.files},
+            "chat_template": {"hash": template.hash, "source": template.source, "matched": matched},
+            "versions": {name: version(name) for name in ("transformers", "tokenizers")},
+            "vocab_size": files.vocab_size,
+            "vocab_size_from": files.vocab_size_from,
+            "max_length": config.max_length,
+        }
+        with DatasetWriter(config.output, overwrite=config.overwrite) as dataset:
+            splits = _tokenise(config, dataset, files, template)
+            manifest["splits"] = {
+                name: {"held_out": name in config.held_out, "sources": sources[name], **split.record()}
+                for name, split in splits.items()
+            }
+            manifest["draft_vocabulary"] = _write_vocab_map(config, dataset, splits)
+            return PrepareResult(manifest=dataset.commit(manifest), reused=False)
+
+
+def _tokenise(
+    config: PrepareConfig,
+    dataset: DatasetWriter,
+    files: TokenizerFiles,
+    template: ChatTemplate,
+) -> dict[str, SplitWriter]:
+    splits = {name: dataset.split(name, files.vocab_size) for name in config.all_splits}
+    workers = config.workers or os.cpu_count() or 1
+    chunks = (
+        chunk
+        for name, paths in config.all_splits.items()
+        for index, path in enumerate(paths)
+        for chunk in read_chunks(name, index, path)
+    )
+    rows, quarantined = 0, 0
+    with progress_bar(unit="tok", unit_scale=True, desc="prepare", disable=not config.progress) as bar:
+        for result in _in_order(chunks, workers, (files, template, config.max_length)):
+            split = splits[result.split]
+            for rejection in result.rejections:
+                split.reject(rejection)
+            if len(result.conversations):
+                split.append(result.token_ids, result.loss_mask, result.conversations)
+            rows, quarantined = rows + len(result.conversations), quarantined + len(result.rejections)
+            bar.update(len(result.token_ids))
+            bar.set_postfix(rows=rows, quarantined=quarantined, refresh=False)
+    for split in splits.values():
+        split.close()
+    for name, split in splits.items():
+        _refuse_empty(name, split)
+    return splits
+
+
+def _in_order(chunks: Iterator[Chunk], workers: int, arguments: tuple[Any, ...]) -> Iterator[ChunkResult]:
+    """Results in the order of `chunks`, reading at most a few chunks per worker ahead."""
+    if workers == 1:
+        yield from map(ChunkWorker(*arguments).run, chunks)
+        return
+    # spawn: a forked copy of a process that has loaded torch and tokenizers may hold their locks
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=arguments)
+    pending: deque[Any] = deque()
+    try:
+        for chunk in chunks:
+            pending.append(pool.submit(run_in_worker, chunk))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as exc:
+        raise DraftcacheError(
+            "prepare: a worker process died (killed, or out of memory); nothing was written. Try fewer --workers"
+        ) from exc
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _refuse_empty(name: str, split: SplitWriter) -> None:
+    if split.totals["rows"]:
+        return
+    if split.first_rejection is None:
+        raise InputError(f"split {name}: expected at least one row, found none")
+    hint = ""
+    if set(split.quarantined) <= {"no-assistant-tokens"}:
+        hint = ". Every mask is all zero: is the template's generation block where assistant turns render?"
+    raise InputError(
+        f"split {name}: expected at least one usable row, found {split.quarantined.total()}, all set aside "
+        f"({dict(split.quarantined)}); the first: {split.first_rejection}{hint}"
+    )
+
+
+def _write_vocab_map(
+    config: PrepareConfig, dataset: DatasetWriter, splits: dict[str, SplitWriter]
+) -> dict[str, Any] | None:
+    if config.draft_vocab_size is None:
+        return None
+    counts = {name: splits[name].counts for name in config.splits}
+    held_out = {name: splits[name].counts for name in config.held_out}
+    vocab_map = build_vocab_map(counts, config.draft_vocab_size)
+    vocab_map.save(dataset.partial / VOCAB_MAP)
+    rows = coverage_table(counts, vocab_map, held_out)
+    return {"size": len(vocab_map), "hash": vocab_map.hash, "coverage": [row.as_json() for row in rows]}
+
+
+def _template(config: PrepareConfig, files: TokenizerFiles) -> ChatTemplate:
+    """What renders conversations. A tokenizer without a usable template will do for rows of token ids alone."""
+    try:
+        return choose_template(files, config.chat_template)
+    except InputError:
+        if config.chat_template is not None or _sample(config):
+            raise
+        return NO_TEMPLATE
+
+
+def _sample(config: PrepareConfig) -> list[Sample]:
+    """The first conversations of every file."""
+    return [row for paths in config.all_splits.values() for path in paths for row in _first_rows(path)]
+
+
+def _check_sample(config: PrepareConfig, files: TokenizerFiles, template: ChatTemplate, tokenizer: Any) -> str:
+    """Check the first conversations of every file; returns what the manifest says about the template."""
+    if template is NO_TEMPLATE:
+        return "rows of token ids need none"
+    sample = _sample(config)
+    check_against_transformers(files, template, tokenizer, sample[:TRANSFORMERS_SAMPLE])
+    own = files.own_template
+    if config.chat_template is None:
+        return "the tokenizer's own template"
+    if own is None:
+        return "not matched: the tokenizer has no template of its own"
+    difference = first_template_difference(template, own, sample, files.special_tokens)
+    if difference is None:
+        return f"same text as the tokenizer's own template on {len(sample)} conversations"
+    if not config.allow_template_difference:
+        raise InputError(
+            f"--chat-template {config.chat_template}: expected the text of the tokenizer's own template, found "
+            f"a difference: {difference}. Correct the template, or go on with --allow-template-difference"
+        )
+    return f"differs from the tokenizer's own template, as allowed: {difference}"
+
+
+def _first_rows(path: Path) -> list[Sample]:
+    usable = (item for item in read_conversations(path) if not isinstance(item, Rejection))
+    rows = islice(usable, TEMPLATE_SAMPLE)
+    return [(str(path), number, row) for number, row in rows if isinstance(row, ChatRow)]
+
+
+def _sources(paths: list[Path]) -> list[dict[str, Any]]:
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path}: expected a JSONL file, found {'a directory' if path.is_dir() else 'nothing'}")
+    return [{"file": str(path), "bytes": path.stat().st_size, "xxh3_128": hash_file(path)} for path in paths]
+
+
+def _job_hash(
+    config: PrepareConfig,
+    files: TokenizerFiles,
+    template: ChatTemplate,
+    sources: dict[str, list[dict[str, Any]]],
+) -> str:
+    """Equal for jobs that make the same dataset: file names and the number of workers do not count."""
+    inputs = [
+        [name, name in config.held_out, [source["xxh3_128"] for source in sources[name]]] for name in config.all_splits
+    ]
+    settings = [config.max_length, config.draft_vocab_size, files.vocab_size, files.special_tokens]
+    return hash_json([VERSION, files.hash, template.hash, settings, inputs])
+
+
+def _finished_by(output: Path, job: str) -> dict[str, Any] | None:
+    if not output.is_dir() or not is_dataset(output):
+        return None
+    try:
+        manifest = TokenDataset.open(output).manifest
+    except InputError:  # damaged, or of another version: for check_output to refuse
+        return None
+    return manifest if manifest.get("job") == job else None

@@ -1,0 +1,167 @@
+"""The prepared dataset on disk (token ids, loss masks, where each conversation came from): layout and reader.
+
+    manifest.json                written last: a directory without it is not a dataset
+    vocab_map.safetensors        where a draft vocabulary was asked for (store/format/vocab_map.py)
+    SPLIT/token_ids.npy          uint32 [tokens], conversations packed flat
+    SPLIT/loss_mask.npy          bool [tokens], True where the assistant wrote the token
+    SPLIT/conversations.npy      CONVERSATION_DTYPE [rows]
+    SPLIT/token_counts.npy       int64 [vocab], loss-masked tokens per id
+    SPLIT/quarantine.jsonl       one record per row set aside: file, line, reason, expected, found
+
+Arrays are plain .npy, opened memory-mapped and without pickle. token_dataset_writer.py writes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from draftcache.store.common.errors import InputError
+from draftcache.store.common.files import hash_bytes, hash_file, hash_json, read_json
+
+FORMAT = "draftcache-prepared"
+VERSION = 1
+MANIFEST = "manifest.json"
+VOCAB_MAP = "vocab_map.safetensors"
+QUARANTINE = "quarantine.jsonl"
+
+CONVERSATION_DTYPE = np.dtype(
+    [
+        ("content_hash", "V16"),  # xxh3-128 digest of the uint32 ids' bytes, then the mask's bytes
+        ("first_token", "<i8"),
+        ("tokens", "<i8"),  # as stored, after truncation
+        ("untruncated_tokens", "<i8"),
+        ("loss_tokens", "<i8"),
+        ("source_line", "<i8"),  # from 1
+        ("source_file", "<i4"),  # index into the manifest's `sources` of the split
+    ]
+)
+
+_ARRAYS = {
+    "token_ids": np.dtype("<u4"),
+    "loss_mask": np.dtype("?"),
+    "conversations": CONVERSATION_DTYPE,
+    "token_counts": np.dtype("<i8"),
+}
+
+
+def conversation_hash(token_ids: np.ndarray, loss_mask: np.ndarray) -> bytes:
+    """The 16-byte digest of one conversation: `token_ids` uint32 [T], `loss_mask` bool [T]."""
+    ids, mask = np.ascontiguousarray(token_ids, "<u4"), np.ascontiguousarray(loss_mask, np.bool_)
+    return bytes.fromhex(hash_bytes(ids.tobytes(), mask.tobytes()))
+
+
+class TokenSplit:
+    """One split, memory-mapped: `split[i]` -> (token_ids uint32 [T], loss_mask bool [T], content hash in hex)."""
+
+    def __init__(self, path: Path, vocab_size: int) -> None:
+        self.path = path
+        self.token_ids = self._array("token_ids")
+        self.loss_mask = self._array("loss_mask")
+        self.conversations = self._array("conversations")
+        self.token_counts = self._array("token_counts")
+        tokens = int(self.conversations["tokens"].sum())
+        for name, array, expected in (
+            ("token_ids", self.token_ids, tokens),
+            ("loss_mask", self.loss_mask, tokens),
+            ("token_counts", self.token_counts, vocab_size),
+        ):
+            if len(array) != expected:
+                raise InputError(f"{path / name}.npy: expected {expected} values, found {len(array)}")
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
+        record = self.conversations[index]
+        first, last = int(record["first_token"]), int(record["first_token"] + record["tokens"])
+        return self.token_ids[first:last], self.loss_mask[first:last], bytes(record["content_hash"]).hex()
+
+    def _array(self, name: str) -> np.ndarray:
+        path = self.path / f"{name}.npy"
+        try:
+            array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as exc:
+            raise InputError(f"{path}: expected a .npy array, found something else ({exc})") from exc
+        if array.ndim != 1 or array.dtype != _ARRAYS[name]:
+            raise InputError(f"{path}: expected {_ARRAYS[name]} [n], found {array.dtype} {list(array.shape)}")
+        return array
+
+
+class TokenDataset:
+    """A finished prepared dataset. Use `open`; splits are mapped when first asked for."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._open_splits: dict[str, TokenSplit] = {}
+
+    @classmethod
+    def open(cls, path: Path) -> TokenDataset:
+        """Open a dataset. Raises InputError naming the path where it is missing, newer or cut short."""
+        if not (path / MANIFEST).is_file():
+            raise InputError(
+                f"{path}: expected a prepared dataset, found no {MANIFEST}: no `draftcache prepare` finished here"
+            )
+        manifest = read_json(path / MANIFEST)
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise InputError(f"{path / MANIFEST}: expected the manifest of a prepared dataset, found another file")
+        if manifest.get("version") != VERSION:
+            raise InputError(
+                f"{path / MANIFEST}: expected layout version {VERSION}, found {manifest.get('version')}; "
+                "prepare it again with this draftcache"
+            )
+        for name, record in manifest["files"].items():
+            found = (path / name).stat().st_size if (path / name).is_file() else None
+            if found != record["bytes"]:
+                what = "nothing there" if found is None else f"{found} bytes"
+                raise InputError(f"{path / name}: expected {record['bytes']} bytes, found {what}")
+        return cls(path, manifest)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of all splits, held-out ones last."""
+        return tuple(self.manifest["splits"])
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """Names of the splits that were not counted into the vocabulary map."""
+        return tuple(name for name, record in self.manifest["splits"].items() if record["held_out"])
+
+    @property
+    def vocab_size(self) -> int:
+        """Every token id is below it."""
+        return int(self.manifest["vocab_size"])
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """Hash of the tokenizer files that decide the ids."""
+        return str(self.manifest["tokenizer"]["hash"])
+
+    @property
+    def chat_template_hash(self) -> str:
+        """Hash of the chat template that rendered the conversations."""
+        return str(self.manifest["chat_template"]["hash"])
+
+    def split(self, name: str) -> TokenSplit:
+        """One split. Raises InputError where there is none of that name or its arrays are wrong."""
+        if name not in self.manifest["splits"]:
+            raise InputError(f"{self.path}: expected a split among {list(self.splits)}, found {name!r}")
+        if name not in self._open_splits:
+            self._open_splits[name] = TokenSplit(self.path / name, self.vocab_size)
+        return self._open_splits[name]
+
+    def content_hash(self, splits: Iterable[str] | None = None) -> str:
+        """Hash of these splits' ids, masks and records (default: all splits), from the manifest."""
+        names = [f"{name}/{array}.npy" for name in splits or self.splits for array in _ARRAYS]
+        return hash_json([self.manifest["files"][name]["xxh3_128"] for name in names])
+
+    def verify(self) -> None:
+        """Read every file and compare its hash. Raises InputError naming the first file that differs."""
+        for name, record in self.manifest["files"].items():
+            found = hash_file(self.path / name)
+            if found != record["xxh3_128"]:
+                raise InputError(f"{self.path / name}: expected xxh3-128 {record['xxh3_128']}, found {found}")

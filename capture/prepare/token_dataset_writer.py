@@ -1,0 +1,226 @@
+"""Write a prepared dataset beside its name, make it durable, rename it: no half of one is ever seen."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+
+from draftcache.capture.prepare.conversations import Rejection
+from draftcache.capture.prepare.token_dataset import CONVERSATION_DTYPE, FORMAT, MANIFEST, QUARANTINE, VERSION
+from draftcache.store.common.errors import InputError
+from draftcache.store.common.files import fsync_directory, fsync_tree, hash_file, read_json, write_json
+
+
+class _GrowingArray:
+    """A one-dimensional .npy file whose length is known only at the end."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self.dtype = dtype
+        self.length = 0
+        self.file: IO[bytes] = path.open("wb")
+        self._header()
+        self._header_bytes = self.file.tell()
+
+    def append(self, values: np.ndarray) -> None:
+        self.file.write(np.ascontiguousarray(values, self.dtype).tobytes())
+        self.length += len(values)
+
+    def close(self) -> None:
+        # numpy pads headers so that the first axis can grow in place; a changed size would shift the data.
+        self.file.seek(0)
+        self._header()
+        if self.file.tell() != self._header_bytes:
+            raise AssertionError("numpy wrote a .npy header of another size")
+        self.file.close()
+
+    def _header(self) -> None:
+        header = {
+            "descr": np.lib.format.dtype_to_descr(self.dtype),
+            "fortran_order": False,
+            "shape": (self.length,),
+        }
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+
+class SplitWriter:
+    """Appends conversations to one split; `record()` is its accounting for the manifest."""
+
+    def __init__(self, path: Path, vocab_size: int) -> None:
+        path.mkdir(parents=True)
+        self.path = path
+        self.counts = np.zeros(vocab_size, np.int64)
+        self.quarantined: Counter[str] = Counter()
+        self.first_rejection: Rejection | None = None
+        self.totals: Counter[str] = Counter()
+        self._seen: set[bytes] = set()
+        self._token_ids = _GrowingArray(path / "token_ids.npy", np.dtype("<u4"))
+        self._loss_mask = _GrowingArray(path / "loss_mask.npy", np.dtype("?"))
+        self._conversations = _GrowingArray(path / "conversations.npy", CONVERSATION_DTYPE)
+        self._quarantine = (path / QUARANTINE).open("w", encoding="utf-8")
+
+    def append(self, token_ids: np.ndarray, loss_mask: np.ndarray, conversations: np.ndarray) -> None:
+        """Packed conversations: uint32 [t], bool [t], CONVERSATION_DTYPE [n]; fills in `first_token`."""
+        lengths = conversations["tokens"]
+        conversations["first_token"] = self._token_ids.length + np.cumsum(lengths) - lengths
+        self.totals["rows"] += len(conversations)
+        self.totals["tokens"] += int(lengths.sum())
+        self.totals["untruncated_tokens"] += int(conversations["untruncated_tokens"].sum())
+        self.totals["truncated_rows"] += int((conversations["untruncated_tokens"] > lengths).sum())
+        self.totals["loss_tokens"] += int(conversations["loss_tokens"].sum())
+        for digest in conversations["content_hash"].tolist():
+            self.totals["duplicate_rows"] += digest in self._seen
+            self._seen.add(digest)
+        self.counts += np.bincount(token_ids[loss_mask], minlength=len(self.counts))
+        self._token_ids.append(token_ids)
+        self._loss_mask.append(loss_mask)
+        self._conversations.append(conversations)
+
+    def reject(self, rejection: Rejection) -> None:
+        """Keep the record of a row that was set aside."""
+        self.first_rejection = self.first_rejection or rejection
+        self.quarantined[rejection.reason] += 1
+        self._quarantine.write(json.dumps(rejection.as_json(), ensure_ascii=True) + "\n")
+
+    def close(self) -> None:
+        """Finish the files."""
+        for array in (self._token_ids, self._loss_mask, self._conversations):
+            array.close()
+        np.save(self.path / "token_counts.npy", self.counts, allow_pickle=False)
+        self._quarantine.close()
+
+    def abandon(self) -> None:
+        """Close the files as they are; after `close` this does nothing."""
+        for array in (self._token_ids, self._loss_mask, self._conversations):
+            array.file.close()
+        self._quarantine.close()
+
+    def record(self) -> dict[str, Any]:
+        """Rows, token totals, averages and quarantine counts, for the manifest."""
+        totals = {
+            key: self.totals[key]
+            for key in (
+                "rows",
+                "untruncated_tokens",
+                "tokens",
+                "truncated_rows",
+                "loss_tokens",
+                "duplicate_rows",
+            )
+        }
+        rows, tokens = max(totals["rows"], 1), max(totals["tokens"], 1)
+        return {
+            **totals,
+            "truncation_loss_tokens": totals["untruncated_tokens"] - totals["tokens"],
+            "loss_fraction": totals["loss_tokens"] / tokens,
+            "average_untruncated_tokens": totals["untruncated_tokens"] / rows,
+            "average_tokens": totals["tokens"] / rows,
+            "average_loss_tokens": totals["loss_tokens"] / rows,
+            "unique_loss_ids": int(np.count_nonzero(self.counts)),
+            "quarantined_rows": self.quarantined.total(),
+            "quarantined_by_reason": dict(sorted(self.quarantined.items())),
+        }
+
+
+class DatasetWriter:
+    """Writes into `.NAME.partial` beside `output`; `commit` renames it. Use as a context manager."""
+
+    def __init__(self, output: Path, *, overwrite: bool = False) -> None:
+        self.output = output
+        self.overwrite = overwrite
+        self.partial = output.with_name(f".{output.name}.partial")
+        self._replaced = output.with_name(f".{output.name}.replaced")
+        self._cleanup = ExitStack()
+
+    def __enter__(self) -> DatasetWriter:
+        check_output(self.output, overwrite=self.overwrite)
+        self.partial.mkdir(parents=True, exist_ok=True)
+        self._cleanup.enter_context(_exclusive(self.partial))
+        for leftover in self.partial.iterdir():  # of a run that was killed; the lock says it is dead
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        self._cleanup.close()
+
+    def split(self, name: str, vocab_size: int) -> SplitWriter:
+        """Start one split."""
+        split = SplitWriter(self.partial / name, vocab_size)
+        self._cleanup.callback(split.abandon)
+        return split
+
+    def commit(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Complete the manifest with sizes and hashes, write it last, make all durable, rename. Returns it."""
+        files = sorted(path for path in self.partial.rglob("*") if path.is_file())
+        complete = {
+            "format": FORMAT,
+            "version": VERSION,
+            **manifest,
+            "files": {
+                path.relative_to(self.partial).as_posix(): {
+                    "bytes": path.stat().st_size,
+                    "xxh3_128": hash_file(path),
+                }
+                for path in files
+            },
+        }
+        fsync_tree(self.partial)
+        write_json(self.partial / MANIFEST, complete)
+        shutil.rmtree(self._replaced, ignore_errors=True)
+        if (self.output / MANIFEST).exists():
+            self.output.rename(self._replaced)
+        self.partial.rename(self.output)
+        fsync_directory(self.output.parent)
+        shutil.rmtree(self._replaced, ignore_errors=True)
+        return complete
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Raises InputError where `output` holds anything but nothing, or a dataset that may be replaced."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not is_dataset(output):
+        raise InputError(f"--output {output}: expected a new path, found something that is no prepared dataset")
+    if not overwrite:
+        raise InputError(
+            f"--output {output}: expected a new path or a dataset made by the same job, found a finished "
+            "dataset made from other inputs or settings; choose another path, or replace it with --overwrite"
+        )
+
+
+def is_dataset(path: Path) -> bool:
+    """Whether `path` is a finished prepared dataset of any version."""
+    if not (path / MANIFEST).is_file():
+        return False
+    manifest = read_json(path / MANIFEST)
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
+@contextmanager
+def _exclusive(directory: Path) -> Iterator[None]:
+    """Hold a lock on the directory; the kernel drops it when this process dies, however it dies."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise InputError(f"{directory}: expected no other writer, found another prepare at work there") from exc
+        # Between open and lock another run may have renamed this directory into place.
+        if not directory.exists() or os.fstat(descriptor).st_ino != directory.stat().st_ino:
+            raise InputError(f"{directory}: another prepare has just finished there; run the command again")
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,31 @@
+"""The verifier's frozen weights that a draft needs, from the store: no verifier is ever loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from safetensors import safe_open
+
+from draftcache.store.format.teacher import DraftVocab
+from draftcache.store.reader import StoreReader
+
+
+@dataclass(frozen=True)
+class FrozenWeights:
+    """embed_tokens [V, H], norm [H], lm_head [D, H] of one draft vocabulary, in the verifier's compute dtype."""
+
+    embed_tokens: torch.Tensor
+    norm: torch.Tensor
+    lm_head: torch.Tensor
+
+    @classmethod
+    def load(cls, store: StoreReader, device: torch.device, vocab: DraftVocab | None = None) -> FrozenWeights:
+        """Read frozen.safetensors of a store; the head's rows of `vocab`, by default the main one's."""
+        head = (vocab or store.manifest.teacher_form.main).head
+        with safe_open(store.files.frozen, framework="pt", device=str(device)) as file:
+            return cls(
+                embed_tokens=file.get_tensor("embed_tokens"),
+                norm=file.get_tensor("norm"),
+                lm_head=file.get_tensor(head),
+            )

@@ -1,0 +1,70 @@
+"""Which gradient pass trains a draft here, and why."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.drafts.eagle3.fused_pass import FusedPass, PassSettings
+from draftcache.draft_train.drafts.eagle3.kernels.flash_attention import why_not_flash
+from draftcache.draft_train.drafts.eagle3.model import DraftModel
+from draftcache.draft_train.drafts.gradient_pass import GradientPass, PlainPass
+from draftcache.draft_train.loss.objective import Objective
+from draftcache.store.common.errors import InputError
+from draftcache.store.common.triton_launch import tl
+
+_LEAN_ROWS = 4096
+_MLP_SLICES = 4
+"""Slices of the head in one of the MLP, whose rows take that much less memory."""
+
+
+def choose_pass(
+    config: TrainConfig, model: DraftModel, objective: Objective, embeddings: torch.Tensor, *, say: bool = True
+) -> GradientPass:
+    """The one that --compute asks for. With auto, the fused pass on a GPU wherever it can run; `say` tells if it can't.
+
+    Raises InputError where --compute fused, --recompute-mlp or --attention flash can't be had.
+    """
+    reason = why_not_fused(config, model, embeddings.device)
+    if reason is None and config.compute != "plain":
+        if config.attention == "flash" and (missing := why_not_flash(model.shape.head_dim, embeddings.device)):
+            raise InputError(f"--attention flash: expected FlashAttention 4 to run, found {missing}")
+        return FusedPass(model, objective, embeddings, pass_settings(config))
+    needing = {
+        "--compute fused": config.compute == "fused",
+        "--recompute-mlp": config.recompute_mlp,
+        "--attention flash": config.attention == "flash",
+    }
+    if asked := next((flag for flag, given in needing.items() if given), None):
+        raise InputError(f"{asked}: expected the fused pass, found {reason or '--compute plain'}")
+    if say and reason is not None and embeddings.is_cuda:
+        print(f"draftcache train: the plain pass runs, several times slower, because of {reason}", file=sys.stderr)
+    return PlainPass(model, objective, embeddings)
+
+
+def pass_settings(config: TrainConfig) -> PassSettings:
+    """Of the fused pass. Where memory is to be spared, slices are smaller too."""
+    lean = config.recompute_mlp
+    rows = min(_LEAN_ROWS, config.loss_chunk) if lean else config.loss_chunk
+    return PassSettings(
+        rows=rows,
+        mlp_rows=rows if lean else rows * _MLP_SLICES,
+        recompute_mlp=lean,
+        flash_attention=config.attention == "flash",
+    )
+
+
+def why_not_fused(config: TrainConfig, model: DraftModel, device: torch.device) -> str | None:
+    """What keeps the fused pass from running; None where nothing does."""
+    width = model.shape.head_dim
+    if device.type != "cuda":
+        return f"device {device}: its kernels need a GPU"
+    if tl is None:
+        return "no triton; install it, it comes with torch on Linux"
+    if width & (width - 1) or not 16 <= width <= 256:
+        return f"--head-dim {width}: its kernels need a power of two from 16 to 256"
+    if config.loss_rows != "turns":
+        return f"--loss-rows {config.loss_rows}: its rows may unroll past the end of their turn"
+    return None

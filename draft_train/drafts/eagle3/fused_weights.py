@@ -1,0 +1,121 @@
+"""The draft's matrices as the fused pass multiplies them, and float32 memory for their gradients.
+
+Matrices that read the same input lie side by side: queries, keys and values; gate and up.
+Shape suffixes as in `fused_pass`; C = (N + 2G) D, I intermediate, V draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from draftcache.draft_train.drafts.eagle3.model import DraftModel
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """One set of them: the weights, or their gradients."""
+
+    fc: Tensor
+    """[H, taps * H]."""
+    qkv: Tensor
+    """[C, 2H]: columns of the tokens, then of the states."""
+    output: Tensor
+    """[H, N D]."""
+    gate_up: Tensor
+    """[2I, H]."""
+    down: Tensor
+    """[H, I]."""
+    head: Tensor
+    """[V, H]."""
+    vectors: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    """The norms' gradients [H] by parameter."""
+
+    @property
+    def qkv_tokens(self) -> Tensor:
+        """[C, H], rows 2H apart."""
+        return self.qkv[:, : self.qkv.shape[1] // 2]
+
+    @property
+    def qkv_states(self) -> Tensor:
+        """[C, H], rows 2H apart."""
+        return self.qkv[:, self.qkv.shape[1] // 2 :]
+
+
+class FusedWeights:
+    """Copies of a draft's matrices in the dtype of the products, and where its gradients are added up."""
+
+    def __init__(self, model: DraftModel, dtype: torch.dtype) -> None:
+        layer = model.midlayer
+        attention, mlp = layer.self_attn, layer.mlp
+        self.dtype, self.wide = dtype, model.fc.weight.dtype
+        self.queries = attention.q_proj.weight.shape[0]
+        """N D: rows of qkv that make queries."""
+        self.head_parameters = _weights(model.lm_head, model.norm)
+        self.mlp_parameters = _weights(mlp.gate_proj, mlp.up_proj, mlp.down_proj, layer.post_attention_layernorm)
+        held = {id(value) for value in (*self.head_parameters, *self.mlp_parameters)}
+        self.attention_parameters = [value for value in model.parameters() if id(value) not in held]
+        self._parameters = list(model.parameters())
+        self._groups: dict[str, list[nn.Parameter]] = {
+            "fc": _weights(model.fc),
+            "qkv": _weights(attention.q_proj, attention.k_proj, attention.v_proj),
+            "output": _weights(attention.o_proj),
+            "gate_up": _weights(mlp.gate_proj, mlp.up_proj),
+            "down": _weights(mlp.down_proj),
+            "head": _weights(model.lm_head),
+        }
+        self.matrices = self._memory(dtype)
+        self.gradients = self._memory(self.wide)
+        """Views of these are the parameters' `.grad`, after `attach`."""
+        self.gradients.vectors.update({value: torch.zeros_like(value) for value in self._parameters if value.ndim == 1})
+
+    def _memory(self, dtype: torch.dtype) -> Matrices:
+        tensors: dict[str, Any] = {}
+        for name, group in self._groups.items():
+            rows = sum(value.shape[0] for value in group)
+            tensors[name] = group[0].new_zeros(rows, group[0].shape[1], dtype=dtype, requires_grad=False)
+        return Matrices(**tensors)
+
+    def refresh(self) -> None:
+        """Copy the parameters, 6 bytes of traffic for each: 1.3 GB at the seed's shape.
+
+        Every time: nothing tells whether they were written since. Fused AdamW does not raise a tensor's version.
+        """
+        for name, group in self._groups.items():
+            for target, value in zip(_parts(getattr(self.matrices, name), group), group, strict=True):
+                target.copy_(value.detach())
+
+    def attach(self) -> None:
+        """Put `gradients` behind every parameter's `.grad`: zero where that was None, as it is where there is one."""
+        for name, group in self._groups.items():
+            for part, value in zip(_parts(getattr(self.gradients, name), group), group, strict=True):
+                _attach(value, part)
+        for vector, part in self.gradients.vectors.items():
+            _attach(vector, part)
+
+
+def _parts(matrix: Tensor, group: list[nn.Parameter]) -> list[Tensor]:
+    return list(torch.split(matrix, [value.shape[0] for value in group]))
+
+
+def _weights(*modules: nn.Module) -> list[nn.Parameter]:
+    return [module.get_parameter("weight") for module in modules]
+
+
+def _attach(parameter: nn.Parameter, memory: Tensor) -> None:
+    held = parameter.grad
+    if held is None:
+        parameter.grad = memory.zero_()
+    elif held.data_ptr() != memory.data_ptr():  # made by someone else: it counts too
+        parameter.grad = memory.copy_(held)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total [A, B] += left[T, A]^T right[T, B]`, in the dtype of the total throughout."""
+    if left.is_cuda and left.dtype != total.dtype:
+        torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left.t().to(total.dtype), right.to(total.dtype))

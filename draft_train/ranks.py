@@ -1,0 +1,175 @@
+"""Training on several processes, as torchrun starts them: each takes a part of every step, and gradients are summed.
+
+`torchrun --nproc-per-node 8 $(which draftcache) train ...`; RANK, WORLD_SIZE and LOCAL_RANK say who this process is.
+GPUs talk over NCCL, CPUs over gloo. All ranks hold the same weights bit for bit: they begin with rank 0's, and every
+rank makes the same optimizer step from the same sums.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from draftcache.store.common.errors import DraftcacheError, InputError, ManifestMismatchError, RankError
+from draftcache.store.common.files import canonical_json, hash_bytes
+
+TIMEOUT = timedelta(minutes=30)
+"""How long ranks wait for one another: longer than a checkpoint or another rank's part of an evaluation takes."""
+
+
+class Ranks:
+    """One process among those of a run; where it is the only one, nothing here does anything."""
+
+    def __init__(self, device: torch.device, rank: int = 0, world: int = 1) -> None:
+        """`device` is this rank's own."""
+        self.device, self.rank, self.world = device, rank, world
+
+    @property
+    def leads(self) -> bool:
+        """Rank 0 alone writes files and decides where a run goes on."""
+        return self.rank == 0
+
+    def add_up(self, values: torch.Tensor) -> torch.Tensor:
+        """`values`, summed over ranks in place."""
+        if self.world > 1:
+            with _answered():
+                dist.all_reduce(values)
+        return values
+
+    def copy_from_leader(self, values: Iterable[torch.Tensor]) -> None:
+        """Overwrite tensors on this rank's device with rank 0's."""
+        if self.world > 1:
+            with _answered(), torch.no_grad():
+                for value in values:
+                    dist.broadcast(value, src=0)
+
+    def meet(self) -> None:
+        """Wait until all ranks are here."""
+        self.add_up(torch.zeros(1, device=self.device)).tolist()
+
+    def agree(self, problem: DraftcacheError | None) -> None:
+        """End all ranks where one has a problem: that one by raising it, the others by a RankError."""
+        problems = self.add_up(torch.tensor([float(problem is not None)], device=self.device))
+        if problem is not None:
+            raise problem
+        if problems.item():
+            raise RankError(f"rank {self.rank}: another rank refused the run; its own message says why")
+
+    def require_same(self, values: Mapping[str, Any]) -> None:
+        """Raise ManifestMismatchError naming the first of these JSON values that is not the same on all ranks."""
+        if self.world == 1:
+            return
+        found = [int(hash_bytes(canonical_json(value).encode())[:15], 16) for value in values.values()]  # 60 bits
+        low, high = (torch.tensor(found, dtype=torch.int64, device=self.device) for _ in range(2))
+        with _answered():
+            dist.all_reduce(low, dist.ReduceOp.MIN)
+            dist.all_reduce(high, dist.ReduceOp.MAX)
+        for name, same in zip(values, (low == high).tolist(), strict=True):
+            if not same:
+                raise ManifestMismatchError(
+                    f"rank {self.rank}: expected the same {name} on all ranks, found {values[name]!r} here and another "
+                    "elsewhere; start every rank with the same command on the same store"
+                )
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" takes the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+@contextmanager
+def joined_ranks(device_name: str) -> Iterator[Ranks]:
+    """Where torchrun's variables put this process, connected to the others; alone without them.
+
+    Raises InputError where a rank can't have a GPU of its own.
+    """
+    world, device = int(os.environ.get("WORLD_SIZE", "1")), choose_device(device_name)
+    if world == 1:
+        yield Ranks(device)
+        return
+    rank, local = (int(os.environ.get(name, "-1")) for name in ("RANK", "LOCAL_RANK"))
+    if rank < 0 or local < 0:
+        raise InputError("expected RANK and LOCAL_RANK beside WORLD_SIZE, found none; start the ranks with torchrun")
+    if device.type == "cuda":
+        device = _own_gpu(device, local)
+    with _answered():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
+    yield Ranks(device, rank, world)
+    # Not after an error: it would wait for ranks that may be gone. The end of the process cuts the connections.
+    dist.destroy_process_group()
+
+
+def _own_gpu(device: torch.device, local: int) -> torch.device:
+    if device.index is not None:
+        raise InputError(f"--device: expected cuda, cpu or auto with several ranks, found {device}: each takes its own")
+    if local >= (found := torch.cuda.device_count()):
+        raise InputError(f"expected a GPU for each rank of this node, found {found}; lower torchrun's --nproc-per-node")
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as exc:
+        raise RankError(
+            "expected an answer from every rank, found one gone or late; see what the other ranks say, then run the "
+            f"same command again to resume ({str(exc).splitlines()[0]})"
+        ) from exc
+
+
+class GradientSums:
+    """Sums gradients over ranks, each as soon as it is complete and while the backward pass goes on with the others.
+
+    Collectives must begin in the same order on all ranks, and ranks complete gradients in any: a gradient waits for
+    those before it in a fixed order, in which autograd completes nearly all of them. One collective per parameter, so
+    that its sum's rounding does not depend on which others were ready.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        parameters = list(model.parameters())
+        last_first = [item for item in reversed(parameters) if item.ndim == 2]
+        self._order = last_first + [item for item in parameters if item.ndim != 2]
+        self._ranks = ranks
+        self._complete: set[nn.Parameter] = set()
+        self._begun: list[Any] = []
+
+    def ready(self, parameters: list[nn.Parameter]) -> None:
+        """Of a gradient pass: these are complete, in float32. Begins to sum what is next in order."""
+        self._complete.update(parameters)
+        while len(self._begun) < len(self._order) and self._order[len(self._begun)] in self._complete:
+            self._begin(self._order[len(self._begun)])
+
+    def _begin(self, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None, "a gradient pass leaves none out"
+        with _answered():
+            self._begun.append(dist.all_reduce(parameter.grad, async_op=True))
+
+    def finish(self) -> None:
+        """Wait for the sums; a gradient that this rank has nothing to add to counts as zeros."""
+        if self._ranks.world == 1:
+            return
+        for parameter in self._order[len(self._begun) :]:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            self._begin(parameter)
+        with _answered():
+            for work in self._begun:
+                work.wait()
+        self._complete.clear()
+        self._begun.clear()

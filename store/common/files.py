@@ -1,0 +1,106 @@
+"""Durable small files: write beside, fsync, rename, fsync the parent; hash with xxh3-128."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import xxhash
+
+from draftcache.store.common.errors import InputError
+
+_HASH_BLOCK = 1 << 22
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+"""What may be hashed or written; an array gives its `data`."""
+
+
+def canonical_json(value: Any) -> str:
+    """JSON text that is equal for equal values: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def hash_json(value: Any) -> str:
+    """xxh3-128 (32 hex digits) of the canonical JSON text of `value`."""
+    return xxhash.xxh3_128_hexdigest(canonical_json(value).encode())
+
+
+def hash_blocks(blocks: Iterable[Buffer]) -> str:
+    """xxh3-128 (32 hex digits) of the concatenated blocks."""
+    digest = xxhash.xxh3_128()
+    for block in blocks:
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_bytes(*parts: Buffer) -> str:
+    """xxh3-128 (32 hex digits) of the concatenated parts."""
+    return hash_blocks(parts)
+
+
+def hash_file(path: Path) -> str:
+    """xxh3-128 (32 hex digits) of a file's bytes."""
+    with path.open("rb") as file:
+        return hash_blocks(iter(lambda: file.read(_HASH_BLOCK), b""))
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames and creations inside a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(path: Path) -> None:
+    """Make every file and directory below `path` durable."""
+    for directory, _, names in os.walk(path):
+        for name in names:
+            descriptor = os.open(Path(directory) / name, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        fsync_directory(Path(directory))
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it durably takes `path`'s name, else it is removed.
+
+    A reader sees the old file or the whole new one, whenever the writer is killed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        descriptor = os.open(partial, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        partial.replace(path)
+        fsync_directory(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically and durably."""
+    with atomic_path(path) as partial:
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises InputError naming the path where it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise InputError(f"{path}: expected a JSON file, found nothing there") from exc
+    except (json.JSONDecodeError, UnicodeDecodeError) as exc:
+        raise InputError(f"{path}: expected JSON, found something else ({exc})") from exc

@@ -1,0 +1,38 @@
+"""JSON files that notice a change of any single byte: the text is canonical, and holds the hash of its values."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from draftcache.store.common.errors import StoreError
+from draftcache.store.common.files import hash_json
+
+_SEAL = "xxh3_128"
+
+
+def seal(value: dict[str, Any]) -> bytes:
+    """The file's bytes: `value` and the xxh3-128 of its canonical JSON."""
+    return _text({**value, _SEAL: hash_json(value)})
+
+
+def unseal(data: bytes, where: str) -> dict[str, Any]:
+    """The value that was sealed. Raises StoreError naming `where`, for any byte that is not as it was written."""
+    try:
+        value = json.loads(data)
+    except ValueError as exc:
+        raise StoreError(f"{where}: expected JSON, found something else ({exc})") from exc
+    if not isinstance(value, dict) or _SEAL not in value:
+        raise StoreError(f"{where}: expected a JSON object with its hash in {_SEAL!r}, found none")
+    content = {name: item for name, item in value.items() if name != _SEAL}
+    # The bytes are compared too: white space that changed leaves the values alone, yet the file is not what it was.
+    if value[_SEAL] != hash_json(content) or _text(value) != data:
+        raise StoreError(
+            f"{where}: expected values that hash to {value[_SEAL]!r}, found {hash_json(content)}; "
+            "it was edited or damaged"
+        )
+    return content
+
+
+def _text(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

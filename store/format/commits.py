@@ -1,0 +1,91 @@
+"""Commit records: a file of a store counts only once `commit/<name>.json` says its size and xxh3-128.
+
+A shard is written under a temporary name, made durable and renamed (or uploaded under a name of its own, where
+there is no rename); then its record is written, once, by a call that fails where a record is already there. A
+reader that starts from the records therefore never sees half a shard, whenever a writer was killed, and of two
+writers of one shard one wins whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from draftcache.store.common.errors import ShardDamagedError, StoreError
+from draftcache.store.common.files import hash_bytes
+from draftcache.store.common.sealed_json import seal, unseal
+from draftcache.store.storage.base import Storage
+
+COMMIT_DIRECTORY = "commit"
+SHARDS_DIRECTORY = "shards"
+
+Record = dict[str, Any]
+"""`files`: {name in the store: {"bytes", "xxh3_128"}}; shards add `directory`, `lengths` and what capture recorded."""
+
+
+def shard_name(shard: int) -> str:
+    """Five digits, as in the commit record's and the shard directory's names."""
+    return f"{shard:05d}"
+
+
+def record_name(name: str) -> str:
+    """File name, in the store, of the commit record `name`: a shard's name or a top-level file's stem."""
+    return f"{COMMIT_DIRECTORY}/{name}.json"
+
+
+def write_record(storage: Storage, name: str, record: Record) -> bool:
+    """Publish files that are already durable. False where another writer's record was there first."""
+    return storage.create(record_name(name), seal(record))
+
+
+def read_record(storage: Storage, name: str) -> Record | None:
+    """The commit record, or None where nothing of this name was committed. Raises StoreError."""
+    path = record_name(name)
+    if storage.size(path) is None:
+        return None
+    record = unseal(storage.read(path), storage.describe(path))
+    if not isinstance(record.get("files"), dict):
+        raise StoreError(f"{storage.describe(path)}: expected a commit record with a `files` table, found none")
+    return record
+
+
+def require_record(storage: Storage, name: str) -> Record:
+    """The commit record of something that was listed as committed. Raises ShardDamagedError where it is gone."""
+    record = read_record(storage, name)
+    if record is None:
+        raise ShardDamagedError(
+            f"{storage.describe(record_name(name))}: expected a commit record, found none; "
+            "rerun the capture command to make the shard again"
+        )
+    return record
+
+
+def committed_shards(storage: Storage) -> list[int]:
+    """Numbers of the shards that have a commit record, ascending."""
+    stems = [name.rpartition("/")[2].removesuffix(".json") for name in storage.list(COMMIT_DIRECTORY)]
+    return sorted(int(stem) for stem in stems if stem.isdigit())
+
+
+def require_size(storage: Storage, record: Record, name: str) -> int:
+    """Size of a committed file. Raises ShardDamagedError where it is missing or another than the record's."""
+    expected = record["files"].get(name, {}).get("bytes")
+    found = storage.size(name)
+    if found is None:
+        raise ShardDamagedError(
+            f"{storage.describe(name)}: expected {expected} bytes, found no file. Nothing reads as zeros in its place: "
+            "run `draftcache repair` on the store, then the capture command again"
+        )
+    if found != expected:
+        raise ShardDamagedError(
+            f"{storage.describe(name)}: expected {expected} bytes, found {found}; the file was cut or changed"
+        )
+    return found
+
+
+def read_committed(storage: Storage, record: Record, name: str) -> bytes:
+    """A small committed file, its xxh3-128 checked. Raises ShardDamagedError."""
+    require_size(storage, record, name)
+    data = storage.read(name)
+    expected, found = record["files"][name]["xxh3_128"], hash_bytes(data)
+    if found != expected:
+        raise ShardDamagedError(f"{storage.describe(name)}: expected xxh3-128 {expected}, found {found}")
+    return data

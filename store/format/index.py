@@ -1,0 +1,75 @@
+"""index.npy: one row per conversation, in every shard and, once all are committed, for the whole store."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from draftcache.store.common.errors import ShardDamagedError
+from draftcache.store.common.files import hash_bytes
+from draftcache.store.format.commits import (
+    SHARDS_DIRECTORY,
+    Record,
+    committed_shards,
+    read_committed,
+    read_record,
+    require_record,
+    shard_name,
+    write_record,
+)
+from draftcache.store.format.manifest import StoreManifest
+from draftcache.store.format.schema import INDEX_DTYPE
+from draftcache.store.layouts.shard_files import npy_bytes
+from draftcache.store.storage.base import Storage
+
+INDEX_NAME = "index.npy"
+INDEX_RECORD = "index"
+
+
+def load_index(data: bytes, where: str) -> NDArray[Any]:
+    """Index rows of an index.npy. Raises ShardDamagedError."""
+    try:
+        index = np.load(io.BytesIO(data), allow_pickle=False)
+    except (OSError, ValueError, EOFError) as exc:
+        raise ShardDamagedError(f"{where}: expected an index, could not read it ({exc})") from exc
+    if index.dtype != INDEX_DTYPE:
+        raise ShardDamagedError(f"{where}: expected index fields {INDEX_DTYPE.names}, found {index.dtype.names}")
+    return np.asarray(index)
+
+
+def read_shard_index(storage: Storage, record: Record) -> NDArray[Any]:
+    """Index rows of one committed shard. Raises ShardDamagedError."""
+    name = f"{record['directory']}/{INDEX_NAME}"
+    return load_index(read_committed(storage, record, name), storage.describe(name))
+
+
+def join_indexes(storage: Storage, records: list[Record]) -> NDArray[Any]:
+    """Index rows of several shards."""
+    parts = [read_shard_index(storage, record) for record in records]
+    return np.concatenate(parts) if parts else np.empty(0, INDEX_DTYPE)
+
+
+def write_store_index(storage: Storage, manifest: StoreManifest) -> bool:
+    """Write the store's index.npy, unless it is there. False where shards are still missing."""
+    if set(range(manifest.shards)) - set(committed_shards(storage)):
+        return False
+    if read_record(storage, INDEX_RECORD) is None:
+        records = [require_record(storage, shard_name(shard)) for shard in range(manifest.shards)]
+        data = npy_bytes(join_indexes(storage, records))
+        _remove_orphans(storage, {record["directory"] for record in records})
+        storage.put(INDEX_NAME, data)
+        entry = {"bytes": len(data), "xxh3_128": hash_bytes(data)}
+        write_record(storage, INDEX_RECORD, {"files": {INDEX_NAME: entry}})
+    return True
+
+
+def _remove_orphans(storage: Storage, kept: set[str]) -> None:
+    """Uploads that lost to another writer's, or whose writer died; a directory has none, it renames."""
+    if storage.local_root is not None:
+        return
+    found = {"/".join(name.split("/")[:2]) for name in storage.list(SHARDS_DIRECTORY)}
+    for directory in sorted(found - kept):
+        storage.delete_directory(directory)

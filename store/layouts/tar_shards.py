@@ -1,0 +1,201 @@
+"""A shard as a webdataset tar file: one sample per conversation, with an index of its members beside it.
+
+Members of a sample, in order: `KEY.json` (index fields, and the xxh3-128 of every other member), then
+`KEY.<array>.npy`, or `KEY.<array>.npy.zst` where the schema compresses. KEY is `<split>-<dataset index>`. Any tar or
+webdataset reader opens it; `tar_stream` reads it front to back with every hash checked. `members.npy` holds each
+member's place and crc32c, so that `TarShard` reads single conversations at random, like a zarr shard, but always
+whole members: a part of one has no checksum of its own.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from awscrt.checksums import crc32c
+from numcodecs import Zstd
+from numpy.typing import NDArray
+
+from draftcache.store.common.errors import ShardDamagedError, StoreNotFoundError
+from draftcache.store.common.files import Buffer, canonical_json, hash_bytes
+from draftcache.store.format.commits import Record, read_committed, require_size
+from draftcache.store.format.schema import COUNT_FIELD, ArraySpec, Conversation
+from draftcache.store.layouts.shard_files import (
+    PARALLEL_BYTES,
+    Files,
+    HashedFile,
+    npy_bytes,
+    run_later,
+    run_now,
+    write_small_file,
+)
+from draftcache.store.storage.base import RangeFile, Stage, Storage
+
+DATA_NAME = "data.tar"
+MEMBERS_NAME = "members.npy"
+_ZSTD = Zstd(level=1)
+_MEMBER = [("offset", "<u8"), ("bytes", "<u8"), ("crc32c", "<u4")]
+
+
+def _members_dtype(arrays: int) -> np.dtype[Any]:
+    return np.dtype([("first_token", "<i8"), ("members", _MEMBER, (arrays,))])
+
+
+def sample_key(item: Conversation) -> str:
+    """Name of a conversation's sample: its split's and its own number, so that names sort as the dataset does."""
+    return f"{item.split:02d}-{item.dataset_index:09d}"
+
+
+def member_suffix(name: str, spec: ArraySpec) -> str:
+    """What follows the key in the member's name of an array."""
+    return f"{name}.npy.zst" if spec.compress else f"{name}.npy"
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """POSIX ustar header of a regular file; no times and no owners, so that equal content gives equal bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def _npy_header(values: NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, np.lib.format.header_data_from_array_1_0(values))
+    return buffer.getvalue()
+
+
+class _Payload(NamedTuple):
+    """What a member holds."""
+
+    parts: list[Buffer]
+    xxh3_128: str
+    crc32c: int
+
+
+def _payload(spec: ArraySpec, values: NDArray[Any]) -> _Payload:
+    values = np.ascontiguousarray(values, spec.stored_dtype)
+    parts: list[Buffer] = [_npy_header(values), values.reshape(-1).view(np.uint8).data]
+    if spec.compress:
+        parts = [_ZSTD.encode(b"".join(parts))]
+    crc = 0
+    for part in parts:
+        crc = crc32c(np.frombuffer(part, np.uint8), crc)
+    return _Payload(parts, hash_bytes(*parts), crc)
+
+
+class TarShardWriter:
+    """Writes one tar file, sample by sample."""
+
+    def __init__(self, stage: Stage, specs: dict[str, ArraySpec]) -> None:
+        self._stage = stage
+        self._specs = specs
+        self._file = HashedFile(stage.open(DATA_NAME))
+        self._rows: list[NDArray[Any]] = []
+        self._tokens = 0
+
+    def append(self, item: Conversation) -> None:
+        """One conversation, its arrays as they are stored."""
+        key = sample_key(item)
+        run = run_now if item.nbytes >= PARALLEL_BYTES else run_later
+        making = {name: run(partial(_payload, spec, item.arrays[name])) for name, spec in self._specs.items()}
+        payloads = {name: made() for name, made in making.items()}
+        suffixes = {name: member_suffix(name, spec) for name, spec in self._specs.items()}
+        about = {
+            "content_hash": item.content_hash,
+            "split": item.split,
+            "dataset_index": item.dataset_index,
+            "xxh3_128": {suffixes[name]: payload.xxh3_128 for name, payload in payloads.items()},
+        }
+        self._member(f"{key}.json", [canonical_json(about).encode()])
+        row = np.zeros(1, _members_dtype(len(self._specs)))
+        row["first_token"] = self._tokens
+        for number, (name, payload) in enumerate(payloads.items()):
+            row["members"][0, number] = (*self._member(f"{key}.{suffixes[name]}", payload.parts), payload.crc32c)
+        self._rows.append(row)
+        self._tokens += item.arrays["token_ids"].shape[0]
+
+    def _member(self, name: str, parts: list[Buffer]) -> tuple[int, int]:
+        """Append one member; returns offset and bytes of its payload."""
+        size = sum(memoryview(part).nbytes for part in parts)
+        header = tar_header(name, size)
+        offset = self._file.bytes + len(header)
+        out: list[Buffer] = [header, *parts, bytes(-size % tarfile.BLOCKSIZE)]
+        self._file.write(out)
+        return offset, size
+
+    def close(self) -> Files:
+        """End the archive and write the members' table; names are relative to the shard."""
+        self._file.write([bytes(2 * tarfile.BLOCKSIZE)])
+        table = np.concatenate(self._rows) if self._rows else np.empty(0, _members_dtype(len(self._specs)))
+        return {
+            DATA_NAME: self._file.close(),
+            MEMBERS_NAME: write_small_file(self._stage, MEMBERS_NAME, npy_bytes(table)),
+        }
+
+
+class TarShard:
+    """Reads single conversations of one committed tar shard, checking the crc32c of every member that it reads."""
+
+    def __init__(self, storage: Storage, record: Record, specs: dict[str, ArraySpec]) -> None:
+        self._storage = storage
+        self._specs = specs
+        self._numbers = {name: number for number, name in enumerate(specs)}
+        self._name = f"{record['directory']}/{DATA_NAME}"
+        table = f"{record['directory']}/{MEMBERS_NAME}"
+        self._table = np.load(io.BytesIO(read_committed(storage, record, table)), allow_pickle=False)
+        require_size(storage, record, self._name)
+        try:
+            self._file: RangeFile = storage.open(self._name)
+        except StoreNotFoundError as exc:
+            raise ShardDamagedError(str(exc)) from exc
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+    def read(self, row: np.void, name: str, first: int, count: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Rows `first .. first+count` of one conversation's array, into `out` where that is given.
+
+        The whole member is read, because its crc32c covers the whole. Raises ShardDamagedError.
+        """
+        spec = self._specs[name]
+        rows = int(row[COUNT_FIELD[spec.axis]])
+        if out is None:
+            out = np.empty((count, *spec.inner), spec.stored_dtype)
+        whole = out if count == rows else np.empty((rows, *spec.inner), spec.stored_dtype)
+        for last_try in (False, True) if self._storage.local_root is None else (True,):
+            try:
+                self._read_member(row, name, whole.reshape(-1).view(np.uint8))
+                break
+            except ShardDamagedError:
+                if last_try:
+                    raise
+        if whole is not out:
+            out[:] = whole[first : first + count]
+        return out
+
+    def _read_member(self, row: np.void, name: str, out: NDArray[np.uint8]) -> None:
+        place = int(np.searchsorted(self._table["first_token"], row["first_token"]))
+        offset, size, crc = (int(value) for value in self._table["members"][place, self._numbers[name]])
+        if self._specs[name].compress:
+            encoded = np.empty(size, np.uint8)
+            self._file.read_into(offset, [encoded.data])
+            self._require(name, crc32c(encoded) == crc, row)
+            data = np.frombuffer(_ZSTD.decode(encoded), np.uint8)
+            self._require(name, data.nbytes >= out.nbytes, row)
+            out[:] = data[data.nbytes - out.nbytes :]
+            return
+        header = np.empty(max(size - out.nbytes, 0), np.uint8)
+        self._require(name, header.nbytes + out.nbytes == size, row)
+        self._file.read_into(offset, [header.data, out.data])
+        self._require(name, crc32c(out, crc32c(header)) == crc, row)
+
+    def _require(self, name: str, holds: bool, row: np.void) -> None:
+        if not holds:
+            raise ShardDamagedError(
+                f"{self._storage.describe(self._name)}: {name} of conversation {row['content_hash'].tobytes().hex()} "
+                "fails its crc32c; run `draftcache repair` on the store, then the capture command again"
+            )

@@ -1,0 +1,178 @@
+"""Reading zarr shards directly: rows come by `preadv` into the caller's memory, every chunk's crc32c checked."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+from awscrt.checksums import crc32c
+from numcodecs import Zstd
+from numpy.typing import NDArray
+
+from draftcache.store.common.errors import ShardDamagedError, StoreNotFoundError
+from draftcache.store.format.commits import Record, require_size
+from draftcache.store.format.schema import FIRST_FIELD, ArraySpec
+from draftcache.store.layouts.zarr_format import CRC_BYTES, INDEX_ENTRY, data_file
+from draftcache.store.storage.base import RangeFile, Storage
+
+_ZSTD = Zstd(level=1)
+_HOT_BYTES = 1 << 20
+"""Chunks are read in groups of about this size, so that a cache still holds them when they are checksummed."""
+
+
+class ZarrShard:
+    """Reads row ranges of one committed shard, checking the crc32c of every chunk that it touches."""
+
+    def __init__(self, storage: Storage, record: Record, specs: dict[str, ArraySpec]) -> None:
+        self._storage = storage
+        self._record = record
+        self._specs = specs
+        self._open: dict[str, tuple[RangeFile, NDArray[Any]]] = {}
+
+    def read(self, row: np.void, name: str, first: int, count: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Rows `first .. first+count` of one conversation's slice of an array, into `out` where that is given.
+
+        `row` is the conversation's index row; `out` [count, *inner], contiguous, of the stored dtype.
+        Raises ShardDamagedError where the file is not the committed one, a chunk is missing, or one fails its
+        checksum.
+        """
+        spec = self._specs[name]
+        if out is None:
+            out = np.empty((count, *spec.inner), spec.stored_dtype)
+        if count:
+            start = int(row[FIRST_FIELD[spec.axis]]) + first
+            # A remote answer can be damaged on its way: it is asked for once more before the shard is blamed.
+            for last_try in (False, True) if self._storage.local_root is None else (True,):
+                try:
+                    self._read(name, start, out.reshape(-1).view(np.uint8))
+                    break
+                except ShardDamagedError:
+                    if last_try:
+                        raise
+        return out
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for file, _ in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def _read(self, name: str, start: int, out: NDArray[np.uint8]) -> None:
+        spec = self._specs[name]
+        file, index = self._file(name)
+        rows, long = out.nbytes // spec.row_bytes, spec.chunk_rows
+        chunks = range(start // long, -(-(start + rows) // long))
+        if chunks.stop > len(index):
+            raise ShardDamagedError(
+                f"{self._where(name)}: expected at least {start + rows} rows, found {len(index) * long}"
+            )
+        read = self._read_compressed if spec.compress else self._read_raw
+        for run in _contiguous_runs(index, chunks):
+            low, high = max(run.start * long, start), min(run.stop * long, start + rows)
+            read(name, file, run, low, out[(low - start) * spec.row_bytes : (high - start) * spec.row_bytes])
+
+    def _read_raw(self, name: str, file: RangeFile, run: range, start: int, out: NDArray[np.uint8]) -> None:
+        """Rows straight into `out`; what the run's first and last chunk hold besides goes into scratch."""
+        row_bytes, long = self._specs[name].row_bytes, self._specs[name].chunk_rows
+        chunk_bytes = long * row_bytes
+        index = self._open[name][1]
+        if (index["bytes"][run.start : run.stop] != chunk_bytes + CRC_BYTES).any():
+            raise ShardDamagedError(f"{self._where(name)}: expected chunks of {chunk_bytes} bytes, found others")
+        head = (start - run.start * long) * row_bytes
+        before, after = np.empty(head, np.uint8), np.empty(len(run) * chunk_bytes - head - out.nbytes, np.uint8)
+        crcs = np.empty((len(run), CRC_BYTES), np.uint8)
+        pieces: list[list[NDArray[np.uint8]]] = []
+        for number in range(len(run)):
+            low, high = number * chunk_bytes - head, (number + 1) * chunk_bytes - head
+            parts = (before if number == 0 else before[:0], out[max(low, 0) : max(high, 0)])
+            pieces.append([*parts, after if number == len(run) - 1 else after[:0]])
+        # A disk is read chunk by chunk, each checksummed while a cache holds it; a network in one go.
+        step = max(1, _HOT_BYTES // chunk_bytes) if self._storage.local_root is not None else len(run)
+        for first in range(0, len(run), step):
+            group = range(first, min(first + step, len(run)))
+            buffers = [part.data for number in group for part in (*pieces[number], crcs[number])]
+            file.read_into(int(index["offset"][run.start + first]), buffers)
+            for number in group:
+                crc = 0
+                for part in pieces[number]:
+                    crc = crc32c(part, crc)
+                if crc != int.from_bytes(crcs[number].tobytes(), "little"):
+                    raise self._checksum_error(name, run.start + number)
+
+    def _read_compressed(self, name: str, file: RangeFile, run: range, start: int, out: NDArray[np.uint8]) -> None:
+        row_bytes, long = self._specs[name].row_bytes, self._specs[name].chunk_rows
+        index = self._open[name][1]
+        entries = index[run.start : run.stop]
+        origin = int(entries["offset"][0])
+        encoded = np.empty(int(entries["bytes"].sum()), np.uint8)
+        file.read_into(origin, [encoded.data])
+        for number, (offset, size) in zip(run, entries.tolist(), strict=True):
+            data = encoded[offset - origin : offset - origin + size]
+            crc = int.from_bytes(data[-CRC_BYTES:].tobytes(), "little")
+            if size <= CRC_BYTES or crc32c(data[:-CRC_BYTES]) != crc:
+                raise self._checksum_error(name, number)
+            low = max(number * long, start)
+            high = min((number + 1) * long, start + out.nbytes // row_bytes)
+            target = out[(low - start) * row_bytes : (high - start) * row_bytes]
+            whole = high - low == long
+            rows = target if whole else np.empty(long * row_bytes, np.uint8)
+            try:
+                _ZSTD.decode(data[:-CRC_BYTES], rows)
+            except (RuntimeError, ValueError) as exc:
+                raise self._checksum_error(name, number) from exc
+            if not whole:
+                first = (low - number * long) * row_bytes
+                target[:] = rows[first : first + target.nbytes]
+
+    def chunks(self, name: str) -> int:
+        """Chunks of one array. Raises ShardDamagedError where its index can't be trusted."""
+        return len(self._file(name)[1])
+
+    def _file(self, name: str) -> tuple[RangeFile, NDArray[Any]]:
+        if name not in self._open:
+            spec = self._specs[name]
+            path = f"{self._record['directory']}/{data_file(name, spec)}"
+            require_size(self._storage, self._record, path)
+            try:
+                file = self._storage.open(path)
+            except StoreNotFoundError as exc:
+                raise ShardDamagedError(str(exc)) from exc
+            rows = int(self._record["lengths"][spec.axis])
+            self._open[name] = file, _read_index(file, -(-rows // spec.chunk_rows), self._where(name))
+        return self._open[name]
+
+    def _where(self, name: str) -> str:
+        return self._storage.describe(f"{self._record['directory']}/{data_file(name, self._specs[name])}")
+
+    def _checksum_error(self, name: str, chunk: int) -> ShardDamagedError:
+        long = self._specs[name].chunk_rows
+        return ShardDamagedError(
+            f"{self._where(name)}: rows {chunk * long} to {(chunk + 1) * long} of the shard fail their "
+            "crc32c; run `draftcache repair` on the store, then the capture command again"
+        )
+
+
+def _contiguous_runs(index: NDArray[Any], chunks: range) -> list[range]:
+    """Split where the next chunk does not follow in the file: our own files never are, other writers' may be."""
+    entries = index[chunks.start : chunks.stop]
+    ends = entries["offset"][:-1] + entries["bytes"][:-1]
+    breaks = [chunks.start + 1 + int(number) for number in np.flatnonzero(ends != entries["offset"][1:])]
+    edges = [chunks.start, *breaks, chunks.stop]
+    return [range(low, high) for low, high in itertools.pairwise(edges)]
+
+
+def _read_index(file: RangeFile, chunks: int, where: str) -> NDArray[Any]:
+    size = chunks * INDEX_ENTRY.itemsize
+    start = file.size - size - CRC_BYTES
+    data = np.empty(size + CRC_BYTES, np.uint8)
+    if start >= 0:
+        file.read_into(start, [data.data])
+    crc = int.from_bytes(data[-CRC_BYTES:].tobytes(), "little")
+    if start < 0 or crc32c(data[:-CRC_BYTES]) != crc:
+        raise ShardDamagedError(f"{where}: expected an index of {chunks} chunks, its crc32c is wrong")
+    index = data[:-CRC_BYTES].view(INDEX_ENTRY)
+    # A chunk that was never written has offset and size 2**64 - 1, which ends beyond any file.
+    if (index["offset"] > start).any() or (index["bytes"] > start - index["offset"]).any():
+        raise ShardDamagedError(f"{where}: expected every chunk inside the file, found some missing or outside")
+    return index

@@ -1,0 +1,289 @@
+"""A store in a directory: writev and preadv, rename and link for publishing, flock between processes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from draftcache.store.common.errors import ShardDamagedError, StorageError, StoreNotFoundError
+from draftcache.store.common.files import Buffer, fsync_directory
+
+_IOV_MAX = 1024  # buffers per system call, on Linux
+_PARTIAL = ".partial"
+_LOCKS = ".locks"
+
+
+@contextmanager
+def _explained(path: Path, doing: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as exc:
+        raise StoreNotFoundError(f"{path}: expected a file of the store, found nothing there") from exc
+    except OSError as exc:
+        raise StorageError(
+            f"{path}: could not be {doing} ({exc.strerror or exc}); what was committed before is untouched: "
+            "mend the cause and run the same command again"
+        ) from exc
+
+
+class LocalRangeFile:
+    """A file read by preadv, straight into the caller's buffers."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = -1
+        with _explained(path, "opened"):
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.size = os.fstat(self._descriptor).st_size
+
+    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """See RangeFile."""
+        pending = [buffer for buffer in buffers if buffer.nbytes]
+        with _explained(self._path, "read"):
+            while pending:
+                count = os.preadv(self._descriptor, pending[:_IOV_MAX], offset)
+                if count == 0:
+                    end = offset + sum(item.nbytes for item in pending)
+                    raise ShardDamagedError(
+                        f"{self._path}: expected at least {end} bytes, found {self.size}; the file was cut"
+                    )
+                offset += count
+                pending = _after(pending, count)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class LocalStageFile:
+    """A file written by writev."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with _explained(path, "created"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+
+    def write(self, buffers: Sequence[Buffer]) -> None:
+        """See StageFile."""
+        pending = [view.cast("B") for item in buffers if (view := memoryview(item)).nbytes]
+        with _explained(self._path, "written"):
+            while pending:
+                pending = _after(pending, os.writev(self._descriptor, pending[:_IOV_MAX]))
+
+    def close(self) -> None:
+        """See StageFile."""
+        if self._descriptor < 0:
+            return
+        try:
+            with _explained(self._path, "made durable"):
+                os.fsync(self._descriptor)
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Let go of a file that is not wanted any more."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _after(buffers: list[memoryview], count: int) -> list[memoryview]:
+    """What is left of the buffers once `count` bytes went through."""
+    for number, buffer in enumerate(buffers):
+        if count < buffer.nbytes:
+            return [buffer.cast("B")[count:], *buffers[number + 1 :]]
+        count -= buffer.nbytes
+    return []
+
+
+class LocalStage:
+    """A directory under a temporary name, renamed when it is whole."""
+
+    def __init__(self, final: Path, name: str) -> None:
+        self._final, self._name = final, name
+        self._files: list[LocalStageFile] = []
+        self._partial = final.with_name(f".{final.name}{_PARTIAL}")
+        with _explained(self._partial, "created"):
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial.mkdir(parents=True)
+
+    def open(self, name: str) -> LocalStageFile:
+        """See Stage."""
+        self._files.append(LocalStageFile(self._partial / name))
+        return self._files[-1]
+
+    def publish(self) -> str:
+        """Rename, in the place of what an earlier attempt left there without a commit record."""
+        with _explained(self._final, "published"):
+            for directory, _, _ in os.walk(self._partial):  # files were made durable when they were closed
+                fsync_directory(Path(directory))
+            shutil.rmtree(self._final, ignore_errors=True)
+            self._partial.rename(self._final)
+            fsync_directory(self._final.parent)
+        return self._name
+
+    def abandon(self) -> None:
+        """See Stage."""
+        for file in self._files:
+            file.discard()
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+
+class LocalLock:
+    """An flock: the kernel lets go of it when the process dies, however it dies."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Let go."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class LocalStorage:
+    """A directory. It is created by the first write."""
+
+    def __init__(self, root: Path) -> None:
+        self.local_root = root
+
+    def describe(self, name: str = "") -> str:
+        """See Storage."""
+        return str(self.local_root / name)
+
+    def size(self, name: str) -> int | None:
+        """See Storage."""
+        path = self.local_root / name
+        with _explained(path, "read"):
+            return path.stat().st_size if path.is_file() else None
+
+    def read(self, name: str) -> bytes:
+        """See Storage."""
+        path = self.local_root / name
+        with _explained(path, "read"):
+            return path.read_bytes()
+
+    def open(self, name: str) -> LocalRangeFile:
+        """See Storage."""
+        return LocalRangeFile(self.local_root / name)
+
+    def list(self, directory: str) -> list[str]:
+        """See Storage."""
+        names = []
+        for folder, directories, files in os.walk(self.local_root / directory):
+            directories[:] = [item for item in directories if not item.startswith(".")]
+            base = Path(folder).relative_to(self.local_root)
+            names += [(base / item).as_posix() for item in files if not item.startswith(".")]
+        return sorted(names)
+
+    def put(self, name: str, data: Buffer) -> None:
+        """See Storage."""
+        with self._beside(name) as (partial, final):
+            self._write(partial, data)
+            partial.replace(final)
+
+    def create(self, name: str, data: Buffer) -> bool:
+        """See Storage. A hard link is the one call that publishes a whole file only where none exists."""
+        with self._beside(name) as (partial, final):
+            self._write(partial, data)
+            try:
+                os.link(partial, final)
+            except FileExistsError:
+                return False
+        return True
+
+    def put_file(self, name: str, path: Path) -> None:
+        """See Storage."""
+        with self._beside(name) as (partial, final):
+            shutil.copyfile(path, partial)
+            descriptor = os.open(partial, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            partial.replace(final)
+
+    @contextmanager
+    def _beside(self, name: str) -> Iterator[tuple[Path, Path]]:
+        final = self.local_root / name
+        partial = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}{_PARTIAL}")
+        with _explained(final, "written"):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                yield partial, final
+            finally:
+                partial.unlink(missing_ok=True)
+            fsync_directory(final.parent)
+
+    def _write(self, path: Path, data: Buffer) -> None:
+        file = LocalStageFile(path)
+        try:
+            file.write([data])
+        finally:
+            file.close()
+
+    def delete(self, name: str) -> None:
+        """See Storage."""
+        path = self.local_root / name
+        with _explained(path, "removed"):
+            if path.is_file():
+                path.unlink()
+                fsync_directory(path.parent)
+
+    def delete_directory(self, directory: str) -> None:
+        """See Storage."""
+        path = self.local_root / directory
+        with _explained(path, "removed"):
+            if path.is_dir():
+                shutil.rmtree(path)
+                fsync_directory(path.parent)
+
+    def move_directory(self, source: str, target: str) -> None:
+        """See Storage."""
+        path = self.local_root / target
+        with _explained(path, "moved"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            (self.local_root / source).rename(path)
+            fsync_directory(path.parent)
+            fsync_directory((self.local_root / source).parent)
+
+    def stage(self, directory: str) -> LocalStage:
+        """See Storage."""
+        return LocalStage(self.local_root / directory, directory)
+
+    def lock(self, name: str, *, shared: bool = False) -> LocalLock | None:
+        """See Storage."""
+        path = self.local_root / _LOCKS / name
+        with _explained(path, "locked"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                return None
+            except OSError:
+                os.close(descriptor)
+                raise
+        return LocalLock(descriptor)
+
+    def remove_leftovers(self) -> None:
+        """Delete temporary names of killed writers; only for who holds the store's exclusive lock."""
+        for path in [*self.local_root.rglob(f".*{_PARTIAL}")]:
+            with _explained(path, "removed"):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)

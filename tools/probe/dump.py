@@ -1,0 +1,191 @@
+"""One forward of the verifier over a fixed input, dumped with the conventions that number its states.
+
+The reference for porting a draft to another engine: run the engine on the dump's `token_ids`, and let
+`draftcache probe --compare` name the offset between its layer ids and our block numbers.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+
+from draftcache.capture.job.config import require_ascending
+from draftcache.capture.prepare.tokenizer_files import load_tokenizer
+from draftcache.capture.verifier.load import Verifier, choose_device, choose_dtype, describe_verifier, load_verifier
+from draftcache.capture.verifier.ssm_precision import enforce_contract
+from draftcache.store.common.errors import GateError, InputError
+from draftcache.store.common.files import atomic_path, canonical_json
+from draftcache.store.format.manifest import Tap
+from draftcache.tools.probe.files import EMBEDDINGS, FINAL_NORM, METADATA_KEY, VERSION, block_tensor
+
+TEXT = """\
+The lighthouse keeper counted 38 ships before noon. "That makes 1,204 this year," she told the apprentice, "and only \
+two of them ever asked what the weather would do." He wrote the number down, drew a line under it, and looked out.
+
+Question: a tank holds 240 litres and loses 3 litres every hour. After how many hours is it a quarter full?
+Answer: a quarter of 240 is 60, so it has to lose 240 - 60 = 180 litres. At 3 litres an hour that takes 180 / 3 = 60 \
+hours, which is two and a half days.
+
+def running_mean(values, width):
+    total, means = 0.0, []
+    for index, value in enumerate(values):
+        total += value
+        if index >= width:
+            total -= values[index - width]
+        means.append(total / min(index + 1, width))
+    return means
+
+The function above keeps one sum and never looks at a value more than twice; its rounding errors add up, though, so \
+for long inputs one would start the sum afresh every few thousand values.
+"""
+"""The default input, about 250 tokens of prose, arithmetic and code: on random ids a trained model's states are
+outliers, and rounding changes more of its routing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """What to run and what to dump."""
+
+    verifier: Path
+    output: Path
+    layers: tuple[int, ...]
+    """Taps of interest: block numbers, counted from 0, ascending."""
+    text: str | None = None
+    """Input; the tokenizer adds no special tokens to it."""
+    token_ids: tuple[int, ...] | None = None
+    """Input, instead of text. Neither: TEXT."""
+    only_layers: bool = False
+    """Dump the taps alone: small, but a mis-numbered engine's states then find no neighbours to be compared with."""
+    source: str = "draftcache"
+    """ "draftcache" for the forward that capture runs, "transformers" for the model's own output_hidden_states."""
+    device: str = "auto"
+    compute_dtype: str = "auto"
+    allow_fallback: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        require_ascending(self.layers)
+        if self.output.exists():
+            raise InputError(f"{self.output}: expected a new file, found one that exists; remove it or choose another")
+
+
+def dump_states(config: ProbeConfig) -> dict[str, Any]:
+    """Run the forward and write `config.output`, atomically; returns the details that its metadata states.
+
+    The file holds `token_ids` [L] int64 and, in the compute dtype [L, H]: `embeddings`, `hidden_states.K` after block
+    K, and `final_norm`. Raises InputError, PrecisionError where the fp32 state contract is not met, and
+    GateError for states that are not finite.
+    """
+    token_ids = _input_ids(config)
+    device = choose_device(config.device)
+    verifier = load_verifier(
+        config.verifier,
+        device=device,
+        dtype=choose_dtype(config.compute_dtype, device),
+        trust_remote_code=config.trust_remote_code,
+    )
+    _require_in_range(config, token_ids, verifier)
+    ssm = enforce_contract(verifier.model, config.verifier, allow_fallback=config.allow_fallback)
+    states = _own_states(verifier, token_ids) if config.source == "draftcache" else _model_states(verifier, token_ids)
+    if config.only_layers:
+        states = {block_tensor(layer): states[block_tensor(layer)] for layer in config.layers}
+    blocks = len(verifier.blocks)
+    details = {
+        "version": VERSION,
+        "source": config.source,
+        "forward": verifier.engine.name if config.source == "draftcache" else "transformers",
+        "layers": list(config.layers),
+        "tensors": {name: conventions(name, blocks) for name in states},
+        "dtype": str(verifier.head.weight.dtype).removeprefix("torch."),
+        "verifier": describe_verifier(config.verifier, verifier),
+        "ssm": ssm,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+    }
+    tensors = {name: state.detach().cpu().contiguous() for name, state in states.items()}
+    for name, state in tensors.items():
+        if not torch.isfinite(state).all():
+            raise GateError(f"{name}: expected finite states, found NaN or infinity in {details['forward']}'s forward")
+    with atomic_path(config.output) as partial:
+        save_file(tensors | {"token_ids": token_ids}, partial, metadata={METADATA_KEY: canonical_json(details)})
+    return details | {"tokens": len(token_ids)}
+
+
+def conventions(name: str, blocks: int) -> dict[str, Any]:
+    """What a tensor of the dump of a verifier with so many blocks is called elsewhere; None where it can't be had."""
+    if name == EMBEDDINGS:
+        return {"layer": None, "point": "input of block 0", "hf_hidden_states_index": 0, "vllm_aux_id": 0}
+    if name == FINAL_NORM:
+        return {"layer": None, "point": "after the final norm", "hf_hidden_states_index": blocks, "vllm_aux_id": None}
+    names = Tap(layer=int(name.rpartition(".")[2])).to_json()
+    if names["layer"] == blocks - 1:
+        names["hf_hidden_states_index"] = None  # Hugging Face's last entry is after the final norm
+    return names
+
+
+def _input_ids(config: ProbeConfig) -> Tensor:
+    """[L] int64."""
+    if config.token_ids is not None:
+        ids = list(config.token_ids)
+    else:
+        _, tokenizer = load_tokenizer(config.verifier, trust_remote_code=config.trust_remote_code)
+        ids = tokenizer.encode(TEXT if config.text is None else config.text, add_special_tokens=False)
+    if not ids:
+        raise InputError("--text or --token-ids: expected at least one token, found none")
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _require_in_range(config: ProbeConfig, token_ids: Tensor, verifier: Verifier) -> None:
+    blocks, rows = len(verifier.blocks), verifier.embeddings.weight.shape[0]
+    if config.layers[-1] >= blocks:
+        raise InputError(f"--layers: expected blocks 0 .. {blocks - 1} of {config.verifier}, found {config.layers[-1]}")
+    if config.source == "transformers" and config.layers[-1] == blocks - 1:
+        raise InputError(
+            f"--layers: with --source transformers expected blocks 0 .. {blocks - 2}, found {blocks - 1}: the last "
+            "entry of output_hidden_states is after the final norm; leave it out, or take --source draftcache"
+        )
+    low, high = int(token_ids.min()), int(token_ids.max())
+    if low < 0 or high >= rows:
+        raise InputError(f"--token-ids: expected ids 0 .. {rows - 1} of {config.verifier}, found {low} .. {high}")
+
+
+@torch.inference_mode()
+def _own_states(verifier: Verifier, token_ids: Tensor) -> dict[str, Tensor]:
+    """Every state [L, H], by the forward that capture runs."""
+    entered: list[Tensor] = []
+
+    def keep(_block: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        entered.append((arguments[0] if arguments else named["hidden_states"])[0])
+
+    handle = verifier.blocks[0].register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        found = verifier.forward(token_ids, tuple(range(len(verifier.blocks))))
+    finally:
+        handle.remove()
+    # Our own forward calls no block, and begins with the table's rows; other models may scale theirs.
+    embeddings = entered[0] if entered else verifier.embeddings(token_ids.to(verifier.device))
+    blocks = {block_tensor(layer): tap for layer, tap in sorted(found.taps.items())}
+    return {EMBEDDINGS: embeddings, **blocks, FINAL_NORM: found.final}
+
+
+@torch.inference_mode()
+def _model_states(verifier: Verifier, token_ids: Tensor) -> dict[str, Tensor]:
+    """What the model's own code gives as `output_hidden_states`: all but the last block's output."""
+    ids = token_ids[None].to(verifier.device)
+    output = verifier.body(input_ids=ids, use_cache=False, output_hidden_states=True)
+    entries = [entry[0] for entry in output.hidden_states]
+    if len(entries) != len(verifier.blocks) + 1:
+        raise InputError(
+            f"{type(verifier.model).__name__}: expected {len(verifier.blocks) + 1} entries of output_hidden_states, "
+            f"found {len(entries)}; this model's conventions are not supported"
+        )
+    blocks = {block_tensor(index - 1): entries[index] for index in range(1, len(entries) - 1)}
+    return {EMBEDDINGS: entries[0], **blocks, FINAL_NORM: entries[-1]}

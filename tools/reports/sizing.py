@@ -1,0 +1,337 @@
+"""Bytes and wall time of a store before anything runs: counts x the schema's row bytes, FLOPs over a GPU's rate.
+
+Counts of a prepared dataset are exact. So are uncompressed arrays, to the chunk; for compressed ones there are ratios,
+measured on the dataset where it holds their values.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numcodecs import Zstd
+from numpy.typing import NDArray
+
+from draftcache.capture.prepare.token_dataset import TokenDataset
+from draftcache.store.common.errors import InputError
+from draftcache.store.format.rows import rows_in_reach, teacher_positions
+from draftcache.store.format.schema import (
+    INDEX_DTYPE,
+    ROWS_AXIS,
+    TEACHER_AXIS,
+    TOKENS_AXIS,
+    ArraySpec,
+    array_specs,
+)
+from draftcache.store.format.tap_codecs import ChannelScales, tap_codec
+from draftcache.store.format.teacher import TeacherForm
+from draftcache.store.layouts.zarr_format import array_metadata
+
+# zstd level 1, chunk by chunk. High planes: 0.37 to 0.40 of their bytes on states of a trained 270M model and on a
+# generator with outlier channels (0.30 to 0.385 on the demo's verifier). The rest: the demo's larger corpus.
+HIGH_PLANE_RATIO = 0.385
+RATIOS = {"token_ids": 0.355, "argmax": 0.375, "loss_mask": 0.035, "positions": 0.11, "teacher_positions": 0.115}
+
+_CHUNK_EXTRA = 4 + 16  # crc32c, and offset and bytes in the index
+_INDEX_CRC = 4
+_NPY_HEADER = 128
+_TAR_BLOCK = 512
+_RATIO_TOKENS = 1 << 20  # about as many tokens of a dataset are compressed
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Per conversation [N]: tokens, rows in reach, teacher positions, and the shard that it goes to."""
+
+    tokens: FloatArray
+    rows: FloatArray
+    teacher: FloatArray
+    shard: NDArray[np.int64]
+    loss_tokens: int
+    basis: str
+    """Where rows and teacher positions come from, in words."""
+    ratios: Mapping[str, float] = field(default_factory=lambda: RATIOS)
+
+    @property
+    def shards(self) -> int:
+        """How many."""
+        return int(self.shard[-1]) + 1
+
+    def of(self, axis: str) -> FloatArray:
+        """Rows on an axis of the schema."""
+        return {TOKENS_AXIS: self.tokens, ROWS_AXIS: self.rows, TEACHER_AXIS: self.teacher}[axis]
+
+    def per_shard(self, axis: str) -> FloatArray:
+        """The same, summed over each shard."""
+        return np.bincount(self.shard, weights=self.of(axis), minlength=self.shards).astype(np.float64)
+
+    def to_json(self) -> dict[str, Any]:
+        """Sums, rounded to whole rows."""
+        return {
+            "conversations": len(self.tokens),
+            "tokens": round(self.tokens.sum()),
+            "loss_tokens": self.loss_tokens,
+            "rows": round(self.rows.sum()),
+            "teacher_positions": round(self.teacher.sum()),
+            "shards": self.shards,
+            "basis": self.basis,
+        }
+
+
+def guess_counts(tokens: int, loss_fraction: float, mean_length: int, shard_tokens: int) -> Counts:
+    """Counts without a dataset: equal lengths, every row kept, a teacher at every loss token (an upper bound)."""
+    if tokens < 1 or mean_length < 1 or not 0 <= loss_fraction <= 1:
+        raise InputError(
+            "expected --tokens and --mean-length of at least 1 and --loss-fraction in 0 .. 1, "
+            f"found {tokens}, {mean_length} and {loss_fraction}"
+        )
+    edges = np.linspace(0, tokens, max(1, round(tokens / mean_length)) + 1).round()
+    lengths = np.diff(edges)
+    return Counts(
+        tokens=lengths,
+        rows=lengths,
+        teacher=lengths * loss_fraction,
+        shard=_shard_numbers([lengths], shard_tokens),
+        loss_tokens=round(tokens * loss_fraction),
+        basis=f"guess: conversations of {mean_length:,} tokens, every row in reach, a teacher at every loss token "
+        "(upper bounds: give --dataset for the real ones)",
+    )
+
+
+def count_dataset(dataset: TokenDataset, window: int | None, shard_tokens: int) -> Counts:
+    """Counts of a prepared dataset, exact: every mask is read (450 M tokens in 30,000 conversations: 4 s)."""
+    splits = [dataset.split(name) for name in dataset.splits if len(dataset.split(name))]
+    if not splits:
+        raise InputError(f"{dataset.path}: expected a prepared dataset with conversations, found none")
+    lengths = [split.conversations["tokens"].astype(np.float64) for split in splits]
+    step = 1 + int(sum(part.sum() for part in lengths)) // _RATIO_TOKENS
+    rows, teacher, ratios = [], [], _MeasuredRatios()
+    for split in splits:
+        for number in range(len(split)):
+            token_ids, mask, _ = split[number]
+            reached, taught = rows_in_reach(mask, window), teacher_positions(mask)
+            rows.append(reached.size)
+            teacher.append(taught.size)
+            if number % step == 0:
+                ratios.add(token_ids, mask, reached, taught)
+    return Counts(
+        tokens=np.concatenate(lengths),
+        rows=np.array(rows, np.float64),
+        teacher=np.array(teacher, np.float64),
+        shard=_shard_numbers(lengths, shard_tokens),
+        loss_tokens=sum(int(split.conversations["loss_tokens"].sum()) for split in splits),
+        basis="exact, of the prepared dataset",
+        ratios=ratios.finish(),
+    )
+
+
+class _MeasuredRatios:
+    """Compresses the arrays that a prepared dataset already decides, as a shard would hold them."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[NDArray[Any]]] = {name: [] for name in RATIOS}
+
+    def add(self, token_ids: NDArray[Any], mask: NDArray[Any], rows: NDArray[Any], taught: NDArray[Any]) -> None:
+        columns = {
+            "token_ids": token_ids,
+            "loss_mask": mask.astype(np.uint8),
+            "positions": rows.astype(np.int32),
+            "teacher_positions": taught.astype(np.int32),
+            "argmax": token_ids[taught + 1],  # the verifier's choice compresses like the token that was written
+        }
+        for name, values in columns.items():
+            self._parts[name].append(values)
+
+    def finish(self) -> dict[str, float]:
+        found = dict(RATIOS)
+        for name, parts in self._parts.items():
+            values = np.ascontiguousarray(np.concatenate(parts))
+            if values.size:
+                codec, step = Zstd(level=1), ArraySpec(axis=TOKENS_AXIS, dtype=values.dtype.name).chunk_rows
+                chunks = range(0, len(values), step)
+                found[name] = sum(len(codec.encode(values[at : at + step])) for at in chunks) / values.nbytes
+        return found
+
+
+def _shard_numbers(splits: Iterable[FloatArray], shard_tokens: int) -> NDArray[np.int64]:
+    """The shard of each conversation, by capture's rule: filled in order, none spans two splits."""
+    numbers, shard = [], 0
+    for lengths in splits:
+        filled = 0.0
+        for length in lengths.tolist():
+            numbers.append(shard)
+            filled += length
+            if filled >= shard_tokens:
+                shard, filled = shard + 1, 0.0
+        shard += filled > 0
+    return np.array(numbers, np.int64)
+
+
+def specs_of(mode: str, *, layers: Sequence[int], hidden_size: int, teacher: TeacherForm) -> dict[str, ArraySpec]:
+    """The arrays of a shard. Scales of int8 do not matter to sizes."""
+    scales = ChannelScales({layer: np.ones(hidden_size, np.float32) for layer in layers})
+    codec = tap_codec(mode, layers=layers, hidden_size=hidden_size, channel_scales=scales)
+    return array_specs(codec=codec, teacher=teacher)
+
+
+def shard_bytes(counts: Counts, specs: Mapping[str, ArraySpec], layout: str) -> dict[str, float]:
+    """Bytes of all shards' files by array, each with its own overhead; `index.npy`, and what a layout adds."""
+    measure = _zarr_bytes if layout == "zarr" else _tar_bytes
+    found = {name: measure(counts, name, spec) for name, spec in specs.items()}
+    found["index.npy"] = float(counts.shards * _NPY_HEADER + len(counts.tokens) * INDEX_DTYPE.itemsize)
+    if layout != "zarr":
+        about = 130 + 56 * len(specs)  # a hash per array
+        found["samples.json"] = float(len(counts.tokens) * _TAR_BLOCK * (1 + -(-about // _TAR_BLOCK)))
+        found["members.npy"] = float(counts.shards * 3 * _NPY_HEADER + len(counts.tokens) * (8 + 20 * len(specs)))
+    return found
+
+
+def _ratio(counts: Counts, name: str) -> float:
+    return HIGH_PLANE_RATIO if name.endswith("_hi") else counts.ratios.get(name, 1.0)
+
+
+def _zarr_bytes(counts: Counts, name: str, spec: ArraySpec) -> float:
+    rows = counts.per_shard(spec.axis)
+    chunks = np.ceil(rows / spec.chunk_rows)
+    stored = rows * _ratio(counts, name) if spec.compress else chunks * spec.chunk_rows  # the last one is padded
+    payload = stored * spec.row_bytes
+    metadata = len(json.dumps(array_metadata(spec, round(rows.mean())), indent=2)) + 1
+    return float((payload + chunks * _CHUNK_EXTRA + _INDEX_CRC * (rows > 0) + metadata).sum())
+
+
+def _tar_bytes(counts: Counts, name: str, spec: ArraySpec) -> float:
+    """A header block and the .npy file, padded to whole blocks."""
+    members = _NPY_HEADER + counts.of(spec.axis) * spec.row_bytes
+    if spec.compress:
+        members = members * _ratio(counts, name)
+    return float((_TAR_BLOCK + np.ceil(members / _TAR_BLOCK) * _TAR_BLOCK).sum())
+
+
+def frozen_bytes(hidden_size: int, vocab_size: int, draft_vocab_sizes: Sequence[int]) -> int:
+    """Frozen bf16 weights (embeddings, final norm, each draft vocabulary's rows of the head) and vocabulary maps."""
+    maps = sum(2 * hidden_size * size + 8 * size + vocab_size for size in draft_vocab_sizes)
+    return 2 * hidden_size * (vocab_size + 1) + maps
+
+
+def peer_bytes(tokens: int, taps: int, hidden_size: int) -> dict[str, int]:
+    """What others store: the taps and the last state in bf16 at every row, int64 ids; SpecForge an int64 mask too."""
+    states = 2 * (taps + 1) * hidden_size
+    return {"SpecForge": tokens * (states + 16), "speculators": tokens * (states + 8)}
+
+
+GPU_TFLOPS = {"h100": 798.0, "h200": 798.0, "a100": 252.0}
+"""bf16 matmul ceilings. H100: measured on random data; H200: the same die, taken over; A100: its datasheet's 312
+times the share of the datasheet (989) that was measured on the H100."""
+FORWARD_SHARE = 0.39
+"""Of the ceiling, in a Hugging Face forward: 38.2k tok/s x 8.1 GFLOP (30B-A3B NemotronH, 32k tokens, one H100)."""
+
+# Decoder stacks of query, key, value, output and gated (3-matrix) MLPs, dense or of routed experts.
+_GATED = {
+    "gemma", "gemma2", "gemma3_text", "gpt_oss", "granite", "llama", "mistral", "mixtral", "olmo2", "olmoe", "phi3",
+    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+}  # fmt: skip
+_NEMOTRON_KINDS = {
+    "M": "mamba", "E": "moe", "*": "attention", "-": "mlp", "linear_attention": "mamba", "full_attention": "attention",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Matrix work of a forward pass; a multiply and an add count as 2."""
+
+    body: float
+    """Per token: projections, experts that are active, scan."""
+    per_key: float
+    """Per token and key that it attends to, of one attention block."""
+    windows: tuple[int | None, ...]
+    """One per attention block: its window, or None for full causal attention."""
+    head: float
+    """Per position whose logits are computed."""
+
+    def total(self, lengths: FloatArray, heads: float) -> float:
+        """Over conversations of these lengths [N] in tokens, with logits at `heads` positions."""
+        pairs = sum(float(self._pairs(lengths, window).sum()) for window in self.windows)
+        return self.body * float(lengths.sum()) + self.per_key * pairs + self.head * heads
+
+    def _pairs(self, lengths: FloatArray, window: int | None) -> FloatArray:
+        reach = lengths if window is None else np.minimum(lengths, window)
+        return reach**2 / 2 + (lengths - reach) * reach
+
+
+def verifier_flops(config: Mapping[str, Any]) -> Flops | None:
+    """FLOPs by a Hugging Face config.json: NemotronH, or a stack of attention and gated MLPs; None for others."""
+    kind = config.get("model_type")
+    try:
+        if kind == "nemotron_h":
+            return _nemotron_flops(config)
+        return _gated_flops(config) if kind in _GATED else None
+    except KeyError:
+        return None  # a config that leaves out what transformers has as a default
+
+
+def _attention(config: Mapping[str, Any]) -> tuple[float, float]:
+    """FLOPs per token of the four projections, and per token and key of scores and their weighted sum."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    width = (config.get("head_dim") or hidden // heads) * heads
+    keys = width // heads * (config.get("num_key_value_heads") or heads)
+    return 2.0 * hidden * (2 * width + 2 * keys), 4.0 * width
+
+
+def _nemotron_flops(config: Mapping[str, Any]) -> Flops:
+    hidden, heads = config["hidden_size"], config["mamba_num_heads"]
+    groups, state, chunk = config["n_groups"], config["ssm_state_size"], config.get("chunk_size", 128)
+    inner = heads * config["mamba_head_dim"]
+    projections = hidden * (2 * inner + 2 * groups * state + heads) + inner * hidden
+    # Scan, chunked: states in and out, then scores of a chunk (per group) and their sum over its inputs.
+    scan = 2 * inner * state + groups * state * chunk + inner * chunk
+    conv = config.get("conv_kernel", 4) * (inner + 2 * groups * state)
+    latent = config.get("moe_latent_size") or hidden
+    routed = 2 * latent * config["moe_intermediate_size"] * config["num_experts_per_tok"] + (
+        2 * hidden * latent if latent != hidden else 0
+    )
+    shared = 2 * hidden * config["moe_shared_expert_intermediate_size"] * config.get("n_shared_experts", 1)
+    attention, per_key = _attention(config)
+    costs = {
+        "mamba": 2.0 * (projections + scan + conv),
+        "moe": 2.0 * (routed + shared + hidden * config["n_routed_experts"]),
+        "mlp": 4.0 * hidden * config["intermediate_size"],
+        "attention": attention,
+    }
+    blocks = config.get("layers_block_type") or config.get("layer_types") or config["hybrid_override_pattern"]
+    kinds = [_NEMOTRON_KINDS.get(block, block) for block in blocks]
+    return Flops(
+        body=sum(costs[kind] for kind in kinds),
+        per_key=per_key,
+        windows=(None,) * kinds.count("attention"),
+        head=2.0 * hidden * config["vocab_size"],
+    )
+
+
+def _gated_flops(config: Mapping[str, Any]) -> Flops:
+    hidden, blocks = config["hidden_size"], config["num_hidden_layers"]
+    experts = config.get("num_experts") or config.get("num_local_experts")
+    dense = set(config.get("mlp_only_layers") or ()) if experts else set(range(blocks))
+    step = config.get("decoder_sparse_step") or 1
+    dense |= {block for block in range(blocks) if (block + 1) % step}
+    mlp = 6.0 * hidden * config["intermediate_size"]
+    routed = 0.0
+    if experts:
+        width = config.get("moe_intermediate_size") or config["intermediate_size"]
+        chosen = config["num_experts_per_tok"] * width + (config.get("shared_expert_intermediate_size") or 0)
+        routed = 6.0 * hidden * chosen + 2.0 * hidden * experts
+    attention, per_key = _attention(config)
+    kinds = config.get("layer_types")
+    if kinds is None:
+        slides = config.get("sliding_window") is not None and config.get("use_sliding_window", True)
+        kinds = ["sliding_attention" if slides else "full_attention"] * blocks
+    return Flops(
+        body=blocks * attention + len(dense) * mlp + (blocks - len(dense)) * routed,
+        per_key=per_key,
+        windows=tuple(config["sliding_window"] if kind == "sliding_attention" else None for kind in kinds),
+        head=2.0 * hidden * config["vocab_size"],
+    )

@@ -1,0 +1,172 @@
+"""`draftcache size --train`: GPU memory of training, before a GPU is there."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from draftcache.draft_train.config import DraftShape, TrainConfig
+from draftcache.draft_train.drafts.eagle3.choose_pass import pass_settings
+from draftcache.draft_train.drafts.eagle3.memory import KINDS, SETTINGS, Work, peak_bytes
+from draftcache.store.common.errors import InputError
+
+CARDS_GIB = (24, 40, 80)
+USABLE = 0.94
+"""Of a card: the rest is CUDA's context, and what fragmentation takes."""
+SETTINGS_SHOWN: dict[str, dict[str, Any]] = {
+    "default": {},
+    "--attention flash": {"attention": "flash"},
+    "--recompute-mlp": {"recompute_mlp": True},
+}
+"""Flags of `draftcache train` that decide its memory, and their settings."""
+_GIB = 2**30
+_LONGEST = 1 << 24
+
+Rows = tuple[int, int, int]
+"""Tokens, key rows and start rows of a micro-batch."""
+
+
+def training_memory(arguments: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
+    """Peaks of each of SETTINGS_SHOWN, and the longest conversations that fit on cards, as JSON values.
+
+    `config`: the verifier's, empty without one. Raises InputError where what is given does not make a draft.
+    """
+    if arguments.dataset is not None or arguments.tokens is not None:
+        raise InputError("--train: expected --store or --length, found --dataset or --tokens, which are for a capture")
+    train = _train_config(arguments)
+    of = _of_store if arguments.store is not None else _of_lengths
+    shape, batches, top_k = of(arguments, train, config)
+    found = {}
+    for name, changes in SETTINGS_SHOWN.items():
+        settings = pass_settings(replace(train, **changes))
+        work = Work(
+            rows=0,
+            starts=0,
+            steps=train.ttt_steps,
+            top_k=top_k,
+            slice_rows=settings.rows,
+            mlp_rows=settings.mlp_rows,
+            recompute_mlp=settings.recompute_mlp,
+            flash_attention=settings.flash_attention,
+        )
+        peaks = [
+            (peak_bytes(shape, replace(work, rows=rows, starts=starts)), tokens) for tokens, rows, starts in batches
+        ]
+        peak, tokens = max(peaks, key=lambda item: sum(item[0].values()))
+        found[name] = {
+            "bytes": peak,
+            "total": sum(peak.values()),
+            "tokens": tokens,
+            "longest": {str(card): _longest(shape, work, batches[0], card * _GIB * USABLE) for card in CARDS_GIB},
+        }
+    return {"draft": asdict(shape), "settings": found}
+
+
+def _train_config(arguments: argparse.Namespace) -> TrainConfig:
+    return TrainConfig(
+        store=arguments.store or Path(),
+        output=Path(),
+        splits=("train",),
+        sliding_window=arguments.window,
+        draft_vocab_size=arguments.draft_vocab_size or 0,
+        **{name: getattr(arguments, name) for name in SETTINGS},
+    )
+
+
+def _of_store(
+    arguments: argparse.Namespace, train: TrainConfig, _config: dict[str, Any]
+) -> tuple[DraftShape, Sequence[Rows], int]:
+    """The conversation that takes most, and a pack of such where steps have several."""
+    from draftcache.draft_train.drafts.eagle3.untrained import draft_shape
+    from draftcache.store.reader import StoreReader
+
+    store = StoreReader(arguments.store)
+    shape = draft_shape(train, store)
+    index = store.index
+    if not len(index):
+        raise InputError(f"{arguments.store}: expected conversations, found none")
+    taken = index["rows"] * shape.taps + 12 * index["teacher_rows"]  # in hidden states
+    largest = index[int(taken.argmax())]
+    batches = [(int(largest["tokens"]), int(largest["rows"]), int(largest["teacher_rows"]))]
+    pack = train.pack_tokens * (train.batch_conversations > 1)
+    shares = [float((index[name] / index["tokens"]).max()) for name in ("rows", "teacher_rows")]
+    batches.append((pack, int(pack * shares[0]), int(pack * shares[1])))
+    return shape, batches, store.manifest.top_k
+
+
+def _of_lengths(
+    arguments: argparse.Namespace, train: TrainConfig, config: dict[str, Any]
+) -> tuple[DraftShape, Sequence[Rows], int]:
+    hidden = config.get("hidden_size") or arguments.hidden_size
+    vocab = config.get("vocab_size") or arguments.vocab_size
+    if hidden is None or vocab is None or arguments.length is None:
+        raise InputError(
+            "--train: expected --store; or --length beside --verifier, or beside --hidden-size and --vocab-size; found "
+            "too few of them"
+        )
+    share = 1.0 if arguments.loss_fraction is None else arguments.loss_fraction
+    if arguments.length < 1 or not 0 < share <= 1:
+        raise InputError(
+            f"expected --length of at least 1 and --loss-fraction above 0 and at most 1, found {arguments.length} and "
+            f"{share}"
+        )
+    shape = DraftShape(
+        hidden_size=hidden,
+        taps=len(arguments.layers),
+        intermediate_size=train.intermediate_size or 3 * hidden,
+        num_attention_heads=train.num_attention_heads,
+        num_key_value_heads=train.num_key_value_heads,
+        head_dim=train.head_dim,
+        vocab_size=vocab,
+        draft_vocab_size=arguments.draft_vocab_size or 32_000,
+        sliding_window=train.sliding_window or None,
+        rope_theta=train.rope_theta,
+        rms_norm_eps=1e-5,
+    )
+    batch = (arguments.length, arguments.length, max(1, round(arguments.length * share)))
+    return shape, [batch], 0 if arguments.teacher == "hidden" else arguments.top_k
+
+
+def _longest(shape: DraftShape, work: Work, like: Rows, limit: float) -> int:
+    """Tokens of the longest conversation that stays below `limit` bytes, its rows in `like`'s shares; 0 for none."""
+    tokens, rows, starts = like
+
+    def fits(length: int) -> bool:
+        scaled = replace(work, rows=length * rows // tokens, starts=length * starts // tokens)
+        return sum(peak_bytes(shape, scaled).values()) <= limit
+
+    low, high = 0, _LONGEST
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def format_training_memory(found: dict[str, Any]) -> str:
+    """Of `training_memory`."""
+    settings = found["settings"]
+    tokens = next(iter(settings.values()))["tokens"]
+    lines = [
+        f"GPU memory of `draftcache train` (fused pass), largest micro-batch of {tokens:,} tokens:",
+        "",
+        f"{'GiB':<24}" + "".join(f"{name:>18}" for name in settings),
+    ]
+    lines += [f"{kind:<24}" + _columns(row["bytes"][kind] for row in settings.values()) for kind in KINDS]
+    lines.append(f"{'peak':<24}" + _columns(row["total"] for row in settings.values()))
+    lines.append("")
+    for card in CARDS_GIB:
+        longest = "".join(f"{row['longest'][str(card)]:>18,}" for row in settings.values())
+        lines.append(f"{f'longest on {card} GB':<24}{longest}  tokens")
+    lines += [
+        "",
+        "What PyTorch hands out at the worst moment. CUDA's context and fragmentation come on top; the longest",
+        f"conversations, of loss shares like this one's, leave {1 - USABLE:.0%} of a card for them.",
+    ]
+    return "\n".join(lines)
+
+
+def _columns(sizes: Any) -> str:
+    return "".join(f"{size / _GIB:>18.2f}" for size in sizes)
