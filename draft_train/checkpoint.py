@@ -6,7 +6,6 @@ vocab_map.safetensors, state.json (step, settings, shape, verifier, hashes of th
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from draftcache.draft_train.config import DraftShape
 from draftcache.draft_train.drafts.eagle3.model import DraftModel
 from draftcache.store.common.errors import CheckpointError, DraftcacheError
-from draftcache.store.common.files import fsync_directory, fsync_tree, hash_file, read_json, write_json
+from draftcache.store.common.files import atomic_directory, hash_file, read_json, write_json
 from draftcache.store.format.vocab_map import VocabMap
 
 FORMAT = "draftcache-checkpoint"
@@ -51,20 +50,15 @@ def save_checkpoint(
     """Write beside, fsync, rename. An existing checkpoint of this name is left as it is."""
     if path.exists():
         return
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(
-        {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()},
-        partial / _FILES[0],
-    )
-    save_file(_optimizer_tensors(model, optimizer), partial / _FILES[1])
-    vocab_map.save(partial / _FILES[2])
-    body = {"format": FORMAT, "version": VERSION, **asdict(state)}
-    write_json(partial / "state.json", body | {"files": {name: hash_file(partial / name) for name in _FILES}})
-    fsync_tree(partial)
-    partial.rename(path)
-    fsync_directory(path.parent)
+    with atomic_directory(path) as partial:
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()},
+            partial / _FILES[0],
+        )
+        save_file(_optimizer_tensors(model, optimizer), partial / _FILES[1])
+        vocab_map.save(partial / _FILES[2])
+        body = {"format": FORMAT, "version": VERSION, **asdict(state)}
+        write_json(partial / "state.json", body | {"files": {name: hash_file(partial / name) for name in _FILES}})
 
 
 def _optimizer_tensors(model: DraftModel, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:

@@ -87,7 +87,7 @@ class TrainConfig:
     )
     loss_rows: str = field(
         default="turns",
-        metadata=_doc("which rows carry loss at which steps: turns, or unshifted (see draft_train/loss/loss_rows.py)"),
+        metadata=_doc("which rows carry loss at which steps: turns, or unshifted (see draft_train/data/loss_rows.py)"),
     )
     out_of_vocab: str = field(
         default="weight",

@@ -12,7 +12,7 @@ from draftcache.draft_train.checkpoint import load_model, load_state, resolve_ch
 from draftcache.draft_train.data.frozen import FrozenWeights
 from draftcache.draft_train.drafts.eagle3.untrained import untrained_draft
 from draftcache.draft_train.fit import require_fit
-from draftcache.draft_train.ranks import choose_device
+from draftcache.store.common.device import choose_device
 from draftcache.store.common.errors import InputError, ManifestMismatchError
 from draftcache.store.reader import StoreReader
 from draftcache.store.storage.base import Location

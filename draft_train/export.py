@@ -8,8 +8,6 @@ without `layer_types` is full attention. So everything is written, and an incomp
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from draftcache.draft_train.checkpoint import (
     resolve_checkpoint,
 )
 from draftcache.store.common.errors import CheckpointError, InputError
-from draftcache.store.common.files import fsync_directory, fsync_tree
+from draftcache.store.common.files import atomic_directory
 from draftcache.store.format.vocab_map import VocabMap
 
 ENGINES = ("vllm", "sglang")
@@ -111,14 +109,9 @@ def export_draft(checkpoint: Path, output: Path, *, engine: str, dtype: str = "b
     model = load_model(path, state, torch.device("cpu"))
     tensors = {name: value.to(DTYPES[dtype]).contiguous() for name, value in model.state_dict().items()}
     tensors |= _vocab_tensors(vocab_map, state)
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    fsync_tree(partial)
-    partial.rename(output)
-    fsync_directory(output.parent)
+    with atomic_directory(output) as partial:
+        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     check_export(output)
     return output
 

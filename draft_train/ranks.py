@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from draftcache.store.common.device import choose_device
 from draftcache.store.common.errors import DraftcacheError, InputError, ManifestMismatchError, RankError
 from draftcache.store.common.files import canonical_json, hash_bytes
 
@@ -77,13 +78,6 @@ class Ranks:
                     f"rank {self.rank}: expected the same {name} on all ranks, found {values[name]!r} here and another "
                     "elsewhere; start every rank with the same command on the same store"
                 )
-
-
-def choose_device(name: str) -> torch.device:
-    """ "auto" takes the GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from draftcache.draft_train.checkpoint import (
 )
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.data.frozen import FrozenWeights
+from draftcache.draft_train.data.loss_rows import left_out_pairs
 from draftcache.draft_train.data.order import Schedule, StepPlan
 from draftcache.draft_train.data.packed_batch import BatchLoader
 from draftcache.draft_train.data.prefetch import Prefetcher, ring_bytes
@@ -37,14 +38,23 @@ from draftcache.draft_train.data.teacher import TeacherView
 from draftcache.draft_train.drafts.eagle3.choose_pass import choose_pass
 from draftcache.draft_train.drafts.eagle3.untrained import draft_shape, untrained_draft
 from draftcache.draft_train.fit import require_equal, require_fit, require_window
-from draftcache.draft_train.loss.loss_rows import left_out_pairs
 from draftcache.draft_train.loss.objective import Objective, ObjectiveResult
 from draftcache.draft_train.optimizer import learning_rate, make_optimizer
-from draftcache.draft_train.ranks import GradientSums, Ranks, choose_device
+from draftcache.draft_train.ranks import GradientSums, Ranks
 from draftcache.draft_train.run_log import RunLog, step_record
-from draftcache.draft_train.stopping import StopRequest, TrainingStopped
+from draftcache.store.common.device import choose_device
 from draftcache.store.common.errors import DraftcacheError, InputError
+from draftcache.store.common.stopping import Stopped, StopRequest
 from draftcache.store.reader import StoreReader
+
+
+class TrainingStopped(Stopped):
+    """The run was told to stop, and has saved a checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+        """Optimizer steps done."""
 
 
 class Trainer:

@@ -21,7 +21,7 @@ from tiny_models import KINDS, VOCAB, save_model
 from draftcache.capture.job import calibration
 from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.shard_worker import WorkerRole
-from draftcache.capture.job.stopping import StopRequest
+from draftcache.store.common.stopping import StopRequest
 from draftcache.capture.job.work_plan import WorkPlan
 from draftcache.capture.job.worker_job import CaptureJob
 from draftcache.capture.prepare.job import PrepareConfig, prepare

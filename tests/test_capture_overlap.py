@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from draftcache.capture.job.batches import token_batches
-from draftcache.capture.job.overlap import HostArrays, HostMemory, Writing
+from draftcache.capture.job.overlap import HostArrays, Writing
 
 
 def test_batches_keep_the_budget_and_like_lengths_together() -> None:
@@ -113,33 +113,3 @@ def test_host_arrays_join_pieces() -> None:
     short.add({"a": values[:5]}, {"a": 20})
     with pytest.raises(AssertionError):
         short.numpy()
-
-
-def test_host_memory_is_a_ring(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random sizes, given back nearly in order: no two that are out overlap, and nothing waits for ever."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **named: empty(*shape, **named))
-    memory = HostMemory(512 * 40)
-    rng = np.random.default_rng(0)
-    out: list[tuple[torch.Tensor, int]] = []
-    refused = 0
-    for number in range(3000):
-        taken = memory.take(int(rng.integers(1, 512 * 12)), wait=lambda: False)
-        if taken is None:
-            refused += 1
-            held, value = out.pop(int(rng.integers(min(2, len(out)))))
-            assert bool((held == value).all())
-            memory.give_back(held)
-            continue
-        taken.fill_(number % 251)
-        out.append((taken, number % 251))
-    assert 100 < refused < 2900
-    for held, value in out:
-        assert bool((held == value).all())
-        memory.give_back(held)
-    whole = memory.take(512 * 40, wait=lambda: False)
-    assert whole is not None
-    assert memory.take(1, wait=lambda: False) is None
-    assert memory.take(512 * 41, wait=lambda: True) is None  # never fits, so it does not wait
-    threading.Timer(0.1, memory.give_back, [whole]).start()
-    assert memory.take(100, wait=lambda: True) is not None

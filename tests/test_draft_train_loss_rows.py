@@ -16,7 +16,7 @@ from test_draft_train_unroll import embeddings, make_model
 from draftcache.draft_train.data.batches import build_batch
 from draftcache.draft_train.drafts.eagle3.unroll import unroll
 from draftcache.draft_train.drafts.gradient_pass import PlainPass
-from draftcache.draft_train.loss.loss_rows import left_out_pairs, turn_rows, unshifted_rows
+from draftcache.draft_train.data.loss_rows import left_out_pairs, turn_rows, unshifted_rows
 from draftcache.draft_train.loss.losses import tail_bucket_loss
 from draftcache.draft_train.loss.objective import Objective, teacher_probabilities
 from draftcache.draft_train.trainer import Trainer

@@ -16,12 +16,12 @@ from test_draft_train_trainer import config
 from torch import nn
 
 from draftcache.draft_train.data.batches import Batch, HostRows, build_batch
-from draftcache.draft_train.data.host_memory import ALIGNMENT, HostRing, Region
 from draftcache.draft_train.data.packed_batch import BatchLoader
 from draftcache.draft_train.data.prefetch import Prefetcher, ring_bytes
 from draftcache.draft_train.data.teacher import TeacherView
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import ShardDamagedError
+from draftcache.store.common.pinned_ring import PinnedRing
 from draftcache.store.reader import StoreReader
 from draftcache.store.writer import StoreWriter
 
@@ -171,22 +171,22 @@ def test_reading_ahead_keeps_to_its_memory(tmp_path: Path, monkeypatch: pytest.M
     loader = loader_of(store)
     one = loader.most_bytes(np.array([0]))  # 40 tokens each
     most = reached = 0
-    take, give_back = HostRing.take, HostRing.give_back
+    take, give_back = PinnedRing.take, PinnedRing.give_back
 
-    def watched_take(ring: HostRing, size: int) -> Region | None:
+    def watched_take(ring: PinnedRing, size: int, *, larger_alone: bool) -> torch.Tensor | None:
         nonlocal most, reached
-        region = take(ring, size)
-        most += size if region is not None else 0
+        memory = take(ring, size, larger_alone=larger_alone)
+        most += size if memory is not None else 0
         reached = max(reached, most)
-        return region
+        return memory
 
-    def watched_give_back(ring: HostRing, region: Region) -> None:
+    def watched_give_back(ring: PinnedRing, memory: torch.Tensor) -> None:
         nonlocal most
-        most -= region.memory.numel()
-        give_back(ring, region)
+        most -= memory.numel()
+        give_back(ring, memory)
 
-    monkeypatch.setattr(HostRing, "take", watched_take)
-    monkeypatch.setattr(HostRing, "give_back", watched_give_back)
+    monkeypatch.setattr(PinnedRing, "take", watched_take)
+    monkeypatch.setattr(PinnedRing, "give_back", watched_give_back)
     parts = [(np.array([number % 6]), 1.0) for number in range(40)]
     for room, expected in ((3.5, 3), (1.5, 1), (0.5, 1)):
         reached = most = 0
@@ -195,25 +195,6 @@ def test_reading_ahead_keeps_to_its_memory(tmp_path: Path, monkeypatch: pytest.M
                 data.next_batch()
                 time.sleep(0.001)
         assert reached == expected * one
-
-
-def test_ring_regions_never_overlap() -> None:
-    ring, draw = HostRing(100_000, pinned=False), np.random.default_rng(0)
-    taken: list[Region] = []
-    refused = went_round = 0
-    for _ in range(5000):
-        region = ring.take(int(draw.integers(1, 40_000)))
-        if region is None:
-            refused += 1
-            ring.give_back(taken.pop(0))
-            continue
-        went_round += bool(taken) and region.first < taken[-1].first
-        for other in taken:
-            assert region.end <= other.first or other.end <= region.first
-        assert 0 <= region.first < region.first + region.memory.numel() <= min(region.end, 100_000)
-        assert region.first % ALIGNMENT == 0
-        taken.append(region)
-    assert refused > 100 < went_round
 
 
 def test_waiting_for_data_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.local_workers import run_processes, worker_count
 from draftcache.capture.job.progress import CaptureSummary, JobProgress
-from draftcache.capture.job.stopping import StopRequest, StopSignals
+from draftcache.capture.job.stopping import StopSignals
 from draftcache.capture.job.work_plan import WorkPlan
 from draftcache.capture.job.worker_job import CaptureJob
+from draftcache.store.common.stopping import StopRequest
 from draftcache.store.storage.base import open_storage
 
 
 def capture(config: CaptureConfig) -> CaptureSummary:
     """Run the job with the engine of the settings; returns when the store is whole. For the main thread.
 
-    Raises CaptureStopped after SIGTERM or SIGINT, and DraftcacheErrors. With several workers the caller's `__main__`
+    Raises Stopped after SIGTERM or SIGINT, and DraftcacheErrors. With several workers the caller's `__main__`
     is imported by each, as always with `spawn`: a script guards its calls by `if __name__ == "__main__"`.
     """
     stop = StopRequest(config.grace_seconds)

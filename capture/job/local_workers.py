@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.progress import Event, JobProgress, Line
-from draftcache.capture.job.stopping import CaptureStopped, ParentSignals, StopRequest, StopSignals, StopSteps
+from draftcache.capture.job.stopping import ParentSignals, StopSignals, StopSteps
 from draftcache.store.common.errors import DraftcacheError, StoreError
+from draftcache.store.common.stopping import Stopped, StopRequest
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
@@ -30,7 +31,7 @@ def run_processes(config: CaptureConfig, workers: int, progress: JobProgress, st
     """Run `workers` processes until the store is whole.
 
     A worker that dies leaves its shard to the others. Raises what the first one raised where all have died, and
-    CaptureStopped after SIGTERM or SIGINT.
+    Stopped after SIGTERM or SIGINT.
     """
     with ParentSignals(stop):
         processes = [_Worker(config, number, workers) for number in range(workers)]
@@ -40,7 +41,7 @@ def run_processes(config: CaptureConfig, workers: int, progress: JobProgress, st
             for worker in processes:
                 worker.end()
     if stop.asked:
-        raise CaptureStopped(stop.signal_number)
+        raise Stopped(stop.signal_number)
     _require_success(processes)
 
 
@@ -123,7 +124,7 @@ def worker_main(config: CaptureConfig, number: int, count: int, connection: Conn
         threading.Thread(target=_leave_with_parent, daemon=True).start()
         try:
             _work(config, number, count, connection, stop)
-        except CaptureStopped as exc:
+        except Stopped as exc:
             sys.exit(exc.exit_code)
         except DraftcacheError as exc:
             with contextlib.suppress(OSError):
@@ -143,7 +144,7 @@ def _work(config: CaptureConfig, number: int, count: int, connection: Connection
         try:
             connection.send(event)
         except OSError:  # the command is gone
-            raise CaptureStopped(signal.SIGTERM) from None
+            raise Stopped(signal.SIGTERM) from None
 
     with CaptureJob(replace(config, device=_worker_device(config.device, number, config.shard))) as job:
         job.run_worker(WorkerRole(report=report, stop=stop, number=number, count=count))

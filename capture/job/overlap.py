@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
@@ -14,54 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from draftcache.store.common.pinned_ring import PinnedRing
+
 Item = TypeVar("Item")
-_ALIGNMENT = 512
-_POLL_S = 0.05
-
-
-class HostMemory:
-    """Pinned memory, taken once and handed out as a ring: what is taken first is expected back first.
-
-    Pinning costs a second for every few gigabytes, so nothing is pinned while the device waits.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._slab = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        self._size = size
-        self._taken: deque[tuple[int, int]] = deque()
-        """(start, end) of what is out, oldest first."""
-        self._returned: set[int] = set()
-        self._changed = threading.Condition()
-
-    def take(self, size: int, *, wait: Callable[[], bool]) -> Tensor | None:
-        """`size` bytes [size] uint8, or None: waits for others to come back as long as `wait()` says that some will."""
-        size = -(-size // _ALIGNMENT) * _ALIGNMENT
-        with self._changed:
-            while (start := self._place(size)) is None:
-                if size > self._size or not wait():
-                    return None
-                self._changed.wait(_POLL_S)
-            self._taken.append((start, start + size))
-            return self._slab[start : start + size]
-
-    def give_back(self, memory: Tensor) -> None:
-        """End of a `take`."""
-        with self._changed:
-            self._returned.add(memory.data_ptr() - self._slab.data_ptr())
-            while self._taken and self._taken[0][0] in self._returned:
-                self._returned.remove(self._taken.popleft()[0])
-            self._changed.notify_all()
-
-    def _place(self, size: int) -> int | None:
-        """Where `size` bytes are free: behind the newest, or at the beginning."""
-        if not self._taken:
-            return 0 if size <= self._size else None
-        oldest, newest = self._taken[0][0], self._taken[-1][1]
-        if oldest < newest:
-            if newest + size <= self._size:
-                return newest
-            return 0 if size < oldest else None
-        return newest if newest + size < oldest else None
 
 
 class HostArrays:
@@ -70,7 +24,7 @@ class HostArrays:
     Copies from a GPU run on a stream of their own, into `memory` where it has room and else into fresh pinned memory.
     """
 
-    def __init__(self, stream: torch.cuda.Stream | None, memory: HostMemory | None = None) -> None:
+    def __init__(self, stream: torch.cuda.Stream | None, memory: PinnedRing | None = None) -> None:
         self._stream, self._memory = stream, memory
         self._done = None if stream is None else torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._arrays: dict[str, Tensor] = {}
@@ -78,7 +32,7 @@ class HostArrays:
         self._taken: list[Tensor] = []
 
     def add(self, parts: dict[str, Tensor], rows: dict[str, int], wait: Callable[[], bool] = lambda: False) -> None:
-        """Append each part's rows; `rows` says how many the conversation has in all. `wait`: see HostMemory.take."""
+        """Append each part's rows; `rows` says how many the conversation has in all. `wait`: see PinnedRing.take."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
         for name, part in parts.items():
@@ -103,7 +57,7 @@ class HostArrays:
         if memory is None:
             return torch.empty(shape, dtype=like.dtype, pin_memory=like.is_cuda)
         self._taken.append(memory)
-        return memory[:size].view(like.dtype).view(shape)
+        return memory.view(like.dtype).view(shape)
 
     @property
     def nbytes(self) -> int:

@@ -23,7 +23,7 @@ class Progress(Protocol):
     def advance(self, tokens: int, payload_bytes: int) -> None:
         """`tokens` more of the shard are done; `payload_bytes` of it are written or on their way.
 
-        Raises CaptureStopped where the time that was left to finish in is over.
+        Raises Stopped where the time that was left to finish in is over.
         """
 
     def say(self, line: str) -> None:

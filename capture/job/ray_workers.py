@@ -19,9 +19,10 @@ from typing import Any
 from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.progress import Event, JobProgress, Line
 from draftcache.capture.job.shard_worker import WorkerRole
-from draftcache.capture.job.stopping import CaptureStopped, ParentSignals, StopRequest, StopSteps
+from draftcache.capture.job.stopping import ParentSignals, StopSteps
 from draftcache.capture.job.worker_job import CaptureJob
 from draftcache.store.common.errors import DraftcacheError, InputError, StoreError
+from draftcache.store.common.stopping import Stopped, StopRequest
 
 _POLL_S = 0.5
 _KNOCK_S = 10.0
@@ -48,7 +49,7 @@ class RayWorker:
                 job.run_worker(self._role)
         except DraftcacheError as exc:
             return exc
-        except CaptureStopped:
+        except Stopped:
             pass
         return None
 
@@ -67,7 +68,7 @@ def run_on_ray(config: CaptureConfig, progress: JobProgress, stop: StopRequest) 
     """Run actors until the store is whole. An actor that dies leaves its shard to the others.
 
     Raises InputError without Ray or a running cluster, what the first actor was refused for where none came to the
-    end, and CaptureStopped after SIGTERM or SIGINT.
+    end, and Stopped after SIGTERM or SIGINT.
     """
     with _cluster() as ray, ParentSignals(stop):
         resources = ray.cluster_resources()
@@ -85,7 +86,7 @@ def run_on_ray(config: CaptureConfig, progress: JobProgress, stop: StopRequest) 
             for handle in handles:
                 ray.kill(handle)
     if stop.asked:
-        raise CaptureStopped(stop.signal_number)
+        raise Stopped(stop.signal_number)
 
 
 class _Actors:

@@ -18,13 +18,14 @@ from torch import Tensor
 from draftcache.capture.job.batches import token_batches
 from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.gates import Gates, gate_statistics
-from draftcache.capture.job.overlap import HostArrays, HostMemory, Writing
+from draftcache.capture.job.overlap import HostArrays, Writing
 from draftcache.capture.job.progress import Progress
 from draftcache.capture.job.work_plan import ShardPlan, WorkPlan
 from draftcache.capture.verifier.forward import Piece
 from draftcache.capture.verifier.load import Verifier
 from draftcache.capture.verifier.teacher import TeacherHead, teacher_signal
 from draftcache.store.common.errors import GateError
+from draftcache.store.common.pinned_ring import PinnedRing
 from draftcache.store.format import torch_codecs
 from draftcache.store.format.manifest import StoreManifest
 from draftcache.store.format.rows import rows_in_reach, teacher_positions
@@ -90,14 +91,14 @@ class ShardCapture:
         )
         self.in_draft = manifest.teacher_form.in_draft(vocab_maps[0])
         on_gpu = self.device.type == "cuda"
-        self._memory = HostMemory(config.buffer_bytes) if on_gpu and config.buffer_bytes else None
+        self._memory = PinnedRing(config.buffer_bytes, pinned=True) if on_gpu and config.buffer_bytes else None
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
 
     def begin(self, begun: ShardInProgress, plan: ShardPlan, progress: Progress) -> ShardRunning:
         """Append the shard's conversations to `begun`, but for those that fail a gate.
 
         Returns when the device has everything to do; what is left is waited for by `finish`. May be left by
-        CaptureStopped at any instant: then nothing more is appended.
+        Stopped at any instant: then nothing more is appended.
         """
         running = ShardRunning(self, begun, plan, progress)
         try:

@@ -11,8 +11,8 @@ import numpy as np
 
 from draftcache.capture.job.progress import Line, Report, ShardAdvanced, ShardDone
 from draftcache.capture.job.shard_capture import ShardCapture, ShardRunning
-from draftcache.capture.job.stopping import StopRequest
 from draftcache.capture.job.work_plan import WorkPlan
+from draftcache.store.common.stopping import StopRequest
 from draftcache.store.format.commits import read_record
 from draftcache.store.format.index import INDEX_RECORD
 from draftcache.store.format.teacher_stats import describe
@@ -56,7 +56,7 @@ class ShardWorker:
         self._start = role.number / role.count if writer.storage.local_root is not None else random.random()
 
     def run(self) -> None:
-        """Return when no shard is missing, and the index is written. Raises CaptureStopped."""
+        """Return when no shard is missing, and the index is written. Raises Stopped."""
         if self._missing() and read_record(self._writer.storage, INDEX_RECORD) is not None:
             self._writer.discard_index()  # a damaged shard was taken out
         while missing := self._missing():

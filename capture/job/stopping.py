@@ -4,93 +4,16 @@ from __future__ import annotations
 
 import math
 import signal
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
-
-class CaptureStopped(KeyboardInterrupt):
-    """The job was told to stop, and what was begun could not be finished in time. It may come at any instant."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal_number)
-        self.exit_code = 128 + signal_number
-        """143 for SIGTERM, 130 for SIGINT: what shells and schedulers expect."""
-
-
-class StopRequest:
-    """Whether, and until when, a worker may go on. Safe to use from several threads."""
-
-    def __init__(self, grace_seconds: float) -> None:
-        self.grace_seconds = grace_seconds
-        self.signal_number: int = signal.SIGTERM
-        self.in_unit = False
-        """Between the beginning of a shard and its end: only then is there anything to finish."""
-        self._asked = threading.Event()
-        self._deadline = 0.0
-        self._in_commit = False
-        self._held_back = False
-
-    @property
-    def asked(self) -> bool:
-        """Whether `ask` was called."""
-        return self._asked.is_set()
-
-    def ask(self, grace_seconds: float | None = None) -> None:
-        """Begin no other shard; the current one may take `grace_seconds` more (default: those of the settings)."""
-        seconds = self.grace_seconds if grace_seconds is None else grace_seconds
-        self._deadline = time.monotonic() + seconds
-        self._asked.set()
-
-    def seconds_left(self) -> float:
-        """Until the grace is over, once asked."""
-        return self._deadline - time.monotonic()
-
-    def check(self) -> None:
-        """Raise CaptureStopped where the worker was asked to stop and no time is left to finish the shard in."""
-        if self.asked and (not self.in_unit or self.seconds_left() <= 0):
-            raise CaptureStopped(self.signal_number)
-
-    def wait(self, seconds: float) -> None:
-        """Sleep, unless asked to stop: then raise CaptureStopped."""
-        self._asked.wait(seconds)
-        self.check()
-
-    @contextmanager
-    def unit(self) -> Iterator[None]:
-        """Around one shard, commit included. Raises CaptureStopped where the worker was asked to stop."""
-        self.check()
-        self.in_unit = True
-        try:
-            yield
-        finally:
-            self.in_unit = False
-
-    @contextmanager
-    def commit(self) -> Iterator[None]:
-        """Around a commit, which takes seconds and which `hold_back` lets come to its end."""
-        self._in_commit = True
-        try:
-            yield
-        finally:
-            self._in_commit = False
-        if self._held_back:
-            raise CaptureStopped(self.signal_number)
-
-    def hold_back(self) -> bool:
-        """Whether to stop after the commit that is under way rather than now; once only, for one may hang."""
-        first = self._in_commit and not self._held_back
-        self._held_back = self._held_back or first
-        return first
+from draftcache.store.common.stopping import Stopped, StopRequest
 
 
 class StopSignals:
     """Turns signals of this process into a StopRequest. Use as a context manager, in the main thread.
 
-    The first `gentle` signal asks; it raises CaptureStopped at once where no shard was begun, else when the grace is
+    The first `gentle` signal asks; it raises Stopped at once where no shard was begun, else when the grace is
     over. A second one, or SIGINT, raises at once, or after the commit where one is under way.
     """
 
@@ -132,7 +55,7 @@ class StopSignals:
     def _raise(self) -> None:
         for number in self._previous:  # what is cleaned up now must not be interrupted again
             signal.signal(number, signal.SIG_IGN)
-        raise CaptureStopped(self._stop.signal_number)
+        raise Stopped(self._stop.signal_number)
 
 
 class ParentSignals(StopSignals):

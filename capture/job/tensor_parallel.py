@@ -28,9 +28,10 @@ from torch import Tensor
 from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.work_plan import WorkPlan
 from draftcache.capture.verifier.forward import Forward, Piece
-from draftcache.capture.verifier.load import Verifier, choose_device, choose_dtype, load_verifier
+from draftcache.capture.verifier.load import Verifier, choose_dtype, load_verifier
 from draftcache.capture.verifier.self_check import check_verifier
 from draftcache.capture.verifier.ssm_precision import enforce_contract
+from draftcache.store.common.device import choose_device
 from draftcache.store.common.errors import DraftcacheError, InputError, StoreError
 
 if TYPE_CHECKING:

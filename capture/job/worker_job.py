@@ -24,14 +24,15 @@ from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.progress import CaptureSummary, JobProgress, Line
 from draftcache.capture.job.shard_capture import ShardCapture
 from draftcache.capture.job.shard_worker import POLL_S, ShardWorker, WorkerRole
-from draftcache.capture.job.stopping import StopRequest
 from draftcache.capture.job.tensor_parallel import ShardedVerifier
 from draftcache.capture.job.work_plan import WorkPlan
 from draftcache.capture.prepare.draft_vocabulary import load_vocab_maps
-from draftcache.capture.verifier.load import Verifier, choose_device, choose_dtype, describe_verifier, load_verifier
+from draftcache.capture.verifier.load import Verifier, choose_dtype, describe_verifier, load_verifier
 from draftcache.capture.verifier.self_check import check_verifier
 from draftcache.capture.verifier.ssm_precision import enforce_contract, mamba_mixers
+from draftcache.store.common.device import choose_device
 from draftcache.store.common.errors import InputError, ManifestMismatchError
+from draftcache.store.common.stopping import StopRequest
 from draftcache.store.format.manifest import StoreManifest, Tap
 from draftcache.store.reader import FROZEN_NAME, VOCAB_MAP_NAME
 from draftcache.store.storage.base import open_storage
@@ -171,7 +172,7 @@ class CaptureJob:
     def run_worker(self, role: WorkerRole) -> None:
         """Be one of a command's workers; returns when no shard is missing and the index is written.
 
-        Raises CaptureStopped when `role.stop` says so: what is committed stays, what was begun is removed.
+        Raises Stopped when `role.stop` says so: what is committed stays, what was begun is removed.
         """
         if role.number == 0:
             role.report(Line(self._what_runs()))

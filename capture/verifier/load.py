@@ -23,6 +23,7 @@ from draftcache.capture.verifier.nemotron.forward import NemotronForward, unsupp
 from draftcache.capture.verifier.ssm_precision import mamba_mixers, stand_in_for_extension, torch_forms_on_the_cpu
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.files import hash_json, read_json
+from draftcache.store.common.products import float32_product
 
 _SAMPLES_PER_FILE = 256
 _SAMPLE_BYTES = 1 << 16
@@ -82,20 +83,8 @@ class Verifier:
 
 def head_logits(final: torch.Tensor, head: nn.Linear) -> torch.Tensor:
     """Logits [P, V] in float32: bf16 logits at 16..32 would tie in steps of 0.125."""
-    if final.dtype == torch.float32:
-        return head(final)  # type: ignore[no-any-return]
-    if final.is_cuda:
-        logits = torch.mm(final, head.weight.t(), out_dtype=torch.float32)
-    else:
-        logits = final.float() @ head.weight.float().t()
+    logits = float32_product(final, head.weight)
     return logits if head.bias is None else logits + head.bias.float()
-
-
-def choose_device(name: str) -> torch.device:
-    """ "auto" takes the GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

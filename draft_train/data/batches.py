@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from draftcache.draft_train.data.loss_rows import LOSS_ROW_RULES
 from draftcache.draft_train.data.teacher import TeacherView
-from draftcache.draft_train.loss.loss_rows import LOSS_ROW_RULES
 from draftcache.store.common.errors import InputError
 from draftcache.store.format import torch_codecs
 from draftcache.store.format.schema import Conversation
@@ -121,7 +121,7 @@ def build_batch(
 
     `window` None attends to every earlier row of the same conversation; `teacher` says which draft vocabulary's;
     `loss_share` None makes these conversations the whole optimizer step; `loss_rows`: see
-    `draftcache.draft_train.loss.loss_rows`.
+    `draftcache.draft_train.data.loss_rows`.
     """
     columns = pack_columns(conversations, max_steps=max_steps, window=window, teacher=teacher, loss_rows=loss_rows)
     tensors = {name: value.to(device, non_blocking=True) for name, value in columns.tensors.items()}

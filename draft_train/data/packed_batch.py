@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from draftcache.draft_train.data.batches import Batch, Columns, pack_columns
-from draftcache.draft_train.data.host_memory import ALIGNMENT, aligned
 from draftcache.draft_train.data.teacher import TeacherView
+from draftcache.store.common.pinned_ring import ALIGNMENT, aligned
 from draftcache.store.format import torch_codecs
 from draftcache.store.format.schema import COUNT_FIELD, ROWS_AXIS, TEACHER_AXIS, Conversation, tap_name
 from draftcache.store.format.tap_codecs import TapCodec

@@ -21,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 
 from draftcache.draft_train.data.batches import Batch
-from draftcache.draft_train.data.host_memory import HostRing, Region
 from draftcache.draft_train.data.order import Schedule
 from draftcache.draft_train.data.packed_batch import BatchLoader, PackedBatch
+from draftcache.store.common.pinned_ring import PinnedRing
 from draftcache.store.reader import StoreReader
 
 LOCAL_READERS, REMOTE_READERS = 2, 16
@@ -47,7 +47,7 @@ class Prefetcher:
         self._loader, self._parts, self._device = loader, iter(parts), device
         self.waited = 0.0
         """Seconds that `next_batch` has waited, all calls together."""
-        self._memory = HostRing(most_bytes, pinned=device.type == "cuda")
+        self._memory = PinnedRing(most_bytes, pinned=device.type == "cuda")
         self._readers = _readers(store)
         self._opened = [store.another() for _ in range(self._readers)]
         self._stores: queue.SimpleQueue[StoreReader] = queue.SimpleQueue()
@@ -108,27 +108,27 @@ class Prefetcher:
                 opened.close()
 
     def _serve(self, pool: ThreadPoolExecutor) -> None:
-        waiting: deque[tuple[Region, Future[PackedBatch]]] = deque()
+        waiting: deque[tuple[torch.Tensor, Future[PackedBatch]]] = deque()
         stream = None
         if self._device.type == "cuda":
             stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         part = next(self._parts, None)
         while not self._closed.is_set():
             while part is not None and len(waiting) < _AHEAD_PER_READER * self._readers:
-                region = self._memory.take(self._loader.most_bytes(part[0]))
-                if region is None:
+                memory = self._memory.take(self._loader.most_bytes(part[0]), larger_alone=True)
+                if memory is None:
                     break
-                waiting.append((region, pool.submit(self._read, *part, region.memory)))
+                waiting.append((memory, pool.submit(self._read, *part, memory)))
                 part = next(self._parts, None)
             if not waiting:
                 return
-            region, future = waiting.popleft()
+            memory, future = waiting.popleft()
             packed = future.result()
             self._room.acquire()
             if self._closed.is_set():
                 return
             self._ready.put(self._unpack(packed, stream))
-            self._memory.give_back(region)
+            self._memory.give_back(memory)
 
     def _read(self, numbers: NDArray[np.int64], loss_share: float, memory: torch.Tensor) -> PackedBatch:
         store = self._stores.get()

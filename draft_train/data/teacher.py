@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from draftcache.store.common.errors import InputError
+from draftcache.store.common.products import float32_product
 from draftcache.store.format.teacher import DraftVocab
 from draftcache.store.reader import StoreReader
 
@@ -76,8 +77,4 @@ def exact_probabilities(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tenso
     Logits are float32 sums of exact products, as capture makes them; no gradient.
     """
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        if hidden.is_cuda and hidden.dtype == head.dtype == torch.bfloat16:
-            logits = torch.mm(hidden, head.t(), out_dtype=torch.float32)
-        else:
-            logits = hidden.float() @ head.float().t()
-        return torch.softmax(logits, dim=-1)
+        return torch.softmax(float32_product(hidden, head), dim=-1)

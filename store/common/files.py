@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +89,24 @@ def atomic_path(path: Path) -> Iterator[Path]:
         fsync_directory(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary directory beside `path`; on success it durably takes `path`'s name, else it is removed.
+
+    `path` must not exist. A reader sees no directory or the whole one, whenever the writer is killed.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        fsync_tree(partial)
+        partial.rename(path)
+        fsync_directory(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -19,11 +19,11 @@ from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.progress import Event
 from draftcache.capture.job.shard_capture import ShardCapture
 from draftcache.capture.job.shard_worker import ShardWorker, WorkerRole
-from draftcache.capture.job.stopping import StopRequest
 from draftcache.capture.job.work_plan import WorkPlan, plan_shards
 from draftcache.capture.prepare.token_dataset import TokenDataset
 from draftcache.capture.verifier.load import Verifier
 from draftcache.store.common.files import hash_bytes
+from draftcache.store.common.stopping import StopRequest
 from draftcache.store.format import torch_codecs
 from draftcache.store.format.manifest import StoreManifest, Tap
 from draftcache.store.format.rows import teacher_positions

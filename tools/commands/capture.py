@@ -19,12 +19,12 @@ def run(arguments: argparse.Namespace) -> int:
     config = read_settings(CaptureConfig, arguments)
 
     from draftcache.capture.job.launch import capture
-    from draftcache.capture.job.stopping import CaptureStopped
+    from draftcache.store.common.stopping import Stopped
     from draftcache.store.reader import StoreReader
 
     try:
         summary = capture(config)
-    except CaptureStopped as exc:
+    except Stopped as exc:
         print(
             "draftcache capture: stopped; what was committed stays, and nothing unfinished was left: "
             "run the same command again to go on",

@@ -34,11 +34,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _train(config: TrainConfig) -> int:
     from draftcache.draft_train.ranks import joined_ranks
-    from draftcache.draft_train.stopping import StopRequest, TrainingStopped
-    from draftcache.draft_train.trainer import Trainer
+    from draftcache.draft_train.trainer import Trainer, TrainingStopped
+    from draftcache.store.common.stopping import StopRequest, asked_by_sigterm
 
     try:
-        with StopRequest() as stop, joined_ranks(config.device) as ranks:
+        with asked_by_sigterm(StopRequest()) as stop, joined_ranks(config.device) as ranks:
             last = Trainer(config, ranks, stop).run()
     except TrainingStopped as exc:
         print(

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from draftcache.capture.job.config import require_ascending
 from draftcache.capture.prepare.tokenizer_files import load_tokenizer
-from draftcache.capture.verifier.load import Verifier, choose_device, choose_dtype, describe_verifier, load_verifier
+from draftcache.capture.verifier.load import Verifier, choose_dtype, describe_verifier, load_verifier
 from draftcache.capture.verifier.ssm_precision import enforce_contract
+from draftcache.store.common.device import choose_device
 from draftcache.store.common.errors import GateError, InputError
 from draftcache.store.common.files import atomic_path, canonical_json
 from draftcache.store.format.manifest import Tap

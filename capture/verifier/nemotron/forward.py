@@ -24,6 +24,7 @@ from draftcache.capture.kernels.norms import add_rms_norm, gated_group_norm
 from draftcache.capture.verifier.forward import Piece
 from draftcache.capture.verifier.ssm_precision import scan_function
 from draftcache.store.common.errors import InputError
+from draftcache.store.common.products import float32_product
 
 _BLOCK_TYPES = {"linear_attention", "mamba", "full_attention", "attention", "moe", "mlp"}
 
@@ -254,9 +255,11 @@ def _narrowest(weight: Tensor) -> Tensor:
 
 def _router_logits(rows: Tensor, weight: Tensor) -> Tensor:
     """Float32 logits. Products of bfloat16 numbers are exact in float32, so tensor cores may form them."""
-    if rows.is_cuda and rows.dtype == weight.dtype == torch.bfloat16:
-        return torch.mm(rows, weight.t(), out_dtype=torch.float32)
-    return nn.functional.linear(rows.float(), weight.float())
+    return (
+        nn.functional.linear(rows.float(), weight.float())
+        if isinstance(weight, DTensor)
+        else float32_product(rows, weight)
+    )
 
 
 def _last_rows(rows: Tensor, before: Tensor | None, count: int) -> Tensor:

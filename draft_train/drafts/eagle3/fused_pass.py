@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from draftcache.draft_train.data.batches import Batch
-from draftcache.draft_train.drafts.eagle3.fused_weights import FusedWeights, add_product
+from draftcache.draft_train.drafts.eagle3.fused_weights import FusedWeights
 from draftcache.draft_train.drafts.eagle3.head_loss import HeadLoss
 from draftcache.draft_train.drafts.eagle3.kernels.attention import attend, attend_backward
 from draftcache.draft_train.drafts.eagle3.kernels.runs import find_runs
@@ -34,6 +34,7 @@ from draftcache.draft_train.kernels.norms import rms_norm, rms_norm_backward
 from draftcache.draft_train.kernels.rotary import join_heads, rotary_table, split_heads
 from draftcache.draft_train.kernels.swiglu import swiglu, swiglu_backward_
 from draftcache.draft_train.loss.objective import Objective, ObjectiveResult, tail_sums
+from draftcache.store.common.products import add_product
 
 
 @dataclass(frozen=True)

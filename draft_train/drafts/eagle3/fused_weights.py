@@ -111,11 +111,3 @@ def _attach(parameter: nn.Parameter, memory: Tensor) -> None:
         parameter.grad = memory.zero_()
     elif held.data_ptr() != memory.data_ptr():  # made by someone else: it counts too
         parameter.grad = memory.copy_(held)
-
-
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total [A, B] += left[T, A]^T right[T, B]`, in the dtype of the total throughout."""
-    if left.is_cuda and left.dtype != total.dtype:
-        torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(left.t().to(total.dtype), right.to(total.dtype))

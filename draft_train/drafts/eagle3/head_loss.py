@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from draftcache.draft_train.data.batches import Batch
-from draftcache.draft_train.drafts.eagle3.fused_weights import Matrices, add_product
+from draftcache.draft_train.drafts.eagle3.fused_weights import Matrices
 from draftcache.draft_train.drafts.eagle3.model import RMSNorm
 from draftcache.draft_train.kernels.norms import rms_norm, rms_norm_backward
 from draftcache.draft_train.loss.kernels.tail_kl import tail_kl
 from draftcache.draft_train.loss.objective import Objective, row_weights, teacher_probabilities
+from draftcache.store.common.products import add_product, float32_product
 
 _PLAIN_SHARE = 8
 """Losses without a kernel hold about this many copies of a slice's logits."""
@@ -85,7 +86,7 @@ class HeadLoss:
         self, batch: Batch, normed: Tensor, head: Tensor, places: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Losses [T], hits [T], and the weighted gradient of the logits [T, V] in the products' dtype."""
-        logits = _float32_product(normed, head)
+        logits = float32_product(normed, head)
         if self._fused(batch):
             p, tau = teacher_probabilities(batch.teacher_logits[places], batch.log_z_draft[places])
             gradient = torch.empty_like(logits, dtype=normed.dtype)
@@ -96,10 +97,3 @@ class HeadLoss:
             losses, hits = self.objective.row_losses(leaf, batch, places)
             (gradient,) = torch.autograd.grad(losses, leaf, weight.to(losses.dtype))
         return losses.detach(), hits, gradient.to(normed.dtype)
-
-
-def _float32_product(normed: Tensor, head: Tensor) -> Tensor:
-    """`normed head^T`, float32 at least: bf16 logits of 16 to 32 would be off by up to 6 % in q."""
-    if normed.is_cuda and normed.dtype == torch.bfloat16:
-        return torch.mm(normed, head.t(), out_dtype=torch.float32)
-    return normed @ head.t()

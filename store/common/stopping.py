@@ -1,0 +1,106 @@
+"""How long work is told to stop: a request that is noted now and looked at where it can be honoured.
+
+A request may come by a signal, from another process or from another thread. `StopRequest` knows whether it has come,
+how much time is left, and whether something is under way that should be brought to its end first.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Stopped(KeyboardInterrupt):
+    """The work was told to stop, and has stopped. It may be raised at any instant by a signal's handler."""
+
+    def __init__(self, signal_number: int = signal.SIGTERM) -> None:
+        super().__init__(signal_number)
+        self.exit_code = 128 + signal_number
+        """143 for SIGTERM, 130 for SIGINT, as shells and schedulers expect."""
+
+
+class StopRequest:
+    """Whether, and until when, work may go on. Safe to use from several threads."""
+
+    def __init__(self, grace_seconds: float = 0.0) -> None:
+        """`grace_seconds`: how long the unit of work that is under way may still take, once a stop is asked for."""
+        self.grace_seconds = grace_seconds
+        self.signal_number: int = signal.SIGTERM
+        self.in_unit = False
+        """Whether a unit of work is under way: only then is there anything to finish."""
+        self._asked = threading.Event()
+        self._deadline = 0.0
+        self._in_commit = False
+        self._held_back = False
+
+    @property
+    def asked(self) -> bool:
+        """Whether `ask` was called."""
+        return self._asked.is_set()
+
+    def ask(self, grace_seconds: float | None = None) -> None:
+        """Begin no other unit; the current one may take `grace_seconds` more (default: those of the constructor)."""
+        seconds = self.grace_seconds if grace_seconds is None else grace_seconds
+        self._deadline = time.monotonic() + seconds
+        self._asked.set()
+
+    def seconds_left(self) -> float:
+        """Seconds until the grace is over, once a stop was asked for."""
+        return self._deadline - time.monotonic()
+
+    def check(self) -> None:
+        """Raise Stopped where a stop was asked for and there is no unit to finish, or no time left to finish it in."""
+        if self.asked and (not self.in_unit or self.seconds_left() <= 0):
+            raise Stopped(self.signal_number)
+
+    def wait(self, seconds: float) -> None:
+        """Sleep for `seconds`, or until a stop is asked for: then raise Stopped."""
+        self._asked.wait(seconds)
+        self.check()
+
+    @contextmanager
+    def unit(self) -> Iterator[None]:
+        """Around one unit of work, its commit included. Raises Stopped where a stop was asked for before."""
+        self.check()
+        self.in_unit = True
+        try:
+            yield
+        finally:
+            self.in_unit = False
+
+    @contextmanager
+    def commit(self) -> Iterator[None]:
+        """Around a commit, which takes seconds and which `hold_back` lets come to its end."""
+        self._in_commit = True
+        try:
+            yield
+        finally:
+            self._in_commit = False
+        if self._held_back:
+            raise Stopped(self.signal_number)
+
+    def hold_back(self) -> bool:
+        """Whether to stop after the commit that is under way rather than now. True once only, as a commit may hang."""
+        first = self._in_commit and not self._held_back
+        self._held_back = self._held_back or first
+        return first
+
+
+@contextmanager
+def asked_by_sigterm(stop: StopRequest) -> Iterator[StopRequest]:
+    """Let SIGTERM ask `stop`, in the main thread. A second SIGTERM ends the process at once, as without a handler."""
+    previous = signal.getsignal(signal.SIGTERM)
+
+    def ask(_number: int, _frame: FrameType | None) -> None:
+        stop.ask()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, previous)
