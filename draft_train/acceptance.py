@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from draftcache.draft_train.data.batches import Batch, build_batch
-from draftcache.draft_train.drafts.eagle3.model import DraftModel
-from draftcache.draft_train.drafts.eagle3.unroll import unroll
+from draftcache.draft_train.data.frozen import FrozenWeights
+from draftcache.draft_train.drafts.protocol import Draft
 from draftcache.store.format.rows import start_rows, tokens_left
 from draftcache.store.format.schema import Conversation
 from draftcache.store.reader import StoreReader
@@ -144,8 +144,8 @@ def _measure(
 
 @torch.inference_mode()
 def measure_acceptance(
-    model: DraftModel,
-    embeddings: torch.Tensor,
+    draft: Draft,
+    frozen: FrozenWeights,
     store: StoreReader,
     members: NDArray[np.int64],
     *,
@@ -155,18 +155,16 @@ def measure_acceptance(
 
     The draft's vocabulary is the store's of its size. Raises InputError where there is none.
     """
-    device = embeddings.device
-    target_ids = torch.from_numpy(store.vocab_map(model.shape.draft_vocab_size).target_ids).to(device)
+    device = frozen.embed_tokens.device
+    target_ids = torch.from_numpy(store.vocab_map(draft.shape.draft_vocab_size).target_ids).to(device)
 
     def hits_of(_item: Conversation, batch: Batch) -> NDArray[np.bool_]:
         batch = batch.to(device)
-        hits = torch.zeros(batch.start_index.shape[0], draft_tokens, dtype=torch.bool, device=device)
-        for step in unroll(model, embeddings, batch, draft_tokens):
-            proposed = target_ids[model.logits(step.hidden).argmax(-1)]
-            hits[step.rows, step.number] = proposed == batch.argmax[batch.teacher_index[step.rows, step.number]]
+        proposals = draft.propose(frozen, batch, draft_tokens)
+        hits = (target_ids[proposals.clamp(min=0)] == batch.argmax[batch.teacher_index]) & (proposals >= 0)
         return np.asarray(hits.cpu().numpy())
 
-    return _measure(store, members, draft_tokens, model.shape.sliding_window, hits_of)
+    return _measure(store, members, draft_tokens, draft.shape.sliding_window, hits_of)
 
 
 def bigram_table(store: StoreReader, members: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,21 +1,23 @@
 """Checkpoints: a directory of safetensors and JSON, published by one rename, complete or not there at all.
 
 model.safetensors (float32 masters), optimizer.safetensors (AdamW moments by parameter name),
-vocab_map.safetensors, state.json (step, settings, shape, verifier, hashes of the files beside it).
+vocab_map.safetensors, state.json (the draft's architecture and shape, step, settings, verifier, and the hashes of the
+files beside it).
 """
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from draftcache.draft_train.config import DraftShape
-from draftcache.draft_train.drafts.eagle3.model import DraftModel
+from draftcache.draft_train.drafts.protocol import CheckpointState, Draft
+from draftcache.draft_train.drafts.registry import DEFAULT, find_architecture
 from draftcache.store.common.errors import CheckpointError, DraftcacheError
 from draftcache.store.common.files import atomic_directory, hash_file, read_json, write_json
 from draftcache.store.format.vocab_map import VocabMap
@@ -28,24 +30,8 @@ BEST = "best.json"
 _FILES = ("model.safetensors", "optimizer.safetensors", "vocab_map.safetensors")
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckpointState:
-    """Everything in state.json but the format and the file hashes."""
-
-    step: int
-    """Optimizer steps done."""
-    finished: bool
-    objective: dict[str, Any]
-    shape: DraftShape
-    store_hash: str
-    draft_vocab_hash: str
-    verifier: dict[str, Any]
-    taps: list[dict[str, Any]]
-    metrics: dict[str, Any]
-
-
 def save_checkpoint(
-    path: Path, state: CheckpointState, model: DraftModel, optimizer: torch.optim.AdamW, vocab_map: VocabMap
+    path: Path, state: CheckpointState, model: nn.Module, optimizer: torch.optim.AdamW, vocab_map: VocabMap
 ) -> None:
     """Write beside, fsync, rename. An existing checkpoint of this name is left as it is."""
     if path.exists():
@@ -61,7 +47,7 @@ def save_checkpoint(
         write_json(partial / "state.json", body | {"files": {name: hash_file(partial / name) for name in _FILES}})
 
 
-def _optimizer_tensors(model: DraftModel, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
@@ -83,20 +69,24 @@ def load_state(path: Path) -> CheckpointState:
             raise CheckpointError(f"{file}: expected a file of the checkpoint, found none; it is incomplete")
         if (found := hash_file(file)) != expected:
             raise CheckpointError(f"{file}: expected xxh3-128 {expected}, found {found}; it was changed or damaged")
-    names = CheckpointState.__dataclass_fields__
-    values = {name: body[name] for name in names}
-    return CheckpointState(**values | {"shape": DraftShape(**body["shape"])})
+    values = {"architecture": DEFAULT} | {
+        name: body[name] for name in CheckpointState.__dataclass_fields__ if name in body
+    }
+    missing = sorted(CheckpointState.__dataclass_fields__.keys() - values.keys())
+    if missing:
+        raise CheckpointError(f"{path}/state.json: expected the fields {missing}, found none of them")
+    shape = find_architecture(values["architecture"]).read_shape(values["shape"])
+    return CheckpointState(**values | {"shape": shape})
 
 
-def load_model(path: Path, state: CheckpointState, device: torch.device) -> DraftModel:
+def load_draft(path: Path, state: CheckpointState, device: torch.device) -> Draft:
     """The draft with this checkpoint's float32 weights. Raises CheckpointError where tensors are missing."""
-    with torch.device(device):
-        model = DraftModel(state.shape)
-    load_weights(model, path)
-    return model
+    draft = find_architecture(state.architecture).build(state.shape, device)
+    load_weights(draft.model, path)
+    return draft
 
 
-def load_weights(model: DraftModel, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path) -> None:
     """Copy model.safetensors into the model. Raises CheckpointError naming missing or misshapen tensors."""
     tensors = load_file(path / _FILES[0])
     expected = {name: list(value.shape) for name, value in model.state_dict().items()}
@@ -108,7 +98,7 @@ def load_weights(model: DraftModel, path: Path) -> None:
     model.load_state_dict(tensors)
 
 
-def load_optimizer(path: Path, model: DraftModel, optimizer: torch.optim.AdamW) -> None:
+def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
     """Restore AdamW's moments and step counts, bit for bit."""
     tensors = load_file(path / _FILES[1])
     for name, parameter in model.named_parameters():
@@ -119,7 +109,7 @@ def load_optimizer(path: Path, model: DraftModel, optimizer: torch.optim.AdamW) 
         }
 
 
-def blank_optimizer(model: DraftModel, optimizer: torch.optim.AdamW) -> list[torch.Tensor]:
+def blank_optimizer(model: nn.Module, optimizer: torch.optim.AdamW) -> list[torch.Tensor]:
     """Give AdamW a state to be overwritten; returns its tensors, in the same order for every such model."""
     for parameter in model.parameters():
         if not optimizer.state[parameter]:

@@ -1,4 +1,4 @@
-"""Shape of the draft and settings of one training run; no torch here, so that the command line starts fast."""
+"""Settings of one training run. No torch is imported here, so that the command line starts fast."""
 
 from __future__ import annotations
 
@@ -15,44 +15,13 @@ def _doc(text: str) -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DraftShape:
-    """A one-layer Llama draft in the classic Eagle3 form."""
-
-    hidden_size: int
-    """Equals the verifier's: the draft reads its embeddings and states."""
-    taps: int
-    """Verifier states concatenated into the input of `fc`."""
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    draft_vocab_size: int
-    sliding_window: int | None
-    """Keys farther back than this, by position, are not attended; None attends to all."""
-    rope_theta: float
-    rms_norm_eps: float
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value is not None and value <= 0:
-                raise InputError(f"draft shape: expected {name} above 0, found {value}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(
-                f"draft shape: expected attention heads in groups of the {self.num_key_value_heads} key-value heads, "
-                f"found {self.num_attention_heads}"
-            )
-        if self.head_dim % 2:
-            raise InputError(f"draft shape: expected an even head_dim for rotary embeddings, found {self.head_dim}")
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that shapes a training run. A checkpoint resumes only under the same settings."""
 
     store: Location = field(metadata=_doc("store to train from: the --output of `draftcache capture`"))
     output: Path = field(metadata=_doc("directory for checkpoints and metrics; the same command resumes it"))
     splits: tuple[str, ...] = field(metadata=_doc("splits of the store to train on"))
+    draft: str = field(default="eagle3", metadata=_doc("architecture of the draft: eagle3"))
     init_from: Path | None = field(
         default=None, metadata=_doc("start from this checkpoint's weights with a fresh optimizer (stage 2)")
     )
@@ -150,8 +119,6 @@ class TrainConfig:
         ):
             _require(name, getattr(self, name) >= 0, "0 or more", getattr(self, name))
         _require("splits", bool(self.splits), "at least one split", self.splits)
-        _require("loss", self.loss in LOSSES, f"one of {LOSSES}", self.loss)
-        _require("loss_rows", self.loss_rows in LOSS_ROWS, f"one of {LOSS_ROWS}", self.loss_rows)
         _require("compute", self.compute in COMPUTE, f"one of {COMPUTE}", self.compute)
         _require("attention", self.attention in ATTENTION, f"one of {ATTENTION}", self.attention)
         _require("order", self.order in ORDERS, f"one of {ORDERS}", self.order)
@@ -186,9 +153,12 @@ class TrainConfig:
 COMPUTE = ("auto", "fused", "plain")
 ATTENTION = ("triton", "flash")
 ORDERS = ("shuffle", "bucketed")
-LOSSES = ("tail-kl", "renormalized-kl", "tv", "lk", "lk-alpha")
-LOSS_ROWS = ("turns", "unshifted")
 OUT_OF_VOCAB = ("weight", "drop", "keep")
+MEMORY_SETTINGS = (
+    "draft", "ttt_steps", "batch_conversations", "pack_tokens", "loss_chunk", "intermediate_size",
+    "num_attention_heads", "num_key_value_heads", "head_dim",
+)  # fmt: skip
+"""Fields that decide how much GPU memory a run takes, beside recompute_mlp, attention, window and draft vocabulary."""
 
 
 def _require(name: str, holds: bool, expected: str, found: Any) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from draftcache.draft_train.acceptance import bigram_table, measure_acceptance, measure_bigram
-from draftcache.draft_train.checkpoint import load_model, load_state, resolve_checkpoint
+from draftcache.draft_train.checkpoint import load_draft, load_state, resolve_checkpoint
 from draftcache.draft_train.data.frozen import FrozenWeights
-from draftcache.draft_train.drafts.eagle3.untrained import untrained_draft
+from draftcache.draft_train.drafts.registry import find_architecture
 from draftcache.draft_train.fit import require_fit
 from draftcache.store.common.device import choose_device
 from draftcache.store.common.errors import InputError, ManifestMismatchError
@@ -37,19 +37,16 @@ def evaluate(
     vocab = require_fit(path, state, store)
     device = choose_device(device_name)
     frozen = FrozenWeights.load(store, device, vocab)
-    draft = load_model(path, state, device)
-    untrained = untrained_draft(state.shape, state.objective, frozen)
+    draft = load_draft(path, state, device)
+    untrained = find_architecture(state.architecture).build(state.shape, device)
+    untrained.initialize(int(state.objective["seed"]), frozen, state.objective["head_init"])
     table = _bigram(store, bigram_store, bigram_splits or state.objective["splits"])
     result: dict[str, Any] = {"checkpoint": path.name, "step": state.step, "splits": {}}
     for split in splits:
         members = store.members(split)
         result["splits"][split] = {
-            "draft": measure_acceptance(
-                draft, frozen.embed_tokens, store, members, draft_tokens=draft_tokens
-            ).to_json(),
-            "untrained": measure_acceptance(
-                untrained, frozen.embed_tokens, store, members, draft_tokens=draft_tokens
-            ).to_json(),
+            "draft": measure_acceptance(draft, frozen, store, members, draft_tokens=draft_tokens).to_json(),
+            "untrained": measure_acceptance(untrained, frozen, store, members, draft_tokens=draft_tokens).to_json(),
             "bigram": measure_bigram(table, store, members, draft_tokens=draft_tokens).to_json(),
         }
     return result

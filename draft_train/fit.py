@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from draftcache.draft_train.checkpoint import CheckpointState
+from draftcache.draft_train.drafts.protocol import CheckpointState
 from draftcache.store.common.errors import CheckpointError, ManifestMismatchError
 from draftcache.store.format.teacher import DraftVocab
 from draftcache.store.reader import StoreReader

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import nn
 
 from draftcache.draft_train.config import TrainConfig
-from draftcache.draft_train.drafts.eagle3.model import DraftModel
 
 
-def make_optimizer(config: TrainConfig, model: DraftModel) -> torch.optim.AdamW:
+def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.AdamW:
     """Weight decay for matrices, none for the norms' vectors."""
     groups = [
         {"params": [item for item in model.parameters() if item.ndim == 2], "weight_decay": config.weight_decay},

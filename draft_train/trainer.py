@@ -15,7 +15,6 @@ import torch
 
 from draftcache.draft_train.acceptance import measure_acceptance
 from draftcache.draft_train.checkpoint import (
-    CheckpointState,
     best_checkpoint,
     blank_optimizer,
     checkpoint_path,
@@ -35,8 +34,8 @@ from draftcache.draft_train.data.order import Schedule, StepPlan
 from draftcache.draft_train.data.packed_batch import BatchLoader
 from draftcache.draft_train.data.prefetch import Prefetcher, ring_bytes
 from draftcache.draft_train.data.teacher import TeacherView
-from draftcache.draft_train.drafts.eagle3.choose_pass import choose_pass
-from draftcache.draft_train.drafts.eagle3.untrained import draft_shape, untrained_draft
+from draftcache.draft_train.drafts.protocol import CheckpointState, VerifierShape
+from draftcache.draft_train.drafts.registry import find_architecture
 from draftcache.draft_train.fit import require_equal, require_fit, require_window
 from draftcache.draft_train.loss.objective import Objective, ObjectiveResult
 from draftcache.draft_train.optimizer import learning_rate, make_optimizer
@@ -71,13 +70,18 @@ class Trainer:
         vocab = self.store.manifest.teacher_form.choose(config.draft_vocab_size)
         self.teacher = TeacherView.of(self.store, vocab)
         self.vocab_map = self.store.vocab_map(vocab.size)
-        self.shape = draft_shape(config, self.store)
+        architecture = find_architecture(config.draft)
+        self.shape = architecture.shape_for(config, VerifierShape.of(self.store, vocab.size))
         require_window(self.shape.sliding_window, self.store)
         self.members = np.concatenate([self.store.members(split) for split in config.splits])
         if self.members.size == 0:
             raise InputError(f"{config.store}: expected conversations in {list(config.splits)}, found none")
         self.frozen = FrozenWeights.load(self.store, self.device, vocab)
-        self.model = untrained_draft(self.shape, config.objective(), self.frozen)
+        self.draft = architecture.build(self.shape, self.device)
+        self.draft.initialize(config.seed, self.frozen, config.head_init)
+        self.model = self.draft.model
+        self.needs = self.draft.needs(config)
+        self.loader = BatchLoader(self.store, needs=self.needs, teacher=self.teacher, loss_rows=config.loss_rows)
         self.optimizer = make_optimizer(config, self.model)
         self.objective = Objective(
             config,
@@ -85,7 +89,7 @@ class Trainer:
             torch.from_numpy(self.vocab_map.padded(self.shape.vocab_size).t2d).to(self.device),
             self.frozen.lm_head,
         )
-        self.gradients = choose_pass(config, self.model, self.objective, self.frozen.embed_tokens, say=self.ranks.leads)
+        self.gradients = self.draft.gradient_pass(config, self.objective, self.frozen, say=self.ranks.leads)
         self.sums = GradientSums(self.model, self.ranks)
         self.schedule = Schedule(
             members=self.members,
@@ -133,6 +137,7 @@ class Trainer:
 
     def _require_same(self, path: Path, state: CheckpointState, *, resuming: bool) -> None:
         require_fit(path, state, self.store)
+        require_equal(path, {"draft architecture": (state.architecture, self.config.draft)}, "use the same --draft")
         mine = asdict(self.shape)
         require_equal(
             path,
@@ -153,7 +158,7 @@ class Trainer:
         self._restore()
         if self.step < self.total_steps:
             if self.config.loss_rows == "unshifted" and self.ranks.leads:
-                left, wanted = left_out_pairs(self.store, self.members, self.config.ttt_steps)
+                left, wanted = left_out_pairs(self.store, self.members, self.needs.steps)
                 print(f"--loss-rows unshifted: no teacher is stored for {left} of its {wanted} pairs: left out")
             with self._log() as log, self._prefetcher() as data:
                 for plan in self.schedule.steps(self.step):
@@ -186,23 +191,16 @@ class Trainer:
         )
 
     def _prefetcher(self) -> Prefetcher:
-        loader = BatchLoader(
-            self.store,
-            max_steps=self.config.ttt_steps,
-            window=self.shape.sliding_window,
-            teacher=self.teacher,
-            loss_rows=self.config.loss_rows,
-        )
         parts = ((part, 1 / len(plan.conversations)) for plan in self.schedule.steps(self.step) for part in plan.parts)
-        room = ring_bytes(self.store, loader, self.schedule, int(self.config.prefetch_gb * 1e9))
-        return Prefetcher(self.store, loader, parts, self.device, most_bytes=room)
+        room = ring_bytes(self.store, self.loader, self.schedule, int(self.config.prefetch_gb * 1e9))
+        return Prefetcher(self.store, self.loader, parts, self.device, most_bytes=room)
 
     def _train_step(self, plan: StepPlan, data: Prefetcher) -> dict[str, Any]:
         started, waited = time.monotonic(), data.waited
         rate = learning_rate(self.config, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        result = ObjectiveResult.zeros(self.config.ttt_steps, self.device)
+        result = ObjectiveResult.zeros(self.needs.steps, self.device)
         for left in reversed(range(len(plan.parts))):
             last = left == 0 and self.ranks.world > 1
             result = result + self.gradients(data.next_batch(), self.sums.ready if last else None)
@@ -241,7 +239,7 @@ class Trainer:
         assert self.config.eval_split is not None
         members = self.store.members(self.config.eval_split)[: self.config.eval_conversations]
         mine = members[self.ranks.rank :: self.ranks.world]
-        counts = measure_acceptance(self.model, self.frozen.embed_tokens, self.store, mine)
+        counts = measure_acceptance(self.draft, self.frozen, self.store, mine)
         sums = torch.tensor([counts.tokens, counts.verify_steps], dtype=torch.float64, device=self.device)
         tokens, steps = self.ranks.add_up(sums).tolist()
         return {"eval_acceptance_length": tokens / max(1.0, steps)}
@@ -254,6 +252,7 @@ class Trainer:
 
     def _save(self, metrics: dict[str, Any]) -> None:
         state = CheckpointState(
+            architecture=self.config.draft,
             step=self.step,
             finished=self.step == self.total_steps,
             objective=self.config.objective(),

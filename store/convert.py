@@ -1,4 +1,4 @@
-"""Copies a store into another layout, mode or size of shards, and reads back what it wrote."""
+"""Copies a store into another layout, mode or size of shards, and reads back the shards that it wrote."""
 
 from __future__ import annotations
 
@@ -11,37 +11,46 @@ import numpy as np
 from numpy.typing import NDArray
 
 from draftcache.store.common.errors import InputError, StoreError
+from draftcache.store.format.array_spec import tap_name
+from draftcache.store.format.bf16 import bf16_to_float32, float32_to_bf16
+from draftcache.store.format.channel_scales import Calibration
 from draftcache.store.format.commits import Record, read_record, require_record, shard_name
 from draftcache.store.format.index import read_shard_index
 from draftcache.store.format.norm_band import NormBand
-from draftcache.store.format.schema import Conversation, tap_name
-from draftcache.store.format.tap_codecs import LOSSY_MODES, Calibration, bf16_to_float32, float32_to_bf16
+from draftcache.store.format.schema import Conversation
+from draftcache.store.format.tap_codecs import LOSSY_MODES
 from draftcache.store.format.teacher_stats import describe, tail_mass
 from draftcache.store.reader import StoreReader
 from draftcache.store.storage.base import Location
 from draftcache.store.writer import StoreWriter
 
 _CALIBRATION_ROWS = 65_536
+"""About how many rows a calibration of channel scales reads."""
 _WRITER_FIELDS = ("directory", "files", "lengths", "conversations", "loss_tokens", "payload_bytes", "manifest_hash")
+"""Fields of a commit record that the writer makes. The others are capture's."""
 
 
 @dataclass
 class ConvertSummary:
-    """What one run did; errors are rms of the difference over each channel's rms, per conversation."""
+    """What one run of a conversion did."""
 
     shards: int = 0
+    """Shards that this run wrote."""
     bytes_before: int = 0
+    """Bytes of the source's shard files."""
     bytes_after: int = 0
+    """Bytes of the target's committed shard files."""
     tokens: int = 0
+    """Tokens of the store."""
     checked: int = 0
     """Conversations that were read back and compared."""
     largest_error: dict[int, float] = field(default_factory=dict)
-    """By tap; only where the target's mode is lossy."""
+    """By tap, the largest `normalised_error` of a conversation. Only a change to a lossy mode has errors."""
 
 
 @dataclass(frozen=True)
 class _ShardPlan:
-    """One shard of the target: positions `first .. last` of the source's index, and its source's shards."""
+    """One shard of the target: rows `first .. last-1` of the source's index, all of one split."""
 
     first: int
     last: int
@@ -49,7 +58,10 @@ class _ShardPlan:
 
 
 class Conversion:
-    """A copy that is killed at any instant goes on where it was, by the same call."""
+    """A copy of a store into another layout, mode or size of shards.
+
+    A copy that is killed at any instant goes on where it was, by the same call.
+    """
 
     def __init__(
         self,
@@ -62,7 +74,16 @@ class Conversion:
         check: bool = True,
         allow_lossy_source: bool = False,
     ) -> None:
-        """Raises InputError where the source's states can not become the target's."""
+        """Open the source and plan the target, at paths or URLs; nothing is written yet.
+
+        `layout` is one of `manifest.LAYOUTS` and `mode` one of `tap_codecs.MODES`, each by default the source's. With
+        `shard_tokens`, conversations are dealt into new shards of at least that many tokens; without it, the shards
+        stay as they are. `check` reads every written shard back and compares it. `allow_lossy_source` permits another
+        mode for states that a lossy mode has changed already. int8 reads about 65,536 rows here, for its scales.
+
+        Raises InputError where the source's states can not become the target's or `shard_tokens` is below 1, and the
+        errors of `StoreReader` for the source.
+        """
         self.source = StoreReader(source)
         self.target = target
         self.check = check
@@ -90,7 +111,11 @@ class Conversion:
         )
 
     def _plan(self, shard_tokens: int | None) -> Iterator[_ShardPlan]:
-        """The source's own shards, or conversations in order until there are `shard_tokens`, splits apart."""
+        """Yield the target's shards.
+
+        They are the source's shards, or conversations in order until there are `shard_tokens` tokens, never of two
+        splits.
+        """
         index = self.source.index
         if shard_tokens is None:
             ends = np.cumsum([record["conversations"] for record in self._records])
@@ -99,30 +124,32 @@ class Conversion:
                 yield _ShardPlan(first, end, int(index["split"][first]) if end > first else 0)
             return
         first = tokens = 0
-        for place in range(len(index)):
-            tokens += int(index["tokens"][place])
-            last_of_split = place + 1 == len(index) or index["split"][place + 1] != index["split"][place]
+        for number in range(len(index)):
+            tokens += int(index["tokens"][number])
+            last_of_split = number + 1 == len(index) or index["split"][number + 1] != index["split"][number]
             if tokens >= shard_tokens or last_of_split:
-                yield _ShardPlan(first, place + 1, int(index["split"][place]))
-                first, tokens = place + 1, 0
+                yield _ShardPlan(first, number + 1, int(index["split"][number]))
+                first, tokens = number + 1, 0
 
     def _channel_scales(self, mode: str) -> dict[str, Any] | None:
-        """int8: rms of every channel over conversations at even steps."""
+        """Return the scales of int8, which are the rms of every channel over conversations at even steps; else None."""
         if mode != "int8":
             return None
         manifest, index = self.source.manifest, self.source.index
         calibration = Calibration(manifest.layers, manifest.hidden_size)
         share = min(1.0, _CALIBRATION_ROWS / max(int(index["rows"].sum()), 1))
-        for place in np.linspace(0, len(index) - 1, max(1, round(len(index) * share))).round().astype(int):
-            item = self.source.read(int(place), [tap_name(layer) for layer in manifest.layers])
+        for number in np.linspace(0, len(index) - 1, max(1, round(len(index) * share))).round().astype(int):
+            item = self.source.read(int(number), [tap_name(layer) for layer in manifest.layers])
             for layer in manifest.layers:
                 calibration.add(layer, item.arrays[tap_name(layer)])
         return calibration.finish().to_json()
 
     def run(self, progress: Callable[[int], None] | None = None) -> ConvertSummary:
-        """Write the shards that are missing, then the index. `progress` gets the bytes of each shard written.
+        """Write the shards that are missing, then the index.
 
-        Raises StoreError naming the conversation where what was read back is not what was written.
+        `progress` is called with the bytes of each shard that was written, before compression. Raises StoreError, which
+        names the conversation, where values that were read back differ from those written, and the errors of
+        `StoreReader` and `StoreWriter`.
         """
         summary = ConvertSummary(tokens=int(self.source.index["tokens"].sum()))
         with StoreWriter(self.target, self.manifest, self._top_level_files) as writer:
@@ -131,8 +158,8 @@ class Conversion:
                 if begun is None:
                     continue
                 with begun:
-                    for place in range(plan.first, plan.last):
-                        begun.append(self._converted(place))
+                    for number in range(plan.first, plan.last):
+                        begun.append(self._converted(number))
                     begun.commit(self._extra(shard, plan))
                 summary.shards += 1
                 if self.check:
@@ -155,11 +182,14 @@ class Conversion:
             copies[-1].write_bytes(path.read_bytes())
         return copies
 
-    def _converted(self, place: int) -> Conversation:
-        """Parts as they are where the mode stays, else states of the dtype that the target's mode takes."""
+    def _converted(self, number: int) -> Conversation:
+        """Return a conversation for the target's writer.
+
+        Its taps are the stored parts where the mode stays, otherwise states of the dtype that the target's mode takes.
+        """
         if self.manifest.mode == self.source.manifest.mode:
-            return self.source.read(place, decode=False)
-        item = self.source.read(place)
+            return self.source.read(number, decode=False)
+        item = self.source.read(number)
         arrays = dict(item.arrays)
         for name in (tap_name(layer) for layer in self.manifest.layers):
             if arrays[name].dtype == np.float32:
@@ -167,15 +197,15 @@ class Conversion:
         return replace(item, arrays=arrays)
 
     def _extra(self, shard: int, plan: _ShardPlan) -> Record:
-        """What capture recorded beside the files: carried over, or dealt out anew with the conversations."""
+        """Return the fields that capture recorded: as they are, or those of the conversations of a new shard."""
         if not self._resharded:
             return {name: value for name, value in self._records[shard].items() if name not in _WRITER_FIELDS}
         index = self.source.index
-        places = range(plan.first, plan.last)
+        numbers = range(plan.first, plan.last)
         form = self.source.manifest.teacher_form
         names = [*form.entry_specs(), "teacher_max", "log_z_draft"] if form.kind != "hidden" else []
         in_draft = form.in_draft(self.source.vocab_map())
-        tails = [tail_mass(self.source.read(place, names).arrays, in_draft) for place in places]
+        tails = [tail_mass(self.source.read(number, names).arrays, in_draft) for number in numbers]
         last_source = self._records[int(index["shard"][plan.last - 1])]
         return {
             "tokens": int(index["tokens"][plan.first : plan.last].sum()),
@@ -186,7 +216,11 @@ class Conversion:
         }
 
     def _norms(self, plan: _ShardPlan) -> dict[str, Any]:
-        """Sums of whole shards can't be dealt out: those go where a shard's last conversation goes, so none is lost."""
+        """Return the sums of the gates' norms, by tap.
+
+        The sums of a whole source shard can't be divided, so they go where the shard's last conversation goes: none is
+        lost.
+        """
         ends = np.cumsum([record["conversations"] for record in self._records]).tolist()
         joined: dict[str, NormBand] = {}
         for record, end in zip(self._records, ends, strict=True):
@@ -196,9 +230,8 @@ class Conversion:
         return {layer: band.to_json() for layer, band in joined.items()}
 
     def _quarantined(self, shard: int) -> list[dict[str, Any]]:
-        """Entries that follow the shard before this one's last conversation, up to this one's last."""
+        """Return the entries that follow the previous shard's last conversation, up to this shard's last one."""
         manifest, index = self.source.manifest, self.source.index
-
         last = [index[plan.last - 1] for plan in self.plan]
         ends = [(int(row["split"]), int(row["dataset_index"])) for row in last]
         low = ends[shard - 1] if shard else (-1, -1)
@@ -211,12 +244,15 @@ class Conversion:
         ]
 
     def _compare(self, writer: StoreWriter, shard: int, plan: _ShardPlan, summary: ConvertSummary) -> None:
-        """Read the shard back from where it was written."""
+        """Read a shard back and compare it. The errors of a change to a lossy mode are measured instead.
+
+        Raises StoreError, which names the conversation, where an array differs.
+        """
         index = read_shard_index(writer.storage, require_record(writer.storage, shard_name(shard)))
         written = StoreReader.of_shard(writer.storage, self.manifest, index)
         taps = {tap_name(layer): layer for layer in self.manifest.layers}
-        for number, place in enumerate(range(plan.first, plan.last)):
-            expected, found = self.source.read(place), written.read(number)
+        for number in range(plan.first, plan.last):
+            expected, found = self.source.read(number), written.read(number - plan.first)
             for name, values in expected.arrays.items():
                 mine = found.arrays[name]
                 if name in taps and mine.dtype != values.dtype:
@@ -239,7 +275,7 @@ class Conversion:
 
 
 def normalised_error(found: NDArray[np.uint16], expected: NDArray[np.uint16]) -> float:
-    """Rms of the difference of bf16 states [R, H] after dividing by each channel's rms over these rows."""
+    """Return the rms of the difference of bf16 states [R, H], after dividing by each channel's rms over these rows."""
     if not expected.size:
         return 0.0
     one, two = (bf16_to_float32(states).astype(np.float64) for states in (found, expected))

@@ -1,4 +1,4 @@
-"""Reading a store: committed shards only, by conversation, any subset of arrays and rows."""
+"""Reads a store's committed shards at random: by conversation, in any subset of arrays and rows."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from draftcache.store.common.errors import InputError, ShardDamagedError, StoreError
 from draftcache.store.common.files import hash_file
+from draftcache.store.format.array_spec import tap_name
 from draftcache.store.format.commits import (
     Record,
     committed_shards,
@@ -25,82 +26,66 @@ from draftcache.store.format.commits import (
     require_size,
     shard_name,
 )
+from draftcache.store.format.frozen import FROZEN_NAME
 from draftcache.store.format.index import INDEX_NAME, INDEX_RECORD, join_indexes, load_index
 from draftcache.store.format.manifest import StoreManifest
-from draftcache.store.format.rows import rows_in_reach
-from draftcache.store.format.schema import (
-    COUNT_FIELD,
-    ROWS_AXIS,
-    TEACHER_AXIS,
-    TOKENS_AXIS,
-    Conversation,
-    tap_name,
-)
+from draftcache.store.format.schema import Conversation
 from draftcache.store.format.vocab_map import VocabMap
-from draftcache.store.layouts.tar_shards import TarShard
-from draftcache.store.layouts.zarr_reader import ZarrShard
+from draftcache.store.layouts.registry import SHARD_READERS, ShardReader
+from draftcache.store.row_selection import read_rows, select_rows
 from draftcache.store.storage.base import Location, Storage, open_storage
-
-FROZEN_NAME = "frozen.safetensors"
-VOCAB_MAP_NAME = "vocab_map.safetensors"
 
 _OPEN_SHARDS = 16
 _REMOTE_READS = 16  # arrays that are fetched at once from an object store
 
 
-class Shard(Protocol):
-    """What a shard's form must offer to a reader: zarr groups and tar files do."""
-
-    def read(self, row: np.void, name: str, first: int, count: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """Rows `first .. first+count` of one conversation's slice of an array. Raises ShardDamagedError."""
-
-    def close(self) -> None:
-        """Let go of the files."""
-
-
-_FORMATS: dict[str, type[ZarrShard] | type[TarShard]] = {"zarr": ZarrShard, "webdataset": TarShard}
-
-
-def top_level_names(manifest: StoreManifest) -> tuple[str, ...]:
-    """Files that a store has beside its shards, each with a commit record of its own: frozen weights first."""
-    return (FROZEN_NAME, *(vocab.map_name for vocab in manifest.teacher_form.vocabularies))
-
-
 @dataclass(frozen=True)
 class StoreFiles:
-    """Top-level files that a trainer needs besides the shards, on a local disk."""
+    """Paths, on a local disk, of the top-level files that a trainer needs besides the shards."""
 
     frozen: Path
-    """safetensors: embed_tokens [V, H], norm [H], lm_head [D, H] (the draft vocabulary's rows of the head), and
-    lm_head_<D> for each further draft vocabulary."""
+    """The verifier's frozen weights; `format.frozen` lists the tensors."""
     vocab_map: Path
+    """The map of the main draft vocabulary."""
     more_vocab_maps: dict[int, Path]
-    """By size, of the further draft vocabularies."""
+    """The maps of the further draft vocabularies, by size."""
 
 
 class StoreReader:
     """Random access to the conversations of a store, on a disk or in an object store.
 
     A file's size is checked against its commit record when it is first touched, and every chunk's crc32c when it is
-    read, so a missing or damaged shard is an error and never reads as zeros.
+    read, so a missing or damaged shard is an error and never reads as zeros. `index` holds one row per conversation, of
+    `schema.INDEX_DTYPE`; a conversation's number is its row there. `manifest`, `codec` and `specs` (the description of
+    every stored array, by name) tell what the store holds. At most 16 shards are open at a time. A reader belongs to
+    one thread; `another` makes one for another thread.
     """
 
     def __init__(self, location: Location, *, allow_partial: bool = False) -> None:
-        """Open the store. `allow_partial` reads what is committed of a store whose capture has not finished."""
+        """Open the store at a path or URL.
+
+        With `allow_partial`, the committed shards of a store whose capture has not finished are read; without it,
+        StoreError is raised for such a store. Raises StoreNotFoundError where there is no store, StoreVersionError for
+        another version of the layout, StoreError for a damaged manifest or record, and ShardDamagedError for a damaged
+        index.
+        """
         storage = open_storage(location)
         self._begin(storage, StoreManifest.load(storage))
         self.index = self._load_index(allow_partial)
 
     @classmethod
     def of_shard(cls, storage: Storage, manifest: StoreManifest, index: NDArray[Any]) -> Self:
-        """A reader of one shard's conversations, whatever else the store holds."""
+        """Return a reader of the conversations of `index` only, whatever else the store holds.
+
+        `index` holds rows of `schema.INDEX_DTYPE`, such as those of one shard.
+        """
         reader = cls.__new__(cls)
         reader._begin(storage, manifest)
         reader.index = index
         return reader
 
     def another(self) -> Self:
-        """A reader of the same conversations with open files of its own, for another thread."""
+        """Return a reader of the same conversations that shares no open file with this one, for another thread."""
         return type(self).of_shard(self.storage, self.manifest, self.index)
 
     def _begin(self, storage: Storage, manifest: StoreManifest) -> None:
@@ -108,7 +93,7 @@ class StoreReader:
         self.location = storage.describe()
         self.codec = manifest.codec
         self.specs = manifest.array_specs()
-        self._shards: OrderedDict[int, Shard] = OrderedDict()
+        self._shards: OrderedDict[int, ShardReader] = OrderedDict()
         self._copies: tempfile.TemporaryDirectory[str] | None = None
 
     def _load_index(self, allow_partial: bool) -> NDArray[Any]:
@@ -127,16 +112,20 @@ class StoreReader:
         return int(self.index.shape[0])
 
     def records(self) -> Iterator[Record]:
-        """Commit records of the shards, in order of their numbers."""
+        """Yield the commit records of the shards, in order of their numbers. Raises StoreError for a damaged one."""
         for shard in committed_shards(self.storage):
             yield require_record(self.storage, shard_name(shard))
 
     @cached_property
     def files(self) -> StoreFiles:
-        """Frozen weights and vocabulary maps, their xxh3-128 checked; copied here from an object store."""
+        """The frozen weights and the vocabulary maps, after a check of their xxh3-128.
+
+        Files of an object store are copied to a temporary directory, which `close` removes. Raises StoreError where a
+        file has no commit record, and ShardDamagedError where it differs from its record.
+        """
         return StoreFiles(
             frozen=self._local_file(FROZEN_NAME),
-            vocab_map=self._local_file(VOCAB_MAP_NAME),
+            vocab_map=self._local_file(self.manifest.teacher_form.main.map_name),
             more_vocab_maps={
                 vocab.size: self._local_file(vocab.map_name) for vocab in self.manifest.teacher_form.vocabularies[1:]
             },
@@ -161,9 +150,10 @@ class StoreReader:
         return path
 
     def vocab_map(self, size: int = 0) -> VocabMap:
-        """A draft-vocabulary map that the store was captured with, its hash checked against the manifest.
+        """Return the map of the declared draft vocabulary of `size`, or of the main one for 0.
 
-        `size` 0 is the main one's. Raises InputError naming the sizes that exist.
+        Raises InputError, which names the sizes that exist, for another size, and StoreError where the map's hash is
+        not the manifest's.
         """
         vocab = self.manifest.teacher_form.choose(size)
         path = self.files.more_vocab_maps.get(vocab.size, self.files.vocab_map)
@@ -173,7 +163,10 @@ class StoreReader:
         return loaded
 
     def members(self, split: str) -> NDArray[np.int64]:
-        """Numbers of the split's conversations, in the prepared dataset's order. Raises InputError."""
+        """Return the numbers of a split's conversations, [n] int64, in the prepared dataset's order.
+
+        Raises InputError, which names the splits, for a split that the store does not have.
+        """
         if split not in self.manifest.splits:
             raise InputError(
                 f"{self.location}: expected one of the splits {list(self.manifest.splits)}, found {split!r}"
@@ -181,7 +174,8 @@ class StoreReader:
         found = np.flatnonzero(self.index["split"] == self.manifest.splits.index(split))
         return found[np.argsort(self.index["dataset_index"][found], kind="stable")]
 
-    def _shard(self, shard: int) -> Shard:
+    def _shard(self, shard: int) -> ShardReader:
+        """Return an open shard, and close the one that was used longest ago where there are too many."""
         if shard in self._shards:
             self._shards.move_to_end(shard)
             return self._shards[shard]
@@ -191,7 +185,7 @@ class StoreReader:
                 f"{self.storage.describe(record['directory'])}: expected a shard of manifest {self.manifest.hash}, "
                 f"found one of {record['manifest_hash']}; it was copied from another store"
             )
-        self._shards[shard] = _FORMATS[self.manifest.layout](self.storage, record, self.specs)
+        self._shards[shard] = SHARD_READERS[self.manifest.layout](self.storage, record, self.specs)
         if len(self._shards) > _OPEN_SHARDS:
             self._shards.popitem(last=False)[1].close()
         return self._shards[shard]
@@ -206,24 +200,29 @@ class StoreReader:
         decode: bool = True,
         out: Mapping[str, NDArray[Any]] | None = None,
     ) -> Conversation:
-        """Read conversation `number` of `index`: all its arrays, or only those named, and of them:
+        """Read all arrays of conversation `number` of `index`, or only those of `names`, in whole or in part.
 
-        - `tokens` (a, b): token arrays at a .. b-1, rows and teacher positions in that range only;
-        - `window` W: only rows in reach of a start row in that range, `t <= s < t + W`, also those before a.
+        - `tokens` (a, b) reads the token arrays at a .. b-1, and only rows and teacher positions within that range.
+        - `window` W reads only rows in reach of a start row s in that range, `t <= s < t + W`, including rows before a.
 
-        `decode` False gives taps as the arrays that the codec made of them, to be decoded where they are used.
-        `out` holds memory for arrays by name, at least as long as what is read: results are views of it.
-        Raises InputError for a range or window that the store does not hold, ShardDamagedError.
+        Without `decode`, taps stay in the form of the arrays that the codec made of them, to be decoded where they are
+        used. `out` holds memory for arrays by name, of the stored dtype and at least as long as the rows that are read;
+        results are views of it. Shapes and dtypes are those of `schema`. Raises InputError for a name, range or window
+        that the store does not hold, and ShardDamagedError where a file differs from its commit record or a checksum
+        fails.
         """
         row = self.index[number]
         shard = self._shard(int(row["shard"]))
         wanted = self._expand(names)
         stored = [part for parts in wanted.values() for part in parts]
-        picks = self._picks(shard, row, {self.specs[name].axis for name in stored}, tokens, window)
+        axes = {self.specs[name].axis for name in stored}
+        kept = self.manifest.window
+        selected = select_rows(shard, row, axes, tokens=tokens, window=window, stored_window=kept, where=self.location)
         given = out or {}
 
         def fetch(name: str) -> NDArray[Any]:
-            return self._take(shard, row, name, picks[self.specs[name].axis], given.get(name))
+            spec = self.specs[name]
+            return read_rows(shard, row, name, spec, selected[spec.axis], given.get(name))
 
         if self.storage.local_root is None:
             with ThreadPoolExecutor(_REMOTE_READS) as pool:
@@ -239,7 +238,10 @@ class StoreReader:
         return self.decode(item, out=given) if decode else item
 
     def decode(self, item: Conversation, *, out: Mapping[str, NDArray[Any]] | None = None) -> Conversation:
-        """The same conversation with states in the place of the parts that hold them, into `out` where it is given."""
+        """Return the same conversation with taps as states [R, H] instead of the parts that hold them.
+
+        States are written into the memory that `out` holds for `tap_<layer>`, where it holds any.
+        """
         arrays, given = dict(item.arrays), out or {}
         for layer in self.manifest.layers:
             name, parts = tap_name(layer), tuple(self.codec.specs(layer))
@@ -250,7 +252,7 @@ class StoreReader:
         return replace(item, arrays=arrays)
 
     def _expand(self, names: Iterable[str] | None) -> dict[str, tuple[str, ...]]:
-        """Stored arrays behind each asked name: a tap's name stands for the parts that hold it."""
+        """Return the stored arrays of each name that was asked for: a tap's name stands for the parts that hold it."""
         parts = {tap_name(layer): tuple(self.codec.specs(layer)) for layer in self.manifest.layers}
         if names is None:
             held = {part for group in parts.values() for part in group}
@@ -261,68 +263,12 @@ class StoreReader:
             raise InputError(f"{self.location}: expected arrays among {[*parts, *self.specs]}, found {unknown}")
         return {name: parts.get(name, (name,)) for name in asked}
 
-    def _picks(
-        self, shard: Shard, row: np.void, axes: set[str], tokens: tuple[int, int] | None, window: int | None
-    ) -> dict[str, NDArray[np.int64] | slice]:
-        """Which rows of the conversation's slice to read, per axis."""
-        picks: dict[str, NDArray[np.int64] | slice] = {
-            axis: slice(0, int(row[COUNT_FIELD[axis]])) for axis in (TOKENS_AXIS, ROWS_AXIS, TEACHER_AXIS)
-        }
-        if tokens is None and window is None:
-            return picks
-        length = int(row["tokens"])
-        first, last = tokens or (0, length)
-        if not 0 <= first <= last <= length:
-            raise InputError(f"{self.location}: expected a token range inside 0 .. {length}, found {first} .. {last}")
-        picks[TOKENS_AXIS] = slice(first, last)
-        if TEACHER_AXIS in axes:
-            positions = shard.read(row, "teacher_positions", 0, int(row["teacher_rows"]))
-            picks[TEACHER_AXIS] = slice(*(int(edge) for edge in np.searchsorted(positions, (first, last))))
-        if ROWS_AXIS in axes:
-            positions = shard.read(row, "positions", 0, int(row["rows"]))
-            if window is None:
-                picks[ROWS_AXIS] = slice(*(int(edge) for edge in np.searchsorted(positions, (first, last))))
-            else:
-                picks[ROWS_AXIS] = self._reach(shard, row, positions, (first, last), window)
-        return picks
-
-    def _reach(
-        self, shard: Shard, row: np.void, positions: NDArray[Any], tokens: tuple[int, int], window: int
-    ) -> NDArray[np.int64]:
-        kept = self.manifest.window
-        if kept is not None and window > kept:
-            raise InputError(
-                f"{self.location}: expected a window of at most {kept}, found {window}; rows beyond it were not stored"
-            )
-        loss_mask = shard.read(row, "loss_mask", 0, int(row["tokens"])).astype(np.bool_)
-        return np.searchsorted(positions, rows_in_reach(loss_mask, window, tokens))
-
-    def _take(
-        self, shard: Shard, row: np.void, name: str, pick: NDArray[np.int64] | slice, out: NDArray[Any] | None
-    ) -> NDArray[Any]:
-        if isinstance(pick, slice):
-            count = pick.stop - pick.start
-            return shard.read(row, name, pick.start, count, None if out is None else out[:count])
-        spec = self.specs[name]
-        rows = np.empty((len(pick), *spec.inner), spec.stored_dtype) if out is None else out[: len(pick)]
-        # Rows whose gap is less than a chunk are read by one call: the chunk between them is read anyway.
-        for group in np.split(np.arange(len(pick)), np.flatnonzero(np.diff(pick) > spec.chunk_rows) + 1):
-            if not group.size:
-                continue
-            low, high = int(pick[group[0]]), int(pick[group[-1]]) + 1
-            target = rows[group[0] : group[-1] + 1]
-            if high - low == len(group):
-                shard.read(row, name, low, high - low, target)
-            else:
-                target[:] = shard.read(row, name, low, high - low)[pick[group] - low]
-        return rows
-
     def bytes_on_disk(self) -> int:
-        """Bytes of all committed shard files, from the commit records."""
+        """Return the bytes of all committed shard files, as the commit records say."""
         return sum(item["bytes"] for record in self.records() for item in record["files"].values())
 
     def close(self) -> None:
-        """Let go of open files and of copies from an object store."""
+        """Close open files and remove copies from an object store."""
         while self._shards:
             self._shards.popitem()[1].close()
         if self._copies is not None:

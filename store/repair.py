@@ -1,4 +1,7 @@
-"""Takes what `verify` found damaged out of a store, so that capture redoes just that; nothing is thrown away."""
+"""Takes shards and files that `verify` found damaged out of a store, so that capture redoes only these.
+
+Nothing is thrown away: they are moved to `quarantine/`.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,7 @@ from pathlib import Path
 from draftcache.store.common.errors import StoreError
 from draftcache.store.format.commits import SHARDS_DIRECTORY, record_name, shard_name
 from draftcache.store.format.index import INDEX_NAME, INDEX_RECORD, write_store_index
-from draftcache.store.format.manifest import MANIFEST_NAME, StoreManifest
-from draftcache.store.reader import top_level_names
+from draftcache.store.format.manifest import MANIFEST_NAME, StoreManifest, top_level_names
 from draftcache.store.storage.base import Location, Storage, open_storage
 from draftcache.store.verify import VerifyReport
 
@@ -19,19 +21,24 @@ QUARANTINE_DIRECTORY = "quarantine"
 
 @dataclass(frozen=True)
 class Repair:
-    """What was taken out."""
+    """What `repair_store` took out of a store."""
 
     shards: list[int]
+    """Numbers of the shards, ascending."""
     files: list[str]
+    """Names of the top-level files."""
     directory: str
-    """Where it lies now, relative to the store; empty if nothing was taken out."""
+    """The directory, relative to the store, that they were moved to; empty if nothing was taken out."""
     index_rebuilt: bool
+    """Whether the whole store's index was written again, from shards that are all there."""
 
 
 def repair_store(location: Location, report: VerifyReport) -> Repair:
-    """Quarantine the report's damaged shards and files. Raises StoreError for what only capture can make again.
+    """Move the damaged shards and files of a report by `verify_store` to quarantine.
 
-    Killed half-way, it leaves a store that verify still calls damaged: run both again.
+    Run the capture command afterwards, which makes them again. A call that is killed half-way leaves a store that
+    verify still calls damaged: run both again. Raises StoreError where another job is writing the store, or where the
+    manifest itself is damaged, which the shards cannot replace; StorageError.
     """
     storage = open_storage(location)
     lock = storage.lock("store")
@@ -54,7 +61,7 @@ def _repair(storage: Storage, report: VerifyReport) -> Repair:
     files = sorted(names & set(top_level_names(manifest)))
     shards = report.damaged_shards
     target = f"{QUARANTINE_DIRECTORY}/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-    # The store's index first: a finished store without one of its shards must never be seen.
+    # The store's index is removed first: a finished store without one of its shards must never be seen.
     rebuild = bool(shards) or INDEX_NAME in names
     if rebuild:
         storage.delete(record_name(INDEX_RECORD))
@@ -73,7 +80,7 @@ def _repair(storage: Storage, report: VerifyReport) -> Repair:
 
 
 def _move_file(storage: Storage, name: str, target: str) -> None:
-    """Copy, then remove: killed between the two, both are there."""
+    """Copy a file, then remove it. A process that is killed between the two leaves both."""
     if storage.size(name) is not None:
         storage.put(f"{target}/{name}", storage.read(name))
         storage.delete(name)

@@ -1,4 +1,4 @@
-"""What must hold for every stored conversation, whatever its checksums say: verify looks at the values too."""
+"""Checks of a stored conversation's values, which verify makes besides those of sizes, hashes and checksums."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from draftcache.store.common.files import hash_bytes
+from draftcache.store.format.array_spec import tap_name
+from draftcache.store.format.bf16 import states_to_float32
 from draftcache.store.format.manifest import StoreManifest
 from draftcache.store.format.rows import rows_in_reach, teacher_positions
-from draftcache.store.format.schema import Conversation, tap_name
-from draftcache.store.format.tap_codecs import bf16_to_float32
+from draftcache.store.format.schema import Conversation
 
-_ROUNDING = 0.02  # of a logit: the gaps are float16, and sums of exponentials are float32
-_STORED = math.log(1.1)  # how far the log rms of stored rows may be from what capture saw: fp8 keeps 4 bits
+_ROUNDING = 0.02
+"""How far a logit may be off: gaps are float16, and sums of exponentials are float32."""
+_STORED = math.log(1.1)
+"""How far the log rms of stored rows may be from the one that capture saw: fp8 keeps 4 bits."""
 
 
 def check_conversation(item: Conversation, manifest: StoreManifest) -> list[str]:
-    """What is wrong with a conversation read whole and decoded; [] where nothing is."""
+    """Return what is wrong with a conversation that was read whole and decoded; [] where nothing is."""
     return [
         *_check_tokens(item, manifest),
         *_check_taps(item, manifest),
@@ -47,7 +50,7 @@ def _check_taps(item: Conversation, manifest: StoreManifest) -> list[str]:
     problems = []
     taps = {layer: item.arrays[tap_name(layer)] for layer in manifest.layers}
     for layer, stored in taps.items():
-        states = stored if stored.dtype == np.float32 else bf16_to_float32(stored)
+        states = states_to_float32(stored)
         if not np.isfinite(states).all():
             problems.append(f"tap {layer}: expected finite values, found NaN or infinity")
             continue
@@ -90,7 +93,7 @@ def _check_teacher(item: Conversation, manifest: StoreManifest) -> list[str]:
 
 
 def _check_states(stored: NDArray[Any]) -> list[str]:
-    states = stored if stored.dtype == np.float32 else bf16_to_float32(stored)
+    states = states_to_float32(stored)
     if not np.isfinite(states).all():
         return ["teacher_hidden: expected finite values, found NaN or infinity"]
     zeros = int((~states.any(axis=1)).sum())

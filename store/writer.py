@@ -1,4 +1,4 @@
-"""Writing a store: any number of processes, each publishing whole shards, one writer per shard."""
+"""Writes a store: any number of processes publish whole shards, and each shard has one writer."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from draftcache.store.common.errors import StoreError
 from draftcache.store.common.files import hash_file
+from draftcache.store.format.array_spec import COUNT_FIELD, FIRST_FIELD, LENGTH_ARRAY, tap_name
 from draftcache.store.format.commits import (
     SHARDS_DIRECTORY,
     committed_shards,
@@ -23,52 +24,21 @@ from draftcache.store.format.commits import (
     shard_name,
     write_record,
 )
-from draftcache.store.format.index import INDEX_NAME, INDEX_RECORD, write_store_index
-from draftcache.store.format.manifest import StoreManifest
-from draftcache.store.format.schema import (
-    COUNT_FIELD,
-    FIRST_FIELD,
-    INDEX_DTYPE,
-    LENGTH_ARRAY,
-    ArraySpec,
-    Conversation,
-    tap_name,
-)
-from draftcache.store.layouts.shard_files import Files, npy_bytes, write_small_file
-from draftcache.store.layouts.tar_shards import TarShardWriter
-from draftcache.store.layouts.zarr_writer import ZarrShardWriter
-from draftcache.store.reader import top_level_names
+from draftcache.store.format.index import INDEX_NAME, INDEX_RECORD, npy_bytes, write_store_index
+from draftcache.store.format.manifest import StoreManifest, top_level_names
+from draftcache.store.format.schema import INDEX_DTYPE, Conversation
+from draftcache.store.layouts.registry import SHARD_WRITERS
+from draftcache.store.layouts.shard_files import write_small_file
 from draftcache.store.storage.base import Location, Lock, Stage, Storage, open_storage
 from draftcache.store.storage.local import LocalStorage
 
 CLEANING_S = 10.0
-"""How long a writer waits for another one's start; longer is a job that holds the store alone."""
+"""Seconds that a writer waits for another one's start. A lock held for longer is an exclusive job's."""
 _POLL_S = 0.05
 
 
-class ShardFormat(Protocol):
-    """What a shard's form must offer to a writer: zarr groups and tar files do."""
-
-    def append(self, item: Conversation) -> None:
-        """One conversation, its arrays as they are stored."""
-
-    def close(self) -> Files:
-        """Finish every file; returns their table, names relative to the shard."""
-
-
-_FORMATS: dict[str, Callable[[Stage, dict[str, ArraySpec]], ShardFormat]] = {
-    "zarr": ZarrShardWriter,
-    "webdataset": TarShardWriter,
-}
-
-
 class StoreWriter:
-    """Creates a store or resumes it. Use as a context manager.
-
-    `prepare_files` is called once, on a new store, to write the top-level files (frozen weights, vocabulary map)
-    into the directory that it is given; the manifest is written after them, so that its existence means that they
-    are all there. `exclusive` refuses to share the store with another live writer of this machine.
-    """
+    """Creates a store or resumes it. It is used as a context manager."""
 
     def __init__(
         self,
@@ -78,6 +48,16 @@ class StoreWriter:
         *,
         exclusive: bool = False,
     ) -> None:
+        """Open the store at a path or URL, and create it where there is none.
+
+        On a new store, or on one that lacks a top-level file, `prepare_files` is called once with an empty directory.
+        It writes the top-level files (frozen weights, vocabulary maps) there and returns their paths. The manifest is
+        written after them, so that its existence means that they are all there. `exclusive` refuses to share the store
+        with another live writer of this machine.
+
+        Raises StoreError where another writer holds the store alone, or where any writer holds it and `exclusive` is
+        set; ManifestMismatchError where the store was made with other settings; StorageError.
+        """
         self.storage = open_storage(location)
         self.manifest = manifest
         self._specs = manifest.array_specs()
@@ -89,7 +69,7 @@ class StoreWriter:
             raise
 
     def _take_lock(self, exclusive: bool) -> Lock:
-        """While no other writer is alive, what killed ones left under temporary names is removed."""
+        """Take the store's lock. Where no other writer is alive, the leftovers of killed writers are removed first."""
         alone = self.storage.lock("store")
         if alone is not None:
             if isinstance(self.storage, LocalStorage):
@@ -102,7 +82,7 @@ class StoreWriter:
         while not exclusive and lock is None and time.monotonic() < deadline:
             lock = self.storage.lock("store", shared=True)
             if lock is None:
-                time.sleep(_POLL_S)  # another writer that starts just now may be removing leftovers
+                time.sleep(_POLL_S)  # another writer that is starting may be removing leftovers
         if lock is None:
             raise StoreError(
                 f"{self.storage.describe()}: another job is writing this store alone; wait for it, or choose another "
@@ -114,7 +94,7 @@ class StoreWriter:
         while not self._is_whole():
             creating = self.storage.lock("create")
             if creating is None:
-                time.sleep(_POLL_S)  # another writer is at it
+                time.sleep(_POLL_S)  # another writer is creating the store
                 continue
             try:
                 if not self._is_whole():
@@ -124,7 +104,10 @@ class StoreWriter:
         StoreManifest.load(self.storage).require_same(self.manifest, self.storage.describe())
 
     def _is_whole(self) -> bool:
-        """Whether the manifest and the top-level files are there; `repair` may have taken away one that was damaged."""
+        """Return whether the manifest and all top-level files are there.
+
+        One of the files may be missing because `repair` has taken it out.
+        """
         if not StoreManifest.exists(self.storage):
             return False
         StoreManifest.load(self.storage).require_same(self.manifest, self.storage.describe())
@@ -135,7 +118,7 @@ class StoreWriter:
             for path in prepare_files(Path(directory)):
                 self.storage.put_file(path.name, path)
                 entry = {"bytes": path.stat().st_size, "xxh3_128": hash_file(path)}
-                self.storage.delete(record_name(path.stem))  # of an attempt that never got as far as its manifest
+                self.storage.delete(record_name(path.stem))  # left by an attempt that wrote no manifest
                 write_record(self.storage, path.stem, {"files": {path.name: entry}})
         self.manifest.create(self.storage)
 
@@ -148,11 +131,14 @@ class StoreWriter:
         self._lock.release()
 
     def committed(self) -> set[int]:
-        """Shards that need no more work."""
+        """Return the numbers of the shards that need no more work."""
         return set(committed_shards(self.storage))
 
     def shard(self, shard: int) -> ShardInProgress | None:
-        """Begin a shard, or None where it is committed already or another live process of this machine writes it."""
+        """Begin a shard.
+
+        The result is None where the shard is committed already, or another live process of this machine writes it.
+        """
         lock = self.storage.lock(shard_name(shard))
         if lock is None:
             return None
@@ -167,9 +153,10 @@ class StoreWriter:
         return ShardInProgress(self.storage, self.manifest, shard, stage, lock)
 
     def write_shard(self, shard: int, conversations: Sequence[Conversation], extra: dict[str, Any]) -> int:
-        """Write and commit one shard; returns its payload bytes. `extra` goes into the commit record.
+        """Write and commit one shard. Returns the bytes of its arrays before compression.
 
-        Raises StoreError where the shard is committed, or is being written, already.
+        `extra` holds further fields of the commit record. Raises StoreError where the shard is committed, or is being
+        written, already.
         """
         begun = self.shard(shard)
         if begun is None:
@@ -183,17 +170,17 @@ class StoreWriter:
     def finish(self) -> bool:
         """Write the whole store's index.npy once every shard is committed, so that readers open one file.
 
-        False where shards are still missing: another writer has them, or they are to be done.
+        Returns False where shards are still missing, because another writer has them or they are not written yet.
         """
         return write_store_index(self.storage, self.manifest)
 
     def discard_index(self) -> None:
-        """Forget the whole store's index, when a shard is about to be captured again."""
+        """Remove the commit record of the whole store's index, before a shard is captured again."""
         self.storage.delete(record_name(INDEX_RECORD))
 
 
 class ShardInProgress:
-    """One shard that is being written. Use as a context manager: what is not committed is removed."""
+    """One shard that is being written. It is a context manager, which removes a shard that was not committed."""
 
     def __init__(self, storage: Storage, manifest: StoreManifest, shard: int, stage: Stage, lock: Lock) -> None:
         self.number = shard
@@ -203,10 +190,10 @@ class ShardInProgress:
         self._specs = manifest.array_specs()
         self._stage = stage
         self._lock = lock
-        self._format = _FORMATS[manifest.layout](stage, self._specs)
+        self._format = SHARD_WRITERS[manifest.layout](stage, self._specs)
         self._index: list[NDArray[Any]] = []
         self._lengths = dict.fromkeys(FIRST_FIELD, 0)
-        self._settled = False
+        self._settled = False  # whether a commit record may exist, so that the files must stay
 
     def __enter__(self) -> Self:
         return self
@@ -221,7 +208,10 @@ class ShardInProgress:
             self._lock.release()
 
     def append(self, item: Conversation) -> None:
-        """Add a conversation. Taps come as states, or as the parts that the store's codec makes of them."""
+        """Add a conversation. Its taps are states [R, H], or the parts that the store's codec makes of them.
+
+        Raises InputError for states that the codec cannot store, and StorageError.
+        """
         arrays = dict(item.arrays)
         for layer in self._manifest.layers:
             if tap_name(layer) in arrays and tap_name(layer) not in self._specs:
@@ -234,6 +224,7 @@ class ShardInProgress:
         self.payload_bytes += stored.nbytes
 
     def _index_row(self, item: Conversation) -> NDArray[Any]:
+        """Return the index row [1] of the next conversation, and count its slices."""
         row = np.zeros(1, INDEX_DTYPE)
         row["content_hash"] = bytes.fromhex(item.content_hash)
         row["shard"], row["split"], row["dataset_index"] = self.number, item.split, item.dataset_index
@@ -245,7 +236,10 @@ class ShardInProgress:
         return row
 
     def commit(self, extra: dict[str, Any]) -> bool:
-        """Publish the shard; `extra` goes into its record. False, and it is removed, where another was first."""
+        """Publish the shard. `extra` holds further fields of its commit record.
+
+        Returns False, and removes the shard, where another writer's record was there first. Raises StorageError.
+        """
         files = self._format.close()
         index = np.concatenate(self._index) if self._index else np.empty(0, INDEX_DTYPE)
         files[INDEX_NAME] = write_small_file(self._stage, INDEX_NAME, npy_bytes(index))
@@ -259,7 +253,7 @@ class ShardInProgress:
             "payload_bytes": self.payload_bytes,
             "manifest_hash": self._manifest.hash,
         }
-        # From here on the files stay: a call that broke off may have written the record that names them.
+        # From here on the files stay, because a call that breaks off may have written the record that names them.
         self._settled = True
         if not write_record(self._storage, shard_name(self.number), record | extra):
             self._stage.abandon()

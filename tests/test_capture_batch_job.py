@@ -9,69 +9,44 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_models import KINDS, VOCAB, save_model
+from support.capture_jobs import LAYERS, ROWS, config, flags, small_dataset, write_rows
+from support.tiny_models import KINDS, VOCAB, save_model
 
 from draftcache.capture.job import calibration
-from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.shard_worker import WorkerRole
-from draftcache.store.common.stopping import StopRequest
+from draftcache.capture.job.start_check import check_tokens
 from draftcache.capture.job.work_plan import WorkPlan
 from draftcache.capture.job.worker_job import CaptureJob
 from draftcache.capture.prepare.job import PrepareConfig, prepare
 from draftcache.capture.verifier.forward import Piece
 from draftcache.capture.verifier.load import load_verifier
-from draftcache.capture.verifier.self_check import TOKENS, check_tokens
+from draftcache.capture.verifier.self_check import TOKENS
 from draftcache.capture.verifier.ssm_precision import lift_dt_limit, mamba_mixers
 from draftcache.store.common.errors import InputError, ManifestMismatchError
+from draftcache.store.common.stopping import StopRequest
+from draftcache.store.format.array_spec import tap_name
+from draftcache.store.format.bf16 import bf16_to_float32
 from draftcache.store.format.commits import committed_shards, read_record
 from draftcache.store.format.norm_band import NormBand
 from draftcache.store.format.rows import rows_in_reach, teacher_positions
-from draftcache.store.format.schema import tap_name
-from draftcache.store.format.tap_codecs import bf16_to_float32
 from draftcache.store.format.teacher_stats import tail_mass
 from draftcache.store.reader import StoreReader
 from draftcache.store.storage.base import open_storage
 from draftcache.store.verify import verify_store
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-LAYERS = (0, 1, 2)
-ROWS = 12
-
-
-def write_rows(path: Path, rows: int = ROWS, length: int = 50, seed: int = 0) -> Path:
-    rng = np.random.default_rng(seed)
-    with path.open("w") as file:
-        for number in range(rows):
-            size = length + 7 * number
-            mask = [0] * size
-            mask[10:20] = [1] * 10
-            mask[30 : size - 3] = [1] * (size - 33)
-            file.write(json.dumps({"token_ids": rng.integers(0, 440, size).tolist(), "loss_mask": mask}) + "\n")
-    return path
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
-    root = tmp_path_factory.mktemp("dataset")
-    prepare(
-        PrepareConfig(
-            tokenizer=tokenizer_dir,
-            output=root / "prepared",
-            splits={"train": [write_rows(root / "rows.jsonl")]},
-            held_out={"val": [write_rows(root / "val.jsonl", rows=3, seed=1)]},
-            draft_vocab_size=200,
-            workers=1,
-            progress=False,
-        )
-    )
-    return root / "prepared"
+    return small_dataset(tmp_path_factory.mktemp("dataset"), tokenizer_dir)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -82,14 +57,6 @@ def verifier(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module")
 def nemotron(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("nemotron"), "nemotron_h")
-
-
-def config(verifier: Path, dataset: Path, output: Path, **changes: Any) -> CaptureConfig:
-    values: dict[str, Any] = {
-        "verifier": verifier, "dataset": dataset, "output": output, "layers": LAYERS, "top_k": 16,
-        "window": 20, "shard_tokens": 200, "head_slice": 7, "device": "cpu",
-    }  # fmt: skip
-    return CaptureConfig(**values | changes)
 
 
 @pytest.mark.parametrize("mode", ["float32", "bf16", "lossless"])
@@ -177,19 +144,6 @@ def test_manifest_records_the_contract_and_conventions(nemotron: Path, dataset: 
     record = read_record(open_storage(tmp_path / "s"), "00000")
     assert record is not None
     assert 0 < record["tail_mass"]["mean"] <= record["tail_mass"]["p99"]
-
-
-def flags(settings: CaptureConfig) -> list[str]:
-    """Of everything that differs from its default."""
-    found = []
-    for item in fields(settings):
-        value = getattr(settings, item.name)
-        if value is True:
-            found.append(f"--{item.name.replace('_', '-')}")
-        elif value != item.default:
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            found += [f"--{item.name.replace('_', '-')}", text]
-    return found
 
 
 def test_sigkill_then_the_same_command_gives_the_same_store(nemotron: Path, dataset: Path, tmp_path: Path) -> None:
@@ -349,7 +303,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
 def test_dataset_of_a_larger_vocabulary_is_refused(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tiny_models.VOCAB", 64)
+    monkeypatch.setattr("support.tiny_models.VOCAB", 64)
     small = save_model(tmp_path / "small", "llama")
     with pytest.raises(InputError, match="prepared with another tokenizer"):
         CaptureJob(config(small, dataset, tmp_path / "s"))

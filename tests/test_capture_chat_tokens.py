@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CHATML, save_tokenizer
+from support.chat_tokenizers import CHATML, save_tokenizer
 
 from draftcache.capture.prepare.chat_tokens import ChatTokenizer, RenderedChat, check_template_compiles, render_chat
 from draftcache.capture.prepare.conversations import ChatRow, RowRejectedError

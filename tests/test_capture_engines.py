@@ -23,17 +23,16 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from object_server import BUCKET, CREDENTIALS, s3_server
-from processes import ONE_THREAD, children, wait_for
-from test_capture_batch_job import config, flags, write_rows
-from tiny_models import save_model
+from support.capture_jobs import config, flags, prepare_rows, write_rows
+from support.object_server import BUCKET, CREDENTIALS, s3_server
+from support.processes import ONE_THREAD, children, wait_for
+from support.tiny_models import save_model
 
 from draftcache.capture.job import worker_job as batch_job
 from draftcache.capture.job.calibration import StoreCalibration
 from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.launch import capture
 from draftcache.capture.job.worker_job import CaptureJob
-from draftcache.capture.prepare.job import PrepareConfig, prepare
 from draftcache.store.common.errors import InputError
 from draftcache.store.format.commits import committed_shards, shard_name
 from draftcache.store.format.norm_band import bands_from_json, bands_to_json
@@ -64,18 +63,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Pa
     rows = write_rows(root / "rows.jsonl", rows=48)
     with rows.open("a") as file:
         file.write('{"token_ids": [5, 6, 7, 8], "loss_mask": [0, 0, 0, 1]}\n')
-    prepare(
-        PrepareConfig(
-            tokenizer=tokenizer_dir,
-            output=root / "prepared",
-            splits={"train": [rows]},
-            held_out={"val": [write_rows(root / "val.jsonl", rows=3)]},
-            draft_vocab_size=200,
-            workers=1,
-            progress=False,
-        )
-    )
-    return root / "prepared"
+    return prepare_rows(root / "prepared", tokenizer_dir, rows, write_rows(root / "val.jsonl", rows=3))
 
 
 @pytest.fixture(scope="module")
@@ -393,7 +381,7 @@ def ray_cluster() -> Iterator[str]:
 def test_ray_actors_do_the_job_and_stop_when_told(settings: CaptureConfig, tmp_path: Path) -> None:
     """Told to stop half-way, then finished by another number of actors, one of which is killed."""
     output = tmp_path / "s"
-    arguments = [*flags(replace(settings, output=output)), "--engine", "ray"]
+    arguments = [*flags(replace(settings, output=output)), "--launcher", "ray"]
     command = [sys.executable, "-m", "draftcache.tools.cli", "capture", *arguments]
     with ray_cluster() as address:
         environment = {**RAY_ENVIRONMENT, "RAY_ADDRESS": address}
@@ -418,7 +406,7 @@ def test_without_a_cluster_ray_is_refused(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     with pytest.raises(InputError, match=r"expected a running cluster at 127\.0\.0\.1:9"):
-        capture(replace(settings, output=tmp_path / "s", engine="ray"))
+        capture(replace(settings, output=tmp_path / "s", launcher="ray"))
 
 
 def test_without_ray_the_extra_is_named(
@@ -426,4 +414,4 @@ def test_without_ray_the_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"install draftcache\[ray\]"):
-        capture(replace(settings, output=tmp_path / "s", engine="ray"))
+        capture(replace(settings, output=tmp_path / "s", launcher="ray"))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from tiny_models import make_model
+from support.paths import DEMO
+from support.tiny_models import make_model
+from support.verifier_forwards import run, tokens, worst
 
-from draftcache.capture.verifier.forward import Forward, PlainForward
+from draftcache.capture.verifier.forward import PlainForward
 from draftcache.capture.verifier.load import find_modules, load_verifier
-from draftcache.capture.verifier.nemotron.forward import NemotronForward, unsupported
+from draftcache.capture.verifier.nemotron.forward import NemotronForward
 from draftcache.capture.verifier.ssm_precision import lift_dt_limit, mamba_mixers
 
-DEMO = Path(__file__).parents[1] / "tools" / "demo" / "assets" / "verifier"
 CPU = torch.device("cpu")
 LAYERS = (0, 2, 4)
 
@@ -29,22 +28,6 @@ def trained() -> tuple[NemotronForward, PlainForward]:
     found = load_verifier(DEMO, device=CPU, dtype=torch.float32, trust_remote_code=False)
     lift_dt_limit(mamba_mixers(found.model))
     return NemotronForward(found.model), PlainForward(found.body, found.blocks, found.final_norm)
-
-
-def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 600, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def run(forward: Forward, ids: torch.Tensor, layers: tuple[int, ...], chunk: int = 1 << 20) -> list[torch.Tensor]:
-    """Taps and final states [B, L, H]."""
-    pieces = list(forward.prefill(ids, layers, chunk))
-    assert [piece.first for piece in pieces] == list(range(0, ids.shape[1], chunk))
-    parts = [[*(piece.taps[layer] for layer in layers), piece.final] for piece in pieces]
-    return [torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)]
-
-
-def worst(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 16, 50, 130])
@@ -104,11 +87,11 @@ def test_rows_do_not_depend_on_their_batch_or_padding(which: int, chunk: int) ->
 
 
 def test_what_is_not_handled_is_named() -> None:
-    assert unsupported(make_model("nemotron_h")) is None
-    assert unsupported(make_model("llama")) == "LlamaForCausalLM is no NemotronH of transformers"
+    assert NemotronForward.supports(make_model("nemotron_h")) is None
+    assert NemotronForward.supports(make_model("llama")) == "LlamaForCausalLM is no NemotronH of transformers"
     model = make_model("nemotron_h")
     model.config.n_group = 2
-    assert unsupported(model) == "its n_group 2 is not handled"
+    assert NemotronForward.supports(model) == "its n_group 2 is not handled"
 
 
 @pytest.mark.parametrize("narrow", [True, False])

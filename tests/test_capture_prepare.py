@@ -13,18 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CHATML, TOKENIZER_TEXT, save_tokenizer
-from draftcache.prepare_chunks import Chunk
+from support.chat_tokenizers import CHATML, TOKENIZER_TEXT, save_tokenizer
+from support.paths import ROOT
 
 from draftcache.capture.prepare import chunks as prepare_chunks
 from draftcache.capture.prepare import job as prepare_job
+from draftcache.capture.prepare.chunks import Chunk
 from draftcache.capture.prepare.job import PrepareConfig, PrepareResult, prepare
 from draftcache.capture.prepare.token_dataset import TokenDataset
 from draftcache.store.common.errors import DraftcacheError, InputError
 from draftcache.store.format.vocab_map import VocabMap
 from draftcache.tools.cli import main
-
-ROOT = Path(__file__).parent.parent
 
 
 def chat(*contents: str) -> dict[str, Any]:

@@ -10,19 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCAB, make_model, save_model
+from support.paths import DEMO
+from support.tiny_models import VOCAB, make_model, save_model
 
 from draftcache.capture.kernels.attention import KeyValues
 from draftcache.capture.verifier.forward import Piece
 from draftcache.capture.verifier.load import Verifier, find_modules, load_verifier
 from draftcache.capture.verifier.nemotron import forward as nemotron_forward
-from draftcache.capture.verifier.nemotron.forward import NemotronForward
 from draftcache.capture.verifier.self_check import TOKENS, self_check
 from draftcache.capture.verifier.ssm_precision import lift_dt_limit, mamba_mixers
 from draftcache.store.common.errors import InputError
 
 CPU = torch.device("cpu")
-DEMO = Path(__file__).parents[1] / "tools" / "demo" / "assets" / "verifier"
 IDS = torch.randint(3, VOCAB, (TOKENS,), generator=torch.Generator().manual_seed(1))
 DEEP = ("MEM*E" * 10, (2, 26, 48))
 """As many blocks as the 30B verifier has, and its taps."""
@@ -46,8 +45,6 @@ class Shifted:
         for piece in self._inner.prefill(token_ids, tuple(layer + 1 for layer in layers), chunk):
             yield replace(piece, taps={layer - 1: tap for layer, tap in piece.taps.items()})
 
-
-class ShiftedNemotron(Shifted, NemotronForward):
     def block_differences(self, token_ids: torch.Tensor) -> list[float]:
         return self._inner.block_differences(token_ids)  # type: ignore[no-any-return]
 
@@ -63,7 +60,7 @@ def test_fifty_blocks_in_bf16_pass_though_they_drift_apart() -> None:
 def test_a_tap_off_by_one_block_is_refused_at_any_depth() -> None:
     verifier = nemotron(DEEP[0], torch.bfloat16)
     for layer in DEEP[1]:
-        shifted = replace(verifier, engine=ShiftedNemotron(verifier.engine))
+        shifted = replace(verifier, body_forward=Shifted(verifier.body_forward))  # type: ignore[arg-type]
         with pytest.raises(InputError, match=rf"output_hidden_states\[{layer + 1}\]|tap_{layer}"):
             self_check(shifted, (layer,), IDS)
 
@@ -107,18 +104,18 @@ def test_a_state_that_is_not_carried_is_refused(monkeypatch: pytest.MonkeyPatch,
     elif what == "conv":
         monkeypatch.setattr(nemotron_forward, "_last_rows", lambda rows, _before, count: 0 * rows[:, :count])
     else:
-        for block in verifier.engine._blocks:  # type: ignore[attr-defined]
+        for block in verifier.body_forward._blocks:  # type: ignore[attr-defined]
             if hasattr(block, "_scan"):
                 block._scan = partial(forgetful, block._scan)
     with pytest.raises(InputError, match="does not carry this model's state"):
         self_check(verifier, (2, 5, 10), ids)
 
 
-def test_an_engine_that_ignores_its_cache_is_refused(tmp_path: Path) -> None:
+def test_a_forward_that_ignores_its_cache_is_refused(tmp_path: Path) -> None:
     path = save_model(tmp_path, "llama")
     verifier = load_verifier(path, device=CPU, dtype=torch.float32, trust_remote_code=False)
     assert self_check(verifier, (1,), IDS)["pieces"] < 1e-4
-    verifier.engine._cache = "ignored"  # type: ignore[attr-defined]
+    verifier.body_forward._cache = "ignored"  # type: ignore[attr-defined]
     with pytest.raises(InputError, match="does not carry this model's state"):
         self_check(verifier, (1,), IDS)
 
@@ -155,7 +152,7 @@ def test_scaled_logits_and_shifted_taps_are_refused(tmp_path: Path) -> None:
         self_check(verifier, (1,), IDS)
     verifier.model.forward = original
     with pytest.raises(InputError, match="tap_1"):
-        self_check(replace(verifier, engine=Shifted(verifier.engine)), (1,), IDS)  # type: ignore[arg-type]
+        self_check(replace(verifier, body_forward=Shifted(verifier.body_forward)), (1,), IDS)  # type: ignore[arg-type]
     verifier.blocks[1].register_forward_hook(lambda _m, _i, output: output + 1.0)
     with pytest.raises(InputError, match="tap_1"):
         self_check(verifier, (1,), IDS)

@@ -1,4 +1,4 @@
-"""`--shard N`: a verifier over several processes, by the model class's own plan, beside one that is whole."""
+"""`--tensor-parallel N`: a verifier over several processes, by the model class's own plan, beside one that is whole."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from processes import ONE_THREAD, children, wait_for
-from test_capture_batch_job import config, flags, write_rows
-from test_capture_forward import DEMO
-from tiny_models import KINDS, save_model
+from support.capture_jobs import config, flags, prepare_rows, write_rows
+from support.paths import DEMO
+from support.processes import ONE_THREAD, children, wait_for
+from support.tiny_models import KINDS, save_model
 
-from draftcache.capture.job import tensor_parallel as sharded_verifier
+from draftcache.capture.job import tensor_parallel
 from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.worker_job import CaptureJob
-from draftcache.capture.prepare.job import PrepareConfig, prepare
 from draftcache.capture.verifier import load as verifier
 from draftcache.capture.verifier.nemotron import forward as nemotron_forward
 from draftcache.store.common.errors import InputError
+from draftcache.store.format.array_spec import tap_name
+from draftcache.store.format.bf16 import bf16_to_float32
 from draftcache.store.format.commits import committed_shards
-from draftcache.store.format.schema import tap_name
-from draftcache.store.format.tap_codecs import bf16_to_float32
 from draftcache.store.reader import StoreReader
 from draftcache.store.storage.base import open_storage
 from draftcache.store.verify import verify_store
@@ -44,14 +43,7 @@ DEADLINE_S = 120
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
     root = tmp_path_factory.mktemp("dataset")
-    rows = write_rows(root / "rows.jsonl", rows=24)
-    prepare(
-        PrepareConfig(
-            tokenizer=tokenizer_dir, output=root / "prepared", splits={"train": [rows]}, held_out={},
-            draft_vocab_size=200, workers=1, progress=False,
-        )
-    )  # fmt: skip
-    return root / "prepared"
+    return prepare_rows(root / "prepared", tokenizer_dir, write_rows(root / "rows.jsonl", rows=24))
 
 
 def start(settings: CaptureConfig) -> subprocess.Popen[str]:
@@ -66,7 +58,9 @@ def run(settings: CaptureConfig, deadline_s: float = DEADLINE_S) -> tuple[int, s
 
 
 def sharded(model: Path, dataset: Path, output: Path, **changes: Any) -> CaptureConfig:
-    return config(model, dataset, output, **{"shard": 2, "device": "auto", "compute_dtype": "float32"} | changes)
+    return config(
+        model, dataset, output, **{"tensor_parallel": 2, "device": "auto", "compute_dtype": "float32"} | changes
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,7 +80,7 @@ def test_the_same_store_within_rounding(tmp_path: Path, dataset: Path, kind: str
             assert np.linalg.norm(a - b) < 2e-3 * np.linalg.norm(b)
         np.testing.assert_allclose(mine["log_z_full"], theirs["log_z_full"], atol=1e-3)
     provenance = next(found.records())["provenance"]
-    assert provenance["shard"] == 2
+    assert provenance["tensor_parallel"] == 2
 
 
 @pytest.mark.gpu
@@ -94,7 +88,7 @@ def test_the_same_store_within_rounding(tmp_path: Path, dataset: Path, kind: str
 def test_trained_weights_in_bf16_on_two_gpus(tmp_path: Path, dataset: Path) -> None:
     layers = (2, 5, 10)
     both = {"layers": layers, "mode": "bf16", "compute_dtype": "bfloat16", "allow_fallback": True}
-    for name, more in (("whole", {"shard": 1, "device": "cuda:0"}), ("sharded", {})):
+    for name, more in (("whole", {"tensor_parallel": 1, "device": "cuda:0"}), ("sharded", {})):
         code, errors = run(sharded(DEMO, dataset, tmp_path / name, **both | more), deadline_s=300)  # compiles
         assert code == 0, errors
     found, expected = StoreReader(tmp_path / "sharded"), StoreReader(tmp_path / "whole")
@@ -114,7 +108,7 @@ def test_without_the_sum_over_ranks_the_self_check_refuses(
     model = save_model(tmp_path / "model", "nemotron_h")
     parts = nemotron_forward._local_experts
     monkeypatch.setattr(nemotron_forward, "_local_experts", lambda up, down: (*parts(up, down)[:2], None))
-    monkeypatch.setattr(sharded_verifier, "_LAST_WORDS_S", 600.0)
+    monkeypatch.setattr(tensor_parallel, "_LAST_WORDS_S", 600.0)
     with pytest.raises(InputError, match=r"too much in blocks \[1, 4\]"):
         CaptureJob(sharded(model, dataset, tmp_path / "s"))
     assert not torch.distributed.is_initialized()
@@ -144,20 +138,22 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, dataset: Path, monkeypatch
     model = save_model(tmp_path / "model", "nemotron_h")
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1000, 2000))
-    with pytest.raises(InputError, match=r"expected weights of at most the 0\.0 GB that are free .* --shard N"):
+    with pytest.raises(
+        InputError, match=r"expected weights of at most the 0\.0 GB that are free .* --tensor-parallel N"
+    ):
         verifier.load_verifier(model, device=gpu, dtype=torch.bfloat16, trust_remote_code=False)
     stored = sum(file.stat().st_size for file in model.glob("*.safetensors"))  # in float32
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (stored * 3 // 4, stored))
     verifier._require_room(model, gpu, torch.bfloat16)
-    with pytest.raises(InputError, match="--shard N"):
+    with pytest.raises(InputError, match="--tensor-parallel N"):
         verifier._require_room(model, gpu, torch.float32)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for device, number in (("cuda", 4), ("cuda:2", 2)):
-        with pytest.raises(InputError, match=rf"--shard {number}: expected {number} GPUs .*found 3 in all"):
-            sharded_verifier.first_gpu(sharded(model, dataset, tmp_path / "s", shard=number, device=device))
-    with pytest.raises(InputError, match="--device cpu: expected GPUs for --shard 2"):
-        sharded_verifier.first_gpu(sharded(model, dataset, tmp_path / "s", device="cpu"))
+        with pytest.raises(InputError, match=rf"--tensor-parallel {number}: expected {number} GPUs .*found 3 in all"):
+            tensor_parallel.first_gpu(sharded(model, dataset, tmp_path / "s", tensor_parallel=number, device=device))
+    with pytest.raises(InputError, match="--device cpu: expected GPUs for --tensor-parallel 2"):
+        tensor_parallel.first_gpu(sharded(model, dataset, tmp_path / "s", device="cpu"))
 
 
 def test_a_model_without_a_plan_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,8 +161,10 @@ def test_a_model_without_a_plan_is_refused(tmp_path: Path, monkeypatch: pytest.M
 
     model = save_model(tmp_path / "model", "llama")
     monkeypatch.setattr(LlamaConfig, "base_model_tp_plan", None)
-    with pytest.raises(InputError, match="expected a tensor-parallel plan for --shard 2, found none"):
-        verifier.load_verifier(model, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=False, shard=2)
+    with pytest.raises(InputError, match="expected a tensor-parallel plan for --tensor-parallel 2, found none"):
+        verifier.load_verifier(
+            model, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=False, tensor_parallel=2
+        )
 
 
 def test_layers_that_are_not_there_are_refused_by_every_rank(tmp_path: Path, dataset: Path) -> None:

@@ -1,6 +1,5 @@
 """The teacher signal in each form against brute force, and capture to evaluation on tiny verifiers."""
 
-# ruff: noqa: F401, F811  (fixtures of another test module)
 from __future__ import annotations
 
 import json
@@ -12,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_capture_batch_job import config, dataset, nemotron
-from tiny_models import VOCAB
+from support.capture_jobs import config, small_dataset
+from support.tiny_models import VOCAB, save_model
 
 from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.worker_job import CaptureJob
@@ -21,7 +20,7 @@ from draftcache.capture.kernels.row_stats import largest, part_largest
 from draftcache.capture.prepare.draft_vocabulary import load_vocab_maps
 from draftcache.capture.verifier.teacher import TeacherHead, teacher_signal
 from draftcache.store.common.errors import InputError, ManifestMismatchError
-from draftcache.store.format.tap_codecs import bf16_to_float32
+from draftcache.store.format.bf16 import bf16_to_float32
 from draftcache.store.format.teacher import TEACHERS, DraftVocab, TeacherForm
 from draftcache.store.format.teacher_stats import tail_mass
 from draftcache.store.format.vocab_map import VocabMap
@@ -31,6 +30,16 @@ from draftcache.tools.cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 MAIN, FURTHER = torch.arange(0, VOCAB, 2), torch.arange(5, 300, 7)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    return small_dataset(tmp_path_factory.mktemp("dataset"), tokenizer_dir)
+
+
+@pytest.fixture(scope="module")
+def nemotron(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("nemotron"), "nemotron_h")
 
 
 def form(kind: str, dtype: str = "float32", top_k: int = 5) -> TeacherForm:

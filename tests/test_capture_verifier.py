@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import KINDS, VOCAB, make_model, save_model
+from support.tiny_models import KINDS, VOCAB, make_model, save_model
 
 from draftcache.capture.job.gates import Gates, gate_statistics
 from draftcache.capture.verifier.load import describe_verifier, find_modules, load_verifier, weights_fingerprint

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import DRAFT_VOCAB, turns, vocab_map, write_store
+from support.synthetic import DRAFT_VOCAB, turns, vocab_map, write_store
 
 from draftcache.draft_train.acceptance import AcceptanceCounts, bigram_table, count_chain, measure_bigram
 from draftcache.store.format.rows import start_rows

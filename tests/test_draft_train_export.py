@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from synthetic import LAYERS, vocab_map, write_store
-from test_draft_train_trainer import config
+from support.synthetic import LAYERS, vocab_map, write_store
+from support.training_runs import config
 
 from draftcache.draft_train.checkpoint import load_state
-from draftcache.draft_train.export import aux_layer_ids, check_export, export_draft
+from draftcache.draft_train.drafts.eagle3.served import check_served, tap_ids
+from draftcache.draft_train.export import export_draft
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import CheckpointError, InputError
 from draftcache.store.common.files import hash_file
@@ -47,12 +48,12 @@ def test_export_holds_what_engines_load(checkpoint: Path, tmp_path: Path) -> Non
 
 def test_aux_ids_follow_the_engine() -> None:
     taps = [Tap(layer=layer).to_json() for layer in (2, 26, 48)]
-    assert aux_layer_ids(taps, "vllm") == [3, 27, 49]
-    assert aux_layer_ids(taps, "sglang") == [2, 26, 48]
+    assert tap_ids(taps, "vllm") == [3, 27, 49]
+    assert tap_ids(taps, "sglang") == [2, 26, 48]
     with pytest.raises(InputError, match="--engine"):
-        aux_layer_ids(taps, "other")
+        tap_ids(taps, "other")
     with pytest.raises(CheckpointError, match="block outputs"):
-        aux_layer_ids([{"layer": 2, "point": "input"}], "vllm")
+        tap_ids([{"layer": 2, "point": "input"}], "vllm")
 
 
 def test_full_attention_draft_says_so(tmp_path: Path) -> None:
@@ -95,9 +96,9 @@ def test_existing_output_is_not_overwritten(checkpoint: Path, tmp_path: Path) ->
 
 def test_check_finds_vocabulary_tensors_that_disagree(checkpoint: Path, tmp_path: Path) -> None:
     path = export_draft(checkpoint, tmp_path / "draft", engine="vllm")
-    check_export(path)
+    check_served(path)
     tensors = load_file(path / "model.safetensors")
     tensors["d2t"][0] += 1
     save_file(tensors, path / "model.safetensors")
     with pytest.raises(CheckpointError, match="same target ids"):
-        check_export(path)
+        check_served(path)

@@ -4,71 +4,38 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from synthetic import VOCAB, conversation, manifest, vocab_map
-from test_draft_train_unroll import MASKS, STEPS, WINDOW, embeddings, make_model
+from support.draft_batches import MASKS, batch_of
+from support.draft_models import WINDOW, embeddings, make_model
+from support.gradient_passes import SMALL, config, near, objective, plain_pass, run
 from torch import nn
 
-from draftcache.draft_train.config import TrainConfig
-from draftcache.draft_train.data.batches import Batch, build_batch
+from draftcache.draft_train.data.frozen import FrozenWeights
 from draftcache.draft_train.drafts.eagle3 import memory as memory_estimate
+from draftcache.draft_train.drafts.eagle3.architecture import Eagle3Draft
 from draftcache.draft_train.drafts.eagle3.choose_pass import choose_pass
-from draftcache.draft_train.drafts.eagle3.fused_pass import FusedPass, PassSettings
+from draftcache.draft_train.drafts.eagle3.fused_pass import FusedPass
+from draftcache.draft_train.drafts.eagle3.fused_state import PassSettings
 from draftcache.draft_train.drafts.eagle3.kernels import flash_attention, runs
 from draftcache.draft_train.drafts.eagle3.kernels.runs import find_runs
-from draftcache.draft_train.drafts.eagle3.model import DraftModel
-from draftcache.draft_train.drafts.gradient_pass import GradientPass, PlainPass
-from draftcache.draft_train.loss.objective import Objective
+from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
+from draftcache.draft_train.drafts.gradient_pass import PlainPass
 from draftcache.draft_train.optimizer import make_optimizer
 from draftcache.store.common.errors import InputError
 
-SMALL = PassSettings(rows=7, mlp_rows=5)
 
-
-def config(**changes: object) -> TrainConfig:
-    values = {"store": Path("s"), "output": Path("o"), "splits": ("train",), "ttt_steps": STEPS}
-    return TrainConfig(**values | changes)  # type: ignore[arg-type]
-
-
-def objective(**changes: object) -> Objective:
-    words = vocab_map()
-    return Objective(config(**changes), torch.from_numpy(words.target_ids), torch.from_numpy(words.padded(VOCAB).t2d))
-
-
-def batch_of(names: list[str], window: int | None) -> Batch:
-    rng = np.random.default_rng(1)
-    items = [conversation(rng, MASKS[name]) for name in names]
-    return build_batch(items, manifest().codec, max_steps=STEPS, window=window)
-
-
-def run(training: GradientPass, model: DraftModel, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Packed result, and a copy of every gradient."""
-    result = training(batch).packed()
-    found = {}
-    for name, value in model.named_parameters():
-        assert value.grad is not None
-        found[name] = value.grad.clone()
-    model.zero_grad(set_to_none=True)
-    return result, found
-
-
-def fused(model: DraftModel, settings: PassSettings = SMALL, **changes: object) -> FusedPass:
+def fused(model: Eagle3Model, settings: PassSettings = SMALL, **changes: object) -> FusedPass:
     return FusedPass(model, objective(**changes), embeddings(), settings, dtype=torch.float64)
-
-
-def near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float = 1e-6) -> bool:
-    return all(float((found[name] - value).norm()) <= bound * float(value.norm()) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("window", [WINDOW, 3, None])
 @pytest.mark.parametrize("names", [[name] for name in MASKS] + [list(MASKS)])
 def test_equals_autograd(names: list[str], window: int | None) -> None:
     model, batch = make_model(window), batch_of(names, window)
-    expected = run(PlainPass(model, objective(), embeddings()), model, batch)
+    expected = run(plain_pass(model, objective(), embeddings()), model, batch)
     for settings in (SMALL, replace(SMALL, recompute_mlp=True), replace(SMALL, flash_attention=True), PassSettings()):
         found = run(fused(model, settings), model, batch)
         torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=1e-9)
@@ -80,7 +47,7 @@ def test_equals_autograd(names: list[str], window: int | None) -> None:
 @pytest.mark.parametrize("changes", [{"loss": "tv"}, {"loss": "renormalized-kl"}, {"out_of_vocab": "drop"}])
 def test_equals_autograd_under_other_objectives(changes: dict[str, str]) -> None:
     model, batch = make_model(), batch_of(["three turns"], WINDOW)
-    expected = run(PlainPass(model, objective(**changes), embeddings()), model, batch)
+    expected = run(plain_pass(model, objective(**changes), embeddings()), model, batch)
     found = run(fused(model, **changes), model, batch)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=1e-9)
     assert near(found[1], expected[1])
@@ -89,7 +56,7 @@ def test_equals_autograd_under_other_objectives(changes: dict[str, str]) -> None
 
 def test_gradients_of_micro_batches_add_up_and_weights_are_read_anew() -> None:
     model = make_model()
-    training, plain = fused(model), PlainPass(model, objective(), embeddings())
+    training, plain = fused(model), plain_pass(model, objective(), embeddings())
     batches = [batch_of([name], WINDOW) for name in ("one turn", "to the end")]
     for _ in range(2):
         sums = []
@@ -106,7 +73,7 @@ def test_gradients_of_micro_batches_add_up_and_weights_are_read_anew() -> None:
 def test_training_follows_the_plain_pass_under_the_real_optimizer() -> None:
     """Fused AdamW writes parameters without raising their version: whoever keeps copies by it keeps old ones."""
     runs = []
-    for made in (lambda model: fused(model), lambda model: PlainPass(model, objective(), embeddings())):
+    for made in (lambda model: fused(model), lambda model: plain_pass(model, objective(), embeddings())):
         model = make_model()
         training, optimizer = made(model), make_optimizer(config(learning_rate=0.05), model)
         for name in ("one turn", "to the end", "three turns"):
@@ -143,7 +110,9 @@ def test_asking_for_what_can_not_run_is_refused() -> None:
     ):
         with pytest.raises(InputError, match=f"{name}.*its kernels need a GPU"):
             choose_pass(config(**changes), model, objective(), embeddings())
-    assert isinstance(choose_pass(config(), model, objective(), embeddings()), PlainPass)
+    assert choose_pass(config(), model, objective(), embeddings()) is None
+    draft, frozen = Eagle3Draft(model.shape, model), FrozenWeights(embeddings(), torch.ones(1), torch.ones(1))
+    assert isinstance(draft.gradient_pass(config(), objective(), frozen), PlainPass)
 
 
 def test_flash_attention_is_refused_where_it_can_not_run(monkeypatch: pytest.MonkeyPatch) -> None:

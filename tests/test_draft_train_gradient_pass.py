@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from test_draft_train_objective import batches, objective
-from test_draft_train_unroll import embeddings, make_model
+from support.draft_batches import batches
+from support.draft_models import embeddings, make_model
+from support.gradient_passes import loss_of, objective, plain_pass
 from torch import nn
-
-from draftcache.draft_train.drafts.gradient_pass import PlainPass
 
 
 def test_gradients_accumulate_and_equal_autograd() -> None:
     model, together, apart = make_model(), *batches()
-    loss = objective()(model, embeddings(), together).loss
+    loss = loss_of(objective(), model, embeddings(), together).loss
     expected = torch.autograd.grad(loss, list(model.parameters()))
-    run = PlainPass(model, objective(), embeddings())
+    run = plain_pass(model, objective(), embeddings())
     for part in apart:
         run(replace(part, loss_share=together.loss_share))
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
@@ -35,7 +34,7 @@ def test_every_parameter_is_announced_once_with_its_final_gradient() -> None:
             assert parameter.grad is not None
             seen.append((parameter, parameter.grad.clone()))
 
-    PlainPass(model, objective(loss_chunk=3), embeddings())(batch, ready)
+    plain_pass(model, objective(loss_chunk=3), embeddings())(batch, ready)
     assert len(seen) == len(list(model.parameters()))
     assert {id(parameter) for parameter, _ in seen} == {id(parameter) for parameter in model.parameters()}
     assert all(torch.equal(parameter.grad, gradient) for parameter, gradient in seen if parameter.grad is not None)

@@ -8,17 +8,16 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from synthetic import conversation, manifest, turns, vocab_map, write_store
-from test_draft_train_objective import objective
-from test_draft_train_trainer import config
-from test_draft_train_unroll import embeddings, make_model
+from support.draft_models import embeddings, make_model
+from support.gradient_passes import loss_of, objective, plain_pass
+from support.synthetic import conversation, manifest, turns, vocab_map, write_store
+from support.training_runs import config
 
 from draftcache.draft_train.data.batches import build_batch
-from draftcache.draft_train.drafts.eagle3.unroll import unroll
-from draftcache.draft_train.drafts.gradient_pass import PlainPass
 from draftcache.draft_train.data.loss_rows import left_out_pairs, turn_rows, unshifted_rows
-from draftcache.draft_train.loss.losses import tail_bucket_loss
+from draftcache.draft_train.drafts.eagle3.unroll import unroll
 from draftcache.draft_train.loss.objective import Objective, teacher_probabilities
+from draftcache.draft_train.loss.tail_bucket import tail_bucket_loss
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import InputError
 from draftcache.store.format.rows import teacher_positions
@@ -82,7 +81,7 @@ def test_loss_by_hand() -> None:
                 p, tau = teacher_probabilities(batch.teacher_logits[place][None], batch.log_z_draft[place][None])
                 loss = tail_bucket_loss(model.logits(hidden[None]), batch.teacher_ids[place][None], p, tau)
                 expected += 0.8**step.number * float(loss.detach()) / (3 * 30)  # the longest has 30 tokens
-    found = objective(loss_rows="unshifted", out_of_vocab="drop")(model, embeddings(), batch)
+    found = loss_of(objective(loss_rows="unshifted", out_of_vocab="drop"), model, embeddings(), batch)
     assert float(found.loss.detach()) == pytest.approx(expected, rel=1e-6)
     carries = (batch.teacher_index >= 0) & (torch.arange(STEPS) < batch.steps[:, None])
     assert found.rows.tolist() == carries.sum(0).tolist()
@@ -95,7 +94,7 @@ def test_conversations_without_such_rows_give_no_gradient() -> None:
     assert batch.start_index.numel() == 0
     model, mapping = make_model(), vocab_map()
     made = Objective(config(Path()), torch.from_numpy(mapping.target_ids), torch.from_numpy(mapping.t2d))
-    result = PlainPass(model, made, embeddings())(batch)
+    result = plain_pass(model, made, embeddings())(batch)
     assert float(result.loss) == float(result.rows.sum()) == 0
     assert all(float(parameter.grad.abs().sum()) == 0 for parameter in model.parameters() if parameter.grad is not None)
 
@@ -113,4 +112,4 @@ def test_training_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.Capture
     trainer.run()
     assert f"no teacher is stored for {4 * len(left)} of its {4 * len(wanted)} pairs" in capsys.readouterr().out
     with pytest.raises(InputError, match="--loss-rows: expected one of"):
-        config(tmp_path, loss_rows="shifted")
+        Trainer(config(tmp_path, loss_rows="shifted"))

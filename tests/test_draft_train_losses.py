@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from test_draft_train_objective import batches, objective
-from test_draft_train_teacher import IDS, D
-from test_draft_train_unroll import embeddings, make_model
+from support.absent_entries import IDS, D
+from support.draft_batches import batches
+from support.draft_models import embeddings, make_model
+from support.gradient_passes import loss_of, objective
+from support.row_losses import acceptance, row_loss
 
-from draftcache.draft_train.config import LOSSES
-from draftcache.draft_train.loss.losses import LK_DECAY, acceptance, row_loss
 from draftcache.draft_train.loss.objective import draft_mass
+from draftcache.draft_train.loss.row_losses import LK_DECAY, LOSSES
 from draftcache.store.common.errors import InputError
 
 ROWS, OUTSIDE = IDS.shape[0], 5
@@ -181,12 +182,12 @@ def test_the_objective_dispatches_and_slices_change_nothing(kind: str) -> None:
     model, batch = make_model(), batches()[0]
     results = []
     for chunk in (4096, 3):
-        result = objective(loss=kind, loss_chunk=chunk)(model, embeddings(), batch)
+        result = loss_of(objective(loss=kind, loss_chunk=chunk), model, embeddings(), batch)
         results.append((result.loss, *torch.autograd.grad(result.loss, list(model.parameters()))))
     for whole, sliced in zip(*results, strict=True):
         torch.testing.assert_close(sliced, whole)
     if kind != "tail-kl":
-        assert float(results[0][0].detach()) != float(objective()(model, embeddings(), batch).loss.detach())
+        assert float(results[0][0].detach()) != float(loss_of(objective(), model, embeddings(), batch).loss.detach())
 
 
 def test_acceptance_losses_know_the_mass_outside_the_draft_vocabulary() -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from synthetic import DRAFT_VOCAB, VOCAB, conversation, manifest, turns, vocab_map
-from test_draft_train_unroll import embeddings, make_model
+from support.draft_batches import batches
+from support.draft_models import embeddings, make_model
+from support.gradient_passes import loss_of, objective
+from support.synthetic import DRAFT_VOCAB, VOCAB, vocab_map
 
-from draftcache.draft_train.config import TrainConfig
-from draftcache.draft_train.data.batches import Batch, build_batch
-from draftcache.draft_train.loss.losses import fused_tail_bucket_loss, tail_bucket_loss
-from draftcache.draft_train.loss.objective import Objective, ObjectiveResult, row_weights, teacher_probabilities
+from draftcache.draft_train.loss.objective import ObjectiveResult, row_weights, teacher_probabilities
+from draftcache.draft_train.loss.tail_bucket import fused_tail_bucket_loss, tail_bucket_loss
 
 V, K, ROWS = 50, 8, 12
 
@@ -92,27 +90,10 @@ def test_confident_tail_stays_finite_in_float32() -> None:
         assert torch.isfinite(torch.autograd.grad(loss.sum(), logits)[0]).all()
 
 
-def config(**changes: object) -> TrainConfig:
-    values = {"store": Path("s"), "output": Path("o"), "splits": ("train",), "ttt_steps": 4}
-    return TrainConfig(**values | changes)  # type: ignore[arg-type]
-
-
-def objective(**changes: object) -> Objective:
-    mapping = vocab_map()
-    return Objective(config(**changes), torch.from_numpy(mapping.target_ids), torch.from_numpy(mapping.t2d))
-
-
-def batches() -> tuple[Batch, list[Batch]]:
-    rng = np.random.default_rng(0)
-    items = [conversation(rng, mask) for mask in (turns(30, (5, 25)), turns(20, (3, 6), (9, 19)))]
-    make = lambda chosen: build_batch(chosen, manifest().codec, max_steps=4, window=7)  # noqa: E731
-    return make(items), [make([item]) for item in items]
-
-
 def test_loss_averages_rows_then_conversations_in_any_packing() -> None:
     model, together, apart = make_model(), *batches()
-    packed = objective()(model, embeddings(), together).loss
-    separate = torch.stack([objective()(model, embeddings(), batch).loss for batch in apart])
+    packed = loss_of(objective(), model, embeddings(), together).loss
+    separate = torch.stack([loss_of(objective(), model, embeddings(), batch).loss for batch in apart])
     torch.testing.assert_close(packed, separate.mean())
 
 
@@ -130,14 +111,14 @@ def test_loss_of_one_conversation_by_hand() -> None:
             in_draft = torch.exp(batch.log_z_draft[place] - batch.log_z_full[place])
             rows.append(float(loss.detach()) * float(in_draft))
         expected += 0.8**step.number * sum(rows) / len(rows)
-    assert float(objective()(model, embeddings(), batch).loss.detach()) == pytest.approx(expected, rel=1e-6)
+    assert float(loss_of(objective(), model, embeddings(), batch).loss.detach()) == pytest.approx(expected, rel=1e-6)
 
 
 def test_slices_of_the_head_change_no_value_and_no_gradient() -> None:
     model, batch = make_model(), batches()[0]
     results = []
     for chunk in (4096, 3):
-        result = objective(loss_chunk=chunk)(model, embeddings(), batch)
+        result = loss_of(objective(loss_chunk=chunk), model, embeddings(), batch)
         results.append((result.loss, *torch.autograd.grad(result.loss, list(model.parameters()))))
     for whole, sliced in zip(*results, strict=True):
         torch.testing.assert_close(sliced, whole)
@@ -146,12 +127,12 @@ def test_slices_of_the_head_change_no_value_and_no_gradient() -> None:
 def test_sums_of_parts_are_the_sums_of_the_whole() -> None:
     """With the share of the whole step; with their own shares the loss would count twice."""
     model, together, apart = make_model(), *batches()
-    whole = objective()(model, embeddings(), together)
+    whole = loss_of(objective(), model, embeddings(), together)
     added = ObjectiveResult.zeros(4, torch.device("cpu"))
     for part in apart:
-        added = added + objective()(model, embeddings(), replace(part, loss_share=together.loss_share))
+        added = added + loss_of(objective(), model, embeddings(), replace(part, loss_share=together.loss_share))
     torch.testing.assert_close(added.packed(), whole.packed())
-    twice = sum(float(objective()(model, embeddings(), part).loss.detach()) for part in apart)
+    twice = sum(float(loss_of(objective(), model, embeddings(), part).loss.detach()) for part in apart)
     assert twice == pytest.approx(2 * float(added.loss))
     assert float(whole.tail_positions) == together.argmax.shape[0]
 
@@ -168,7 +149,7 @@ def test_row_weights_of_rows_outside_the_draft_vocabulary() -> None:
     assert torch.equal(row_weights("drop", batch, places, inside), (~outside_rows).float())
     assert torch.equal(row_weights("keep", batch, places, inside), torch.ones(len(places)))
     losses = {
-        mode: float(objective(out_of_vocab=mode)(make_model(), embeddings(), batch).loss.detach())
+        mode: float(loss_of(objective(out_of_vocab=mode), make_model(), embeddings(), batch).loss.detach())
         for mode in ("weight", "drop", "keep")
     }
     assert len(set(losses.values())) == 3
@@ -176,9 +157,9 @@ def test_row_weights_of_rows_outside_the_draft_vocabulary() -> None:
 
 def test_argmax_outside_the_draft_vocabulary_is_a_miss() -> None:
     model, batch = make_model(), batches()[1][0]
-    result = objective()(model, embeddings(), batch)
+    result = loss_of(objective(), model, embeddings(), batch)
     never = torch.tensor([index for index in range(VOCAB) if not vocab_map().t2d[index]][:1])
-    none = objective()(model, embeddings(), replace(batch, argmax=never.expand_as(batch.argmax)))
+    none = loss_of(objective(), model, embeddings(), replace(batch, argmax=never.expand_as(batch.argmax)))
     assert none.hits.sum() == 0 < result.hits.sum()
     assert torch.equal(none.rows, result.rows)
     assert DRAFT_VOCAB < VOCAB

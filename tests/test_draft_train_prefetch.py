@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic import conversation, manifest, turns, write_files, write_store
-from teacher_stores import OTHER, write_teacher_store
-from test_draft_train_trainer import config
+from support.synthetic import conversation, manifest, turns, write_files, write_store
+from support.teacher_stores import OTHER, write_teacher_store
+from support.training_runs import config
 from torch import nn
 
-from draftcache.draft_train.data.batches import Batch, HostRows, build_batch
+from draftcache.draft_train.data.batches import Batch, BatchNeeds, HostRows, build_batch
 from draftcache.draft_train.data.packed_batch import BatchLoader
 from draftcache.draft_train.data.prefetch import Prefetcher, ring_bytes
 from draftcache.draft_train.data.teacher import TeacherView
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 def loader_of(store: StoreReader, window: int | None = 16, size: int = 0) -> BatchLoader:
     teacher = TeacherView.of(store, store.manifest.teacher_form.choose(size))
-    return BatchLoader(store, max_steps=3, window=window, teacher=teacher)
+    return BatchLoader(store, needs=BatchNeeds(steps=3, window=window), teacher=teacher)
 
 
 def require_equal(mine: Batch, theirs: Batch) -> None:

@@ -9,35 +9,26 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from synthetic import DRAFT_VOCAB, TOP_K
-from teacher_stores import OTHER, SUBSET, maps, write_teacher_store
-from test_draft_train_trainer import config
+from support.absent_entries import IDS, D
+from support.row_losses import row_loss
+from support.synthetic import DRAFT_VOCAB, TOP_K
+from support.teacher_stores import OTHER, SUBSET, maps, write_teacher_store
+from support.training_runs import config
 
 from draftcache.draft_train.checkpoint import load_state
-from draftcache.draft_train.config import LOSSES
 from draftcache.draft_train.data.batches import Batch, build_batch
 from draftcache.draft_train.data.teacher import TeacherView, exact_probabilities
 from draftcache.draft_train.evaluate import evaluate
 from draftcache.draft_train.export import export_draft
 from draftcache.draft_train.loss import objective
-from draftcache.draft_train.loss.losses import fused_tail_bucket_loss, row_loss, tail_bucket_loss
 from draftcache.draft_train.loss.objective import ObjectiveResult, teacher_probabilities
+from draftcache.draft_train.loss.row_losses import LOSSES
+from draftcache.draft_train.loss.tail_bucket import fused_tail_bucket_loss, tail_bucket_loss
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import CheckpointError, InputError
 from draftcache.store.reader import StoreReader
 
-D, ROWS = 9, 7
-IDS = torch.tensor(
-    [
-        [3, 0, 5, 1],  # none absent
-        [-1, -1, -1, -1],  # S is empty
-        [-1, 0, -1, 4],  # absent beside id 0, which stands in for what is absent
-        [0, -1, -1, -1],
-        [-1, -1, 7, -1],
-        [8, 2, -1, 6],
-        [-1, 1, 2, 3],
-    ]
-)
+ROWS = IDS.shape[0]
 
 
 def teacher_and_logits(scale: float = 2.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -152,9 +143,10 @@ def batch_of(store: StoreReader, size: int = 0) -> Batch:
 def loss_and_gradients(tmp_path: Path, name: str, **changes: Any) -> tuple[ObjectiveResult, list[torch.Tensor]]:
     """Of the untrained draft on the first conversations of store `name`."""
     trainer = Trainer(config(tmp_path, store=tmp_path / name, **changes))
-    result = trainer.objective(
-        trainer.model, trainer.frozen.embed_tokens, batch_of(trainer.store, changes.get("draft_vocab_size", 0))
-    )
+    batch = batch_of(trainer.store, changes.get("draft_vocab_size", 0))
+    draft = trainer.draft
+    outputs = draft.step_outputs(trainer.frozen, batch, 3)
+    result = trainer.objective(outputs, lambda output: draft.logits(output, batch), batch)
     return result, list(torch.autograd.grad(result.loss, list(trainer.model.parameters())))
 
 
@@ -290,7 +282,7 @@ def test_another_vocabulary_is_refused_by_resume_and_warm_start(stores: Path) ->
 
 
 def test_a_checkpoint_of_a_vocabulary_that_is_not_declared_is_refused(stores: Path, tmp_path: Path) -> None:
-    from synthetic import write_store
+    from support.synthetic import write_store
 
     Trainer(config(stores, store=stores / "full", epochs=1, draft_vocab_size=OTHER)).run()
     write_store(tmp_path / "main-only")

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from synthetic import vocab_map, write_store
+from support.synthetic import vocab_map, write_store
+from support.training_runs import config, flags, metrics
 
 import draftcache.draft_train.trainer as trainer_module
 from draftcache.draft_train.checkpoint import checkpoints, load_state, resolve_checkpoint
@@ -29,30 +30,10 @@ from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import CheckpointError, InputError, ManifestMismatchError
 
 
-def config(tmp_path: Path, **changes: object) -> TrainConfig:
-    values: dict[str, object] = {
-        "store": tmp_path / "store", "output": tmp_path / "run", "splits": ("train",), "epochs": 4,
-        "batch_conversations": 2, "learning_rate": 1e-2, "ttt_steps": 3, "sliding_window": 16, "head_dim": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "checkpoint_every": 3, "device": "cpu",
-    }  # fmt: skip
-    return TrainConfig(**values | changes)  # type: ignore[arg-type]
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     write_store(tmp_path / "store", per_shard=6)
     return tmp_path
-
-
-def flags(settings: TrainConfig) -> list[str]:
-    names = ["store", "output", "epochs", "batch_conversations", "learning_rate", "ttt_steps", "sliding_window"]
-    names += ["head_dim", "num_attention_heads", "num_key_value_heads", "checkpoint_every", "device"]
-    pairs = [(f"--{name.replace('_', '-')}", str(getattr(settings, name))) for name in names]
-    return ["--splits", ",".join(settings.splits), *[part for pair in pairs for part in pair]]
-
-
-def metrics(output: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_loss_falls_and_every_step_is_logged_once(store: Path) -> None:
@@ -270,14 +251,14 @@ def test_a_setting_that_a_checkpoint_does_not_know_counts_as_its_default(store: 
 def test_another_vocabulary_is_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Trainer(config(store)).run()
     other = vocab_map(seed=1)
-    monkeypatch.setattr("synthetic.vocab_map", lambda seed=0: other)
+    monkeypatch.setattr("support.synthetic.vocab_map", lambda seed=0: other)
     write_store(store / "other", draft_vocab_hash=other.hash)
     with pytest.raises(CheckpointError, match="its draft vocabulary is"):
         Trainer(config(store, store=store / "other", output=store / "two", init_from=store / "run")).run()
 
 
 def test_another_verifier_is_refused(store: Path) -> None:
-    from synthetic import manifest
+    from support.synthetic import manifest
 
     Trainer(config(store)).run()
     write_store(store / "other", verifier=manifest().verifier | {"weights_hash": "1" * 32})

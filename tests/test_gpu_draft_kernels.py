@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_device import BOUND, DEVICE, DTYPES, MARKS, error, rand
+from support.kernel_device import BOUND, DEVICE, DTYPES, MARKS, error, rand
 
 from draftcache.draft_train.kernels.norms import (
     rms_norm,

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_capture_forward import DEMO, run, tokens, worst
+from support.paths import DEMO
+from support.verifier_forwards import run, tokens, worst
 
 from draftcache.capture.verifier.forward import PlainForward
 from draftcache.capture.verifier.load import load_verifier

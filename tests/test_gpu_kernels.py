@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_device import BF16, DEVICE, DTYPES, F32, INTERPRETED, MARKS, rand
+from support.kernel_device import BF16, DEVICE, DTYPES, F32, INTERPRETED, MARKS, rand
 
 from draftcache.capture.kernels.attention import causal_attention, causal_attention_reference
 from draftcache.capture.kernels.causal_conv import causal_conv_silu, causal_conv_silu_reference
@@ -112,7 +112,7 @@ def test_experts(dtype: torch.dtype) -> None:
         (grouped_linear_reference, relu_squared_reference_, combine_reference),
     ):
         hidden = act(linear(rows[pairs.tokens], up, pairs.ends))
-        outputs.append(mix(linear(hidden, down, pairs.ends), weights, pairs.place, shared.clone()))
+        outputs.append(mix(linear(hidden, down, pairs.ends), weights, pairs.pair_rows, shared.clone()))
     by_token = shared.float()
     for slot in range(top_k):
         hidden = torch.einsum("nh,nih->ni", rows.float(), up[ids[:, slot]].float()).relu().square()

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_capture_forward import DEMO, run, tokens
+from support.paths import DEMO
+from support.verifier_forwards import run, tokens
 
 from draftcache.capture.verifier.load import load_verifier
 from draftcache.capture.verifier.ssm_precision import DT_LIMIT, enforce_contract
@@ -109,9 +110,9 @@ def test_taps_and_final_states_of_a_trained_verifier_are_the_same_to_the_bit(mon
     found = load_verifier(DEMO, device=torch.device("cuda"), dtype=torch.bfloat16, trust_remote_code=False)
     enforce_contract(found.model, DEMO, allow_fallback=False)
     ids = tokens(1, 1_024).cuda()
-    plain = run(found.engine, ids, (2, 5, 10))
+    plain = run(found.body_forward, ids, (2, 5, 10))
     with patched(monkeypatch, "ssd_combined") as seen:
-        with_patch = run(found.engine, ids, (2, 5, 10))
+        with_patch = run(found.body_forward, ids, (2, 5, 10))
     assert seen
     assert set(seen) == {torch.float32}
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(with_patch, plain, strict=True))

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from synthetic import write_store
-from test_draft_train_parallel import TRAIN, WORKER, as_json, finish, start, weights
-from test_draft_train_trainer import config, flags, metrics
+from support.rank_processes import TRAIN, WORKER, as_json, finish, start, weights
+from support.synthetic import write_store
+from support.training_runs import config, flags, metrics
 
 from draftcache.draft_train.checkpoint import checkpoints, load_state, resolve_checkpoint
 from draftcache.draft_train.config import TrainConfig

@@ -9,14 +9,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from support.paths import ROOT
 
 from draftcache.store.common.triton_launch import INTERPRETED, runs_kernels, tl
 
-ROOT = Path(__file__).parents[1]
 FORWARD = "test_capture_forward.py::test_random_weights_equal_the_models_code"
 PARTS = (
     (("test_gpu_draft_attention.py",), 40),

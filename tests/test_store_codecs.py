@@ -10,59 +10,25 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from support.tap_states import (
+    EXACT,
+    HIDDEN,
+    LAYER,
+    codec_of,
+    compare_with_torch,
+    every_bit_pattern,
+    nasty_states,
+    outlier_states,
+)
 
 from draftcache.store.common.errors import InputError, StoreError
 from draftcache.store.format import torch_codecs
-from draftcache.store.format.schema import ROWS_AXIS
-from draftcache.store.format.tap_codecs import (
-    MODES,
-    Calibration,
-    ChannelScales,
-    TapCodec,
-    bf16_to_float32,
-    float32_to_bf16,
-    tap_codec,
-)
+from draftcache.store.format.array_spec import ROWS_AXIS
+from draftcache.store.format.bf16 import bf16_to_float32, float32_to_bf16
+from draftcache.store.format.channel_scales import Calibration, ChannelScales
+from draftcache.store.format.tap_codecs import MODES, tap_codec
 
-LAYER = 2
-HIDDEN = (1, 8, 100, 128, 130, 2688)
-EXACT = ("bf16", "lossless")
 LOSSY = {"int8": 0.008, "fp8": 0.03}
-
-
-def outlier_states(rows: int, hidden: int, seed: int = 0) -> NDArray[np.uint16]:
-    """bf16 bits of states as real ones are: channels of very unlike scale, a few massive, some rows large."""
-    rng = np.random.default_rng(seed)
-    scale = np.exp(rng.normal(0, 0.7, hidden))
-    scale[rng.choice(hidden, max(1, hidden // 300), replace=False)] *= 300
-    values = rng.standard_normal((rows, hidden)) * scale * np.exp(rng.normal(0, 0.2, (rows, 1)))
-    return float32_to_bf16(values.astype(np.float32))
-
-
-def nasty_states(hidden: int) -> NDArray[np.uint16]:
-    """Rows of zeros, subnormals, the largest values, and blocks where one value dwarfs the rest."""
-    rng = np.random.default_rng(3)
-    rows = [np.zeros(hidden), np.full(hidden, 1e-40), np.full(hidden, 3e38), -np.full(hidden, 1e-30)]
-    spike = rng.standard_normal(hidden) * 1e-6
-    spike[hidden // 2] = 1e4
-    tiny = rng.standard_normal(hidden) * 1e-39
-    half = np.where(np.arange(hidden) % 2, 0.5, -0.0)
-    ties = (np.arange(hidden) - hidden // 2) * 0.5
-    return float32_to_bf16(np.stack([*rows, spike, tiny, half, ties]).astype(np.float32))
-
-
-def codec_of(mode: str, states: NDArray[Any]) -> TapCodec:
-    hidden = states.shape[1]
-    scales = None
-    if mode == "int8":
-        calibration = Calibration((LAYER,), hidden)
-        calibration.add(LAYER, states)
-        scales = calibration.finish()
-    return tap_codec(mode, layers=(LAYER,), hidden_size=hidden, channel_scales=scales)
-
-
-def every_bit_pattern() -> NDArray[np.uint16]:
-    return np.arange(1 << 16, dtype=np.uint16).reshape(-1, 128)
 
 
 @pytest.mark.parametrize("mode", EXACT)
@@ -125,24 +91,6 @@ def test_parts_are_what_the_specs_say(mode: str, hidden: int) -> None:
             assert parts[name].dtype == spec.dtype
         decoded = codec.decode(LAYER, parts)
         assert (decoded.shape, decoded.dtype) == ((rows, hidden), states.dtype)
-
-
-def compare_with_torch(mode: str, states: NDArray[Any], device: torch.device) -> None:
-    """numpy and tensors give the same bits, both ways."""
-    codec = codec_of(mode, states if mode != "int8" else outlier_states(64, states.shape[1]))
-    tensor = torch.from_numpy(states.copy())
-    tensor = tensor.to(device) if mode == "float32" else tensor.view(torch.bfloat16).to(device)
-    expected, found = codec.encode(LAYER, states), torch_codecs.encode(codec, LAYER, tensor)
-    assert expected.keys() == found.keys()
-    for name, part in expected.items():
-        assert found[name].device.type == device.type
-        mine = found[name].cpu().numpy()
-        assert (mine.shape, mine.dtype) == (part.shape, part.dtype)
-        assert mine.tobytes() == np.ascontiguousarray(part).tobytes(), name
-    parts = {name: torch.from_numpy(np.ascontiguousarray(part)).to(device) for name, part in expected.items()}
-    decoded = torch_codecs.decode(codec, LAYER, parts).cpu()
-    bits = decoded.numpy() if mode == "float32" else decoded.view(torch.uint16).numpy()
-    assert bits.tobytes() == codec.decode(LAYER, expected).tobytes()
 
 
 @pytest.mark.parametrize("hidden", HIDDEN)

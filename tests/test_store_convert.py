@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic import LAYERS, conversation, manifest, turns, write_files, write_store
+from support.synthetic import LAYERS, conversation, manifest, turns, write_files, write_store
 
 from draftcache.store.common.errors import InputError, ManifestMismatchError, StoreError
 from draftcache.store.convert import Conversion
-from draftcache.store.format.tap_codecs import MODES, float32_to_bf16
+from draftcache.store.format.bf16 import float32_to_bf16
+from draftcache.store.format.tap_codecs import MODES
 from draftcache.store.layouts.tar_shards import TarShardWriter
 from draftcache.store.reader import StoreReader
 from draftcache.store.verify import verify_store

@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from synthetic import conversation, manifest, turns, write_files, write_store
+from support.synthetic import conversation, items_of, manifest, turns, write_files, write_store
 
 from draftcache.store.common.errors import DraftcacheError, ShardDamagedError, StorageError, StoreError
 from draftcache.store.format.commits import committed_shards, read_record, shard_name
+from draftcache.store.format.frozen import FROZEN_NAME
 from draftcache.store.format.schema import Conversation
-from draftcache.store.reader import FROZEN_NAME, StoreReader
+from draftcache.store.reader import StoreReader
 from draftcache.store.repair import repair_store
 from draftcache.store.storage.base import open_storage
 from draftcache.store.verify import verify_store
@@ -33,11 +34,6 @@ from draftcache.tools.cli import main
 SHARDS = 12
 KILLS = 200
 MODES = ("bf16", "lossless", "int8", "fp8")
-
-
-def items_of(shard: int, count: int = 3) -> list[Conversation]:
-    rng = np.random.default_rng(shard)
-    return [conversation(rng, turns(60, (6, 16), (22, 50)), number=count * shard + number) for number in range(count)]
 
 
 def write_all(root: Path, shards: int = SHARDS) -> None:
@@ -320,8 +316,7 @@ LIMITED = """
 import resource, sys
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-from test_store_faults import items_of
-from synthetic import manifest, write_files
+from support.synthetic import items_of, manifest, write_files
 from draftcache.store.common.errors import StorageError
 from draftcache.store.writer import StoreWriter
 import signal

@@ -13,7 +13,7 @@ import pytest
 import tensorstore
 import zarr
 from numpy.typing import NDArray
-from synthetic import write_store
+from support.synthetic import write_store
 
 from draftcache.store.common.files import hash_file
 from draftcache.store.common.sealed_json import seal, unseal

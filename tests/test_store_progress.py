@@ -7,9 +7,9 @@ import pty
 import subprocess
 import sys
 import termios
-from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
 from draftcache.store.common import progress
 
@@ -22,7 +22,6 @@ with progress_bar(total=100, desc="work", unit="tok", unit_scale=True) as bar:
         if number == 50:
             bar.write("something was said", file=__import__("sys").stderr)
 """
-ROOT = Path(__file__).parents[1]
 
 
 def test_a_log_gets_the_first_line_and_the_last_and_what_is_said_between() -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from object_server import BUCKET, CREDENTIALS, FlakyProxy, S3Server, SeededPlan, s3_server
-from synthetic import conversation, manifest, turns, write_files
+from support.object_server import BUCKET, CREDENTIALS, FlakyProxy, S3Server, SeededPlan, s3_server
+from support.synthetic import conversation, manifest, turns, write_files
 
 from draftcache.store.common.errors import ShardDamagedError, StorageError
 from draftcache.store.convert import Conversion

@@ -14,7 +14,7 @@ import pytest
 import zarr
 from awscrt.checksums import crc32c
 from numcodecs import Zstd
-from synthetic import conversation, manifest, turns, write_files, write_store
+from support.synthetic import conversation, manifest, turns, write_files, write_store
 
 from draftcache.store.common.errors import (
     InputError,

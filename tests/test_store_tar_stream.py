@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
-from synthetic import conversation, manifest, turns, write_files, write_store
+from support.synthetic import conversation, manifest, turns, write_files, write_store
 from zstandard import ZstdDecompressor
 
 from draftcache.store.common.errors import ShardDamagedError, StreamingError

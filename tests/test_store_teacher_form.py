@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from synthetic import DRAFT_VOCAB, HIDDEN, VOCAB, manifest
-from teacher_stores import OTHER, SUBSET, head, maps, write_teacher_store
+from support.synthetic import DRAFT_VOCAB, HIDDEN, VOCAB, manifest
+from support.teacher_stores import OTHER, SUBSET, head, maps, write_teacher_store
 
 from draftcache.store.common.errors import InputError, StoreError, StoreVersionError
 from draftcache.store.convert import Conversion
+from draftcache.store.format.bf16 import bf16_to_float32
 from draftcache.store.format.frozen import frozen_tensor
-from draftcache.store.format.manifest import StoreManifest
+from draftcache.store.format.manifest import StoreManifest, top_level_names
 from draftcache.store.format.schema import Conversation
-from draftcache.store.format.tap_codecs import bf16_to_float32
 from draftcache.store.format.teacher import TEACHERS, DraftVocab, TeacherForm
 from draftcache.store.format.teacher_stats import describe, tail_mass
-from draftcache.store.reader import StoreReader, top_level_names
+from draftcache.store.reader import StoreReader
 from draftcache.store.repair import repair_store
 from draftcache.store.row_checks import check_conversation
 from draftcache.store.storage.base import open_storage

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from synthetic import HIDDEN, LAYERS, conversation, manifest, turns, write_files
+from support.synthetic import HIDDEN, LAYERS, conversation, manifest, turns, write_files
 
 from draftcache.store.common.errors import InputError
 from draftcache.store.format.rows import start_rows
@@ -27,8 +27,8 @@ TAPS = [f"tap_{layer}" for layer in LAYERS]
 
 def chunked(monkeypatch: pytest.MonkeyPatch, rows: int = 32) -> None:
     """Small chunks, so that a conversation has many."""
-    monkeypatch.setattr("draftcache.store.format.schema.CHUNK_ROWS", rows)
-    monkeypatch.setattr("draftcache.store.format.schema._CHUNK_BYTES", 1)
+    monkeypatch.setattr("draftcache.store.format.array_spec.CHUNK_ROWS", rows)
+    monkeypatch.setattr("draftcache.store.format.array_spec._CHUNK_BYTES", 1)
 
 
 @pytest.fixture(params=["zarr", "webdataset"])

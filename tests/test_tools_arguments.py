@@ -11,6 +11,8 @@ import pytest
 from draftcache.capture.job.config import CaptureConfig
 from draftcache.draft_train.config import TrainConfig
 from draftcache.tools.arguments import add_settings
+from draftcache.tools.cli import main
+from draftcache.tools.commands import capture
 
 
 @pytest.mark.parametrize("settings", [TrainConfig, CaptureConfig])
@@ -22,3 +24,30 @@ def test_help_is_what_the_fields_say(settings: type[Any]) -> None:
     for item in dataclasses.fields(settings):
         assert "".join(item.metadata.get("help", "").split()) in shown, item.name
     assert "option_strings" not in shown  # argparse's own picture of a flag, which "8% s" asks for
+
+
+@pytest.mark.parametrize(
+    "words", [["--shard", "2"], ["--shard=2"], ["--shard"], ["--engine", "ray"], ["--engin=local"]]
+)
+def test_captures_former_flags_are_refused_by_their_new_name(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line and exit code 2, also beside nothing else; `--shard` is no abbreviation of `--shard-tokens`."""
+    new = "--tensor-parallel" if words[0].startswith("--shard") else "--launcher"
+    assert main(["capture", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("draftcache capture: error: ")
+    assert new in line
+
+
+def test_former_flags_are_not_shown_and_take_nothing_from_longer_ones() -> None:
+    parser = argparse.ArgumentParser()
+    capture.add_arguments(parser)
+    shown = parser.format_help().replace("--shard-tokens", "")
+    assert "--shard" not in shown
+    assert "--engine" not in shown
+    required = ["--verifier", "v", "--dataset", "d", "--output", "o", "--layers", "1"]
+    parsed = parser.parse_args([*required, "--shard-tokens", "5", "--tensor-parallel", "2", "--launcher", "ray"])
+    settings = {item.name for item in dataclasses.fields(CaptureConfig)}
+    assert vars(parsed).keys() == settings
+    assert (parsed.shard_tokens, parsed.tensor_parallel, parsed.launcher) == (5, 2, "ray")

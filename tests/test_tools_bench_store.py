@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic import write_store
+from support.synthetic import write_store
 
 from draftcache.store.common.errors import StoreError
-from draftcache.store.format.tap_codecs import bf16_to_float32
+from draftcache.store.format.bf16 import bf16_to_float32
 from draftcache.store.reader import StoreReader
 from draftcache.tools.bench import store as bench
 from draftcache.tools.bench.store_cases import MODES, check, choose_windows, make_cases

@@ -13,16 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from object_server import BUCKET, CREDENTIALS, s3_server
-from synthetic import LAYERS, TOP_K, VOCAB, conversation, manifest, turns, vocab_map, write_files, write_store
+from support.object_server import BUCKET, CREDENTIALS, s3_server
+from support.synthetic import LAYERS, TOP_K, VOCAB, conversation, manifest, turns, vocab_map, write_files, write_store
 
 from draftcache.store.common.errors import InputError, StoreError, StoreNotFoundError
 from draftcache.store.common.files import hash_bytes
 from draftcache.store.common.sealed_json import seal
+from draftcache.store.format.array_spec import tap_name
 from draftcache.store.format.commits import write_record
-from draftcache.store.format.schema import INDEX_DTYPE, tap_name
+from draftcache.store.format.index import npy_bytes
+from draftcache.store.format.schema import INDEX_DTYPE
 from draftcache.store.format.teacher_stats import describe, tail_mass
-from draftcache.store.layouts.shard_files import npy_bytes
 from draftcache.store.reader import StoreReader
 from draftcache.store.storage.base import open_storage
 from draftcache.store.writer import StoreWriter

@@ -17,7 +17,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import save_model
+from support.paths import DEMO
+from support.tiny_models import save_model
 from torch import Tensor
 
 from draftcache.capture.verifier.load import load_verifier
@@ -28,7 +29,6 @@ from draftcache.tools.probe.compare import Comparison, compare_files
 from draftcache.tools.probe.dump import ProbeConfig, dump_states
 from draftcache.tools.probe.files import METADATA_KEY, read_states
 
-DEMO = Path(__file__).parents[1] / "tools" / "demo" / "assets" / "verifier"
 CPU = torch.device("cpu")
 LAYERS = (2, 5, 10)
 BLOCKS, HIDDEN = 12, 256

@@ -12,17 +12,21 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
-from synthetic import DRAFT_VOCAB, LAYERS, TOP_K, VOCAB, conversation, manifest, turns, vocab_map, write_files
-from tiny_models import make_model
+from support.synthetic import DRAFT_VOCAB, LAYERS, TOP_K, VOCAB, conversation, manifest, turns, vocab_map, write_files
+from support.tiny_models import make_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from draftcache.capture.prepare.token_dataset import CONVERSATION_DTYPE, TokenDataset, conversation_hash
 from draftcache.capture.prepare.token_dataset_writer import DatasetWriter
+from draftcache.capture.verifier.family_flops import verifier_flops
 from draftcache.store.common.errors import InputError
+from draftcache.store.format.array_spec import tap_name
+from draftcache.store.format.bf16 import float32_to_bf16
+from draftcache.store.format.channel_scales import ChannelScales
 from draftcache.store.format.manifest import LAYOUTS
 from draftcache.store.format.rows import rows_in_reach, teacher_positions
-from draftcache.store.format.schema import Conversation, tap_name
-from draftcache.store.format.tap_codecs import LOSSY_MODES, MODES, ChannelScales, float32_to_bf16
+from draftcache.store.format.schema import Conversation
+from draftcache.store.format.tap_codecs import LOSSY_MODES, MODES
 from draftcache.store.format.teacher import draft_teacher
 from draftcache.store.reader import StoreReader
 from draftcache.store.writer import StoreWriter
@@ -33,7 +37,6 @@ from draftcache.tools.reports.sizing import (
     guess_counts,
     shard_bytes,
     specs_of,
-    verifier_flops,
 )
 
 HIDDEN = 256

@@ -15,9 +15,10 @@ from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.worker_job import CaptureJob
 from draftcache.capture.prepare.job import PrepareConfig, prepare
 from draftcache.capture.verifier.load import Verifier
-from draftcache.draft_train.checkpoint import load_model, load_state
+from draftcache.draft_train.checkpoint import load_draft, load_state
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.data.frozen import FrozenWeights
+from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 from draftcache.draft_train.evaluate import evaluate
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.reader import StoreReader
@@ -108,7 +109,8 @@ def test_states_of_the_row_before_keep_the_text_and_cost_steps(
 ) -> None:
     """Negative control: feeding the draft h_{t-1} for h_t is invisible in the text, and visible in the count."""
     path = next((trained / "run" / "checkpoints").iterdir())
-    draft = load_model(path, load_state(path), torch.device("cpu"))
+    draft = load_draft(path, load_state(path), torch.device("cpu")).model
+    assert isinstance(draft, Eagle3Model)
     store = StoreReader(trained / "store")
     embeddings = FrozenWeights.load(store, torch.device("cpu")).embed_tokens
     target_ids = torch.from_numpy(store.vocab_map().target_ids)

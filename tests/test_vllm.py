@@ -36,7 +36,7 @@ pytestmark = [
 ]
 VOCAB, LAYERS, IDS = 4096, (1, 2, 4), [2, 3, 5]
 ANSWER = 60
-ENGINE = Path(__file__).with_name("vllm_engine.py")
+ENGINE = Path(__file__).parent / "support" / "vllm_engine.py"
 
 
 def save_verifier(path: Path, kind: str, seed: int = 0) -> Path:

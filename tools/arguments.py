@@ -6,8 +6,11 @@ import argparse
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
+
+from draftcache.store.common.errors import InputError
 
 Settings = TypeVar("Settings")
 
@@ -42,6 +45,29 @@ def read_settings(settings: type[Settings], arguments: argparse.Namespace) -> Se
     """Build the dataclass from parsed flags; its own checks raise InputError."""
     names = [item.name for item in dataclasses.fields(settings)]  # type: ignore[arg-type]
     return settings(**{name: getattr(arguments, name) for name in names})
+
+
+def refuse_renamed(parser: argparse.ArgumentParser, renamed: Mapping[str, str]) -> None:
+    """Refuse flags of former versions, old name -> new name, with an InputError that names the new flag.
+
+    The old flags are not shown by --help. As they are known to the parser, it does not take them for abbreviations of
+    longer flags either (`--shard` for `--shard-tokens`).
+    """
+    for old, new in renamed.items():
+        parser.add_argument(old, action=_Refusal, nargs="?", const=new, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+class _Refusal(argparse.Action):
+    """Raises InputError when its flag is parsed, which is before argparse reports missing required flags."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> NoReturn:
+        raise InputError(f"{self.option_strings[0]}: expected the flag's new name {self.const}, found the old one")
 
 
 def _converter(hint: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from draftcache.draft_train.drafts.eagle3.model import DraftModel
+from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class SpeculativeResult:
 class _DraftCache:
     """Keys and values of rows 0..t, made from the verifier's states; a chain's own keys are kept apart."""
 
-    def __init__(self, model: DraftModel, embeddings: torch.Tensor) -> None:
+    def __init__(self, model: Eagle3Model, embeddings: torch.Tensor) -> None:
         self.model, self.embeddings = model, embeddings
         self.keys: list[torch.Tensor] = []  # [G, D] of step-0 row j at index j
         self.values: list[torch.Tensor] = []
@@ -97,7 +97,7 @@ def plain_greedy(verifier: Any, prompt: list[int], *, max_new_tokens: int, eos_t
 @torch.inference_mode()
 def speculative_greedy(
     verifier: Any,
-    draft: DraftModel,
+    draft: Eagle3Model,
     embeddings: torch.Tensor,
     target_ids: torch.Tensor,
     layers: tuple[int, ...],

@@ -1,17 +1,17 @@
-"""Token-budget batches: conversations of like length side by side, padded on the right."""
+"""Batches of conversations under a budget of tokens: similar lengths side by side, padded on the right."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 _LEAST_SHARE = 0.8
-"""A shorter conversation than this share of its batch's longest starts a new batch: padding costs what tokens cost."""
+"""A conversation shorter than this share of the batch's longest starts a new batch: padding costs what tokens cost."""
 
 
 def token_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Numbers of the conversations of each batch, longest first; a pure function of its arguments.
+    """The conversations of each batch by their number in `lengths`, longest first; a pure function of its arguments.
 
-    A batch's size times its longest length is at most `batch_tokens`, but for a single longer conversation.
+    A batch's size times its longest length is at most `batch_tokens`, except for a single conversation that is longer.
     """
     order = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
     batches: list[list[int]] = []

@@ -1,7 +1,7 @@
-"""One pass before the first shard: what every worker on a store must judge and scale by alike.
+"""One pass before the first shard, for the norm bands and channel scales that all workers of a store share.
 
-Norms come from conversations at even steps through the dataset, so that the bands do not depend on which shards were
-done before; int8's channel scales come from the same conversations. Both go into the manifest.
+The norms come from conversations at even steps through the dataset, so that the bands do not depend on which shards
+were captured before; int8's channel scales come from the same conversations. Both are written to the manifest.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from draftcache.capture.job.work_plan import WorkPlan
 from draftcache.capture.verifier.load import Verifier
 from draftcache.store.common.errors import GateError
 from draftcache.store.format import torch_codecs
+from draftcache.store.format.channel_scales import Calibration
 from draftcache.store.format.norm_band import bands_to_json
 from draftcache.store.format.rows import rows_in_reach, teacher_positions
-from draftcache.store.format.tap_codecs import Calibration
 
 LEAST_CONVERSATIONS = 32
-"""A mean of 32 logarithms is within 0.7 sigma (4 standard errors) of the true one; the band has 8."""
+"""A mean of 32 logarithms is within 0.7 sigma (4 standard errors) of the true mean; the band's limits are 8 sigma."""
 PIECE = 8192
-"""Most tokens per piece of the forward, a multiple of the scan's chunk."""
+"""Largest number of tokens per piece of the forward; a multiple of the scan's chunk."""
 
 
 @dataclass(frozen=True)
 class StoreCalibration:
-    """Fields of `StoreManifest`, as JSON values."""
+    """The fields of `StoreManifest` that the calibration measures, as JSON values."""
 
     norm_bands: dict[str, Any]
     channel_scales: dict[str, Any] | None
 
 
 def calibration_conversations(config: CaptureConfig, work: WorkPlan) -> list[tuple[str, int]]:
-    """At least 32 conversations; for int8, as many as have about `--calibration-tokens`."""
+    """At least 32 conversations, as (split, number in it); for int8 enough to hold about `--calibration-tokens`."""
     wanted = LEAST_CONVERSATIONS
     if config.mode == "int8":
         conversations = sum(len(work.dataset.split(name).conversations) for name in work.splits)
@@ -48,9 +48,9 @@ def calibration_conversations(config: CaptureConfig, work: WorkPlan) -> list[tup
 
 
 def calibrate(config: CaptureConfig, work: WorkPlan, verifier: Verifier) -> StoreCalibration:
-    """Bands of the taps' norms over rows in reach, and for int8 the rms of every channel.
+    """Measure the bands of the taps' norms over rows in reach, and for int8 the rms of every channel.
 
-    Conversations that fail a gate count for neither. Raises InputError where int8 finds no state at all.
+    A conversation that fails a gate counts for neither. Raises InputError where int8 finds no state at all.
     """
     gates = Gates(config.layers)
     scales = Calibration(config.layers, verifier.hidden_size) if config.mode == "int8" else None
@@ -77,9 +77,11 @@ def _add(
     ids = torch.from_numpy(token_ids.astype(np.int64))
     total = torch.zeros(len(config.layers) + 1, 4)
     for piece in verifier.prefill(ids[None], config.layers, min(PIECE, config.prefill_chunk)):
-        rows, places = (torch.from_numpy(piece.rows_of(wanted)).to(verifier.device) for wanted in (positions, teacher))
-        taps = {layer: tap[0][rows] for layer, tap in piece.taps.items()}
-        statistics = gate_statistics(taps, piece.final[0][places]).cpu()
+        tap_rows, teacher_rows = (
+            torch.from_numpy(piece.rows_of(wanted)).to(verifier.device) for wanted in (positions, teacher)
+        )
+        taps = {layer: tap[0][tap_rows] for layer, tap in piece.taps.items()}
+        statistics = gate_statistics(taps, piece.final[0][teacher_rows]).cpu()
         if scales is not None and bool(torch.isfinite(statistics).all()):
             for layer, tap in taps.items():
                 torch_codecs.add_squares(scales, layer, tap)

@@ -11,7 +11,7 @@ from draftcache.store.format.tap_codecs import MODES
 from draftcache.store.format.teacher import TEACHERS
 from draftcache.store.storage.base import Location
 
-ENGINES = ("local", "ray")
+LAUNCHERS = ("local", "ray")
 
 
 def _doc(text: str) -> dict[str, str]:
@@ -19,14 +19,14 @@ def _doc(text: str) -> dict[str, str]:
 
 
 def require_ascending(layers: tuple[int, ...]) -> None:
-    """Raise InputError unless these are block numbers in order."""
+    """Raise InputError unless these are ascending, distinct block numbers."""
     if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
         raise InputError(f"--layers: expected ascending, distinct block numbers >= 0, found {list(layers)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureConfig:
-    """What to run, what to keep, and where to write it."""
+    """Which verifier to run over which dataset, what to keep of its outputs, and where to write it."""
 
     verifier: Path = field(metadata=_doc("directory of a Hugging Face causal language model"))
     dataset: Path = field(metadata=_doc("prepared dataset: the --output of `draftcache prepare`"))
@@ -83,7 +83,7 @@ class CaptureConfig:
         default=False,
         metadata=_doc("on a GPU, run Mamba blocks without mamba-ssm's kernels (about 15 times slower)"),
     )
-    engine: str = field(
+    launcher: str = field(
         default="local",
         metadata=_doc("local (all visible GPUs of this machine) or ray (the running cluster at RAY_ADDRESS, or auto)"),
     )
@@ -94,7 +94,7 @@ class CaptureConfig:
             "OMP_NUM_THREADS, each would take all cores)"
         ),
     )
-    shard: int = field(
+    tensor_parallel: int = field(
         default=1, metadata=_doc("GPUs of one node over which each worker's verifier is split, where one is too small")
     )
     grace_seconds: float = field(
@@ -104,13 +104,13 @@ class CaptureConfig:
 
     def __post_init__(self) -> None:
         require_ascending(self.layers)
-        for name, choices in (("mode", MODES), ("layout", LAYOUTS), ("engine", ENGINES), ("teacher", TEACHERS)):
+        for name, choices in (("mode", MODES), ("layout", LAYOUTS), ("launcher", LAUNCHERS), ("teacher", TEACHERS)):
             if getattr(self, name) not in choices:
                 raise InputError(f"--{name}: expected one of {list(choices)}, found {getattr(self, name)!r}")
         if self.compute_dtype not in ("auto", "bfloat16", "float32"):
             raise InputError(f"--compute-dtype: expected auto, bfloat16 or float32, found {self.compute_dtype!r}")
         at_least_one = ("top_k", "shard_tokens", "head_slice", "calibration_tokens", "batch_tokens", "prefill_chunk")
-        for name in (*at_least_one, "shard"):
+        for name in (*at_least_one, "tensor_parallel"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(self, name)}")
         for name in ("workers", "grace_seconds", "buffer_gb"):

@@ -1,7 +1,9 @@
-"""Validity gates: engines have shipped all-zero and NaN captures that nobody noticed until acceptance was zero.
+"""Gates that every conversation's states have to pass before they are stored.
 
-Every conversation must be finite, without rows of zeros, its taps apart, and its norms inside the store's bands. The
-device only adds up a few numbers (`gate_statistics`); they are judged when they have arrived, so that it never waits.
+Inference engines have shipped captures of zeros and of NaN that nobody noticed until acceptance was zero. The states of
+a conversation must be finite, without rows of zeros, different from tap to tap, and their norms inside the store's
+bands. The device only adds up a few numbers (`gate_statistics`); they are judged once they have arrived on the host, so
+that the device never waits.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 def gate_statistics(taps: Mapping[int, torch.Tensor], final: torch.Tensor) -> torch.Tensor:
-    """Sums that the gates judge by, [len(taps) + 1, 4] float32 on the taps' device, without waiting for it.
+    """Sums that the gates judge by, [len(taps) + 1, 4] float32 on the taps' device, without waiting for the device.
 
-    `taps`: outputs [R, H] by block number; `final` [P, H]: states that the teacher was computed from. Row i is the
-    i-th tap in ascending order, the last row is `final`; columns are the rows counted, the sum over them of the
-    logarithm of each one's rms, how many are all zero, and how many differ from the tap before. Statistics of a
-    conversation's pieces add up to those of the whole; NaN and infinity stay in the second column.
+    `taps`: outputs [R, H] by block number; `final` [P, H]: states that the teacher was computed from. Row i is of the
+    i-th tap in ascending order, the last row is of `final`. The columns are the number of states, the sum of the
+    logarithms of their rms, the number of states that are all zero, and the number that differ from the tap before.
+    Statistics of a conversation's pieces add up to the statistics of the conversation; NaN and infinity stay in the
+    second column.
     """
     states = [taps[layer] for layer in sorted(taps)]
     different = [_count((second != first).any(dim=-1)) for first, second in itertools.pairwise(states)]
@@ -47,22 +50,25 @@ def _count(flags: torch.Tensor) -> torch.Tensor:
 
 
 class Gates:
-    """Judges conversations by bands that were fixed before the first shard, so that their order does not matter."""
+    """Judges conversations by bands that were fixed before the first shard, so that their order does not matter.
+
+    Without bands the norms are not judged, only counted.
+    """
 
     def __init__(self, layers: Sequence[int], bands: Mapping[int, NormBand] | None = None) -> None:
         self._layers = sorted(layers)
         self._bands = bands or {}
         self.norms = {layer: NormBand() for layer in self._layers}
-        """Log rms of the conversations that passed."""
+        """By block number, the log rms of the conversations that passed."""
 
     def check(self, taps: Mapping[int, torch.Tensor], final: torch.Tensor) -> None:
-        """The statistics and their judgement in one; see `gate_statistics` and `judge`."""
+        """Compute `gate_statistics` and `judge` them."""
         self.judge(gate_statistics(taps, final).cpu())
 
     def judge(self, statistics: torch.Tensor) -> None:
-        """Raise GateError saying which tap fails, what was expected and what was found; else count the norms.
+        """Judge the `gate_statistics` of one conversation, on the CPU, and count its norms if it passes.
 
-        `statistics`: one conversation's, on the CPU.
+        Raises GateError that says which tap fails, what was expected and what was found.
         """
         *taps, final = statistics.tolist()
         norms = {}
@@ -81,12 +87,12 @@ class Gates:
             self.norms[layer].add(value)
 
     def norms_json(self) -> dict[str, Any]:
-        """Per layer the count, sum and sum of squares of log rms, for a shard's commit record."""
+        """Per block the count, sum and sum of squares of log rms, for a shard's commit record."""
         return {str(layer): band.to_json() for layer, band in self.norms.items()}
 
 
 def _checked_log_rms(name: str, rows: float, logs: float, zero_rows: float) -> float | None:
-    """Mean over rows; None without rows."""
+    """The mean log rms over rows, or None without rows. Raises GateError for rows of zeros, NaN and infinity."""
     if not rows:
         return None
     if zero_rows:

@@ -1,4 +1,4 @@
-"""`draftcache capture`: which processes do the job, how they are told to stop, and the line that shows all of them."""
+"""Entry of the capture job: starts the worker processes, stops them on signals and shows one progress line."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from draftcache.store.storage.base import open_storage
 
 
 def capture(config: CaptureConfig) -> CaptureSummary:
-    """Run the job with the engine of the settings; returns when the store is whole. For the main thread.
+    """Run the job with the launcher of the settings, in the main thread; returns when the store is whole.
 
-    Raises Stopped after SIGTERM or SIGINT, and DraftcacheErrors. With several workers the caller's `__main__`
-    is imported by each, as always with `spawn`: a script guards its calls by `if __name__ == "__main__"`.
+    Raises Stopped after SIGTERM or SIGINT, and DraftcacheErrors. With several workers each one imports the caller's
+    `__main__`, as always with `spawn`, so a script has to guard its calls by `if __name__ == "__main__"`.
     """
     stop = StopRequest(config.grace_seconds)
-    workers = config.workers or worker_count(config.device, config.shard)
-    if config.engine == "local" and workers == 1:
+    workers = config.workers or worker_count(config.device, config.tensor_parallel)
+    if config.launcher == "local" and workers == 1:
         with StopSignals(stop), CaptureJob(config) as job:
             return job.run(stop)
     with JobProgress(WorkPlan.of(config), open_storage(config.output)) as progress:
-        if config.engine == "ray":
+        if config.launcher == "ray":
             from draftcache.capture.job.ray_workers import run_on_ray
 
             run_on_ray(config, progress, stop)

@@ -1,4 +1,4 @@
-"""Workers as processes of this machine, one per GPU. CUDA does not survive fork, so they are spawned."""
+"""Workers as processes of this machine, one per GPU. They are spawned, since CUDA does not survive a fork."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
 
 _POLL_S = 0.2
-_GENTLE = signal.SIGUSR1  # SIGTERM reaches whole process groups: workers hear of it from the command alone
+_GENTLE = signal.SIGUSR1  # SIGTERM reaches whole process groups, so workers ignore it and the command sends this one
 _SIGNALS = {"ask": _GENTLE, "hurry": signal.SIGINT, "kill": signal.SIGKILL}
 
 
 def run_processes(config: CaptureConfig, workers: int, progress: JobProgress, stop: StopRequest) -> None:
     """Run `workers` processes until the store is whole.
 
-    A worker that dies leaves its shard to the others. Raises what the first one raised where all have died, and
-    Stopped after SIGTERM or SIGINT.
+    A worker that dies leaves its shard to the others. Raises Stopped after SIGTERM or SIGINT; where all workers have
+    died, it raises the first worker's DraftcacheError, or StoreError where no worker reported any.
     """
     with ParentSignals(stop):
         processes = [_Worker(config, number, workers) for number in range(workers)]
@@ -46,7 +46,7 @@ def run_processes(config: CaptureConfig, workers: int, progress: JobProgress, st
 
 
 def _watch(workers: list[_Worker], progress: JobProgress, stop: StopRequest) -> None:
-    """Show what they report and pass on what they are told, until all have ended."""
+    """Show the workers' reports and pass on the steps of a stop, until all workers have ended."""
     steps = StopSteps(stop)
     while running := [worker for worker in workers if not worker.ended]:
         ready = wait([worker.connection for worker in running], timeout=_POLL_S)
@@ -60,7 +60,10 @@ def _watch(workers: list[_Worker], progress: JobProgress, stop: StopRequest) -> 
 
 
 def _require_success(workers: list[_Worker]) -> None:
-    """One that came to the end has seen the whole store; what the others died of is in the log."""
+    """Raise the first worker's error unless any worker came to the end, as that one has seen the whole store.
+
+    The log says what the others died of.
+    """
     if any(worker.process.exitcode == 0 for worker in workers):
         return
     for worker in workers:
@@ -74,7 +77,7 @@ def _require_success(workers: list[_Worker]) -> None:
 
 
 class _Worker:
-    """The command's end of one worker process."""
+    """One worker process, as the command sees it."""
 
     def __init__(self, config: CaptureConfig, number: int, count: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -87,7 +90,7 @@ class _Worker:
         theirs.close()
 
     def receive(self, progress: JobProgress, *, quietly: bool) -> None:
-        """What has arrived; the end of the connection is the end of the process."""
+        """Handle the messages that have arrived; a closed connection means that the process has ended."""
         try:
             while self.connection.poll():
                 message: Event | DraftcacheError = self.connection.recv()
@@ -109,7 +112,7 @@ class _Worker:
             os.kill(self.process.pid, number)
 
     def end(self) -> None:
-        """Leave no process behind, whatever happened here."""
+        """Kill the process if it still runs, and wait for its end."""
         self.connection.close()
         if self.process.is_alive():
             self.process.kill()
@@ -117,7 +120,7 @@ class _Worker:
 
 
 def worker_main(config: CaptureConfig, number: int, count: int, connection: Connection) -> None:
-    """A worker process: exit code 0 when the store is whole, 143 or 130 when it was stopped, else 1."""
+    """Main function of a worker process. Exit code 0: the store is whole; 143 or 130: stopped; 1: any error."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     stop = StopRequest(config.grace_seconds)
     with StopSignals(stop, _GENTLE):
@@ -138,38 +141,38 @@ def _work(config: CaptureConfig, number: int, count: int, connection: Connection
     from draftcache.capture.job.shard_worker import WorkerRole
     from draftcache.capture.job.worker_job import CaptureJob
 
-    logging.disable_progress_bar()  # one line for the job, not one per worker
+    logging.disable_progress_bar()  # the command shows one line for all workers
 
     def report(event: Event) -> None:
         try:
             connection.send(event)
-        except OSError:  # the command is gone
+        except OSError:  # the command has ended
             raise Stopped(signal.SIGTERM) from None
 
-    with CaptureJob(replace(config, device=_worker_device(config.device, number, config.shard))) as job:
+    with CaptureJob(replace(config, device=_worker_device(config.device, number, config.tensor_parallel))) as job:
         job.run_worker(WorkerRole(report=report, stop=stop, number=number, count=count))
 
 
-def worker_count(device: str, shard: int) -> int:
-    """One per `shard` visible GPUs, unless one device was named; one without GPUs."""
+def worker_count(device: str, tensor_parallel: int) -> int:
+    """One worker per `tensor_parallel` visible GPUs; one where a device was named or there are no GPUs."""
     import torch
 
     if device not in ("auto", "cuda"):
         return 1
-    return max(1, torch.cuda.device_count() // shard)
+    return max(1, torch.cuda.device_count() // tensor_parallel)
 
 
-def _worker_device(device: str, number: int, shard: int) -> str:
-    """The (first) device of a worker process, dealt out in turn where all GPUs are meant."""
+def _worker_device(device: str, number: int, tensor_parallel: int) -> str:
+    """The first device of worker `number`: where no device was named, the GPUs are dealt out in turn."""
     import torch
 
     if device not in ("auto", "cuda") or not torch.cuda.is_available():
         return device
-    return f"cuda:{number % worker_count(device, shard) * shard}"
+    return f"cuda:{number % worker_count(device, tensor_parallel) * tensor_parallel}"
 
 
 def _leave_with_parent() -> None:
-    """A command that was killed can tell its workers nothing; they stop by themselves."""
+    """Stop this worker when the command has died, which can't tell its workers so if it was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

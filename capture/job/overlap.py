@@ -1,4 +1,4 @@
-"""Computing, copying and writing at the same time: what a conversation leaves on the device, on its way to a shard."""
+"""Computing, copying and writing at the same time: host memory for one conversation's arrays, and a writing thread."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Item = TypeVar("Item")
 class HostArrays:
     """Arrays of one conversation in host memory, filled piece by piece without waiting for the device.
 
-    Copies from a GPU run on a stream of their own, into `memory` where it has room and else into fresh pinned memory.
+    Copies from a GPU run on `stream`, into `memory` where it has room and else into newly pinned memory.
     """
 
     def __init__(self, stream: torch.cuda.Stream | None, memory: PinnedRing | None = None) -> None:
@@ -32,7 +32,10 @@ class HostArrays:
         self._taken: list[Tensor] = []
 
     def add(self, parts: dict[str, Tensor], rows: dict[str, int], wait: Callable[[], bool] = lambda: False) -> None:
-        """Append each part's rows; `rows` says how many the conversation has in all. `wait`: see PinnedRing.take."""
+        """Append each part's rows to the array of its name; `rows` are the conversation's total numbers of rows.
+
+        As long as `wait()` says that memory will be given back, this call waits for memory (`PinnedRing.take`).
+        """
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
         for name, part in parts.items():
@@ -61,18 +64,18 @@ class HostArrays:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of host memory."""
+        """Bytes of host memory that the arrays take."""
         return sum(array.nbytes for array in self._arrays.values())
 
     def numpy(self) -> dict[str, NDArray[Any]]:
-        """The arrays, once the copies have arrived; waits for them. They end with `release`."""
+        """The arrays by name, valid until `release`; waits until all copies have arrived."""
         if self._done is not None:
             self._done.synchronize()
         assert all(self._filled[name] == array.shape[0] for name, array in self._arrays.items())
         return {name: np.asarray(array.numpy()) for name, array in self._arrays.items()}
 
     def release(self) -> None:
-        """Give the memory back, after the last copy into it and the last use of it."""
+        """Give the memory back after the last copy into it; the caller must not use the arrays any more."""
         if self._done is not None:
             self._done.synchronize()
         self._arrays.clear()
@@ -82,10 +85,10 @@ class HostArrays:
 
 
 class Writing(Generic[Item]):
-    """A thread that handles items in order, while no more than `limit` bytes of them wait.
+    """A thread that calls `handle` for items in order; at most `limit` bytes of items wait in its queue.
 
-    An exception in the thread comes out of the next `put`, or of `finish`. Items that come after it, or after
-    `abandon`, are dropped instead of handled.
+    The next `put`, or `finish`, raises an exception of the thread. Items that come after an exception, or after
+    `abandon`, are given to `drop` instead of `handle`.
     """
 
     def __init__(self, handle: Callable[[Item], None], limit: int, drop: Callable[[Item], None] | None = None) -> None:
@@ -99,7 +102,7 @@ class Writing(Generic[Item]):
         self._thread.start()
 
     def put(self, item: Item, size: int) -> None:
-        """Hand over an item of `size` bytes; waits while too much is waiting. One that is larger goes alone."""
+        """Hand over an item of `size` bytes; waits for room in the queue, or, above the limit, for an empty queue."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._error is not None or not self._waiting or self._waiting + size <= self._limit
@@ -110,17 +113,17 @@ class Writing(Generic[Item]):
 
     @property
     def busy(self) -> bool:
-        """Whether something waits to be handled or dropped."""
+        """Whether any item is not handled or dropped yet."""
         return self._waiting > 0
 
     def finish(self) -> None:
-        """Wait until everything is handled."""
+        """Wait until every item is handled, and end the thread."""
         self._queue.put(None)
         self._thread.join()
         self._raise()
 
     def abandon(self) -> None:
-        """Handle nothing more; returns when the thread has ended."""
+        """Drop the items that wait; returns when the thread has ended."""
         self._abandoned = True
         self._queue.put(None)
         self._thread.join()

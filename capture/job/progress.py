@@ -1,4 +1,4 @@
-"""What workers tell while they work, and the one line that shows it."""
+"""Events that workers report, and the one progress line of the whole job."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from draftcache.store.common.progress import progress_bar
 from draftcache.store.format.commits import committed_shards, require_record, shard_name
 from draftcache.store.storage.base import Storage
 
-_LOOK_S = 5.0  # between looks at what other jobs have committed
+_LOOK_S = 5.0  # between two listings of the shards that other jobs have committed
 
 
 class Progress(Protocol):
-    """Where the capture of a shard reports to."""
+    """Receives the progress of one shard's capture."""
 
     def advance(self, tokens: int, payload_bytes: int) -> None:
-        """`tokens` more of the shard are done; `payload_bytes` of it are written or on their way.
+        """Count `tokens` more of the shard as done; `payload_bytes` of the shard are written or being written.
 
-        Raises Stopped where the time that was left to finish in is over.
+        Raises Stopped where the job was told to stop and the grace is over.
         """
 
     def say(self, line: str) -> None:
-        """One line for whoever watches."""
+        """Show one line of text to the user."""
 
 
 @dataclass(frozen=True)
 class ShardAdvanced:
-    """A worker is at `tokens` of its shard."""
+    """A worker has captured `tokens` of its shard so far."""
 
     shard: int
     tokens: int
@@ -41,7 +41,7 @@ class ShardAdvanced:
 
 @dataclass(frozen=True)
 class ShardDone:
-    """A worker left a shard: committed (`kept`), or because another was first."""
+    """A worker has ended its work on a shard: it committed it (`kept`), or another worker's commit was first."""
 
     shard: int
     kept: bool
@@ -52,7 +52,7 @@ class ShardDone:
 
 @dataclass(frozen=True)
 class Line:
-    """Something to read."""
+    """One line of text for the user."""
 
     text: str
 
@@ -63,7 +63,7 @@ Report: TypeAlias = Callable[[Event], None]
 
 @dataclass
 class CaptureSummary:
-    """What the workers of one command did, and what is set aside in the store, whoever did it."""
+    """Totals of one command's workers, and all quarantined conversations of the store, of any command."""
 
     shards: int = 0
     tokens: int = 0
@@ -73,7 +73,7 @@ class CaptureSummary:
 
 
 class JobProgress:
-    """One line for the whole job: tokens of all committed shards, whoever did them, and of those being worked on.
+    """The progress line of the whole job: tokens of all committed shards, of any job, and of the shards in progress.
 
     Use as a context manager.
     """
@@ -103,18 +103,18 @@ class JobProgress:
         self._bar.close()
 
     def summary(self) -> CaptureSummary:
-        """Of a store that is whole, after the context's end."""
+        """The command's summary, after the context has ended; the store must be whole."""
         records = (require_record(self._storage, shard_name(shard)) for shard in range(len(self._work.shards)))
         return replace(self._summary, quarantined=[item for record in records for item in record["quarantined"]])
 
     def _count(self, shards: Iterable[int]) -> None:
-        """Take these for committed, but for such as another plan's store may have more."""
+        """Count these shards as committed; numbers beyond the plan (a store of another plan) are left out."""
         new = {shard for shard in shards if shard < len(self._work.shards)} - self._committed
         self._committed |= new
         self._committed_tokens += self._work.tokens(new)
 
     def take(self, worker: int, event: Event) -> None:
-        """Show what a worker did."""
+        """Show an event of the worker of this number."""
         if isinstance(event, Line):
             self._bar.write(event.text, file=sys.stderr)
             return
@@ -131,12 +131,12 @@ class JobProgress:
         self.refresh()
 
     def drop(self, worker: int) -> None:
-        """Forget the shard that a worker had when it died."""
+        """Forget the shard in progress of a worker that died."""
         self._working.pop(worker, None)
         self.refresh()
 
     def refresh(self) -> None:
-        """Now and then, look at what others have committed; then move the line."""
+        """Draw the line anew; every few seconds, list first which shards other jobs have committed."""
         if time.monotonic() - self._looked > _LOOK_S:
             self._count(committed_shards(self._storage))
             self._looked = time.monotonic()

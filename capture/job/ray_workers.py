@@ -1,7 +1,8 @@
-"""Workers as actors of an existing Ray cluster: one per GPU, or per CPU slot where it has no GPUs.
+"""Workers as actors of an existing Ray cluster: one per GPU, or on CPU slots where the cluster has no GPUs.
 
-Ray only starts them and carries their reports; who does what is settled through the store, as everywhere. Verifier
-and dataset must lie at the same paths on every node, or on a file system that all of them share.
+Ray only starts the actors and carries their reports; which worker does which shard is settled through the store, as
+with every launcher. Verifier and dataset must be at the same paths on every node, or on a file system that all nodes
+share.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from draftcache.store.common.errors import DraftcacheError, InputError, StoreErr
 from draftcache.store.common.stopping import Stopped, StopRequest
 
 _POLL_S = 0.5
-_KNOCK_S = 10.0
+_CONNECT_S = 10.0
 
 
 class RayWorker:
-    """The actor. `run` occupies one of its threads, the other methods answer meanwhile."""
+    """The actor. `run` occupies one of its threads; the other methods answer on other threads meanwhile."""
 
     def __init__(self, config: CaptureConfig, number: int, count: int) -> None:
         self._config = config
@@ -43,7 +44,7 @@ class RayWorker:
             self._events.append(event)
 
     def run(self) -> DraftcacheError | None:
-        """The worker's share of the job; what it was refused for, if so."""
+        """Do this worker's share of the job; returns the error that ended it, or None."""
         try:
             with CaptureJob(self._config) as job:
                 job.run_worker(self._role)
@@ -54,32 +55,32 @@ class RayWorker:
         return None
 
     def take_events(self) -> list[Event]:
-        """What happened since the last call."""
+        """The events since the last call."""
         with self._lock:
             events, self._events = self._events, []
         return events
 
     def ask_to_stop(self, grace_seconds: float) -> None:
-        """See `StopRequest.ask`."""
+        """Ask the worker to stop; the shard that it works on may take `grace_seconds` more."""
         self._stop.ask(grace_seconds)
 
 
 def run_on_ray(config: CaptureConfig, progress: JobProgress, stop: StopRequest) -> None:
     """Run actors until the store is whole. An actor that dies leaves its shard to the others.
 
-    Raises InputError without Ray or a running cluster, what the first actor was refused for where none came to the
-    end, and Stopped after SIGTERM or SIGINT.
+    Raises InputError without Ray or a running cluster, and Stopped after SIGTERM or SIGINT. Where no actor came to the
+    end, it raises the DraftcacheError of the first that reported one, or StoreError where none did.
     """
     with _cluster() as ray, ParentSignals(stop):
         resources = ray.cluster_resources()
         slot = "GPU" if resources.get("GPU") else "CPU"
-        slots = int(resources.get(slot, 0)) // config.shard
+        slots = int(resources.get(slot, 0)) // config.tensor_parallel
         workers = config.workers or (slots if slot == "GPU" else 1)
         if workers > slots:
             progress.take(0, Line(f"{workers} workers, but the cluster has {slots} {slot} slots now: some must wait"))
-        options = {"num_gpus": config.shard} if slot == "GPU" else {"num_cpus": config.shard}
+        options = {"num_gpus" if slot == "GPU" else "num_cpus": config.tensor_parallel}
         actor = ray.remote(max_concurrency=4, **options)(RayWorker)
-        handles = [actor.remote(_everywhere(config), number, workers) for number in range(workers)]
+        handles = [actor.remote(_with_absolute_paths(config), number, workers) for number in range(workers)]
         try:
             _Actors(ray, handles, progress).watch(stop)
         finally:
@@ -90,7 +91,7 @@ def run_on_ray(config: CaptureConfig, progress: JobProgress, stop: StopRequest) 
 
 
 class _Actors:
-    """The driver's end of the actors."""
+    """The running actors, as the driver sees them."""
 
     def __init__(self, ray: Any, handles: list[Any], progress: JobProgress) -> None:
         self._ray = ray
@@ -101,7 +102,7 @@ class _Actors:
         self._errors: list[DraftcacheError] = []
 
     def watch(self, stop: StopRequest) -> None:
-        """Until one comes to the end, which has then seen the whole store, or none is left."""
+        """Return when one actor comes to the end, as it has then seen the whole store; raise where none is left."""
         steps = StopSteps(stop)
         while self._runs:
             self._take_news()
@@ -131,7 +132,7 @@ class _Actors:
             number = self._news.pop(reference)
             try:
                 events = self._ray.get(reference)
-            except self._ray.exceptions.RayError:  # `run` says what it died of
+            except self._ray.exceptions.RayError:  # the result of `run` says why the actor died
                 self._progress.drop(number)
                 continue
             for event in events:
@@ -160,20 +161,20 @@ class _Actors:
 
 @contextmanager
 def _cluster() -> Iterator[Any]:
-    """The ray module, connected."""
+    """The ray module, connected to the cluster; a connection made here is closed at the end. Raises InputError."""
     try:
         import ray
     except ImportError as exc:
-        raise InputError("--engine ray: expected Ray, found none; install draftcache[ray]") from exc
+        raise InputError("--launcher ray: expected Ray, found none; install draftcache[ray]") from exc
     connected = ray.is_initialized()
     if not connected:
         address = os.environ.get("RAY_ADDRESS") or "auto"
         try:
-            _knock(address)
+            _require_listener(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         except (OSError, ValueError, RuntimeError) as exc:
             raise InputError(
-                f"--engine ray: expected a running cluster at {address}, could not connect ({exc.__cause__ or exc}); "
+                f"--launcher ray: expected a running cluster at {address}, could not connect ({exc.__cause__ or exc}); "
                 "start one with `ray start --head`, or set RAY_ADDRESS"
             ) from exc
     try:
@@ -183,15 +184,15 @@ def _cluster() -> Iterator[Any]:
             ray.shutdown()
 
 
-def _knock(address: str) -> None:
-    """Raise OSError where nobody listens at HOST:PORT; Ray itself would try for minutes."""
+def _require_listener(address: str) -> None:
+    """Raise OSError where nothing listens at HOST:PORT; Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
 
 
-def _everywhere(config: CaptureConfig) -> CaptureConfig:
-    """Paths that mean the same in an actor's own working directory."""
+def _with_absolute_paths(config: CaptureConfig) -> CaptureConfig:
+    """The settings with absolute paths, since an actor has another working directory."""
     output = config.output if "://" in str(config.output) else Path(config.output).resolve()
     vocab_map = None if config.vocab_map is None else config.vocab_map.resolve()
     verifier, dataset = config.verifier.resolve(), config.dataset.resolve()

@@ -1,7 +1,7 @@
 """Computing one shard: conversations -> verifier -> teacher and codec on the device -> gates -> the shard.
 
-The device computes a batch while the one before is copied, and those before that are judged, compressed and written
-by a thread. Nothing is waited for but memory: at most `buffer_bytes` are on their way.
+While the device computes a batch, the batch before is copied to the host, and a thread judges, compresses and writes
+the batches before that. The device waits only for host memory: at most `buffer_bytes` are computed and not written yet.
 """
 
 from __future__ import annotations
@@ -36,23 +36,24 @@ from draftcache.store.writer import ShardInProgress
 
 _STATISTICS = "gate statistics"
 _GPU_MULTIPLE = 128
-"""Batches are padded to a multiple: the scan's chunk, and Triton compiles anew for lengths that 16 does not divide."""
+"""On a GPU, batches are padded to a multiple of this length: the scan's chunk is as long, and Triton compiles a new
+kernel for a length that 16 does not divide."""
 
 
 @dataclass
 class ShardSummary:
-    """What a shard's commit record says beside its files."""
+    """What a shard's commit record says in addition to its files."""
 
     quarantined: list[dict[str, Any]] = field(default_factory=list)
     tails: list[NDArray[Any]] = field(default_factory=list)
-    """tau [P] of every conversation; see `draftcache.store.format.teacher_stats.tail_mass`."""
+    """Per conversation, tau [P] of `draftcache.store.format.teacher_stats.tail_mass`."""
     norms: dict[str, Any] = field(default_factory=dict)
-    """See `Gates.norms_json`."""
+    """Statistics of the conversations' norms, from `Gates.norms_json`."""
 
 
 @dataclass
 class _Task:
-    """One conversation on its way."""
+    """One conversation on its way from the device to the shard; row numbers ascending."""
 
     number: int
     token_ids: NDArray[Any]
@@ -65,7 +66,7 @@ class _Task:
 
 
 class ShardCapture:
-    """Computes shards with one verifier."""
+    """Computes shards with one verifier, and holds what all of a job's shards share."""
 
     def __init__(
         self,
@@ -75,14 +76,14 @@ class ShardCapture:
         vocab_maps: Sequence[VocabMap],
         manifest: StoreManifest,
     ) -> None:
-        """`vocab_maps`: those of the manifest's draft vocabularies, in its order."""
+        """`vocab_maps` are the maps of the manifest's draft vocabularies, in the manifest's order."""
         self.config = config
         self.work = work
         self.verifier = verifier
         self.manifest = manifest
         self.device = verifier.device
         self.writings: list[Writing[_Task]] = []
-        """Of the shards that are not finished."""
+        """The writing threads of the shards that are not finished."""
         self._teacher = TeacherHead(
             head=verifier.head,
             form=manifest.teacher_form,
@@ -95,10 +96,10 @@ class ShardCapture:
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
 
     def begin(self, begun: ShardInProgress, plan: ShardPlan, progress: Progress) -> ShardRunning:
-        """Append the shard's conversations to `begun`, but for those that fail a gate.
+        """Append the shard's conversations to `begun`, except those that fail a gate.
 
-        Returns when the device has everything to do; what is left is waited for by `finish`. May be left by
-        Stopped at any instant: then nothing more is appended.
+        Returns when all of the shard's work was given to the device; `ShardRunning.finish` waits for the rest. Stopped
+        may end this call at any instant, and then nothing more is appended.
         """
         running = ShardRunning(self, begun, plan, progress)
         try:
@@ -109,35 +110,36 @@ class ShardCapture:
         return running
 
     def compute_piece(self, piece: Piece, token_ids: Tensor, row: int, task: _Task, wait: Callable[[], bool]) -> None:
-        """Take from a piece what is kept of the conversation in its row `row`, and send it to the host."""
+        """Encode what is kept of the conversation in the batch's row `row` of a piece, and copy it to the host."""
         config = self.config
-        rows, places = piece.rows_of(task.positions), piece.rows_of(task.teacher)
-        taps = {layer: self._rows(piece.taps[layer][row], rows) for layer in config.layers}
-        final = self._rows(piece.final[row], places)
+        tap_rows, teacher_rows = piece.rows_of(task.positions), piece.rows_of(task.teacher)
+        taps = {layer: self._rows(piece.taps[layer][row], tap_rows) for layer in config.layers}
+        final = self._rows(piece.final[row], teacher_rows)
         statistics = gate_statistics(taps, final)
         task.statistics = statistics if task.statistics is None else task.statistics + statistics
         parts: dict[str, Tensor] = {}
         for layer, tap in taps.items():
             parts |= torch_codecs.encode(self.manifest.codec, layer, tap, require_finite=False)
         counts = dict.fromkeys(parts, task.positions.size)
-        if places.size:
-            signal = teacher_signal(final, self._rows(token_ids[row], places + piece.first + 1), self._teacher)
+        if teacher_rows.size:
+            next_tokens = self._rows(token_ids[row], teacher_rows + piece.first + 1)
+            signal = teacher_signal(final, next_tokens, self._teacher)
             parts |= signal
             counts |= dict.fromkeys(signal, task.teacher.size)
         task.host.add(parts, counts, wait)
 
     def _rows(self, states: Tensor, rows: NDArray[np.int64]) -> Tensor:
-        """Rows of states [L, ...]; no copy where they follow one another."""
+        """Rows of states [L, ...]; a view where the rows are consecutive."""
         if rows.size and rows[-1] - rows[0] + 1 == rows.size:
             return states[int(rows[0]) : int(rows[-1]) + 1]
         return states[self.to_device(rows)]
 
     def host_arrays(self) -> HostArrays:
-        """Memory for one conversation."""
+        """Empty host arrays for one conversation."""
         return HostArrays(self._stream, self._memory)
 
     def to_device(self, array: NDArray[np.int64]) -> Tensor:
-        """A copy that nothing is waited for: one from memory that is not pinned would wait for the device."""
+        """Copy to the device without waiting for it, from pinned memory; a copy from other memory would wait."""
         tensor = torch.from_numpy(array)
         return (
             tensor.to(self.device) if self._stream is None else tensor.pin_memory().to(self.device, non_blocking=True)
@@ -145,7 +147,7 @@ class ShardCapture:
 
 
 class ShardRunning:
-    """One shard on its way through device, copies and writing."""
+    """One shard that is being computed, copied and written."""
 
     def __init__(self, capture: ShardCapture, begun: ShardInProgress, plan: ShardPlan, progress: Progress) -> None:
         self._capture, self._begun, self._plan, self._progress = capture, begun, plan, progress
@@ -157,7 +159,7 @@ class ShardRunning:
         capture.writings.append(self._writing)
 
     def compute(self) -> None:
-        """Give the device every batch of the shard."""
+        """Give every batch of the shard to the device."""
         config, plan = self._capture.config, self._plan
         tasks = [task for number in range(plan.first, plan.last) if (task := self._task(number)) is not None]
         for batch in token_batches([task.token_ids.size for task in tasks], config.batch_tokens):
@@ -203,18 +205,18 @@ class ShardRunning:
             self._progress.advance(task.token_ids.size, self._begun.payload_bytes)
 
     def _memory_comes_back(self) -> bool:
-        """Whether this shard's writing thread, or that of the one before, will give some back."""
+        """Whether the writing thread of this shard, or of the shard before, will give host memory back."""
         return any(writing.busy for writing in self._capture.writings)
 
     def _append(self, task: _Task) -> None:
-        """In the writing thread."""
+        """Judge and append one conversation; runs in the writing thread."""
         try:
             self._judge_and_append(task)
         finally:
             task.host.release()
 
     def _judge_and_append(self, task: _Task) -> None:
-        """Append, or set aside what fails a gate."""
+        """Append the conversation, or quarantine it where it fails a gate."""
         arrays = task.host.numpy()
         try:
             self._gates.judge(torch.from_numpy(arrays.pop(_STATISTICS)))
@@ -245,7 +247,7 @@ class ShardRunning:
             self._progress.say(self._lines.pop(0))
 
     def finish(self) -> ShardSummary:
-        """Wait until everything is appended."""
+        """Wait until every conversation is appended or quarantined."""
         self._writing.finish()
         self._capture.writings.remove(self._writing)
         self._say()
@@ -254,5 +256,5 @@ class ShardRunning:
         return self._summary
 
     def abandon(self) -> None:
-        """Append nothing more."""
+        """Drop the conversations that are not appended yet."""
         self._writing.abandon()

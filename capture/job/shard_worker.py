@@ -1,4 +1,4 @@
-"""One worker's share of a job: whichever shards are free, until none is missing."""
+"""One worker's share of a job: it captures any shard that is free, until no shard is missing."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from draftcache.store.format.teacher_stats import describe
 from draftcache.store.writer import ShardInProgress, StoreWriter
 
 POLL_S = 0.5
-"""How often a worker with nothing to do looks whether other workers' shards were committed, or became free."""
+"""Seconds between a waiting worker's looks whether shards of other workers were committed or became free."""
 
 
 @dataclass(frozen=True)
 class WorkerRole:
-    """Which of a command's workers this is, whom it reports to, and who tells it to stop."""
+    """Which of a command's `count` workers this is, where it reports to, and the request that stops it."""
 
     report: Report
     stop: StopRequest
@@ -33,11 +33,12 @@ class WorkerRole:
 
 
 class ShardWorker:
-    """Takes free shards, one after the other, from a place of its own on.
+    """Takes free shards in order, each worker from another first shard on, and round to the shards before it.
 
-    On a disk a shard that another one works on is locked, so a worker goes past it, and waits for the last ones: the
-    lock of a dead process is free at once. Object stores have no locks: there two workers may do the same shard, and
-    the first commit counts; the other worker then jumps to another place, so that they don't go on side by side.
+    On a disk the shard of another worker is locked, so a worker skips it, and waits for the last ones at the end; the
+    lock of a dead process is free at once. Object stores have no locks: there two workers may capture the same shard,
+    and the first commit counts. The other worker then goes on from a random shard, so that the two don't capture the
+    same shards from there on.
     """
 
     def __init__(
@@ -56,25 +57,25 @@ class ShardWorker:
         self._start = role.number / role.count if writer.storage.local_root is not None else random.random()
 
     def run(self) -> None:
-        """Return when no shard is missing, and the index is written. Raises Stopped."""
+        """Return when no shard is missing and the index is written. Raises Stopped."""
         if self._missing() and read_record(self._writer.storage, INDEX_RECORD) is not None:
-            self._writer.discard_index()  # a damaged shard was taken out
+            self._writer.discard_index()  # a damaged shard was removed since
         while missing := self._missing():
             if not self._round(missing):
                 self._role.stop.wait(POLL_S)
         self._writer.finish()
 
     def _missing(self) -> list[int]:
-        """From this worker's place on, and round."""
+        """Shards without a commit record, from this worker's first shard on, and round."""
         done = self._writer.committed()
         first = int(self._start * len(self._work.shards))
         order = [*range(first, len(self._work.shards)), *range(first)]
         return [shard for shard in order if shard not in done]
 
     def _round(self, missing: list[int]) -> bool:
-        """Whether there was a shard to do among these.
+        """Capture the shards of `missing` that are free; returns whether there was one.
 
-        The device begins a shard while the one before is still being written, so it waits for no commit.
+        The device begins a shard while the shard before is still being written, so it never waits for a commit.
         """
         stop = self._role.stop
         open_shards: list[_OpenShard] = []
@@ -103,9 +104,12 @@ class ShardWorker:
         return worked
 
     def _settle(self, open_shards: list[_OpenShard]) -> bool:
-        """Wait for the first one to be written and commit it; whether this worker's copy is the one that counts."""
+        """Wait until the first open shard is written and commit it; returns whether this commit is the one that counts.
+
+        It is not where another worker committed the same shard before.
+        """
         begun, running = open_shards[0].begun, open_shards[0].running
-        assert running is not None, "it was begun"
+        assert running is not None, "begun by _round"
         plan = self._work.shards[begun.number]
         summary = running.finish()
         record = {
@@ -132,13 +136,13 @@ class ShardWorker:
 
 @dataclass
 class _OpenShard:
-    """A shard that was begun and not committed yet."""
+    """A shard that was begun and is not committed yet."""
 
     begun: ShardInProgress
     running: ShardRunning | None = None
 
     def abandon(self) -> None:
-        """Leave no trace of it, unless its commit got as far as its record."""
+        """Remove all that was written of the shard, unless its commit record exists already."""
         if self.running is not None:
             self.running.abandon()
         with self.begun:
@@ -146,7 +150,7 @@ class _OpenShard:
 
 
 class _ShardProgress:
-    """See `draftcache.capture.job.progress.Progress`."""
+    """Reports the progress of one shard as the worker's events. Implements `progress.Progress`."""
 
     def __init__(self, shard: int, role: WorkerRole) -> None:
         self._shard = shard
@@ -154,11 +158,9 @@ class _ShardProgress:
         self._tokens = 0
 
     def advance(self, tokens: int, payload_bytes: int) -> None:
-        """See Progress."""
         self._tokens += tokens
         self._role.report(ShardAdvanced(shard=self._shard, tokens=self._tokens, payload_bytes=payload_bytes))
         self._role.stop.check()
 
     def say(self, line: str) -> None:
-        """See Progress."""
         self._role.report(Line(line))

@@ -1,4 +1,4 @@
-"""Being told to stop: a preempted job finishes its shard within the grace, or leaves it without a trace."""
+"""Stopping on signals: a preempted job finishes its shard within the grace, or removes what it wrote of it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from draftcache.store.common.stopping import Stopped, StopRequest
 class StopSignals:
     """Turns signals of this process into a StopRequest. Use as a context manager, in the main thread.
 
-    The first `gentle` signal asks; it raises Stopped at once where no shard was begun, else when the grace is
-    over. A second one, or SIGINT, raises at once, or after the commit where one is under way.
+    The first `gentle` signal asks for a stop: Stopped is raised at once where no shard was begun, else when the grace
+    is over. A second `gentle` signal, or SIGINT, raises it at once, or after the commit that is under way.
     """
 
     def __init__(self, stop: StopRequest, gentle: signal.Signals = signal.SIGTERM) -> None:
@@ -42,7 +42,7 @@ class StopSignals:
         self._stop.ask()
         if not self._stop.in_unit:
             self._raise()
-        # Progress is reported once per batch; a long one must not outlast the grace.
+        # Progress is reported once per batch; a timer ends a batch that would outlast the grace.
         signal.setitimer(signal.ITIMER_REAL, max(self._stop.grace_seconds, 1e-3))
 
     def _at_once(self, number: int, _frame: FrameType | None) -> None:
@@ -53,30 +53,30 @@ class StopSignals:
             self._raise()
 
     def _raise(self) -> None:
-        for number in self._previous:  # what is cleaned up now must not be interrupted again
+        for number in self._previous:  # no further signal may interrupt the cleaning up
             signal.signal(number, signal.SIG_IGN)
         raise Stopped(self._stop.signal_number)
 
 
 class ParentSignals(StopSignals):
-    """Signals of a command whose workers do the job: it notes them, and `StopSteps` says what to tell the workers."""
+    """Signals of a command whose workers do the job: they only set the StopRequest, and `StopSteps` acts on it."""
 
     def _raise(self) -> None:
         pass
 
 
 class StopSteps:
-    """How a command stops its workers: asks them, presses them when the grace is over, and does not wait for ever."""
+    """The steps by which a command stops its workers: ask, hurry when the grace is over, kill `LEAVING_S` later."""
 
     LEAVING_S = 15.0
-    """What a worker may take over the grace, for a commit that is under way or for removing what it began."""
+    """Seconds beyond the grace that a worker may take, for a commit under way or for removing an unfinished shard."""
 
     def __init__(self, stop: StopRequest) -> None:
         self._stop = stop
         self._taken: list[str] = []
 
     def due(self) -> list[str]:
-        """Of "ask", "hurry" and "kill", those whose time came since the last call."""
+        """The steps, of "ask", "hurry" and "kill", whose time has come since the last call."""
         left = self._stop.seconds_left() if self._stop.asked else math.inf
         limits = {"ask": math.inf, "hurry": 0.0, "kill": -self.LEAVING_S}
         due = [step for step, limit in limits.items() if left < math.inf and left <= limit and step not in self._taken]

@@ -1,8 +1,9 @@
 """One verifier over several GPUs of a node, by transformers' own tensor-parallel plan for its class.
 
-The worker's process is rank 0 and does all that a worker does. Rank 1 and up are followers: they hold their part of
-the weights and repeat every forward that the worker begins, told by a pipe what to read, so that the collectives
-inside the forward meet. Taps and final states are whole on every rank; rank 0's are the ones that are stored.
+The worker's process is rank 0 and does all that any worker does. The ranks from 1 on are followers: each holds its part
+of the weights and repeats every forward that the worker begins, so that the collectives inside of the forward meet. The
+worker sends the forward's arguments through a pipe. Taps and final states are complete on every rank; rank 0 stores its
+own.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from draftcache.capture.job.config import CaptureConfig
+from draftcache.capture.job.start_check import check_verifier
 from draftcache.capture.job.work_plan import WorkPlan
 from draftcache.capture.verifier.forward import Forward, Piece
 from draftcache.capture.verifier.load import Verifier, choose_dtype, load_verifier
-from draftcache.capture.verifier.self_check import check_verifier
 from draftcache.capture.verifier.ssm_precision import enforce_contract
 from draftcache.store.common.device import choose_device
 from draftcache.store.common.errors import DraftcacheError, InputError, StoreError
@@ -40,16 +41,17 @@ if TYPE_CHECKING:
 _LOADING = timedelta(hours=2)
 """How long ranks may wait for one another: they load 60 GB and more at different speeds."""
 _LAST_WORDS_S = 5.0
+"""Seconds that the worker gets to report its own error before its followers' exit codes are reported."""
 
 
-class ShardedVerifier:
-    """The followers of a worker, from its end. `join` before the verifier is loaded, `lead` once it is."""
+class TensorParallelGroup:
+    """The followers of a worker, as the worker sees them: `join` before the verifier is loaded, `lead` afterwards."""
 
     def __init__(self, config: CaptureConfig) -> None:
-        """Start them. Raises InputError where there are not enough GPUs."""
-        self._size = config.shard
+        """Start the followers. Raises InputError where there are not enough GPUs."""
+        self._size = config.tensor_parallel
         self._first = first_gpu(config)
-        self._meeting = tempfile.TemporaryDirectory(prefix="draftcache-shard-")
+        self._meeting = tempfile.TemporaryDirectory(prefix="draftcache-tensor-parallel-")
         self._closing = False
         context = multiprocessing.get_context("spawn")
         self._connections: list[Connection] = []
@@ -57,7 +59,7 @@ class ShardedVerifier:
         for rank in range(1, self._size):
             ours, theirs = context.Pipe()
             arguments = (config, rank, self._first, self._meeting.name, theirs)
-            # A daemon: whatever ends this process in an orderly way ends it too; see also `_leave_with_leader`.
+            # A daemon process is ended when this process exits normally; `_leave_with_leader` covers all other ends.
             process = context.Process(target=_follow, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -66,21 +68,21 @@ class ShardedVerifier:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def join(self) -> None:
-        """Meet the followers. For the worker, before it loads the verifier."""
+        """Form the process group with the followers, before the worker loads the verifier."""
         _join(0, self._size, self._first, self._meeting.name)
 
     def lead(self, verifier: Verifier) -> Verifier:
-        """The same verifier; from now on the followers repeat each of its forwards."""
-        return replace(verifier, engine=_LeadingForward(verifier.engine, self))
+        """The verifier with a forward that the followers repeat, whenever it runs."""
+        return replace(verifier, body_forward=_LeadingForward(verifier.body_forward, self))
 
     def tell(self, token_ids: Tensor, layers: tuple[int, ...], chunk_tokens: int) -> None:
-        """Let the followers begin the same forward."""
+        """Send the arguments of a forward to the followers, which begin it at once."""
         for connection in self._connections:
             connection.send((token_ids.cpu().numpy(), layers, chunk_tokens))
 
     @contextlib.contextmanager
     def all_alive(self) -> Iterator[None]:
-        """Around collectives: raises StoreError where they fail because a follower has died."""
+        """Surround collectives with this: raises StoreError where they fail because a follower has died."""
         try:
             yield
         except (RuntimeError, OSError) as exc:
@@ -96,23 +98,23 @@ class ShardedVerifier:
         )
 
     def _watch(self) -> None:
-        """A collective waits for a dead rank for hours, out of reach of every signal: leave for it."""
+        """End this process when a follower dies: a collective waits for a dead rank for hours and ignores signals."""
         wait([process.sentinel for process in self._processes])
         if self._closing:
             return
-        time.sleep(_LAST_WORDS_S)  # the worker may be saying better why it ends
+        time.sleep(_LAST_WORDS_S)  # the worker may be about to report a better reason
         if self._closing:
             return
         print(f"draftcache capture: error: {self._obituary()}", file=sys.stderr, flush=True)
         os._exit(1)
 
     def close(self) -> None:
-        """End the followers."""
+        """End the followers and the process group."""
         self._closing = True
         for connection in self._connections:
             connection.close()
         for process in self._processes:
-            process.kill()  # they may wait in a collective; they hold nothing that is worth an orderly end
+            process.kill()  # it may wait in a collective, and holds nothing that needs an orderly end
             process.join()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -120,40 +122,50 @@ class ShardedVerifier:
 
 
 class _LeadingForward:
-    """A forward that tells the followers first; `draftcache.capture.verifier.forward.Forward`."""
+    """Lets the followers begin every forward before `inner` runs it. Implements `verifier.forward.Forward`."""
 
-    def __init__(self, inner: Forward, group: ShardedVerifier) -> None:
+    def __init__(self, inner: Forward, group: TensorParallelGroup) -> None:
         self.name = inner.name
         self._inner = inner
         self._group = group
 
+    @property
+    def chunk_multiple(self) -> int:
+        return self._inner.chunk_multiple
+
     def implementations(self) -> dict[str, str]:
-        """See Forward."""
         return self._inner.implementations()
 
+    def block_differences(self, token_ids: Tensor) -> list[float]:
+        """Raises RuntimeError: all ranks compare their blocks by themselves before rank 0 leads the others."""
+        raise RuntimeError("expected block_differences before TensorParallelGroup.lead, found a call after it")
+
     def prefill(self, token_ids: Tensor, layers: tuple[int, ...], chunk_tokens: int) -> Iterator[Piece]:
-        """See Forward. Every piece has to be taken: the followers compute them all."""
+        """The caller has to take every piece, as the followers compute all of them."""
         with self._group.all_alive():
             self._group.tell(token_ids, layers, chunk_tokens)
             yield from self._inner.prefill(token_ids, layers, chunk_tokens)
 
 
 def first_gpu(config: CaptureConfig) -> int:
-    """Number of the worker's first GPU; its verifier lies on `config.shard` of them from there on.
+    """Number of the worker's first GPU, from which on its verifier lies on `config.tensor_parallel` GPUs; 0 on a CPU.
 
-    Raises InputError where this machine has fewer.
+    Raises InputError where this machine has fewer GPUs.
     """
     device = choose_device(config.device)
     if device.type != "cuda":
         if torch.cuda.is_available():
             raise InputError(
-                f"--device {config.device}: expected GPUs for --shard {config.shard} on a machine that has some; hide "
-                "them with CUDA_VISIBLE_DEVICES= to run on its CPU"
+                f"--device {config.device}: expected GPUs for --tensor-parallel {config.tensor_parallel} on a machine "
+                "that has some; hide them with CUDA_VISIBLE_DEVICES= to run on its CPU"
             )
         return 0
     first, count = device.index or 0, torch.cuda.device_count()
-    if first + config.shard > count:
-        raise InputError(f"--shard {config.shard}: expected {config.shard} GPUs from {device} on, found {count} in all")
+    if first + config.tensor_parallel > count:
+        raise InputError(
+            f"--tensor-parallel {config.tensor_parallel}: expected {config.tensor_parallel} GPUs from {device} on, "
+            f"found {count} in all"
+        )
     return first
 
 
@@ -174,8 +186,8 @@ def _join(rank: int, size: int, first: int, meeting: str) -> None:
 
 
 def _follow(config: CaptureConfig, rank: int, first: int, meeting: str, connection: Connection) -> None:
-    """A follower's process: until the worker closes the pipe, or is gone."""
-    for number in (signal.SIGTERM, signal.SIGINT):  # they reach whole process groups: the worker decides
+    """Main function of a follower's process, which ends when the worker closes the pipe or has died."""
+    for number in (signal.SIGTERM, signal.SIGINT):  # they reach whole process groups, and the worker decides
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_leave_with_leader, daemon=True).start()
     from transformers.utils import logging
@@ -183,19 +195,19 @@ def _follow(config: CaptureConfig, rank: int, first: int, meeting: str, connecti
     logging.disable_progress_bar()
     with contextlib.suppress(EOFError):
         try:
-            _join(rank, config.shard, first, meeting)
+            _join(rank, config.tensor_parallel, first, meeting)
             device = choose_device(config.device)
             verifier = load_verifier(
                 config.verifier,
                 device=torch.device("cuda", first + rank) if device.type == "cuda" else device,
                 dtype=choose_dtype(config.compute_dtype, device),
                 trust_remote_code=config.trust_remote_code,
-                shard=config.shard,
+                tensor_parallel=config.tensor_parallel,
             )
             enforce_contract(verifier.model, config.verifier, allow_fallback=config.allow_fallback)
             check_verifier(verifier, config, WorkPlan.of(config))
         except DraftcacheError:
-            sys.exit(1)  # the worker meets the same, and says so
+            sys.exit(1)  # the worker raises the same error and reports it
         while True:
             token_ids, layers, chunk_tokens = connection.recv()
             for _ in verifier.prefill(torch.from_numpy(token_ids), layers, chunk_tokens):

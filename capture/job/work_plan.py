@@ -1,7 +1,7 @@
-"""What there is to do: which conversation goes into which shard.
+"""The plan of a job: which conversations each shard holds.
 
 The plan is a pure function of the dataset, the splits and `--shard-tokens`, so every process that works on a store,
-now or after a kill, has the same one, and the finished store does not depend on who did what.
+now or after a kill, has the same plan, and the finished store does not depend on which worker captured which shard.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from draftcache.store.common.errors import InputError
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard's conversations: numbers `first .. last` of one split, and how many tokens they have."""
+    """One shard's conversations, numbers `first .. last - 1` of one split, and the number of their tokens."""
 
     split: int
     first: int
@@ -36,7 +36,7 @@ class WorkPlan:
 
     @classmethod
     def of(cls, config: CaptureConfig) -> WorkPlan:
-        """Raises InputError where there is no prepared dataset, or a split is not in it."""
+        """The plan of a job. Raises InputError where there is no prepared dataset, or a split is not in it."""
         dataset = TokenDataset.open(config.dataset)
         splits = config.splits or tuple(dataset.splits)
         unknown = [name for name in splits if name not in dataset.splits]
@@ -45,23 +45,23 @@ class WorkPlan:
         return cls(dataset=dataset, splits=splits, shards=plan_shards(dataset, splits, config.shard_tokens))
 
     def tokens(self, shards: Collection[int]) -> int:
-        """Tokens of some shards."""
+        """Tokens of the shards of these numbers."""
         return sum(self.shards[shard].tokens for shard in shards)
 
     def spread(self, count: int) -> list[tuple[str, int]]:
-        """About `count` conversations (split, number in it) at even steps through all of them."""
+        """`count` conversations, or all where there are fewer, at even steps; each as (split, number in the split)."""
         sizes = [len(self.dataset.split(name).conversations) for name in self.splits]
         ends = np.cumsum(sizes)
-        places = np.linspace(0, max(int(ends[-1]) - 1, 0), min(count, int(ends[-1]))).round().astype(int)
-        splits = np.searchsorted(ends, places, side="right")
+        numbers = np.linspace(0, max(int(ends[-1]) - 1, 0), min(count, int(ends[-1]))).round().astype(int)
+        splits = np.searchsorted(ends, numbers, side="right")
         return [
-            (self.splits[split], int(place - (ends[split] - sizes[split])))
-            for place, split in zip(places.tolist(), splits.tolist(), strict=True)
+            (self.splits[split], int(number - (ends[split] - sizes[split])))
+            for number, split in zip(numbers.tolist(), splits.tolist(), strict=True)
         ]
 
 
 def plan_shards(dataset: TokenDataset, splits: tuple[str, ...], shard_tokens: int) -> list[ShardPlan]:
-    """Fill shards in the dataset's order until each holds at least `shard_tokens`; no shard spans two splits."""
+    """Fill shards in the dataset's order: a shard ends once it holds `shard_tokens` tokens, or with its split."""
     plan = []
     for split, name in enumerate(splits):
         lengths = np.asarray(dataset.split(name).conversations["tokens"])

@@ -1,8 +1,9 @@
 """The capture job of one worker: prepared conversations -> verifier -> gates -> committed shards.
 
-Any number of workers may run on one store, on any number of machines. They share nothing but the store: a shard is
-taken by its lock (where the storage has locks) and published by its commit record, which the first writer wins. A
-killed worker's shard is taken by whoever comes next, and the finished store does not depend on who did what.
+Any number of workers may run on one store, on any number of machines. They share nothing but the store: a worker takes
+a shard by its lock (where the storage has locks) and publishes it by its commit record, of which the first one counts.
+Another worker takes over the shard of a killed one, and the finished store does not depend on which worker captured
+which shard.
 """
 
 from __future__ import annotations
@@ -24,23 +25,27 @@ from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.progress import CaptureSummary, JobProgress, Line
 from draftcache.capture.job.shard_capture import ShardCapture
 from draftcache.capture.job.shard_worker import POLL_S, ShardWorker, WorkerRole
-from draftcache.capture.job.tensor_parallel import ShardedVerifier
+from draftcache.capture.job.start_check import check_verifier
+from draftcache.capture.job.tensor_parallel import TensorParallelGroup
 from draftcache.capture.job.work_plan import WorkPlan
 from draftcache.capture.prepare.draft_vocabulary import load_vocab_maps
 from draftcache.capture.verifier.load import Verifier, choose_dtype, describe_verifier, load_verifier
-from draftcache.capture.verifier.self_check import check_verifier
-from draftcache.capture.verifier.ssm_precision import enforce_contract, mamba_mixers
+from draftcache.capture.verifier.ssm_precision import enforce_contract
 from draftcache.store.common.device import choose_device
 from draftcache.store.common.errors import InputError, ManifestMismatchError
 from draftcache.store.common.stopping import StopRequest
+from draftcache.store.format.frozen import EMBED_TOKENS, FROZEN_NAME, NORM
 from draftcache.store.format.manifest import StoreManifest, Tap
-from draftcache.store.reader import FROZEN_NAME, VOCAB_MAP_NAME
+from draftcache.store.format.vocab_map import VOCAB_MAP_NAME
 from draftcache.store.storage.base import open_storage
 from draftcache.store.writer import StoreWriter
 
 
 class CaptureJob:
-    """Loads what the job needs, refuses what does not fit together, then runs shards until none is missing."""
+    """Loads dataset, vocabulary maps and verifier, checks that they fit, then runs shards until none is missing.
+
+    Use as a context manager, or call `close` at the end.
+    """
 
     verifier: Verifier
 
@@ -53,7 +58,7 @@ class CaptureJob:
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(config.compute_dtype, self.device)
         self.storage = open_storage(config.output)
-        self._followers = ShardedVerifier(config) if config.shard > 1 else None
+        self._followers = TensorParallelGroup(config) if config.tensor_parallel > 1 else None
         try:
             self._load()
         except BaseException:
@@ -76,14 +81,14 @@ class CaptureJob:
             device=self.device,
             dtype=self.dtype,
             trust_remote_code=config.trust_remote_code,
-            shard=config.shard,
+            tensor_parallel=config.tensor_parallel,
         )
         self._require_fit()
         self.ssm = enforce_contract(self.verifier.model, config.verifier, allow_fallback=config.allow_fallback)
         self.self_check = check_verifier(self.verifier, config, self.work)
 
     def close(self) -> None:
-        """End the processes that hold parts of a sharded verifier."""
+        """End the other processes that hold parts of the verifier with `--tensor-parallel`."""
         if self._followers is not None:
             self._followers.close()
 
@@ -100,12 +105,11 @@ class CaptureJob:
                 f"--layers: expected blocks 0 to {len(verifier.blocks) - 1} of {config.verifier}, "
                 f"found {list(config.layers)}"
             )
-        for mixer in mamba_mixers(verifier.model)[:1]:
-            if config.prefill_chunk % mixer.chunk_size:
-                raise InputError(
-                    f"--prefill-chunk: expected a multiple of the scan's chunk of {mixer.chunk_size} tokens, so that "
-                    f"none is padded where a piece ends, found {config.prefill_chunk}"
-                )
+        if config.prefill_chunk % (multiple := verifier.body_forward.chunk_multiple):
+            raise InputError(
+                f"--prefill-chunk: expected a multiple of the scan's chunk of {multiple} tokens, so that "
+                f"none is padded where a piece ends, found {config.prefill_chunk}"
+            )
         for name, size in (
             ("dataset", self.work.dataset.vocab_size),
             ("vocabulary map", self.vocab_maps[0].vocab_size),
@@ -126,7 +130,7 @@ class CaptureJob:
             )
 
     def settings(self) -> StoreManifest:
-        """The store's manifest, but for what the calibration measures."""
+        """The store's manifest without the fields that the calibration measures."""
         config, work = self.config, self.work
         return StoreManifest(
             verifier=describe_verifier(config.verifier, self.verifier),
@@ -146,7 +150,8 @@ class CaptureJob:
             more_draft_vocabs={str(len(item)): item.hash for item in self.vocab_maps[1:]},
             shard_tokens=config.shard_tokens,
             shards=len(work.shards),
-            ssm=self.ssm and self.ssm | {"forward": self.verifier.engine.name, "prefill_chunk": config.prefill_chunk},
+            ssm=self.ssm
+            and self.ssm | {"forward": self.verifier.body_forward.name, "prefill_chunk": config.prefill_chunk},
             provenance=self._provenance(),
         )
 
@@ -156,23 +161,23 @@ class CaptureJob:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "device": gpu,
-            "shard": self.config.shard,
-            "forward": {"name": self.verifier.engine.name, **self.verifier.engine.implementations()},
+            "tensor_parallel": self.config.tensor_parallel,
+            "forward": {"name": self.verifier.body_forward.name, **self.verifier.body_forward.implementations()},
             "self_check": self.self_check,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
 
     def run(self, stop: StopRequest | None = None) -> CaptureSummary:
-        """All that is missing, by this worker alone or beside others; returns when the store is whole."""
+        """Capture all missing shards, alone or beside other workers; returns when the store is whole."""
         stop = stop or StopRequest(self.config.grace_seconds)
         with JobProgress(self.work, self.storage) as progress:
             self.run_worker(WorkerRole(report=lambda event: progress.take(0, event), stop=stop))
         return progress.summary()
 
     def run_worker(self, role: WorkerRole) -> None:
-        """Be one of a command's workers; returns when no shard is missing and the index is written.
+        """Run as one of a command's workers; returns when no shard is missing and the index is written.
 
-        Raises Stopped when `role.stop` says so: what is committed stays, what was begun is removed.
+        Raises Stopped when `role.stop` is asked for: committed shards stay, unfinished ones are removed.
         """
         if role.number == 0:
             role.report(Line(self._what_runs()))
@@ -182,18 +187,18 @@ class CaptureJob:
             ShardWorker(self.work, shards, writer, role, self._provenance).run()
 
     def _what_runs(self) -> str:
-        engine = self.verifier.engine
-        details = dict(engine.implementations())
+        forward = self.verifier.body_forward
+        details = dict(forward.implementations())
         reason = details.pop("reason", "")
         if self.ssm is not None:
             details["scan"] = self.ssm["scan"]
         listed = ", ".join(f"{name} {value}" for name, value in details.items())
-        return f"forward: {engine.name}" + (f", the model's own code, for {reason}" if reason else "") + f" ({listed})"
+        return f"forward: {forward.name}" + (f", the model's own code, for {reason}" if reason else "") + f" ({listed})"
 
     def agree_on_manifest(self, role: WorkerRole) -> StoreManifest:
-        """The settings with the store's calibration: the first job makes it, all others take it over.
+        """The settings with the store's calibration, which the first job measures and all others read.
 
-        Raises ManifestMismatchError naming the fields where the store was made with other settings.
+        Raises ManifestMismatchError, with the fields' names, where the store was made with other settings.
         """
         settings = self.settings()
         while not StoreManifest.exists(self.storage):
@@ -214,17 +219,17 @@ class CaptureJob:
         role.report(Line("calibrating: one pass over some conversations, for the norms that the gates expect"))
         measured = calibrate(self.config, self.work, self.verifier)
         manifest = replace(settings, norm_bands=measured.norm_bands, channel_scales=measured.channel_scales)
-        # In an object store two jobs may come this far. One manifest is created; the other job's bands are not its.
+        # In an object store two jobs may come this far. Only one manifest is created, with the bands of one job.
         prepare_files = partial(self._write_files, manifest)
         with suppress(ManifestMismatchError), StoreWriter(self.config.output, manifest, prepare_files):
             pass
 
     def _write_files(self, manifest: StoreManifest, root: Path) -> list[Path]:
-        """Frozen weights that a trainer needs, so that it never loads the verifier; and the vocabulary maps."""
+        """Write the frozen weights that training needs instead of the verifier, and the vocabulary maps."""
         verifier = self.verifier
         norm = verifier.final_norm.weight
         assert isinstance(norm, torch.Tensor)
-        tensors = {"embed_tokens": verifier.embeddings.weight, "norm": norm}
+        tensors = {EMBED_TOKENS: verifier.embeddings.weight, NORM: norm}
         paths = [root / FROZEN_NAME]
         for vocab, item in zip(manifest.teacher_form.vocabularies, self.vocab_maps, strict=True):
             tensors[vocab.head] = verifier.head.weight[torch.from_numpy(item.target_ids).to(self.device)]

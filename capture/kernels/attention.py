@@ -1,4 +1,4 @@
-"""Causal grouped-query attention on the flash path, also where earlier keys come from a cache."""
+"""Causal grouped-query attention by flash kernels, also where earlier keys come from a cache."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 
 
 class KeyValues:
-    """Keys and values of one block, appended to memory that is taken once."""
+    """Keys and values of one attention block, in memory for `capacity` tokens that is allocated once."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity, self._filled = capacity, 0
         self._memory: Tensor | None = None
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values [B, heads, l, d]; returns all so far."""
+        """Append keys and values, each [B, heads, l, d]; returns all that were appended, [B, heads, L, d]."""
         if self._memory is None:
             batch, heads, _, width = keys.shape
             self._memory = keys.new_empty(2, batch, heads, self._capacity, width)
@@ -30,9 +30,10 @@ class KeyValues:
 
 
 def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """Attention [B, Hq, l, d] of queries that are the last l of the keys [B, Hk, L, d]; Hk divides Hq.
+    """Causal attention [B, Hq, l, d] of queries at the last l of the keys' L positions; keys [B, Hk, L, d].
 
-    On a GPU only the fused kernels may run: none of them holds an [l, L] tensor.
+    Hk divides Hq. On a GPU only the fused kernels may run, as none of them holds an [l, L] tensor; float32 takes the
+    plain twin.
     """
     if not queries.is_cuda:
         return causal_attention_reference(queries, keys, values, scale)
@@ -48,7 +49,7 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float
 
 
 def causal_attention_reference(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """See `causal_attention`; masks are materialised."""
+    """Plain twin of `causal_attention`; the mask is a tensor [l, L]."""
     rows, length = queries.shape[2], keys.shape[2]
     groups = queries.shape[1] // keys.shape[1]
     mask = torch.ones(rows, length, dtype=torch.bool, device=queries.device).tril(length - rows)

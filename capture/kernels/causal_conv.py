@@ -1,4 +1,4 @@
-"""Mamba-2's depthwise causal convolution with SiLU, over rows that lie inside a wider projection."""
+"""Mamba-2's depthwise causal convolution with SiLU, over rows that are slices of a wider projection."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _ROWS, _CHANNELS = 32, 128
 
 
 def causal_conv_silu(rows: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None) -> Tensor:
-    """`silu(bias + sum_j weight[c, j] * x[t - K + 1 + j, c])`, in float32, result [B, L, C] in x's dtype.
+    """`silu(bias + sum_j weight[c, j] * x[t - K + 1 + j, c])`, in float32; returns [B, L, C] in x's dtype.
 
-    rows [B, L, C], channels contiguous, rows of any stride; weight [C, K]; bias [C]; `before` [B, K - 1, C]: the rows
-    before the first one, zeros where None.
+    x is `rows` [B, L, C], with contiguous channels and any stride between rows; weight [C, K]; bias [C]; `before`
+    [B, K - 1, C] are the rows before the first one, zeros where None.
     """
     if not runs_kernels(rows) or weight.shape[1] != TAPS:
         return causal_conv_silu_reference(rows, weight, bias, before)
@@ -32,7 +32,7 @@ def causal_conv_silu(rows: Tensor, weight: Tensor, bias: Tensor | None, before: 
 
 
 def causal_conv_silu_reference(rows: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None) -> Tensor:
-    """See `causal_conv_silu`."""
+    """Plain twin of `causal_conv_silu`, by torch's convolution; kernels of any length K."""
     taps = weight.shape[1]
     earlier = rows.new_zeros(rows.shape[0], taps - 1, rows.shape[2]) if before is None else before
     padded = torch.cat([earlier, rows], 1).float().transpose(1, 2)
@@ -56,9 +56,9 @@ def _causal_conv_kernel(
         mixed += tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)[None, :]
     for tap in tl.static_range(4):
         source = row - 3 + tap
-        place = rows + batch * batch_stride + source.to(tl.int64)[:, None] * row_stride + channel[None, :]
+        address = rows + batch * batch_stride + source.to(tl.int64)[:, None] * row_stride + channel[None, :]
         valid = (source >= 0) & (source < length)
-        value = tl.load(place, mask=valid[:, None] & known[None, :], other=0.0).to(tl.float32)
+        value = tl.load(address, mask=valid[:, None] & known[None, :], other=0.0).to(tl.float32)
         if BEFORE:
             earlier = before + (batch * 3 + source + 3)[:, None] * channels + channel[None, :]
             value += tl.load(earlier, mask=(source < 0)[:, None] & known[None, :], other=0.0).to(tl.float32)

@@ -7,28 +7,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from draftcache.store.common.triton_launch import jit, runs_kernels, tl
+from draftcache.store.common.triton_launch import jit, power_of_two, runs_kernels, tl
 
 _ELEMENTS = 4096
 
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Token-expert pairs in the experts' order."""
+    """The pairs of a token and an expert that it was routed to, sorted by expert."""
 
     tokens: Tensor
     """[N * k] int64: the token of each sorted pair."""
-    place: Tensor
-    """[N, k] int64: where each of a token's pairs went."""
+    pair_rows: Tensor
+    """[N, k] int64: the rows of each token's pairs among the sorted ones."""
     ends: Tensor
-    """[E] int32: end of each expert's pairs."""
+    """[E] int32: one past the last row of each expert's pairs."""
 
 
 def route(logits: Tensor, bias: Tensor, top_k: int, *, scaling: float, normalise: bool) -> tuple[Tensor, Tensor]:
-    """Sigmoid routing with a selection bias: expert ids [N, k] int64 and weights [N, k] float32.
+    """Sigmoid routing with a selection bias: returns expert ids [N, k] int64 and weights [N, k] float32.
 
     logits [N, E] float32; bias [E] float32 is added for the choice only. Weights are the chosen scores, divided by
-    their sum (+ 1e-20) if `normalise`, times `scaling`. On equal scores the lower id is chosen.
+    their sum (+ 1e-20) if `normalise`, times `scaling`. Of equal scores the one with the lower id is chosen.
     """
     if not runs_kernels(logits):
         return route_reference(logits, bias, top_k, scaling=scaling, normalise=normalise)
@@ -37,7 +37,7 @@ def route(logits: Tensor, bias: Tensor, top_k: int, *, scaling: float, normalise
     weights = torch.empty(count, top_k, device=logits.device, dtype=torch.float32)
     _route_kernel[(count,)](
         logits, bias, ids, weights, experts, scaling, TOP_K=top_k, NORMALISE=normalise,
-        BLOCK=1 << (experts - 1).bit_length(), SLOTS=1 << (top_k - 1).bit_length(), num_warps=1,
+        BLOCK=power_of_two(experts), SLOTS=power_of_two(top_k), num_warps=1,
     )  # fmt: skip
     return ids, weights
 
@@ -45,9 +45,9 @@ def route(logits: Tensor, bias: Tensor, top_k: int, *, scaling: float, normalise
 def route_reference(
     logits: Tensor, bias: Tensor, top_k: int, *, scaling: float, normalise: bool
 ) -> tuple[Tensor, Tensor]:
-    """See `route`."""
+    """Plain twin of `route`."""
     scores = logits.sigmoid()
-    # A stable sort and not topk, whose choice among equal scores is undefined.
+    # A stable sort, since topk's choice among equal scores is undefined.
     ids = torch.sort(scores + bias, dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights = scores.gather(1, ids)
     if normalise:
@@ -56,25 +56,28 @@ def route_reference(
 
 
 def dispatch(ids: Tensor, experts: int) -> Dispatch:
-    """Sort the pairs of `ids` [N, k] by expert, tokens in order within each."""
+    """Sort the pairs of `ids` [N, k] by expert, and by token within each expert."""
     flat = ids.flatten()
     by_expert, order = torch.sort(flat, stable=True)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(order.numel(), device=ids.device)
-    # Searched for and not counted: bincount would wait for the device.
+    pair_rows = torch.empty_like(order)
+    pair_rows[order] = torch.arange(order.numel(), device=ids.device)
+    # The ends are searched for, since counting with bincount would wait for the device.
     ends = torch.searchsorted(by_expert, torch.arange(experts, device=ids.device), right=True, out_int32=True)
-    return Dispatch(tokens=order // ids.shape[1], place=place.view_as(ids), ends=ends)
+    return Dispatch(tokens=order // ids.shape[1], pair_rows=pair_rows.view_as(ids), ends=ends)
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows [M, I] of each group times its expert's weight [E, O, I], transposed: [M, O]."""
+    """Multiply each expert's rows of `rows` [M, I] by its transposed weight of `weight` [E, O, I]: [M, O].
+
+    `ends` [E] int32 as in `Dispatch`.
+    """
     if rows.is_cuda and rows.dtype == torch.bfloat16:
         return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
     return grouped_linear_reference(rows, weight, ends)
 
 
 def grouped_linear_reference(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """See `grouped_linear`."""
+    """Plain twin of `grouped_linear`: one product per expert; it waits for the device to read `ends`."""
     out = rows.new_empty(rows.shape[0], weight.shape[1])
     first = 0
     for expert, last in enumerate(ends.tolist()):
@@ -85,7 +88,7 @@ def grouped_linear_reference(rows: Tensor, weight: Tensor, ends: Tensor) -> Tens
 
 
 def relu_squared_(values: Tensor) -> Tensor:
-    """`relu(x)^2` in place, any contiguous shape."""
+    """`relu(x)^2`, in place, of a contiguous tensor of any shape."""
     if not runs_kernels(values):
         return relu_squared_reference_(values)
     count = values.numel()
@@ -94,27 +97,30 @@ def relu_squared_(values: Tensor) -> Tensor:
 
 
 def relu_squared_reference_(values: Tensor) -> Tensor:
-    """See `relu_squared_`."""
+    """Plain twin of `relu_squared_`."""
     return values.relu_().square_()
 
 
-def combine(expert_rows: Tensor, weights: Tensor, place: Tensor, shared: Tensor) -> Tensor:
-    """`sum_j weights[n, j] * expert_rows[place[n, j]]` in float32, rounded, plus `shared`: [N, H], over `shared`."""
+def combine(expert_rows: Tensor, weights: Tensor, pair_rows: Tensor, shared: Tensor) -> Tensor:
+    """`sum_j weights[n, j] * expert_rows[pair_rows[n, j]]` in float32, rounded, plus `shared` [N, H].
+
+    expert_rows [N * k, H], weights and pair_rows [N, k] of `route` and `dispatch`. The result overwrites `shared`.
+    """
     if not runs_kernels(shared):
-        return combine_reference(expert_rows, weights, place, shared)
+        return combine_reference(expert_rows, weights, pair_rows, shared)
     count, width = shared.shape
     _combine_kernel[(count,)](
-        expert_rows, weights, place, shared, width, TOP_K=place.shape[1], BLOCK=1 << (width - 1).bit_length(),
+        expert_rows, weights, pair_rows, shared, width, TOP_K=pair_rows.shape[1], BLOCK=power_of_two(width),
         num_warps=8,
     )  # fmt: skip
     return shared
 
 
-def combine_reference(expert_rows: Tensor, weights: Tensor, place: Tensor, shared: Tensor) -> Tensor:
-    """See `combine`."""
+def combine_reference(expert_rows: Tensor, weights: Tensor, pair_rows: Tensor, shared: Tensor) -> Tensor:
+    """Plain twin of `combine`; it leaves `shared` as it is."""
     total = torch.zeros_like(shared, dtype=torch.float32)
-    for slot in range(place.shape[1]):
-        total += weights[:, slot, None] * expert_rows[place[:, slot]].float()
+    for slot in range(pair_rows.shape[1]):
+        total += weights[:, slot, None] * expert_rows[pair_rows[:, slot]].float()
     return total.to(shared.dtype) + shared
 
 
@@ -148,17 +154,17 @@ def _route_kernel(
 
 @jit
 def _relu_squared_kernel(values, count, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < count
-    value = tl.maximum(tl.load(values + place, mask=inside, other=0.0).to(tl.float32), 0.0)
-    tl.store(values + place, (value * value).to(values.dtype.element_ty), mask=inside)
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < count
+    value = tl.maximum(tl.load(values + element, mask=inside, other=0.0).to(tl.float32), 0.0)
+    tl.store(values + element, (value * value).to(values.dtype.element_ty), mask=inside)
 
 
 @jit
 def _combine_kernel(
     expert_rows,
     weights,
-    place,
+    pair_rows,
     shared,
     width,
     TOP_K: tl.constexpr,
@@ -169,7 +175,7 @@ def _combine_kernel(
     inside = column < width
     total = tl.zeros((BLOCK,), tl.float32)
     for slot in tl.static_range(TOP_K):
-        source = tl.load(place + row * TOP_K + slot)
+        source = tl.load(pair_rows + row * TOP_K + slot)
         factor = tl.load(weights + row * TOP_K + slot)
         total += factor * tl.load(expert_rows + source * width + column, mask=inside, other=0.0).to(tl.float32)
     rounded = total.to(shared.dtype.element_ty).to(tl.float32)

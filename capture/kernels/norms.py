@@ -1,4 +1,4 @@
-"""RMS norms: of the residual stream with the addition before it, and Mamba-2's gated group norm."""
+"""RMS norms: the residual stream's, fused with the addition before it, and Mamba-2's gated group norm."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ _GATED_ROWS = 4
 
 
 def add_rms_norm(residual: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`x = residual + update` and its norm, `weight * x / sqrt(mean(x^2) + eps)` in float32, both in x's dtype.
+    """Returns `x = residual + update` and its norm, `weight * x / sqrt(mean(x^2) + eps)`, both in x's dtype.
 
-    residual, update [..., H] contiguous; update None leaves the residual as it is. The sum is written over `update`.
+    residual, update [..., H] contiguous; without an update x is the residual. The norm is computed in float32. The sum
+    overwrites `update`.
     """
     if not runs_kernels(residual):
         return add_rms_norm_reference(residual, update, weight, eps)
@@ -30,7 +31,7 @@ def add_rms_norm(residual: Tensor, update: Tensor | None, weight: Tensor, eps: f
 def add_rms_norm_reference(
     residual: Tensor, update: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """See `add_rms_norm`."""
+    """Plain twin of `add_rms_norm`; it leaves `update` as it is."""
     total = residual if update is None else residual + update
     values = total.float()
     normed = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + eps)
@@ -38,10 +39,10 @@ def add_rms_norm_reference(
 
 
 def gated_group_norm(values: Tensor, gate: Tensor, weight: Tensor, eps: float, group: int) -> Tensor:
-    """`weight * norm(values * silu(gate))` over groups of `group` channels, rounded before the weight.
+    """`weight * norm(values * silu(gate))` over groups of `group` channels, rounded before the weight is applied.
 
-    values [B, L, I] contiguous; gate [B, L, I] with rows of any stride (a slice of the projection). The result
-    [B, L, I] is written over `values`.
+    values [B, L, I] contiguous; gate [B, L, I] with any stride between rows (a slice of the projection). The result
+    [B, L, I] overwrites `values`.
     """
     if not runs_kernels(values):
         return gated_group_norm_reference(values, gate, weight, eps, group)
@@ -55,7 +56,7 @@ def gated_group_norm(values: Tensor, gate: Tensor, weight: Tensor, eps: float, g
 
 
 def gated_group_norm_reference(values: Tensor, gate: Tensor, weight: Tensor, eps: float, group: int) -> Tensor:
-    """See `gated_group_norm`."""
+    """Plain twin of `gated_group_norm`; it leaves `values` as they are."""
     gated = values.float() * torch.nn.functional.silu(gate.float())
     grouped = gated.view(*gated.shape[:-1], -1, group)
     grouped = grouped * torch.rsqrt(grouped.pow(2).mean(-1, keepdim=True) + eps)
@@ -83,10 +84,10 @@ def _gated_group_norm_kernel(values, gate, weight, gate_stride, width, eps, GROU
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * GROUP + tl.arange(0, BLOCK)
     inside = tl.arange(0, BLOCK) < GROUP
-    place = values + row * width + columns
+    addresses = values + row * width + columns
     z = tl.load(gate + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(place, mask=inside, other=0.0).to(tl.float32) * (z / (1.0 + tl.exp(-z)))
+    y = tl.load(addresses, mask=inside, other=0.0).to(tl.float32) * (z / (1.0 + tl.exp(-z)))
     scale = 1.0 / tl.sqrt(tl.sum(y * y, 0) / GROUP + eps)
     rounded = (y * scale).to(values.dtype.element_ty).to(tl.float32)
     factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(place, (factor * rounded).to(values.dtype.element_ty), mask=inside)
+    tl.store(addresses, (factor * rounded).to(values.dtype.element_ty), mask=inside)

@@ -1,4 +1,4 @@
-"""Softmax statistics of rows of logits in one pass over them, and the largest of a row without sorting it."""
+"""Softmax statistics of rows of logits in one pass over them, and the largest logits of a row without sorting it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from draftcache.store.common.triton_launch import jit, runs_kernels, tl
 
 _BLOCK = 4096
 _PART = 64
-"""Columns whose largest logit is found before any choice."""
+"""Columns of a part of a row; the largest logit of every part is found first, to choose which parts to search."""
 
 
 class RowStats(NamedTuple):
@@ -22,16 +22,16 @@ class RowStats(NamedTuple):
 
 
 class DraftLogits(NamedTuple):
-    """Logits of a draft vocabulary, D words: [R, D] and their log-sum-exp [R], both float32."""
+    """Logits over a draft vocabulary of D words: [R, D] and their log-sum-exp [R], both float32."""
 
     logits: Tensor
     log_sum_exp: Tensor
     part_largest: Tensor
-    """[R, D // 64]: of every 64 columns; those that are left over have none."""
+    """[R, D // 64] float32: the largest of every 64 columns; columns that are left over at the end have none."""
 
 
 def row_stats(logits: Tensor) -> RowStats:
-    """Statistics of float32 logits [R, V], rows contiguous."""
+    """Statistics of float32 logits [R, V] with contiguous rows."""
     if not runs_kernels(logits):
         return row_stats_reference(logits)
     rows, width = logits.shape
@@ -42,7 +42,7 @@ def row_stats(logits: Tensor) -> RowStats:
 
 
 def row_stats_reference(logits: Tensor) -> RowStats:
-    """See `row_stats`."""
+    """Plain twin of `row_stats`, in several passes over the logits."""
     ids = torch.arange(logits.shape[1], device=logits.device)
     largest = logits.max(dim=-1, keepdim=True).values
     argmax = torch.where(logits == largest, ids, logits.shape[1]).min(dim=-1).values
@@ -50,7 +50,7 @@ def row_stats_reference(logits: Tensor) -> RowStats:
 
 
 def draft_logits(logits: Tensor, target_ids: Tensor) -> DraftLogits:
-    """Columns `target_ids` [D] int64 of float32 logits [R, V], rows contiguous."""
+    """The columns `target_ids` [D] int64 of float32 logits [R, V] with contiguous rows, and their statistics."""
     if not runs_kernels(logits):
         return draft_logits_reference(logits, target_ids)
     rows, width = logits.shape[0], target_ids.shape[0]
@@ -62,22 +62,22 @@ def draft_logits(logits: Tensor, target_ids: Tensor) -> DraftLogits:
 
 
 def draft_logits_reference(logits: Tensor, target_ids: Tensor) -> DraftLogits:
-    """See `draft_logits`."""
+    """Plain twin of `draft_logits`."""
     chosen = logits.index_select(1, target_ids)
     return DraftLogits(chosen, torch.logsumexp(chosen, dim=-1), part_largest(chosen))
 
 
 def part_largest(logits: Tensor) -> Tensor:
-    """[R, V // 64] of logits [R, V]: the largest of every 64 columns."""
+    """The largest of every 64 columns of logits [R, V]: [R, V // 64]."""
     rows, parts = logits.shape[0], logits.shape[1] // _PART
     return logits[:, : parts * _PART].reshape(rows, parts, _PART).amax(dim=-1)
 
 
 def largest(logits: Tensor, part_largest: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """`torch.topk` of rows [R, V]: values [R, number], largest first, and their columns int64; among equals, any.
+    """`torch.topk` of rows [R, V]: values [R, number], largest first, and their columns int64; any among equals.
 
-    The largest are in the parts whose own largest are largest, so only as many parts as numbers are searched, not the
-    whole row several times over.
+    The `number` largest logits are in the `number` parts whose largest logits are largest, so only those parts are
+    searched, where `torch.topk` would read the whole row several times.
     """
     rows, parts = part_largest.shape
     if parts <= number:
@@ -86,18 +86,18 @@ def largest(logits: Tensor, part_largest: Tensor, number: int) -> tuple[Tensor, 
     edge = parts * _PART
     chosen = torch.topk(part_largest, number, dim=-1, sorted=False).indices
     searched = logits[:, :edge].reshape(rows, parts, _PART).gather(1, chosen[..., None].expand(-1, -1, _PART))
-    values, places = torch.topk(torch.cat((searched.flatten(1), logits[:, edge:]), dim=1), number, dim=-1)
-    within = chosen.gather(1, (places // _PART).clamp(max=number - 1)) * _PART + places % _PART
-    return values, torch.where(places < number * _PART, within, places + (edge - number * _PART))
+    values, found = torch.topk(torch.cat((searched.flatten(1), logits[:, edge:]), dim=1), number, dim=-1)
+    within = chosen.gather(1, (found // _PART).clamp(max=number - 1)) * _PART + found % _PART
+    return values, torch.where(found < number * _PART, within, found + (edge - number * _PART))
 
 
 @jit
 def _row_stats_kernel(logits, log_sum_exp, argmax, stride, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    # Every lane keeps its own running maximum, its place and its sum; they meet once, at the end.
+    # Every lane keeps a running maximum, the column of that maximum and a sum; the lanes are reduced once, at the end.
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    place = tl.zeros((BLOCK,), tl.int32)
+    largest_column = tl.zeros((BLOCK,), tl.int32)
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, width, BLOCK):
         inside = first + column < width
@@ -105,11 +105,11 @@ def _row_stats_kernel(logits, log_sum_exp, argmax, stride, width, BLOCK: tl.cons
         above = tl.maximum(largest, value)
         safe = tl.where(above == float("-inf"), 0.0, above)
         total = total * tl.exp(largest - safe) + tl.exp(value - safe)
-        place = tl.where(value > largest, first + column, place)
+        largest_column = tl.where(value > largest, first + column, largest_column)
         largest = above
     best = tl.max(largest, 0)
     tl.store(log_sum_exp + row, best + tl.log(tl.sum(total * tl.exp(largest - best), 0)))
-    tl.store(argmax + row, tl.min(tl.where(largest == best, place, width), 0).to(tl.int64))
+    tl.store(argmax + row, tl.min(tl.where(largest == best, largest_column, width), 0).to(tl.int64))
 
 
 @jit

@@ -1,13 +1,14 @@
 """Conversations -> token ids and exact assistant masks, as `apply_chat_template` gives them, in batches.
 
-transformers renders (its own Jinja environment, with the `{% generation %}` extension that reports character
-spans); `tokenizers` encodes a batch of texts; the spans become token ranges by bisection over the encoding's
+transformers renders the text (by its own Jinja environment, whose `{% generation %}` extension reports character
+spans), and `tokenizers` encodes a batch of texts. The spans become token ranges by bisection over the encoding's
 offsets: 2 x log2(tokens) look-ups per span, where transformers scans the encoding and fills the mask in Python.
 
-A token is the assistant's where it overlaps a span. This equals transformers' masks except where those are
-cut short: a span whose last character is several tokens (an emoji, with the end-of-turn token outside the
-block) keeps all of them here, only the first there; a span whose first character belongs to no token (a
-normaliser dropped it, or a ByteLevel post-processor trims offsets) loses the row's mask there, nothing here.
+A token is the assistant's if it overlaps a span. The masks equal transformers' masks except where transformers cuts
+them short. Where a span's last character is several tokens (an emoji, with the end-of-turn token outside of the block),
+all of them are in the mask here, and only the first one in transformers'. Where a span's first character belongs to no
+token (a normaliser dropped it, or a ByteLevel post-processor trims offsets), transformers loses the mask of the row,
+and here it is kept.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ Span = tuple[int, int]  # characters, end exclusive
 
 @dataclass(frozen=True, kw_only=True)
 class RenderedChat:
-    """A conversation as text, with the character spans that the assistant wrote."""
+    """A conversation as text, with the spans of characters that the assistant wrote."""
 
     text: str
     assistant_spans: list[Span]
 
 
 class ChatTokenizer:
-    """Renders and encodes rows with one tokenizer and one template. Build one per process."""
+    """Renders and encodes rows with one tokenizer and one template; every process builds its own."""
 
     def __init__(self, files: TokenizerFiles, template: ChatTemplate) -> None:
         from tokenizers import Tokenizer
@@ -46,7 +47,7 @@ class ChatTokenizer:
         self.variables = files.special_tokens
         self._backend = Tokenizer.from_str(files.backend_json)
         self._backend.encode_special_tokens = files.encode_special_tokens
-        # tokenizer.json may carry both; transformers resets them on every call.
+        # tokenizer.json may set truncation and padding; transformers resets both on every call.
         self._backend.no_truncation()
         self._backend.no_padding()
 
@@ -64,9 +65,10 @@ class ChatTokenizer:
 
 
 def render_chat(template: ChatTemplate, row: ChatRow, variables: dict[str, str], *, spans: bool = True) -> RenderedChat:
-    """Render with transformers' Jinja environment, no generation prompt. Raises RowRejectedError.
+    """Render with transformers' Jinja environment, without a generation prompt.
 
-    `spans=False` leaves the spans out, for a template without generation tags.
+    `spans=False` leaves the spans out, for a template without generation tags. Raises RowRejectedError where the
+    template refuses the row, or its text holds what UTF-8 can't encode.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -78,7 +80,7 @@ def render_chat(template: ChatTemplate, row: ChatRow, variables: dict[str, str],
             return_assistant_tokens_mask=spans,
             **variables,
         )
-    except Exception as exc:  # a template is a program: whatever it raises is about this row
+    except Exception as exc:  # a template is a program, and any exception of it concerns this row
         raise RowRejectedError(
             "template-rejected",
             expected="a conversation that the chat template renders",
@@ -91,12 +93,12 @@ def render_chat(template: ChatTemplate, row: ChatRow, variables: dict[str, str],
 
 
 def without_nones(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages without the keys that are None, as transformers 5.23 renders them; 5.17 leaves that to its caller."""
+    """Messages without the keys whose value is None. transformers 5.23 drops them too; 5.17 leaves it to the caller."""
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
 def check_template_compiles(template: ChatTemplate) -> None:
-    """Raises InputError where the template is not Jinja; else every row would be refused for it."""
+    """Raise InputError where the template is not valid Jinja, since every row would be refused for it otherwise."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -110,7 +112,7 @@ def check_template_compiles(template: ChatTemplate) -> None:
 
 @contextmanager
 def one_thread_per_process() -> Iterator[None]:
-    """Keep `tokenizers` from starting a thread per core: prepare runs one process per core instead."""
+    """Keep `tokenizers` from starting a thread per core, since prepare runs one process per core."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

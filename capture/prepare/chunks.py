@@ -1,6 +1,6 @@
-"""What prepare's worker processes do: a chunk of JSONL lines in, packed ids, masks and records out.
+"""The work of prepare's worker processes: from a chunk of JSONL lines to packed ids, masks and records.
 
-A chunk holds about a mebibyte of lines whatever the number of workers: output depends on the input alone.
+A chunk holds about a mebibyte of lines for any number of workers, so that the output depends on the input alone.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from draftcache.capture.prepare.conversations import Rejection, RowRejectedError
 from draftcache.capture.prepare.token_dataset import CONVERSATION_DTYPE, conversation_hash
 from draftcache.capture.prepare.tokenizer_files import ChatTemplate, TokenizerFiles
 
-# Large enough that handing over a chunk vanishes beside encoding it (about 0.3 s); small enough that the
-# encodings of one chunk (about 150 bytes per token) stay within some tens of megabytes.
+# Large enough that passing a chunk to a process takes little beside encoding it (about 0.3 s), and small enough that
+# the encodings of one chunk (about 150 bytes per token) take some tens of megabytes at most.
 CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Lines of one file of one split, in order, with what reading already rejected."""
+    """Lines of one file of one split with their numbers, in order, and the rejections that reading them made."""
 
     split: str
     file_index: int
@@ -38,7 +38,7 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkResult:
-    """Usable conversations packed flat: uint32 [t], bool [t], CONVERSATION_DTYPE [n]; and the others."""
+    """Usable conversations packed flat, as uint32 [t], bool [t] and CONVERSATION_DTYPE [n], and the rejected rows."""
 
     split: str
     token_ids: np.ndarray
@@ -66,7 +66,7 @@ def read_chunks(split: str, file_index: int, path: Path) -> Iterator[Chunk]:
 
 
 class ChunkWorker:
-    """Turns chunks into results with one tokenizer."""
+    """Turns chunks into results with one tokenizer, keeping `max_length` tokens of a conversation."""
 
     def __init__(self, files: TokenizerFiles, template: ChatTemplate, max_length: int) -> None:
         self.tokenizer = ChatTokenizer(files, template)
@@ -108,7 +108,7 @@ class ChunkWorker:
     def _checked(
         self, token_ids: np.ndarray, loss_mask: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, tuple[np.void, int, int, int, int]]:
-        """Ids, mask and record fields of one conversation, truncated. Raises RowRejectedError."""
+        """Ids, mask and record fields of one conversation, truncated. Raises RowRejectedError where it is unusable."""
         untruncated = len(token_ids)
         if not loss_mask.any():
             raise RowRejectedError(
@@ -138,9 +138,9 @@ _worker: ChunkWorker | None = None
 
 
 def start_worker(files: TokenizerFiles, template: ChatTemplate, max_length: int) -> None:
-    """Initialise a worker process."""
+    """Initialise a worker process, which ends when its parent ends."""
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the pool; workers need not print tracebacks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the pool, so workers print no tracebacks
     parent = parent_process()
     if parent is not None:
         threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
@@ -149,13 +149,13 @@ def start_worker(files: TokenizerFiles, template: ChatTemplate, max_length: int)
 
 
 def run_in_worker(chunk: Chunk) -> ChunkResult:
-    """Run one chunk in a process that `start_worker` initialised."""
+    """Run one chunk in a process that `start_worker` has initialised."""
     if _worker is None:
         raise RuntimeError("start_worker was not called in this process")
     return _worker.run(chunk)
 
 
 def _exit_with(sentinel: int) -> None:
-    # A pool's workers hold both ends of its pipes, so without this they outlive a SIGKILLed parent.
+    # A pool's workers hold both ends of its pipes, so without this they would outlive a parent killed by SIGKILL.
     connection.wait([sentinel])
     os._exit(1)

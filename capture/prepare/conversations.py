@@ -1,15 +1,15 @@
 """Read conversations from JSONL, plain or compressed with gzip or zstd, one row at a time.
 
-Three forms of row, told apart by their keys:
+A row has one of three forms, told apart by its keys:
 
-- pre-tokenised: `{"token_ids": [...], "loss_mask": [...]}`. The verifier's own traces, whose ids must not be
-  tokenised again. Other keys (`messages` for readers, say) are ignored: the ids win.
-- OpenAI: `{"messages": [{"role": ..., "content": ..., ...}], "tools": [...]?}`. Messages reach the chat
-  template untouched, with whatever keys they carry (reasoning, tool calls, names).
+- pre-tokenised: `{"token_ids": [...], "loss_mask": [...]}`, for the verifier's own traces, whose ids must not be
+  tokenised again. Other keys (such as `messages`, for readers) are ignored.
+- OpenAI: `{"messages": [{"role": ..., "content": ..., ...}], "tools": [...]?}`. The chat template gets the messages
+  unchanged, with all their keys (reasoning, tool calls, names).
 - ShareGPT: `{"conversations": [{"from": ..., "value": ...}], "system": ...?, "tools": ...?}`.
 
-A row that is none of these is a `Rejection`, which names file, line, what was expected and what was found.
-A damaged compressed file gives its readable rows, then one rejection for the rest.
+Any other row becomes a `Rejection`, which names file, line, what was expected and what was found. A damaged compressed
+file yields its readable rows and then one rejection for the rest.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Rejection:
 
     file: str
     line: int
-    reason: str  # a short word to count by, such as `malformed-json`
+    reason: str  # a short word by which rejections are counted, such as `malformed-json`
     expected: str
     found: str
 
     def as_json(self) -> dict[str, Any]:
-        """The record that `quarantine.jsonl` holds."""
+        """The record of this row in `quarantine.jsonl`."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -66,20 +66,20 @@ class Rejection:
 
 
 class RowRejectedError(InputError):
-    """One row cannot be used. `at(file, line)` turns it into the record to keep."""
+    """Raised for a row that cannot be used; `at(file, line)` makes the Rejection that is recorded."""
 
     def __init__(self, reason: str, *, expected: str, found: str) -> None:
         super().__init__(f"{reason}: expected {expected}; found {found}")
         self.reason, self.expected, self.found = reason, expected, found
 
     def at(self, file: str, line: int) -> Rejection:
-        """The rejection of that row."""
+        """The rejection of the row in this line of this file."""
         return Rejection(file=file, line=line, reason=self.reason, expected=self.expected, found=self.found)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRow:
-    """Messages for the chat template, each a dict with a `role`; tools as JSON schemas, or None."""
+    """Messages for the chat template, each a dict with a `role`, and the tools' JSON schemas, or None."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
@@ -109,8 +109,9 @@ def read_conversations(path: Path) -> Iterator[tuple[int, ChatRow | TokenRow] | 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes] | Rejection]:
     """Yield (line number from 1, bytes without the newline) of each line that is not blank.
 
-    Compression is told by the file's first bytes, not by its name. Where a compressed stream is cut off or
-    damaged, its complete lines come first, then a `Rejection` for the line at which reading stopped.
+    The file's first bytes decide how it is compressed, not its name. Where a compressed stream is cut off or damaged,
+    its complete lines come first, then a `Rejection` for the line at which reading stopped. Raises InputError where
+    there is no file.
     """
     number = 0
     try:
@@ -162,7 +163,7 @@ def parse_row(line: bytes) -> ChatRow | TokenRow:
 
 
 def clip(value: Any) -> str:
-    """`repr(value)` (or the text itself), short enough for one record."""
+    """`repr(value)`, or the text itself, cut to 160 characters."""
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= _FOUND_CHARACTERS else text[:_FOUND_CHARACTERS] + "..."
 
@@ -173,14 +174,14 @@ def _blocks(file: BinaryIO) -> Iterator[bytes]:
     if magic.startswith(_GZIP_MAGIC):
         return _decompressed(file, lambda: zlib.decompressobj(wbits=31))
     if magic == _ZSTD_MAGIC:
-        # Files written with `zstd --long=31` are legitimate; the default window limit refuses them.
+        # Files written with `zstd --long=31` are legitimate, but the default limit of the window refuses them.
         decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
         return _decompressed(file, decompressor.decompressobj)
     return iter(lambda: file.read(_BLOCK), b"")
 
 
 def _decompressed(file: BinaryIO, new_decoder: Callable[[], Any]) -> Iterator[bytes]:
-    """Decompress concatenated frames; zstandard's own stream reader ends a cut file without a word."""
+    """Decompress concatenated frames. Raises EOFError for a cut file, which zstandard's stream reader passes over."""
     decoder = None
     while block := file.read(_BLOCK):
         while block:
@@ -193,7 +194,7 @@ def _decompressed(file: BinaryIO, new_decoder: Callable[[], Any]) -> Iterator[by
 
 
 def _split_lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    pending: list[bytes] = []  # pieces of one long line: joined once, so that long lines stay linear
+    pending: list[bytes] = []  # pieces of one line, joined once, so that a long line takes linear time
     for block in blocks:
         first, *others = block.split(b"\n")
         pending.append(first)
@@ -225,7 +226,7 @@ def _token_row(row: dict[str, Any]) -> TokenRow:
 
 
 def _integers(values: Any, name: str, kinds: str, expected: str) -> np.ndarray:
-    """A flat array of those dtype kinds; one float or string makes numpy choose another kind."""
+    """A flat array of one of the dtype `kinds`; a float or string among the values makes numpy choose another kind."""
     reason = f"bad-{name.replace('_', '-')}"
     if not isinstance(values, list):
         raise RowRejectedError(reason, expected=f"{name}: a list of {expected}", found=clip(values))
@@ -269,7 +270,7 @@ def _checked_messages(messages: Any, role_key: str) -> list[dict[str, Any]]:
 
 def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     tools = row.get("tools")
-    if isinstance(tools, str):  # ShareGPT collections keep them as JSON text
+    if isinstance(tools, str):  # ShareGPT collections store tools as JSON text
         try:
             tools = json.loads(tools) if tools.strip() else None
         except json.JSONDecodeError as exc:

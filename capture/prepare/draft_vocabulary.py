@@ -1,7 +1,7 @@
 """Build one draft-vocabulary map from the token counts of every training stage, and report what it covers.
 
-The map is built once, from the union of all stages, before anything is captured: a second stage that derives
-its own map permutes the head that the first stage trained.
+The map is built once, from the union of all stages, before anything is captured: if the second stage derived its own
+map, that map would permute the head that the first stage trained.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ UNION = "union"
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """What a map covers of one input's loss-masked tokens."""
+    """The part of one input's loss-masked tokens that a map covers."""
 
     name: str
-    loss_tokens: int  # every token the assistant wrote
+    loss_tokens: int  # all tokens that the assistant wrote
     unique_ids: int
     covered_tokens: int
     covered_ids: int
@@ -40,29 +40,30 @@ class Coverage:
         return self.covered_tokens / self.loss_tokens if self.loss_tokens else 1.0
 
     def as_json(self) -> dict[str, Any]:
-        """For a manifest."""
+        """The record for a manifest."""
         return {**asdict(self), "lost_tokens": self.lost_tokens, "fraction": self.fraction}
 
 
 def build_vocab_map(counts: Mapping[str, np.ndarray], size: int) -> VocabMap:
-    """The `size` most frequent ids over all inputs, by (count descending, id ascending), ids then sorted.
+    """The map of the `size` most frequent ids over all inputs, by (count descending, id ascending), then sorted.
 
-    `counts`: input name -> int64 [V], loss-masked tokens per id. Where fewer than `size` ids were ever seen,
-    the lowest unused ids fill the map, so that it has `size` ids whatever the data. Raises InputError.
+    `counts`: input name -> int64 [V], loss-masked tokens per id. Where fewer than `size` ids were ever seen, the lowest
+    unused ids fill the map, so that it has `size` ids for any data. Raises InputError for a size outside of 1..V.
     """
     total = union_counts(counts)
     if not 0 < size <= len(total):
         raise InputError(f"draft vocabulary size: expected 1..{len(total)} (the vocabulary), found {size}")
-    # Stable, so equal counts (zero included) stay in id order: that is the tie-break and the filling in one.
+    # The sort is stable, so equal counts (zero included) stay in id order, which breaks ties and fills the map.
     most_frequent = np.argsort(-total, kind="stable")[:size]
     ids = np.sort(most_frequent).astype(np.int64)
     return VocabMap(target_ids=ids, vocab_size=len(total), sources=tuple(counts))
 
 
 def load_vocab_maps(main: Path, more: Sequence[Path]) -> list[VocabMap]:
-    """The main draft-vocabulary map of a store, then the further ones. Raises InputError where they don't go together.
+    """Load the main draft-vocabulary map of a store, then the further ones.
 
-    They are told apart by their sizes, so these must differ.
+    Raises InputError where they are over different vocabularies, or where two have the same size, as the store tells
+    them apart by their sizes.
     """
     maps = [VocabMap.load(main)]
     for path in more:
@@ -81,7 +82,7 @@ def load_vocab_maps(main: Path, more: Sequence[Path]) -> list[VocabMap]:
 
 
 def union_counts(counts: Mapping[str, np.ndarray]) -> np.ndarray:
-    """int64 [V], summed over inputs. Raises InputError where there is no input or V differs."""
+    """Counts int64 [V] summed over inputs. Raises InputError where there is no input or V differs."""
     if not counts:
         raise InputError("vocabulary map: expected token counts of at least one input, found none")
     sizes = {name: len(array) for name, array in counts.items()}
@@ -106,7 +107,7 @@ def coverage_of(name: str, counts: np.ndarray, vocab_map: VocabMap) -> Coverage:
 def coverage_table(
     counts: Mapping[str, np.ndarray], vocab_map: VocabMap, held_out: Mapping[str, np.ndarray] | None = None
 ) -> list[Coverage]:
-    """One row per counted input, one for their union, then one per held-out input (outside the union)."""
+    """One row per counted input, one for their union, then one per held-out input (not in the union)."""
     rows = [coverage_of(name, array, vocab_map) for name, array in counts.items()]
     rows.append(coverage_of(UNION, union_counts(counts), vocab_map))
     return rows + [coverage_of(name, array, vocab_map) for name, array in (held_out or {}).items()]

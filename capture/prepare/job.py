@@ -1,7 +1,7 @@
 """The prepare job: JSONL conversations -> a prepared dataset and its draft-vocabulary map.
 
-One process per core, each with the tokenizer's own threads off; rows leave in the order they came in, so the
-output is the same for any number of workers. Nothing under the output's name exists until all of it does.
+One process per core runs, each with the tokenizer's own threads off. Rows are written in the order in which they were
+read, so that the output is the same for any number of workers. The output is renamed to its name when it is complete.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from draftcache.store.common.errors import DraftcacheError, InputError
 from draftcache.store.common.files import hash_file, hash_json
 from draftcache.store.common.progress import progress_bar
 
-# Conversations per file rendered with both templates, and how many of them transformers itself tokenises.
+# Conversations per file that both templates render, and conversations in all that transformers tokenises as well.
 TEMPLATE_SAMPLE = 64
 TRANSFORMERS_SAMPLE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """Everything that decides prepare's output, and how it runs."""
+    """The inputs and settings of prepare, and how it runs."""
 
     tokenizer: Path
     output: Path
@@ -79,19 +79,19 @@ class PrepareConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareResult:
-    """The finished dataset's manifest; `reused` where the same job had already made it."""
+    """The finished dataset's manifest; `reused` says that the same job had made it before."""
 
     manifest: dict[str, Any]
     reused: bool
 
     @property
     def quarantined_rows(self) -> int:
-        """Rows set aside, over all splits."""
+        """Rows in quarantine, over all splits."""
         return sum(record["quarantined_rows"] for record in self.manifest["splits"].values())
 
 
 def prepare(config: PrepareConfig) -> PrepareResult:
-    """Run the job. Raises InputError for refusals; rows that cannot be used go to quarantine instead."""
+    """Run the job. Rows that cannot be used go to quarantine; InputError is raised for all else that is refused."""
     with one_thread_per_process():
         files, tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
         sources = {name: _sources(paths) for name, paths in config.all_splits.items()}
@@ -154,11 +154,11 @@ def _tokenise(
 
 
 def _in_order(chunks: Iterator[Chunk], workers: int, arguments: tuple[Any, ...]) -> Iterator[ChunkResult]:
-    """Results in the order of `chunks`, reading at most a few chunks per worker ahead."""
+    """Results in the order of `chunks`, of which at most a few per worker are read ahead."""
     if workers == 1:
         yield from map(ChunkWorker(*arguments).run, chunks)
         return
-    # spawn: a forked copy of a process that has loaded torch and tokenizers may hold their locks
+    # Workers are spawned: a forked copy of a process that has loaded torch and tokenizers may hold their locks.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=arguments)
     pending: deque[Any] = deque()
     try:
@@ -204,7 +204,7 @@ def _write_vocab_map(
 
 
 def _template(config: PrepareConfig, files: TokenizerFiles) -> ChatTemplate:
-    """What renders conversations. A tokenizer without a usable template will do for rows of token ids alone."""
+    """The template that renders conversations; NO_TEMPLATE where none is usable and the files begin with token ids."""
     try:
         return choose_template(files, config.chat_template)
     except InputError:
@@ -214,12 +214,15 @@ def _template(config: PrepareConfig, files: TokenizerFiles) -> ChatTemplate:
 
 
 def _sample(config: PrepareConfig) -> list[Sample]:
-    """The first conversations of every file."""
+    """The first conversations of every file, those of token ids left out."""
     return [row for paths in config.all_splits.values() for path in paths for row in _first_rows(path)]
 
 
 def _check_sample(config: PrepareConfig, files: TokenizerFiles, template: ChatTemplate, tokenizer: Any) -> str:
-    """Check the first conversations of every file; returns what the manifest says about the template."""
+    """Check the first conversations of every file; returns the manifest's text about the template.
+
+    Raises InputError where ids differ from transformers', or the text from the tokenizer's own template.
+    """
     if template is NO_TEMPLATE:
         return "rows of token ids need none"
     sample = _sample(config)
@@ -259,7 +262,7 @@ def _job_hash(
     template: ChatTemplate,
     sources: dict[str, list[dict[str, Any]]],
 ) -> str:
-    """Equal for jobs that make the same dataset: file names and the number of workers do not count."""
+    """A hash that is equal for jobs that make the same dataset: file names and the number of workers do not count."""
     inputs = [
         [name, name in config.held_out, [source["xxh3_128"] for source in sources[name]]] for name in config.all_splits
     ]
@@ -272,6 +275,6 @@ def _finished_by(output: Path, job: str) -> dict[str, Any] | None:
         return None
     try:
         manifest = TokenDataset.open(output).manifest
-    except InputError:  # damaged, or of another version: for check_output to refuse
+    except InputError:  # it is damaged or of another version, and `check_output` refuses it
         return None
     return manifest if manifest.get("job") == job else None

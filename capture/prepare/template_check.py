@@ -1,4 +1,4 @@
-"""Two checks on the first conversations, before any work: is the text the vendor's, are the ids transformers'?"""
+"""Two checks on the first conversations: the text against the tokenizer's own template, the ids against transformers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Sample = tuple[str, int, ChatRow]  # file, line, row
 def first_template_difference(
     given: ChatTemplate, own: ChatTemplate, rows: Sequence[Sample], variables: dict[str, str]
 ) -> str | None:
-    """Where the two templates first render different text, for people; None where they agree on every row.
+    """A text that says where the two templates first render different text; None where they agree on every row.
 
-    A row that both refuse is no difference; one that only one of them refuses is.
+    A row that both templates refuse is no difference; a row that only one of them refuses is one.
     """
     for file, line, row in rows:
         mine, theirs = (_text_or_refusal(template, row, variables) for template in (given, own))
@@ -43,9 +43,9 @@ def first_template_difference(
 def check_against_transformers(
     files: TokenizerFiles, template: ChatTemplate, tokenizer: Any, rows: Sequence[Sample]
 ) -> None:
-    """Encode `rows` our way and through `tokenizer.apply_chat_template`. Raises InputError where ids differ.
+    """Encode `rows` by ChatTokenizer and by `tokenizer.apply_chat_template`. Raises InputError where ids differ.
 
-    They differ where a tokenizer class changes text or ids outside its `tokenizers` backend.
+    They differ where a tokenizer class changes text or ids outside of its `tokenizers` backend.
     """
     ours = ChatTokenizer(files, template)
     for file, line, row in rows:

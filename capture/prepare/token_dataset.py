@@ -1,14 +1,14 @@
-"""The prepared dataset on disk (token ids, loss masks, where each conversation came from): layout and reader.
+"""The prepared dataset on disk (token ids, loss masks, origin of each conversation): layout and reader.
 
     manifest.json                written last: a directory without it is not a dataset
-    vocab_map.safetensors        where a draft vocabulary was asked for (store/format/vocab_map.py)
+    vocab_map.safetensors        if a draft vocabulary was asked for (store/format/vocab_map.py)
     SPLIT/token_ids.npy          uint32 [tokens], conversations packed flat
     SPLIT/loss_mask.npy          bool [tokens], True where the assistant wrote the token
     SPLIT/conversations.npy      CONVERSATION_DTYPE [rows]
     SPLIT/token_counts.npy       int64 [vocab], loss-masked tokens per id
-    SPLIT/quarantine.jsonl       one record per row set aside: file, line, reason, expected, found
+    SPLIT/quarantine.jsonl       one record per unusable row: file, line, reason, expected, found
 
-Arrays are plain .npy, opened memory-mapped and without pickle. token_dataset_writer.py writes them.
+Arrays are plain .npy files, opened memory-mapped and without pickle. token_dataset_writer.py writes them.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class TokenSplit:
 
 
 class TokenDataset:
-    """A finished prepared dataset. Use `open`; splits are mapped when first asked for."""
+    """A finished prepared dataset. Use `open`; a split is mapped when it is first asked for."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
@@ -101,7 +101,7 @@ class TokenDataset:
 
     @classmethod
     def open(cls, path: Path) -> TokenDataset:
-        """Open a dataset. Raises InputError naming the path where it is missing, newer or cut short."""
+        """Open a dataset. Raises InputError, with the path, where it is missing, of another version or cut short."""
         if not (path / MANIFEST).is_file():
             raise InputError(
                 f"{path}: expected a prepared dataset, found no {MANIFEST}: no `draftcache prepare` finished here"
@@ -123,7 +123,7 @@ class TokenDataset:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Names of all splits, held-out ones last."""
+        """Names of all splits; held-out ones come last."""
         return tuple(self.manifest["splits"])
 
     @property
@@ -133,7 +133,7 @@ class TokenDataset:
 
     @property
     def vocab_size(self) -> int:
-        """Every token id is below it."""
+        """Upper bound of the token ids, exclusive: the verifier's vocabulary."""
         return int(self.manifest["vocab_size"])
 
     @property
@@ -147,7 +147,7 @@ class TokenDataset:
         return str(self.manifest["chat_template"]["hash"])
 
     def split(self, name: str) -> TokenSplit:
-        """One split. Raises InputError where there is none of that name or its arrays are wrong."""
+        """The split of this name. Raises InputError where there is none or its arrays are wrong."""
         if name not in self.manifest["splits"]:
             raise InputError(f"{self.path}: expected a split among {list(self.splits)}, found {name!r}")
         if name not in self._open_splits:
@@ -155,12 +155,12 @@ class TokenDataset:
         return self._open_splits[name]
 
     def content_hash(self, splits: Iterable[str] | None = None) -> str:
-        """Hash of these splits' ids, masks and records (default: all splits), from the manifest."""
+        """Hash of the ids, masks and records of these splits (default: all), from the manifest's hashes."""
         names = [f"{name}/{array}.npy" for name in splits or self.splits for array in _ARRAYS]
         return hash_json([self.manifest["files"][name]["xxh3_128"] for name in names])
 
     def verify(self) -> None:
-        """Read every file and compare its hash. Raises InputError naming the first file that differs."""
+        """Read every file and compare its hash. Raises InputError with the path of the first file that differs."""
         for name, record in self.manifest["files"].items():
             found = hash_file(self.path / name)
             if found != record["xxh3_128"]:

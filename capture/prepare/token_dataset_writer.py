@@ -1,4 +1,4 @@
-"""Write a prepared dataset beside its name, make it durable, rename it: no half of one is ever seen."""
+"""Write a prepared dataset under a partial name, make it durable and rename it, so that no incomplete one is seen."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from draftcache.store.common.files import fsync_directory, fsync_tree, hash_file
 
 
 class _GrowingArray:
-    """A one-dimensional .npy file whose length is known only at the end."""
+    """A one-dimensional .npy file whose length is known only when it is closed."""
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
         self.dtype = dtype
@@ -36,7 +36,7 @@ class _GrowingArray:
         self.length += len(values)
 
     def close(self) -> None:
-        # numpy pads headers so that the first axis can grow in place; a changed size would shift the data.
+        # numpy pads headers so that the first axis can grow in place; a header of another size would shift the data.
         self.file.seek(0)
         self._header()
         if self.file.tell() != self._header_bytes:
@@ -53,7 +53,7 @@ class _GrowingArray:
 
 
 class SplitWriter:
-    """Appends conversations to one split; `record()` is its accounting for the manifest."""
+    """Appends conversations to one split; `record()` are its totals for the manifest."""
 
     def __init__(self, path: Path, vocab_size: int) -> None:
         path.mkdir(parents=True)
@@ -69,7 +69,7 @@ class SplitWriter:
         self._quarantine = (path / QUARANTINE).open("w", encoding="utf-8")
 
     def append(self, token_ids: np.ndarray, loss_mask: np.ndarray, conversations: np.ndarray) -> None:
-        """Packed conversations: uint32 [t], bool [t], CONVERSATION_DTYPE [n]; fills in `first_token`."""
+        """Append packed conversations: uint32 [t], bool [t], CONVERSATION_DTYPE [n]; sets their `first_token`."""
         lengths = conversations["tokens"]
         conversations["first_token"] = self._token_ids.length + np.cumsum(lengths) - lengths
         self.totals["rows"] += len(conversations)
@@ -86,20 +86,20 @@ class SplitWriter:
         self._conversations.append(conversations)
 
     def reject(self, rejection: Rejection) -> None:
-        """Keep the record of a row that was set aside."""
+        """Record a row that cannot be used."""
         self.first_rejection = self.first_rejection or rejection
         self.quarantined[rejection.reason] += 1
         self._quarantine.write(json.dumps(rejection.as_json(), ensure_ascii=True) + "\n")
 
     def close(self) -> None:
-        """Finish the files."""
+        """Complete and close the files."""
         for array in (self._token_ids, self._loss_mask, self._conversations):
             array.close()
         np.save(self.path / "token_counts.npy", self.counts, allow_pickle=False)
         self._quarantine.close()
 
     def abandon(self) -> None:
-        """Close the files as they are; after `close` this does nothing."""
+        """Close the files without completing them; after `close` this does nothing."""
         for array in (self._token_ids, self._loss_mask, self._conversations):
             array.file.close()
         self._quarantine.close()
@@ -132,7 +132,7 @@ class SplitWriter:
 
 
 class DatasetWriter:
-    """Writes into `.NAME.partial` beside `output`; `commit` renames it. Use as a context manager."""
+    """Writes into `.NAME.partial` beside `output` until `commit` renames it. Use as a context manager."""
 
     def __init__(self, output: Path, *, overwrite: bool = False) -> None:
         self.output = output
@@ -145,7 +145,7 @@ class DatasetWriter:
         check_output(self.output, overwrite=self.overwrite)
         self.partial.mkdir(parents=True, exist_ok=True)
         self._cleanup.enter_context(_exclusive(self.partial))
-        for leftover in self.partial.iterdir():  # of a run that was killed; the lock says it is dead
+        for leftover in self.partial.iterdir():  # from a killed run, as the lock shows
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         return self
 
@@ -163,7 +163,10 @@ class DatasetWriter:
         return split
 
     def commit(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Complete the manifest with sizes and hashes, write it last, make all durable, rename. Returns it."""
+        """Complete the manifest with sizes and hashes, write it last, make all files durable and rename the directory.
+
+        Returns the complete manifest.
+        """
         files = sorted(path for path in self.partial.rglob("*") if path.is_file())
         complete = {
             "format": FORMAT,
@@ -189,7 +192,7 @@ class DatasetWriter:
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raises InputError where `output` holds anything but nothing, or a dataset that may be replaced."""
+    """Raise InputError unless `output` does not exist, is empty, or is a dataset that may be replaced."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not is_dataset(output):
@@ -211,14 +214,14 @@ def is_dataset(path: Path) -> bool:
 
 @contextmanager
 def _exclusive(directory: Path) -> Iterator[None]:
-    """Hold a lock on the directory; the kernel drops it when this process dies, however it dies."""
+    """Hold a lock on the directory, which the kernel releases whenever and however this process ends."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
             raise InputError(f"{directory}: expected no other writer, found another prepare at work there") from exc
-        # Between open and lock another run may have renamed this directory into place.
+        # Between opening and locking, another run may have renamed this directory to the output's name.
         if not directory.exists() or os.fstat(descriptor).st_ino != directory.stat().st_ino:
             raise InputError(f"{directory}: another prepare has just finished there; run the command again")
         yield

@@ -1,6 +1,7 @@
-"""Load a tokenizer directory into what worker processes need: plain strings, no transformers objects.
+"""Load a tokenizer directory into the plain strings that worker processes need, without transformers objects.
 
-Only `load_tokenizer` imports transformers; it takes a second, and torch with it, so workers must not need it.
+Only `load_tokenizer` imports transformers: the import takes a second and brings torch along, so workers must not need
+it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from draftcache.store.common.files import canonical_json, hash_bytes, hash_file,
 
 SHIPPED_TEMPLATE = Path(__file__).parent / "templates" / "nemotron_chatml.jinja"
 
-# Everything that decides which ids a text becomes. The chat template is hashed on its own.
+# The files that decide which ids a text becomes. The chat template has its own hash.
 _FILES = (
     "added_tokens.json",
     "merges.txt",
@@ -30,11 +31,11 @@ _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 @dataclass(frozen=True, kw_only=True)
 class ChatTemplate:
-    """A chat template as text: the one for rows without tools, and the one for rows with tools."""
+    """A chat template as text: one template for rows without tools and one for rows with tools."""
 
     plain: str
     with_tools: str
-    source: str  # `tokenizer`, or the name of the file given
+    source: str  # `tokenizer`, or the name of the --chat-template file
 
     @property
     def hash(self) -> str:
@@ -42,7 +43,7 @@ class ChatTemplate:
         return hash_json([self.plain, self.with_tools])
 
     def text(self, tools: list[dict[str, Any]] | None) -> str:
-        """The template of a row. `tools: []` counts as tools, as it does in transformers."""
+        """The template of a row with these tools. `tools: []` counts as tools, as in transformers."""
         return self.plain if tools is None else self.with_tools
 
 
@@ -50,14 +51,14 @@ _NOT_THERE = (
     "{{- raise_exception('the files begin with rows of token ids alone, so no template was needed; give one') -}}"
 )
 NO_TEMPLATE = ChatTemplate(plain=_NOT_THERE, with_tools=_NOT_THERE, source="none")
-"""For rows of token ids: a conversation that comes after all is set aside, and its record says what to do."""
+"""For rows of token ids alone: a conversation among them goes to quarantine, and its record says what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFiles:
-    """A tokenizer directory, loaded: cheap to pickle, enough to render and to encode."""
+    """A loaded tokenizer directory: cheap to pickle, and sufficient to render and to encode."""
 
-    directory: str  # its last path component
+    directory: str  # the last component of its path
     files: dict[str, str]  # name -> xxh3-128
     backend_json: str  # the `tokenizers` serialisation
     special_tokens: dict[str, str]  # template variables such as `bos_token`
@@ -68,16 +69,16 @@ class TokenizerFiles:
 
     @property
     def hash(self) -> str:
-        """xxh3-128 of the names and hashes of the files that decide the ids; no chat template in it."""
+        """xxh3-128 of the names and hashes of the files that decide the ids; the chat template does not count."""
         return hash_json(self.files)
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> tuple[TokenizerFiles, Any]:
     """Load `directory` as transformers does, without network. Returns (files, the transformers tokenizer).
 
-    `vocab_size` is the verifier's where `directory` holds its config.json (logits may have more rows than the
-    tokenizer has tokens, and the vocabulary map is over those rows), else the tokenizer's length.
-    Raises InputError where there is no tokenizer, or only a slow one without character offsets.
+    `vocab_size` is the verifier's where `directory` holds its config.json (the head may have more rows than the
+    tokenizer has tokens, and the vocabulary map is over those rows), else the tokenizer's length. Raises InputError
+    where there is no tokenizer, or only a slow one without character offsets.
     """
     from transformers import AutoTokenizer
 
@@ -111,7 +112,10 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> tuple
 
 
 def choose_template(files: TokenizerFiles, template_file: Path | None) -> ChatTemplate:
-    """The template of `--chat-template`, else the tokenizer's own. InputError without generation tags."""
+    """The template of `--chat-template`, else the tokenizer's own.
+
+    Raises InputError where there is none, or where it has no generation tags.
+    """
     if template_file is not None:
         try:
             text = template_file.read_text(encoding="utf-8")

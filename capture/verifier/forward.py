@@ -1,11 +1,11 @@
-"""The interface of a forward that capture runs, and the plain one: the model's own code, read through hooks."""
+"""What capture asks of a verifier's forward, and the plain forward: the model's own code, read through hooks."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -13,26 +13,36 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from draftcache.capture.verifier.flops import Flops, gated_flops
+from draftcache.capture.verifier.ssm_precision import mamba_mixers
+
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows `first .. first + l` of every sequence of a batch; taps by block number and the final norm, [B, l, H]."""
+    """States at the positions `first .. first + l` of every sequence of a batch.
+
+    Taps by block number and the final norm's output, each [B, l, H] in the model's dtype.
+    """
 
     first: int
     taps: dict[int, Tensor]
     final: Tensor
 
     def rows_of(self, positions: NDArray[Any]) -> NDArray[np.int64]:
-        """Which of the piece's rows those of the ascending positions are that lie in it."""
+        """Rows of this piece that hold the given ascending positions; positions outside of it are left out."""
         low, high = np.searchsorted(positions, (self.first, self.first + self.final.shape[1]))
         return positions[low:high].astype(np.int64) - self.first
 
 
 class Forward(Protocol):
-    """Runs the verifier's body over token ids, without gradients."""
+    """Runs a loaded verifier's body over token ids, without gradients."""
 
     name: str
     """ "draftcache", or "transformers" for the model's own code."""
+
+    @property
+    def chunk_multiple(self) -> int:
+        """A piece's length must be a multiple of this: the chunk of the model's scan in tokens, 1 without a scan."""
 
     def implementations(self) -> dict[str, str]:
         """What runs, for the log and the store's provenance: "attention", "experts", and "reason" for a fallback."""
@@ -43,9 +53,34 @@ class Forward(Protocol):
         State is carried from piece to piece in float32. A piece's tensors are the caller's.
         """
 
+    def block_differences(self, token_ids: Tensor) -> list[float]:
+        """Per block |ours - theirs| / |theirs| of what it adds to the residual stream; theirs is the model's own code.
+
+        `token_ids` [B, L] int64. The list is empty where this forward is the model's own code.
+        """
+
+
+class FamilyForward(Forward, Protocol):
+    """The forward of a family of models, with all that capture knows of the family; `families.FORWARDS` lists them."""
+
+    @staticmethod
+    def supports(model: Any) -> str | None:
+        """The reason why this forward can't run the model, or None where it can."""
+
+    @classmethod
+    def of(cls, model: Any, blocks: nn.ModuleList, final_norm: nn.Module, reason: str) -> Self:
+        """The forward of a model that it supports; `reason` says why no more specific forward was taken."""
+
+    @staticmethod
+    def flops(config: Mapping[str, Any]) -> Flops | None:
+        """FLOPs by the family's config.json; None for a config of another family."""
+
 
 class PlainForward:
-    """Any causal LM, by its own code. Pieces after the first go through the model's own cache."""
+    """Runs any causal LM by its own code; pieces after the first go through the model's own cache.
+
+    Implements `FamilyForward`.
+    """
 
     name = "transformers"
 
@@ -53,22 +88,42 @@ class PlainForward:
         """`reason` says why no faster forward was taken."""
         self._body, self._blocks, self._final_norm = body, blocks, final_norm
         self._reason = reason
-        # transformers 5.24 renames it, and warns of the old name.
+        # transformers 5.24 renames the argument, and warns of the old name.
         self._cache = "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
 
+    @staticmethod
+    def supports(model: Any) -> str | None:
+        """None: the model's own code runs it."""
+        return None
+
+    @classmethod
+    def of(cls, model: Any, blocks: nn.ModuleList, final_norm: nn.Module, reason: str) -> Self:
+        return cls(model.base_model, blocks, final_norm, reason)
+
+    @staticmethod
+    def flops(config: Mapping[str, Any]) -> Flops | None:
+        """FLOPs of stacks of attention and gated MLPs; None for other models, which this forward runs too."""
+        return gated_flops(config)
+
+    @property
+    def chunk_multiple(self) -> int:
+        """The chunk of the first Mamba block's scan; 1 for a model without Mamba blocks."""
+        return next((int(mixer.chunk_size) for mixer in mamba_mixers(self._body)), 1)
+
     def implementations(self) -> dict[str, str]:
-        """See Forward."""
         names = {"attention": "_attn_implementation", "experts": "_experts_implementation"}
         found = {name: getattr(self._body.config, attribute, None) for name, attribute in names.items()}
         return {name: str(value) for name, value in (found | {"reason": self._reason}).items() if value}
 
     @torch.inference_mode()
     def prefill(self, token_ids: Tensor, layers: tuple[int, ...], chunk_tokens: int) -> Iterator[Piece]:
-        """See Forward."""
         length = token_ids.shape[1]
         cache = DynamicCache(config=self._body.config) if length > chunk_tokens else None
         for first in range(0, length, chunk_tokens):
             yield self._piece(token_ids[:, first : first + chunk_tokens], layers, first, cache)
+
+    def block_differences(self, token_ids: Tensor) -> list[float]:
+        return []
 
     def _piece(self, token_ids: Tensor, layers: tuple[int, ...], first: int, cache: Any) -> Piece:
         taps: dict[int, Tensor] = {}

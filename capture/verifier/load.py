@@ -1,6 +1,7 @@
-"""The frozen verifier: any Hugging Face causal LM whose blocks, final norm and head can be found.
+"""Loading the frozen verifier: any Hugging Face causal LM whose blocks, final norm and head can be found.
 
-Nothing here names a model class. What was found is proved at start-up by `draftcache.capture.verifier.self_check`.
+Nothing here names a model class; `draftcache.capture.verifier.self_check` proves at start-up that the modules found are
+the right ones.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import xxhash
 from safetensors import safe_open
 from torch import nn
 
-from draftcache.capture.verifier.forward import Forward, Piece, PlainForward
-from draftcache.capture.verifier.nemotron.forward import NemotronForward, unsupported
+from draftcache.capture.verifier.families import choose_forward
+from draftcache.capture.verifier.forward import Forward, Piece
 from draftcache.capture.verifier.ssm_precision import mamba_mixers, stand_in_for_extension, torch_forms_on_the_cpu
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.files import hash_json, read_json
@@ -31,7 +32,7 @@ _SAMPLE_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class VerifierStates:
-    """What one forward leaves: taps [L, H] by block number, and the final-norm output [L, H], model dtype."""
+    """The states of one conversation in the model's dtype: taps [L, H] by block number, final norm's output [L, H]."""
 
     taps: dict[int, torch.Tensor]
     final: torch.Tensor
@@ -48,8 +49,8 @@ class Verifier:
     final_norm: nn.Module
     head: nn.Linear
     device: torch.device
-    engine: Forward
-    """What runs the body: see `choose_forward`."""
+    body_forward: Forward
+    """Runs the body; `choose_forward` chose it."""
 
     @property
     def hidden_size(self) -> int:
@@ -63,7 +64,7 @@ class Verifier:
 
     @property
     def rms_norm_eps(self) -> float:
-        """Epsilon of the final norm."""
+        """Epsilon of the final norm. Raises InputError where the norm has none."""
         for name in ("variance_epsilon", "eps"):
             if isinstance(value := getattr(self.final_norm, name, None), float):
                 return value
@@ -77,34 +78,34 @@ class Verifier:
         return VerifierStates(taps={layer: tap[0] for layer, tap in piece.taps.items()}, final=piece.final[0])
 
     def prefill(self, token_ids: torch.Tensor, layers: tuple[int, ...], chunk_tokens: int) -> Iterator[Piece]:
-        """Pieces of at most `chunk_tokens` rows of `token_ids` [B, L] int64, as `Forward.prefill` gives them."""
-        return self.engine.prefill(token_ids.to(self.device), layers, max(1, chunk_tokens))
+        """`Forward.prefill` of `token_ids` [B, L] int64 on any device, in pieces of at most `chunk_tokens` rows."""
+        return self.body_forward.prefill(token_ids.to(self.device), layers, max(1, chunk_tokens))
 
 
 def head_logits(final: torch.Tensor, head: nn.Linear) -> torch.Tensor:
-    """Logits [P, V] in float32: bf16 logits at 16..32 would tie in steps of 0.125."""
+    """Logits [P, V] float32 of final-norm states [P, H]; bf16 logits at 16..32 would tie in steps of 0.125."""
     logits = float32_product(final, head.weight)
     return logits if head.bias is None else logits + head.bias.float()
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" computes in bfloat16 on a GPU and in float32 on a CPU."""
+    """The dtype of this name; "auto" is bfloat16 on a GPU and float32 on a CPU."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
 def load_verifier(
-    path: Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool, shard: int = 1
+    path: Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool, tensor_parallel: int = 1
 ) -> Verifier:
-    """Load a model directory, frozen, in evaluation mode, from safetensors only. Raises InputError.
+    """Load a model directory, frozen, in evaluation mode, from safetensors only.
 
-    With `shard` > 1 this is one of as many processes of a process group (see `draftcache.capture.job.tensor_parallel`),
-    and each loads its part.
+    With `tensor_parallel` > 1 this process is one of that many ranks of a process group, each of which loads its part
+    of the weights. Raises InputError where the directory holds no such model, or one that does not fit on the GPU.
     """
     if not (path / "config.json").is_file():
         raise InputError(f"{path}: expected a model directory, found no config.json")
-    if shard == 1 and device.type == "cuda":  # what a plan divides is known when it is applied
+    if tensor_parallel == 1 and device.type == "cuda":  # a rank's part of the weights is known only after loading
         _require_room(path, device, dtype)
     stand_in_for_extension()
     try:
@@ -114,11 +115,11 @@ def load_verifier(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             local_files_only=True,
-            **({} if shard == 1 else {"distributed_config": _sharding(path, shard, trust_remote_code)}),
+            **({} if tensor_parallel == 1 else _tensor_parallel_plan(path, tensor_parallel, trust_remote_code)),
         )
     except (OSError, ValueError, KeyError) as exc:
         raise InputError(f"{path}: could not be loaded as a causal language model ({exc})") from exc
-    if shard == 1:
+    if tensor_parallel == 1:
         model.to(device)
     model.eval().requires_grad_(False)
     torch_forms_on_the_cpu(mamba_mixers(model))
@@ -131,17 +132,22 @@ def _require_room(path: Path, device: torch.device, dtype: torch.dtype) -> None:
     for file in path.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118  (no mapping)
-        needed += dtype.itemsize * sum(math.prod(shape) for shape in shapes)  # as computed with, not as stored
+        # Counted in the dtype that the model computes with, which need not be the stored one.
+        needed += dtype.itemsize * sum(math.prod(shape) for shape in shapes)
     free, total = torch.cuda.mem_get_info(device)
     if needed > free:
         raise InputError(
             f"{path}: expected weights of at most the {free / 1e9:.1f} GB that are free of {total / 1e9:.1f} GB on "
-            f"{device}, found {needed / 1e9:.1f} GB; use a larger GPU, or --shard N to split them over N of this node"
+            f"{device}, found {needed / 1e9:.1f} GB; use a larger GPU, or --tensor-parallel N to split them over N "
+            "of this node"
         )
 
 
-def _sharding(path: Path, shard: int, trust_remote_code: bool) -> Any:
-    """The model class's own tensor-parallel plan, but for embeddings and head, which capture reads whole."""
+def _tensor_parallel_plan(path: Path, ranks: int, trust_remote_code: bool) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for the model class's own plan; embeddings and head, read by capture, stay whole.
+
+    Raises InputError for a model class without a plan.
+    """
     try:
         from transformers.distributed import DistributedConfig
 
@@ -151,11 +157,11 @@ def _sharding(path: Path, shard: int, trust_remote_code: bool) -> Any:
             raise AttributeError("base_model_tp_plan")
     except (ImportError, AttributeError) as exc:
         raise InputError(
-            f"{path}: expected a tensor-parallel plan for --shard {shard}, found none for this model in transformers "
-            f"{transformers.__version__}; a newer one may have it (NemotronH has one in 5.23)"
+            f"{path}: expected a tensor-parallel plan for --tensor-parallel {ranks}, found none for this model in "
+            f"transformers {transformers.__version__}; a newer one may have it (NemotronH has one in 5.23)"
         ) from exc
     names = {"lm_head", "model.embed_tokens"} if "embeddings" not in plan else {"lm_head", "model.embeddings"}
-    return DistributedConfig(tp_size=shard, tp_plan=dict.fromkeys(names, "replicate"))
+    return {"distributed_config": DistributedConfig(tp_size=ranks, tp_plan=dict.fromkeys(names, "replicate"))}
 
 
 def find_modules(model: Any, device: torch.device) -> Verifier:
@@ -191,20 +197,15 @@ def find_modules(model: Any, device: torch.device) -> Verifier:
         final_norm=norms[0],
         head=head,
         device=device,
-        engine=choose_forward(model, blocks, norms[0]),
+        body_forward=choose_forward(model, blocks, norms[0]),
     )
 
 
-def choose_forward(model: Any, blocks: nn.ModuleList, final_norm: nn.Module) -> Forward:
-    """Our own forward where it handles the model, else the model's own code; `Forward.name` says which."""
-    reason = unsupported(model)
-    return NemotronForward(model) if reason is None else PlainForward(model.base_model, blocks, final_norm, reason)
-
-
 def weights_fingerprint(path: Path) -> str:
-    """xxh3-128 over names, sizes, headers and 256 evenly spaced 64 KiB samples of each safetensors file.
+    """xxh3-128 in hex over names, sizes, headers and 256 evenly spaced 64 KiB samples of each safetensors file.
 
-    Tells checkpoints apart without reading 63 GB: two fine-tunes of one model differ in every sampled block.
+    It tells checkpoints apart without reading 63 GB: two fine-tunes of one model differ in every sample. Raises
+    InputError where there is no safetensors file.
     """
     digest = xxhash.xxh3_128()
     files = sorted(path.glob("*.safetensors"))
@@ -222,7 +223,7 @@ def weights_fingerprint(path: Path) -> str:
 
 
 def describe_verifier(path: Path, verifier: Verifier) -> dict[str, Any]:
-    """The verifier's identity and the shape facts that training and export need, for the manifest."""
+    """For the manifest: the verifier's identity, and the shapes and ids that training and export need."""
     raw = read_json(path / "config.json")
     config = verifier.model.config.get_text_config()
     return {

@@ -1,21 +1,22 @@
-"""Proof at start-up, on the machine and the weights that will be used, that states are what their names say.
+"""Proof at start-up, on the machine and the weights that the job will use, that states are what their names say.
 
-Five things, each of which has gone wrong somewhere without anyone noticing:
+Five things are compared, each of which has gone wrong somewhere without anyone noticing:
 
-- `tap_K`: what is captured as block K's output is `output_hidden_states[K + 1]` of the model's own code. Through our
-  own forward the two drift apart with depth (another order of sums, now and then another expert), so there the tap has
-  to be *nearest* to its state among those of all blocks: rounding is orthogonal to what a block adds, so a tap that is
-  off by one block shows however deep it is.
-- `final`: the same of the final norm.
-- `logits`: the head on the final norm is the model's logits: nothing scales or caps them. Both sides from one state.
-- `block`: what each block of our own forward adds, from the very state that the model's own code had there. Nothing
-  accumulates, so a kernel that computes something else has nowhere to hide, and a deep model can't be refused for
-  rounding.
-- `pieces`, where conversations are long enough for it to matter: a prefill in pieces gives the states of one in one
-  piece. What is behind is carried, and not forgotten.
+- `tap_K`: the captured output of block K is `output_hidden_states[K + 1]` of the model's own code. Through our own
+  forward the two drift apart with depth (another order of sums, now and then another expert), so there the tap has to
+  be *nearest* to that state among the states of all blocks: rounding is orthogonal to what a block adds, so a tap that
+  is off by one block is noticed at any depth.
+- `final`: the final norm's output is the one of the model's own code.
+- `logits`: the head on the final norm's output gives the model's logits, so nothing scales or caps them. Both sides are
+  computed from one state.
+- `block`: each block of our own forward adds to the residual stream what the model's block adds, both from the state of
+  the model's own code. Differences do not accumulate, so a kernel that computes something else is noticed, and a deep
+  model is not refused for rounding.
+- `pieces`, where conversations are long enough for it to matter: a prefill in several pieces gives the states of a
+  prefill in one piece, so the state is carried and not forgotten.
 
-A difference is the median over rows of |found - expected| / |expected|: one row of massive activations outweighs all
-others in a norm over everything. That of a block is over all rows, as a kernel may be wrong in a few.
+A difference is the median over rows of |found - expected| / |expected|: in a norm over all rows one row of massive
+activations outweighs the others. The difference of a block is over all rows, as a kernel may be wrong in a few of them.
 """
 
 from __future__ import annotations
@@ -26,63 +27,46 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from draftcache.capture.job.calibration import PIECE
-from draftcache.capture.job.config import CaptureConfig
-from draftcache.capture.job.work_plan import WorkPlan
 from draftcache.capture.verifier.load import Verifier, head_logits
-from draftcache.capture.verifier.nemotron.forward import NemotronForward
 from draftcache.store.common.errors import InputError
 
 TOKENS = 256
-"""Two chunks of the scan; the model's own code runs them in well under a second."""
+"""Tokens that are read: two chunks of the scan, which the model's own code reads in well under a second."""
 
 _SAME_CODE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 _BLOCK = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""The demo's verifier in bfloat16 is at 0.006 on a CPU; tokens near the edge between two experts may add to it."""
+"""The demo's verifier in bfloat16 is at 0.006 on a CPU; tokens whose experts' scores nearly tie may add to it."""
 _DRIFT = 0.5
-"""Of our own forward, at any depth; 50 blocks of random weights drift by 0.04 in bfloat16 (0.07 to 0.13 in a norm over
-all rows), 12 trained ones by 0.01."""
+"""Limit for our own forward's taps and final state; 50 blocks of random weights drift by 0.04 in bfloat16 (0.07 to 0.13
+in a norm over all rows), 12 blocks of trained weights by 0.01."""
 
 _PIECE = 128
 _PIECES = {torch.float32: 1e-3, torch.bfloat16: 0.05}
-"""Or three times the drift, which says how far this model amplifies rounding. The demo's verifier is at 0.14 where its
-SSM state is forgotten."""
+"""The limit is three times the drift where that is larger, as the drift says how far this model amplifies rounding. The
+demo's verifier is at 0.14 where its SSM state is forgotten."""
 _TIE = 1.02
-"""A block that adds next to nothing leaves its neighbours' states as near as its own."""
-
-
-def check_tokens(work: WorkPlan) -> Tensor:
-    """[256] int64: how the data begins, repeated where that is shorter. Random ids make outliers of trained states."""
-    token_ids, _, _ = work.dataset.split(work.splits[0])[0]  # prepare leaves neither a split nor a conversation empty
-    return torch.from_numpy(np.resize(token_ids[:TOKENS].astype(np.int64), TOKENS))
-
-
-def check_verifier(verifier: Verifier, config: CaptureConfig, work: WorkPlan) -> dict[str, float]:
-    """`self_check` for a job: on its data, and with pieces where it reads a conversation in several."""
-    longest = max(int(work.dataset.split(name).conversations["tokens"].max()) for name in work.splits)
-    in_pieces = longest > min(PIECE, config.prefill_chunk)
-    return self_check(verifier, config.layers, check_tokens(work), in_pieces=in_pieces)
+"""A tap's distance may exceed the nearest by this factor: a block that adds next to nothing leaves the states of its
+neighbours as near as its own."""
 
 
 @torch.inference_mode()
 def self_check(
     verifier: Verifier, layers: tuple[int, ...], token_ids: Tensor, *, in_pieces: bool = True
 ) -> dict[str, float]:
-    """See the module's description; `token_ids` [L] int64. Returns the differences by name, for the manifest.
+    """Compare the states of `token_ids` [L] int64 as the module's docstring says; returns the differences by name.
 
-    Raises InputError where one is too large: a model that scales or soft-caps its logits, whose blocks do not return
-    the residual stream, or whose states our forward does not compute.
+    Raises InputError where a difference is too large: for a model that scales or soft-caps its logits, whose blocks do
+    not return the residual stream, or whose states our forward does not compute.
     """
     token_ids = token_ids.to(verifier.device)
     states = verifier.forward(token_ids, layers)
     expected, final, logits = _own_states(verifier, token_ids)
-    engine = verifier.engine
-    blocks = engine.block_differences(token_ids[None]) if isinstance(engine, NemotronForward) else []
+    blocks = verifier.body_forward.block_differences(token_ids[None])
     found = {f"tap_{layer}": _difference(states.taps[layer], expected[layer + 1]) for layer in layers}
     found["final"] = _difference(states.final, final)
     found["logits"] = _difference(head_logits(final, verifier.head), logits)
     if blocks:
-        found["block"] = float(np.max(blocks))  # NaN where one is
+        found["block"] = float(np.max(blocks))  # NaN where any of them is NaN
     _require(verifier, found, blocks)
     _require_nearest(verifier, states.taps, expected)
     if in_pieces and token_ids.shape[0] > _PIECE:
@@ -92,10 +76,10 @@ def self_check(
 
 
 def _own_states(verifier: Verifier, token_ids: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-    """By the model's own code: hidden_states, the final norm's output [L, H] and logits [L, V].
+    """States by the model's own code: hidden_states [L, H] each, the final norm's output [L, H] and logits [L, V].
 
-    The last of the hidden_states [L, H] is the last block's output, as a hook sees it: the model's own list has the
-    final norm's in its place.
+    The last entry of hidden_states is the last block's output, read by a hook; the model's own list ends with the final
+    norm's output instead.
     """
     seen: list[Tensor] = []
 
@@ -122,9 +106,9 @@ def _require(verifier: Verifier, found: dict[str, float], blocks: list[float]) -
     if "block" in wrong:
         worst = [number for number, value in enumerate(blocks) if not value <= limits["block"]]
         raise InputError(
-            f"{type(verifier.model).__name__}: expected forward {verifier.engine.name} to add in every block what the "
-            f"model's own code adds, within {limits['block']}, found {wrong['block']:.3g}, and too much in blocks "
-            f"{worst}; its kernels compute something else with these versions on this device: update them"
+            f"{type(verifier.model).__name__}: expected forward {verifier.body_forward.name} to add in every block "
+            f"what the model's own code adds, within {limits['block']}, found {wrong['block']:.3g}, and too much in "
+            f"blocks {worst}; its kernels compute something else with these versions on this device: update them"
         )
     if wrong:
         raise InputError(
@@ -147,7 +131,7 @@ def _require_nearest(verifier: Verifier, taps: dict[int, Tensor], expected: list
 
 
 def _require_pieces(verifier: Verifier, token_ids: Tensor, whole: dict[int, Tensor], drift: float) -> float:
-    """The largest difference of any tap [L, H], over rows that come after the first piece."""
+    """The largest difference of any tap [L, H] of `whole`, over the rows after the first piece. Raises InputError."""
     pieces = list(verifier.prefill(token_ids[None], tuple(whole), _PIECE))
     later = {layer: torch.cat([piece.taps[layer][0] for piece in pieces[1:]]) for layer in whole}
     found = float(np.max([_difference(later[layer], tap[_PIECE:]) for layer, tap in whole.items()]))
@@ -155,13 +139,13 @@ def _require_pieces(verifier: Verifier, token_ids: Tensor, whole: dict[int, Tens
     if not found <= limit:
         raise InputError(
             f"{type(verifier.model).__name__}: expected a prefill in pieces of {_PIECE} tokens to give the states of "
-            f"one in one piece within {limit:.3g}, found {found:.3g}; forward {verifier.engine.name} does not carry "
-            "this model's state with these versions: update them"
+            f"one in one piece within {limit:.3g}, found {found:.3g}; forward {verifier.body_forward.name} does not "
+            "carry this model's state with these versions: update them"
         )
     return found
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
-    """The median over rows, in float32; NaN where any row has one."""
+    """The median over rows of the relative difference, in float32; NaN where any row holds NaN."""
     rows = (found.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1).clamp(min=1e-30)
     return float(rows.median())

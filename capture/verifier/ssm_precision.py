@@ -1,17 +1,17 @@
-"""The fp32 contract of Mamba state, enforced, proved by a canary and written down for the manifest.
+"""The float32 contract of Mamba states: enforced, proved by a canary and described for the manifest.
 
 - dt limit: Hugging Face clamps dt to (time_step_min, inf); the vendor's code and serving engines use (0, inf).
   The clamp changes the model (KL 0.034 against 0.003 on the 30B checkpoint), so it is lifted on every block.
-- parameters: `A_log`, `D` and `dt_bias` stay float32 where the checkpoint stores them so.
+- parameters: `A_log`, `D` and `dt_bias` stay float32 where the checkpoint stores float32.
 - carry: a state carried from call to call must stay float32. The canary has A = 0 and an initial state of 256,
   and adds 0.5 in each of 16 calls of 128 tokens: a float32 carry ends at 264, a bfloat16 carry stays at 256,
   because 0.5 is a quarter of bfloat16's step there.
 
-A patch that goes round makes mamba-ssm's `_state_passing_fwd` return float32. It changes no bit of a prefill in one
-piece: within a call the state is carried in float32 registers, and what is written at the chunks' borders is cast to
-C's dtype by the kernel that reads it (a test on a GPU compares scan, taps and final states). Put on the module that
-defines the function it does not even run, since `ssd_combined` holds a name of its own. So it is not applied here;
-what is needed in its place is the carry above.
+A well-known patch makes mamba-ssm's `_state_passing_fwd` return float32. It changes no bit of a prefill in one piece:
+within a call the state is carried in float32 registers, and the states that are written at the chunks' borders are cast
+to C's dtype by the kernel that reads them (a test on a GPU compares scan, taps and final states). If it is applied to
+the module that defines the function, it does not even run, since `ssd_combined` imported the function by name. So the
+patch is not applied here; the float32 carry above is needed instead.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DT_LIMIT = (0.0, math.inf)
 
 
 def mamba_mixers(model: nn.Module) -> list[Any]:
-    """Every Mamba-2 mixer of the model, in order; empty for models without any."""
+    """Every Mamba-2 mixer of the model, in order; empty for a model without Mamba blocks."""
     return [module for module in model.modules() if hasattr(module, "A_log") and hasattr(module, "time_step_limit")]
 
 
@@ -61,7 +61,7 @@ def assert_dt_limit(mixers: list[Any]) -> None:
 
 
 def restore_fp32_parameters(model: nn.Module, path: Path) -> list[str]:
-    """Reload `A_log`, `D` and `dt_bias` in float32 where the checkpoint holds float32; returns their names."""
+    """Reload `A_log`, `D` and `dt_bias` in float32 where the checkpoint holds float32; returns the reloaded names."""
     wanted = {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -81,8 +81,8 @@ def restore_fp32_parameters(model: nn.Module, path: Path) -> list[str]:
 def stand_in_for_extension() -> None:
     """Let transformers find mamba-ssm's Triton scan where the package's CUDA extension was not built.
 
-    The scan needs nothing of it, but the package imports it: an empty module stands in. transformers looks for the
-    scan once, when it loads NemotronH, so this has to come before.
+    The scan does not use the extension, but the package imports it, so an empty module takes its name. transformers
+    looks for the scan once, when it loads NemotronH, so this function has to be called before.
     """
     name = "selective_scan_cuda"
     if name not in sys.modules and find_spec("mamba_ssm") is not None and find_spec(name) is None:
@@ -92,8 +92,8 @@ def stand_in_for_extension() -> None:
 def torch_forms_on_the_cpu(mixers: list[Any]) -> None:
     """Let Mamba blocks run on the CPU of a machine that has mamba-ssm.
 
-    transformers chooses between kernels and torch once, by what is installed; Triton's kernels then refuse tensors of
-    the CPU. Each function is replaced by one that chooses by where its first argument is.
+    transformers chooses between kernels and torch once, by the installed packages; Triton's kernels then refuse tensors
+    of the CPU. Each such function is replaced by one that chooses by the device of its first argument.
     """
     for module in {sys.modules[type(mixer).__module__] for mixer in mixers if not mixer.A_log.is_cuda}:
         for name in ("mamba2_chunk_scan", "mamba2_selective_state_update", "causal_conv1d_fn", "causal_conv1d_update"):
@@ -117,7 +117,7 @@ def _chosen_by_device(function: Any) -> Any:
 
 
 def scan_function(mixer: Any) -> Any:
-    """The chunked-scan function that this mixer's forward calls."""
+    """The chunked-scan function that this mixer's forward calls. Raises PrecisionError where there is none."""
     module = sys.modules[type(mixer).__module__]
     function = getattr(module, "mamba2_chunk_scan", None)
     if function is None:
@@ -129,9 +129,9 @@ def scan_function(mixer: Any) -> Any:
 
 
 def scan_implementation(mixer: Any) -> str:
-    """ "mamba-ssm <version>" or "torch": what really runs behind the scan, found by following its wrappers."""
+    """ "mamba-ssm <version>" or "torch": the scan that really runs, found by following the function's wrappers."""
     if not mixer.A_log.is_cuda:
-        return "torch"  # see `torch_forms_on_the_cpu`
+        return "torch"  # `torch_forms_on_the_cpu` takes care of that
     function = scan_function(mixer)
     for _ in range(4):
         names, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
@@ -147,10 +147,10 @@ def scan_implementation(mixer: Any) -> str:
 
 @torch.inference_mode()
 def run_canary(model: Any, *, carry_dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """Carry a state through 16 calls of the live scan and the model's own cache class.
+    """Carry a state through 16 calls of the scan that really runs and through the model's own cache class.
 
-    `carry_dtype` rounds the carried state after each call: for showing that the canary notices. Returns the
-    final state's value and dtype; the expected value is 264.
+    `carry_dtype` rounds the carried state after each call, which shows that the canary notices it. Returns the final
+    state's least and largest value and its dtype, for the manifest; the expected value is 264.
     """
     mixer = mamba_mixers(model)[0]
     scan, device = scan_function(mixer), mixer.A_log.device
@@ -196,7 +196,11 @@ def require_canary(result: dict[str, Any]) -> None:
 
 
 def enforce_contract(model: Any, path: Path, *, allow_fallback: bool) -> dict[str, Any] | None:
-    """Set, prove and describe the contract; None for a model without Mamba blocks. Raises PrecisionError."""
+    """Enforce and prove the contract on a model that was loaded from `path`; returns its description for the manifest.
+
+    Returns None for a model without Mamba blocks. Raises PrecisionError where the contract is not met, or where a GPU
+    would run the scan of plain torch without `allow_fallback`.
+    """
     mixers = mamba_mixers(model)
     if not mixers:
         return None
@@ -216,7 +220,7 @@ def enforce_contract(model: Any, path: Path, *, allow_fallback: bool) -> dict[st
         "mamba_blocks": len(mixers),
         "fp32_parameters": sorted({name.rpartition(".")[2] for name in restored}),
         "scan": scan,
-        # mamba-ssm's kernel casts the states at its chunks' borders to C's dtype before its dot product.
+        # mamba-ssm's kernel casts the states at the chunks' borders to C's dtype before the dot product.
         "snapshot_dtype": "float32" if scan == "torch" else str(mixers[0].in_proj.weight.dtype).removeprefix("torch."),
         **canary,
     }

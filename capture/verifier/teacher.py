@@ -1,7 +1,7 @@
-"""The teacher signal at the positions that carry loss: top-k or final-norm states, plus exact scalars.
+"""The teacher signal at the positions that carry loss: top-k logits or final-norm states, plus exact scalars.
 
-A renormalised top-k would bias the gradient by 2 * tau in L1 (tau: the dropped mass), so nothing is
-renormalised: `log_z_full` and `log_z_draft` make both the tail and the out-of-vocabulary mass known exactly.
+A renormalised top-k would bias the gradient by 2 * tau in L1 (tau: the dropped mass), so nothing is renormalised:
+`log_z_full` and `log_z_draft` give both the tail's mass and the out-of-vocabulary mass exactly.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from draftcache.store.format.teacher import TeacherForm
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherHead:
-    """What makes the teacher signal of final-norm states."""
+    """The head, and how the teacher signal is made of its logits."""
 
     head: nn.Linear
     form: TeacherForm
     target_ids: tuple[torch.Tensor, ...]
-    """int64 [D], ascending, of each of the form's draft vocabularies."""
+    """Per draft vocabulary of the form, its token ids [D] int64, ascending."""
     slice_rows: int
-    """Rows whose logits [rows, V] are there at once."""
+    """Rows whose logits [rows, V] are in memory at once."""
 
 
 @torch.inference_mode()
 def teacher_signal(final: torch.Tensor, next_tokens: torch.Tensor, teacher: TeacherHead) -> dict[str, torch.Tensor]:
-    """Teacher arrays of the store's schema for P positions but for these, computed `slice_rows` rows at a time.
+    """The store's teacher arrays for P positions, save the positions themselves, computed `slice_rows` rows at a time.
 
     `final` [P, H]: final-norm states at the teacher positions; `next_tokens` [P] int64: the realised tokens
-    x_{p+1}. Logits are float32 throughout. Raises InputError where states are to be kept and are of a dtype other
-    than the form's; nothing waits for the device.
+    x_{p+1}. Logits are float32 throughout, and nothing waits for the device. Raises InputError where the states are to
+    be kept and their dtype is not the form's compute dtype.
     """
     parts = []
     for first in range(0, final.shape[0], teacher.slice_rows):
@@ -68,14 +68,14 @@ def _top_k(values: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     highest = values[:, :1]
     return {
         "teacher_ids": ids,
-        # Gaps, not logits: float16 keeps them to 8e-8 in KL, where bf16 logits would cost 2e-4.
+        # Gaps to the highest logit are kept: in float16 they cost 8e-8 in KL, where bf16 logits would cost 2e-4.
         "teacher_gaps": (highest - values).to(torch.float16),
         "teacher_max": highest[:, 0],
     }
 
 
 def _stored_states(final: torch.Tensor, form: TeacherForm) -> torch.Tensor:
-    """The states as they are, bf16 as bit patterns."""
+    """The states [P, H] as they are, bfloat16 as bit patterns in uint16. Raises InputError for another dtype."""
     dtype = str(final.dtype).removeprefix("torch.")
     if dtype != form.compute_dtype:
         raise InputError(

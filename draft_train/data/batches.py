@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from draftcache.draft_train.data.loss_rows import LOSS_ROW_RULES
+from draftcache.draft_train.data.loss_rows import find_loss_rows
 from draftcache.draft_train.data.teacher import TeacherView
 from draftcache.store.common.errors import InputError
 from draftcache.store.format import torch_codecs
@@ -26,6 +26,18 @@ from draftcache.store.format.tap_codecs import TapCodec
 
 _CPU = torch.device("cpu")
 _AS_STORED = TeacherView()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchNeeds:
+    """What a batch for training a draft has to hold, and so which columns of the store are read."""
+
+    steps: int
+    """Tokens that are predicted from each start row, at most."""
+    window: int | None
+    """Rows farther back than this from every start row are not needed; None needs all that are stored."""
+    taps: bool = True
+    """Whether the draft reads the verifier's states. Without them `Batch.taps` has a width of 0."""
 
 
 class HostRows(NamedTuple):
@@ -45,7 +57,7 @@ class HostRows(NamedTuple):
 class Batch:
     """Tensors of one step, on one device."""
 
-    aux: torch.Tensor
+    taps: torch.Tensor
     """[R, taps * H] verifier states, in the stored dtype."""
     key_tokens: torch.Tensor
     """[R] int64: x_{t+1} of each key row t."""
@@ -125,7 +137,7 @@ def build_batch(
     """
     columns = pack_columns(conversations, max_steps=max_steps, window=window, teacher=teacher, loss_rows=loss_rows)
     tensors = {name: value.to(device, non_blocking=True) for name, value in columns.tensors.items()}
-    tensors["aux"] = torch.cat([stored_taps(item, codec, device) for item in conversations])
+    tensors["taps"] = torch.cat([stored_taps(item, codec, device) for item in conversations])
     return columns.batch(tensors, loss_share)
 
 
@@ -141,7 +153,7 @@ class Columns:
     absent_entries: bool
 
     def batch(self, tensors: dict[str, torch.Tensor], loss_share: float | None) -> Batch:
-        """The batch of `tensors`, which are these and `aux` on some device. `loss_share` as in `build_batch`."""
+        """The batch of `tensors`, which are these and `taps` on some device. `loss_share` as in `build_batch`."""
         values: dict[str, Any] = {**tensors}
         return Batch(
             **values,
@@ -162,7 +174,7 @@ def pack_columns(
     teacher: TeacherView,
     loss_rows: str = "turns",
 ) -> Columns:
-    """Everything but `aux`; `teacher_hidden` only where it was read. See `build_batch`."""
+    """Everything but `taps`; `teacher_hidden` only where it was read. See `build_batch`."""
     lengths = [item.arrays["token_ids"].shape[0] for item in conversations]
     reach = window if window is not None else max(lengths) + max_steps
     parts = [_one(item, max_steps, loss_rows) | teacher.columns(item.arrays) for item in conversations]
@@ -195,7 +207,7 @@ def _one(item: Conversation, max_steps: int, loss_rows: str) -> dict[str, torch.
     arrays = item.arrays
     token_ids = arrays["token_ids"].astype(np.int64)
     positions = arrays["positions"].astype(np.int64)
-    rows = LOSS_ROW_RULES[loss_rows](item.loss_mask, max_steps)
+    rows = find_loss_rows(loss_rows)(item.loss_mask, max_steps)
     offsets = np.arange(max_steps)
     live = offsets[None, :] < rows.steps[:, None]
     places = rows.starts[:, None] + 1 + offsets

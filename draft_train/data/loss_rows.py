@@ -16,11 +16,13 @@ wants, those past the end of each turn are therefore missing: they are left out,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from draftcache.store.common.errors import InputError
 from draftcache.store.format.rows import start_rows, teacher_positions, tokens_left
 from draftcache.store.reader import StoreReader
 
@@ -75,4 +77,14 @@ def _wanted(loss_mask: NDArray[np.bool_], max_steps: int) -> NDArray[np.bool_]:
     return padded[_positions(loss_mask.shape[0], max_steps) - 1]
 
 
-LOSS_ROW_RULES = {"turns": turn_rows, "unshifted": unshifted_rows}
+LossRowRule = Callable[[NDArray[np.bool_], int], LossRows]
+"""A conversation's loss mask [L] bool and the number of steps -> its loss rows."""
+
+LOSS_ROW_RULES: dict[str, LossRowRule] = {"turns": turn_rows, "unshifted": unshifted_rows}
+
+
+def find_loss_rows(name: str) -> LossRowRule:
+    """The rule of this name. Raises InputError naming those there are."""
+    if name not in LOSS_ROW_RULES:
+        raise InputError(f"--loss-rows: expected one of {list(LOSS_ROW_RULES)}, found {name!r}")
+    return LOSS_ROW_RULES[name]

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from draftcache.draft_train.data.batches import Batch, Columns, pack_columns
+from draftcache.draft_train.data.batches import Batch, BatchNeeds, Columns, pack_columns
+from draftcache.draft_train.data.loss_rows import find_loss_rows
 from draftcache.draft_train.data.teacher import TeacherView
 from draftcache.store.common.pinned_ring import ALIGNMENT, aligned
 from draftcache.store.format import torch_codecs
-from draftcache.store.format.schema import COUNT_FIELD, ROWS_AXIS, TEACHER_AXIS, Conversation, tap_name
+from draftcache.store.format.array_spec import COUNT_FIELD, ROWS_AXIS, TEACHER_AXIS, tap_name
+from draftcache.store.format.schema import Conversation
 from draftcache.store.format.tap_codecs import TapCodec
 from draftcache.store.reader import StoreReader
 
@@ -72,20 +74,23 @@ class PackedBatch:
         tensors = {name: place.of(moved).clone() for name, place in self.places.items()}
         if _STATES in tensors and tensors[_STATES].dtype == torch.uint16:
             tensors[_STATES] = tensors[_STATES].view(torch.bfloat16)
-        return self.columns.batch(tensors | {"aux": self._decode(codec, moved, device)}, self.loss_share)
+        return self.columns.batch(tensors | {"taps": self._decode(codec, moved, device)}, self.loss_share)
 
     def _decode(self, codec: TapCodec, moved: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """[R, taps * H]; one tap at a time, so that no second copy of them all is alive."""
-        aux: torch.Tensor | None = None
+        """[R, taps * H]. One tap is decoded at a time, so that no second copy of all of them is alive."""
+        rows = self.columns.tensors["key_tokens"].shape[0]
+        if not self.taps:
+            return torch.empty(rows, 0, device=device)
+        found: torch.Tensor | None = None
         for number, layer in enumerate(codec.layers):
             parts = {name: self.taps[name].of(moved) for name in codec.specs(layer)}
             states = torch_codecs.decode(codec, layer, parts)
-            rows, width = states.shape
-            if aux is None:
-                aux = torch.empty(rows, len(codec.layers) * width, dtype=states.dtype, device=device)
-            aux[:, number * width : (number + 1) * width] = states
-        assert aux is not None, "a store has taps"
-        return aux
+            width = states.shape[1]
+            if found is None:
+                found = torch.empty(rows, len(codec.layers) * width, dtype=states.dtype, device=device)
+            found[:, number * width : (number + 1) * width] = states
+        assert found is not None, "a store has taps"
+        return found
 
 
 class BatchLoader:
@@ -95,21 +100,22 @@ class BatchLoader:
         self,
         store: StoreReader,
         *,
-        max_steps: int,
-        window: int | None,
+        needs: BatchNeeds,
         teacher: TeacherView,
         loss_rows: str = "turns",
     ) -> None:
-        """`window` is the draft's; None attends to every earlier row."""
+        """`needs` are the draft's, `loss_rows` names a rule. Raises InputError for a rule of another name."""
+        find_loss_rows(loss_rows)
         self.codec = store.codec
-        self.max_steps, self.window, self.teacher, self.loss_rows = max_steps, window, teacher, loss_rows
-        kept = store.manifest.window
+        self.needs, self.teacher, self.loss_rows = needs, teacher, loss_rows
+        window, kept = needs.window, store.manifest.window
         # Where capture kept more rows than this draft can see, the others are not read.
         self.read_window = window if window is not None and (kept is None or kept > window) else None
-        taps = [name for layer in self.codec.layers for name in self.codec.specs(layer)]
+        layers = self.codec.layers if needs.taps else ()
+        taps = [name for layer in layers for name in self.codec.specs(layer)]
         hidden = [name for name in (_STATES,) if name in store.specs]
         self.state_names = [*taps, *hidden]
-        self._asked = [*map(tap_name, self.codec.layers), *hidden]  # a tap's name stands for its parts
+        self._asked = [*map(tap_name, layers), *hidden]  # a tap's name stands for its parts
         self.column_names = [name for name in (*_COLUMNS, teacher.log_z) if name in store.specs]
         self._specs = store.specs
         self.bytes = self._bytes(store.index)
@@ -119,7 +125,9 @@ class BatchLoader:
         """What each conversation takes at most, as `read` lays it out. [conversations] int64."""
         entries = self._specs["teacher_ids"].inner[0] if "teacher_ids" in self._specs else 0
         starts = index["teacher_rows" if self.loss_rows == "turns" else "rows"]
-        columns = index["rows"] * 16 + starts * (28 + 16 * self.max_steps) + index["teacher_rows"] * (16 + 12 * entries)
+        columns = (
+            index["rows"] * 16 + starts * (28 + 16 * self.needs.steps) + index["teacher_rows"] * (16 + 12 * entries)
+        )
         specs = [self._specs[name] for name in self.state_names]
         states = [index[COUNT_FIELD[spec.axis]] * spec.row_bytes for spec in specs]
         return np.asarray(columns + sum(states), np.int64)
@@ -134,7 +142,11 @@ class BatchLoader:
         """Read conversations into `memory`, uint8 of at least `most_bytes(numbers)`. Raises what `store.read` does."""
         items = [store.read(int(number), self.column_names, window=self.read_window) for number in numbers]
         columns = pack_columns(
-            items, max_steps=self.max_steps, window=self.window, teacher=self.teacher, loss_rows=self.loss_rows
+            items,
+            max_steps=self.needs.steps,
+            window=self.needs.window,
+            teacher=self.teacher,
+            loss_rows=self.loss_rows,
         )
         stretch = _Stretch(memory)
         places = {}

@@ -1,4 +1,4 @@
-"""Forward and backward of one batch: the part of an optimizer step that a device may do in its own way."""
+"""Forward and backward pass of one batch: the part of an optimizer step that a device may do in its own way."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from draftcache.draft_train.data.batches import Batch
-from draftcache.draft_train.drafts.eagle3.model import DraftModel
-from draftcache.draft_train.loss.objective import Objective, ObjectiveResult
+from draftcache.draft_train.loss.objective import ObjectiveResult
 
 Ready = Callable[[list[nn.Parameter]], None]
 """Called with parameters whose gradients are complete."""
@@ -28,19 +27,17 @@ class GradientPass(Protocol):
 
 
 class PlainPass:
-    """Autograd over the objective; on a GPU in bf16 by autocast, with float32 weights and gradients."""
+    """Autograd over a loss; on a GPU in bf16 by autocast, with float32 weights and gradients. Is a `GradientPass`."""
 
-    def __init__(self, model: DraftModel, objective: Objective, embeddings: torch.Tensor) -> None:
-        """`embeddings` [V, H]: the verifier's frozen table."""
+    def __init__(self, model: nn.Module, loss: Callable[[Batch], ObjectiveResult]) -> None:
+        """`loss` runs the model's forward pass over a batch."""
         self.model = model
-        self.objective = objective
-        self.embeddings = embeddings
+        self.loss = loss
 
     def __call__(self, batch: Batch, ready: Ready | None = None) -> ObjectiveResult:
-        """See `GradientPass`."""
-        device = batch.aux.device.type
+        device = batch.taps.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            result = self.objective(self.model, self.embeddings, batch)
+            result = self.loss(batch)
         waiting = dict.fromkeys(self.model.parameters())
 
         def complete(parameter: torch.Tensor) -> None:
@@ -54,12 +51,12 @@ class PlainPass:
             for parameter in waiting
         ]
         try:
-            if result.loss.requires_grad:  # not where no row carries loss
+            if result.loss.requires_grad:  # it does not where no row carries loss
                 result.loss.backward()  # type: ignore[no-untyped-call]
         finally:
             for hook in hooks:
                 hook.remove()
-        for parameter in list(waiting):  # those that the loss does not depend on
+        for parameter in list(waiting):  # the loss does not depend on these
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             complete(parameter)

@@ -1,54 +1,77 @@
-"""The loss of a batch: which rows carry loss and how they are averaged. `losses` has the loss of one row.
+"""The loss of a batch: how the losses of rows are weighted and averaged, whatever draft made the logits.
 
-Teacher over the draft vocabulary D: `p_i = exp(z_i - log_z_draft)` for the stored entries, and the tail mass
-`tau = 1 - sum p_i`, which is exact because log_z_draft is. Where final-norm states are stored, p is known over all of
-D.
+A draft gives a `StepOutput` for each of its steps (an unroll step of a chain, a slot of a block) and logits for the
+rows of an output. `row_losses` has the loss of one row.
+
+The teacher over the draft vocabulary D is `p_i = exp(z_i - log_z_draft)` for the stored entries, and the tail mass
+`tau = 1 - sum p_i`, which is exact because log_z_draft is. Where a store holds final-norm states, p is known over all
+of D.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.data.batches import Batch
 from draftcache.draft_train.data.teacher import exact_probabilities
-from draftcache.draft_train.drafts.eagle3.model import DraftModel
-from draftcache.draft_train.drafts.eagle3.unroll import unroll
-from draftcache.draft_train.loss.losses import row_loss
+from draftcache.draft_train.loss.row_losses import RowTeacher, find_loss
 
 
-def teacher_probabilities(teacher_logits: torch.Tensor, log_z_draft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stored logits [T, K] and log_z_draft [T] -> p [T, K] and tau [T], which is clipped at 0 against rounding.
+@dataclass(frozen=True)
+class StepOutput:
+    """What a draft leaves at step `number`: which start rows took part, and the states that its head reads."""
 
-    An absent entry's logit is -inf, and its p is 0.
+    number: int
+    rows: Tensor
+    """[A] int64 into the batch's start rows: those with `steps > number`."""
+    hidden: Tensor
+    """[A, H]."""
+
+    def take(self, chosen: Tensor | slice) -> StepOutput:
+        """The same for some of its rows."""
+        return StepOutput(self.number, self.rows[chosen], self.hidden[chosen])
+
+
+Logits = Callable[[StepOutput], Tensor]
+"""The draft-vocabulary logits [A, V] of an output's rows."""
+
+
+def teacher_probabilities(teacher_logits: Tensor, log_z_draft: Tensor) -> tuple[Tensor, Tensor]:
+    """p [T, K] and tau [T] of stored logits [T, K] and log_z_draft [T]. tau is clipped at 0 against rounding.
+
+    The logit of an absent entry is -inf, and its p is 0.
     """
     p = torch.exp(teacher_logits - log_z_draft[:, None])
     return p, (1.0 - p.sum(-1)).clamp(min=0.0)
 
 
-def draft_mass(batch: Batch, places: torch.Tensor) -> torch.Tensor:
+def draft_mass(batch: Batch, teacher_rows: Tensor) -> Tensor:
     """p(D) = exp(log_z_draft - log_z_full) [T]: the verifier's probability of the whole draft vocabulary."""
-    return torch.exp(batch.log_z_draft[places] - batch.log_z_full[places]).clamp(max=1.0)
+    return torch.exp(batch.log_z_draft[teacher_rows] - batch.log_z_full[teacher_rows]).clamp(max=1.0)
 
 
-def row_weights(mode: str, batch: Batch, places: torch.Tensor, in_draft: torch.Tensor) -> torch.Tensor:
-    """Weight of each row [T] whose teacher stands at `places` [T].
+def row_weights(mode: str, batch: Batch, teacher_rows: Tensor, in_draft: Tensor) -> Tensor:
+    """Weight [T] float32 of each row's loss, for rows with the teacher rows [T] int64.
 
-    "weight": p(D), all the probability that the draft can win there;
-    "drop": 0 where the verifier's argmax is outside D (`in_draft` [V] bool), else 1; "keep": 1.
+    "weight": p(D), all the probability that the draft can win there.
+    "drop": 0 where the verifier's argmax is outside D (`in_draft` [V] bool), else 1.
+    "keep": 1.
     """
     if mode == "weight":
-        return draft_mass(batch, places)
+        return draft_mass(batch, teacher_rows)
     if mode == "drop":
-        return in_draft[batch.argmax[places]].to(torch.float32)
-    return torch.ones(places.shape[0], device=places.device)
+        return in_draft[batch.argmax[teacher_rows]].to(torch.float32)
+    return torch.ones(teacher_rows.shape[0], device=teacher_rows.device)
 
 
-def row_means(batch: Batch, rows: torch.Tensor) -> torch.Tensor:
-    """Weight [T] float32 of each start row in `rows` [T], those of one step, in its conversation's mean."""
+def row_means(batch: Batch, rows: Tensor) -> Tensor:
+    """Weight [T] float32 of the start rows `rows` [T] int64 of one step in the means of their conversations."""
     if batch.pair_weight is not None:
         return batch.pair_weight[rows]
     conversation = batch.conversation[rows]
@@ -57,34 +80,37 @@ def row_means(batch: Batch, rows: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ObjectiveResult:
-    """Loss and what to log, all of it sums, so that micro-batches and ranks add up. Nothing waits for the device."""
+    """The loss of a batch and what is logged of it. All are sums, so that micro-batches and ranks add up.
 
-    loss: torch.Tensor
+    Nothing here waits for the device.
+    """
+
+    loss: Tensor
     """[]: the batch's share of the loss; may be detached."""
-    rows: torch.Tensor
-    """[ttt_steps] loss rows of each unroll step; like all below float32 or float64, on the loss's device."""
-    losses: torch.Tensor
-    """[ttt_steps] their losses, unweighted."""
-    hits: torch.Tensor
-    """[ttt_steps] those whose draft argmax is the verifier's; an argmax outside the draft vocabulary is a miss."""
-    tail_mass: torch.Tensor
-    """[] of tau; 0 where states are stored, which leave nothing out."""
-    tail_positions: torch.Tensor
+    rows: Tensor
+    """[steps] loss rows of each step. Like all tensors below it is float32 or float64, on the loss's device."""
+    losses: Tensor
+    """[steps] sums of the rows' losses, unweighted."""
+    hits: Tensor
+    """[steps] rows whose draft argmax is the verifier's; an argmax outside the draft vocabulary is a miss."""
+    tail_mass: Tensor
+    """[] sum of tau; 0 where states are stored, which leave nothing out."""
+    tail_positions: Tensor
     """[] teacher positions that tau is summed over."""
 
     @classmethod
     def zeros(cls, steps: int, device: torch.device) -> ObjectiveResult:
-        """Of no batch at all."""
+        """The result of no batch at all."""
         return cls.unpack(torch.zeros(3 * steps + 3, dtype=torch.float64, device=device))
 
     @classmethod
-    def unpack(cls, values: torch.Tensor) -> ObjectiveResult:
-        """What `packed` made."""
+    def unpack(cls, values: Tensor) -> ObjectiveResult:
+        """The result that `packed` made `values` of."""
         rows, losses, hits = values[3:].view(3, -1)
         return cls(loss=values[0], tail_mass=values[1], tail_positions=values[2], rows=rows, losses=losses, hits=hits)
 
-    def packed(self) -> torch.Tensor:
-        """[3 * ttt_steps + 3] float64, detached: one tensor to add up or to copy."""
+    def packed(self) -> Tensor:
+        """[3 * steps + 3] float64, detached: one tensor to add up or to copy."""
         scalars = torch.stack([value.detach().double() for value in (self.loss, self.tail_mass, self.tail_positions)])
         return torch.cat([scalars, *(value.detach().double() for value in (self.rows, self.losses, self.hits))])
 
@@ -94,43 +120,42 @@ class ObjectiveResult:
 
 
 class Objective:
-    """Loss of a batch: per step, the mean over each conversation's rows, times the batch's `loss_share`; step k weighs
-    `step_decay ** k`.
+    """The loss of a batch: per step, the mean over each conversation's rows, times the batch's `loss_share`.
+
+    Step k weighs `step_decay ** k`.
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        target_ids: torch.Tensor,
-        in_draft: torch.Tensor,
-        verifier_head: torch.Tensor | None = None,
+        self, config: TrainConfig, target_ids: Tensor, in_draft: Tensor, verifier_head: Tensor | None = None
     ) -> None:
-        """`target_ids` [D] int64 maps draft ids to verifier ids; `in_draft` [V] bool is its inverse's support.
+        """`target_ids` [D] int64 maps draft ids to verifier ids; `in_draft` [V] bool marks those verifier ids.
 
-        `verifier_head` [D, H], the vocabulary's rows, makes the teacher of batches that hold final-norm states.
+        `verifier_head` [D, H], the vocabulary's rows of the verifier's head, makes the teacher of batches that hold
+        final-norm states. Raises InputError for a loss of an unknown name.
         """
         self.config = config
         self.target_ids = target_ids
         self.in_draft = in_draft
         self.verifier_head = verifier_head
+        self.loss = find_loss(config.loss)
 
-    def __call__(self, model: DraftModel, embeddings: torch.Tensor, batch: Batch) -> ObjectiveResult:
-        """Unroll the draft over the batch and add up the loss."""
-        device = batch.aux.device
+    def __call__(self, outputs: Iterable[StepOutput], logits: Logits, batch: Batch) -> ObjectiveResult:
+        """Add up the loss over a draft's outputs. Autograd reaches the draft through them and through `logits`."""
+        device, steps = batch.taps.device, batch.step_tokens.shape[1]
         total = torch.zeros((), device=device)
-        sums = torch.zeros(3, self.config.ttt_steps, dtype=torch.float64, device=device)
-        for step in unroll(model, embeddings, batch, self.config.ttt_steps):
-            rows, hidden = step.rows, step.hidden
-            places = batch.teacher_index[rows, step.number]
-            if batch.pair_weight is not None:  # there may be rows without loss at this step
-                carries = torch.nonzero(places >= 0)[:, 0]
-                rows, hidden, places = rows[carries], hidden[carries], places[carries]
-            losses, hits = self._rows(model, batch, hidden, places)
-            weight = row_weights(self.config.out_of_vocab, batch, places, self.in_draft) * row_means(batch, rows)
-            total = total + self.config.step_decay**step.number * (losses * weight).sum() * batch.loss_share
-            sums[0, step.number] = places.numel()
-            sums[1, step.number] = losses.detach().sum()
-            sums[2, step.number] = hits.sum()
+        sums = torch.zeros(3, steps, dtype=torch.float64, device=device)
+        for output in outputs:
+            teacher_rows = batch.teacher_index[output.rows, output.number]
+            if batch.pair_weight is not None:  # some rows may carry no loss at this step
+                carries = torch.nonzero(teacher_rows >= 0)[:, 0]
+                output, teacher_rows = output.take(carries), teacher_rows[carries]
+            losses, hits = self._rows(logits, batch, output, teacher_rows)
+            weight = row_weights(self.config.out_of_vocab, batch, teacher_rows, self.in_draft)
+            weight = weight * row_means(batch, output.rows)
+            total = total + self.config.step_decay**output.number * (losses * weight).sum() * batch.loss_share
+            sums[0, output.number] = teacher_rows.numel()
+            sums[1, output.number] = losses.detach().sum()
+            sums[2, output.number] = hits.sum()
         tail_mass, tail_positions = tail_sums(batch)
         return ObjectiveResult(
             loss=total,
@@ -141,39 +166,46 @@ class Objective:
             tail_positions=tail_positions,
         )
 
-    def _rows(
-        self, model: DraftModel, batch: Batch, hidden: torch.Tensor, places: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss [T] and hits [T] in slices of `loss_chunk` rows; with several slices, logits (the verifier's too) are
-        recomputed in the backward pass, so that at most one slice of them is alive.
+    def _rows(self, logits: Logits, batch: Batch, output: StepOutput, teacher_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss [T] and hits [T] in slices of `loss_chunk` rows.
+
+        With several slices, logits (the verifier's too) are made again in the backward pass, so that at most one slice
+        of them is alive.
         """
 
-        def one(hidden: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.row_losses(model.logits(hidden), batch, places)
+        def one(hidden: Tensor, rows: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+            return self.row_losses(logits(StepOutput(output.number, rows, hidden)), batch, chosen)
 
         size = self.config.loss_chunk
-        if places.numel() <= size:
-            return one(hidden, places)
-        slices = [slice(first, first + size) for first in range(0, places.numel(), size)]
-        parts = [checkpoint(one, hidden[rows], places[rows], use_reentrant=False) for rows in slices]
+        if teacher_rows.numel() <= size:
+            return one(output.hidden, output.rows, teacher_rows)
+        slices = [slice(first, first + size) for first in range(0, teacher_rows.numel(), size)]
+        parts = [
+            checkpoint(one, output.hidden[part], output.rows[part], teacher_rows[part], use_reentrant=False)
+            for part in slices
+        ]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
-    def row_losses(self, logits: torch.Tensor, batch: Batch, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss [T] and hits [T] bool of draft logits [T, V] whose teacher stands at `places` [T]."""
+    def row_losses(self, logits: Tensor, batch: Batch, teacher_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss [T] and hits [T] bool of draft logits [T, V] for the teacher rows [T] int64."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        hits = self.target_ids[logits.detach().argmax(-1)] == batch.argmax[places]
-        loss = row_loss(self.config.loss, absent=batch.absent_entries)
-        mass = draft_mass(batch, places)
+        hits = self.target_ids[logits.detach().argmax(-1)] == batch.argmax[teacher_rows]
+        return self.loss.function(logits, self.row_teacher(batch, teacher_rows)), hits
+
+    def row_teacher(self, batch: Batch, teacher_rows: Tensor) -> RowTeacher:
+        """The teacher of the teacher rows [T] int64 over the draft vocabulary."""
+        mass = draft_mass(batch, teacher_rows)
         if batch.teacher_hidden is not None:
             assert self.verifier_head is not None, "the trainer gives it where a store holds states"
-            p = exact_probabilities(batch.teacher_hidden[places], self.verifier_head)
-            return loss(logits, None, p, None, mass), hits
-        p, tau = teacher_probabilities(batch.teacher_logits[places], batch.log_z_draft[places])
-        return loss(logits, batch.teacher_ids[places], p, tau, mass), hits
+            return RowTeacher(
+                None, exact_probabilities(batch.teacher_hidden[teacher_rows], self.verifier_head), mass=mass
+            )
+        p, tau = teacher_probabilities(batch.teacher_logits[teacher_rows], batch.log_z_draft[teacher_rows])
+        return RowTeacher(batch.teacher_ids[teacher_rows], p, tau, mass, absent=batch.absent_entries)
 
 
-def tail_sums(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of tau, and the positions it is summed over."""
+def tail_sums(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The sum of tau over the batch's teacher positions, and their number, both [] float64."""
     positions = torch.full((), batch.argmax.shape[0], dtype=torch.float64, device=batch.argmax.device)
     if batch.teacher_hidden is not None:
         return torch.zeros_like(positions), positions

@@ -1,20 +1,20 @@
-"""Every error draftcache raises on purpose.
+"""The errors that draftcache raises on purpose.
 
 DraftcacheError
 ├── InputError (ValueError)        a row, flag or file that a user handed in is wrong
-├── ManifestMismatchError          two things that must agree do not: the field that differs is named
-├── StoreError                     a store on disk is not what it says it is
-│   ├── StoreNotFoundError (FileNotFoundError)
-│   ├── StoreVersionError          written by a newer draftcache
+├── ManifestMismatchError          two things that must agree do not; the message names the field that differs
+├── StoreError                     a store is not what its manifest and commit records say
+│   ├── StoreNotFoundError (FileNotFoundError)  there is no store, or no file of it, at this path
+│   ├── StoreVersionError          the store is of another version of the layout
 │   ├── ShardDamagedError          sizes, hashes or checksums differ from the commit record
 │   ├── StorageError               the disk or object store refused or broke off
-│   └── StreamingError             what reading tar shards in a stream cannot do
+│   └── StreamingError             a stream of tar shards cannot do what was asked of it
 ├── GateError                      a captured conversation failed a validity gate
 ├── PrecisionError                 the verifier's fp32 state contract is not met
-├── RankError                      another process of a parallel run refused it, ended or does not answer
+├── RankError                      another process of a parallel run refused it, ended, or does not answer
 └── CheckpointError                a draft checkpoint is incomplete or belongs to something else
 
-Messages name what was expected, what was found, the path, and what to do.
+A message names what was expected, what was found, the path, and what to do.
 """
 
 from __future__ import annotations
@@ -37,39 +37,42 @@ __all__ = [
 
 
 class DraftcacheError(Exception):
-    """Base of all errors below; the command line prints it without a traceback and exits with 2."""
+    """Base class of all errors of draftcache.
+
+    The command line prints such an error without a traceback and exits with status 2.
+    """
 
 
 class InputError(DraftcacheError, ValueError):
-    """A row, flag or file that the user handed in is wrong."""
+    """A row, flag or file that a user handed in is wrong."""
 
 
 class ManifestMismatchError(DraftcacheError):
-    """Two things that must agree (a store and a job, a checkpoint and a vocabulary map) do not."""
+    """Two things that must agree, such as a store and a job or a checkpoint and a vocabulary map, do not."""
 
 
 class StoreError(DraftcacheError):
-    """A store on disk is not what its manifest and commit records say."""
+    """A store is not what its manifest and commit records say."""
 
 
 class StoreNotFoundError(StoreError, FileNotFoundError):
-    """There is no store at this path."""
+    """There is no store, or no file of a store, at this path."""
 
 
 class StoreVersionError(StoreError):
-    """The store was written by a newer version of the layout."""
+    """The store is of another version of the layout than this draftcache reads."""
 
 
 class ShardDamagedError(StoreError):
-    """A shard's files differ from its commit record."""
+    """A file of a store differs from its commit record, in size, hash or checksum, or is missing."""
 
 
 class StorageError(StoreError):
-    """The disk or object store refused or broke off: full, read-only, not permitted, or not answering."""
+    """The disk or object store refused or broke off: it is full, read-only, not permitted, or does not answer."""
 
 
 class StreamingError(StoreError):
-    """Something that reading tar shards in a stream cannot do, such as more ranks than shards."""
+    """A stream of tar shards cannot do what was asked of it, such as to serve more ranks than there are shards."""
 
 
 class GateError(DraftcacheError):
@@ -77,7 +80,7 @@ class GateError(DraftcacheError):
 
 
 class PrecisionError(DraftcacheError):
-    """The verifier's fp32 SSM contract is not met on this machine."""
+    """The contract that a verifier's SSM state is kept in fp32 is not met on this machine."""
 
 
 class RankError(DraftcacheError):

@@ -1,4 +1,8 @@
-"""Durable small files: write beside, fsync, rename, fsync the parent; hash with xxh3-128."""
+"""Durable small files, and hashes of bytes.
+
+A file is written under a temporary name beside its final name, made durable by fsync, and renamed; then the parent
+directory is made durable. Every hash is xxh3-128, as 32 hexadecimal digits.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +21,21 @@ from draftcache.store.common.errors import InputError
 _HASH_BLOCK = 1 << 22
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
-"""What may be hashed or written; an array gives its `data`."""
+"""A value that can be hashed or written. A numpy array is passed as its `data`."""
 
 
 def canonical_json(value: Any) -> str:
-    """JSON text that is equal for equal values: sorted keys, no spaces."""
+    """Return JSON text that is equal for equal values: keys are sorted and there are no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def hash_json(value: Any) -> str:
-    """xxh3-128 (32 hex digits) of the canonical JSON text of `value`."""
+    """Return the hash of the canonical JSON text of `value`."""
     return xxhash.xxh3_128_hexdigest(canonical_json(value).encode())
 
 
 def hash_blocks(blocks: Iterable[Buffer]) -> str:
-    """xxh3-128 (32 hex digits) of the concatenated blocks."""
+    """Return the hash of the concatenated blocks."""
     digest = xxhash.xxh3_128()
     for block in blocks:
         digest.update(block)
@@ -39,12 +43,12 @@ def hash_blocks(blocks: Iterable[Buffer]) -> str:
 
 
 def hash_bytes(*parts: Buffer) -> str:
-    """xxh3-128 (32 hex digits) of the concatenated parts."""
+    """Return the hash of the concatenated parts."""
     return hash_blocks(parts)
 
 
 def hash_file(path: Path) -> str:
-    """xxh3-128 (32 hex digits) of a file's bytes."""
+    """Return the hash of a file's bytes."""
     with path.open("rb") as file:
         return hash_blocks(iter(lambda: file.read(_HASH_BLOCK), b""))
 
@@ -72,7 +76,7 @@ def fsync_tree(path: Path) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it durably takes `path`'s name, else it is removed.
+    """Yield a temporary path beside `path`. On success it durably takes `path`'s name, otherwise it is removed.
 
     A reader sees the old file or the whole new one, whenever the writer is killed.
     """
@@ -93,9 +97,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary directory beside `path`; on success it durably takes `path`'s name, else it is removed.
+    """Yield an empty temporary directory beside `path`, which must not exist.
 
-    `path` must not exist. A reader sees no directory or the whole one, whenever the writer is killed.
+    On success it durably takes `path`'s name, otherwise it is removed. A reader sees no directory or the whole one,
+    whenever the writer is killed.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -116,7 +121,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises InputError naming the path where it is missing or not JSON."""
+    """Read a JSON file. Raises InputError, which names the path, where it is missing or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as exc:

@@ -1,7 +1,7 @@
 """Matrix products of bfloat16 operands whose sums are kept in float32.
 
 Products of two bfloat16 numbers are exact in float32, so tensor cores may form them. Rounding their sums to bfloat16
-would not be harmless: logits between 16 and 32 have steps of 0.125 there, which is 6 % in a probability.
+would not be harmless: in bfloat16, logits between 16 and 32 have steps of 0.125, which is 6 % in a probability.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def float32_product(rows: Tensor, matrix: Tensor) -> Tensor:
-    """`rows matrix^T` [T, V] of rows [T, H] and a matrix [V, H], in float32 at least.
+    """Return `rows matrix^T` [T, V] of rows [T, H] and a matrix [V, H], in float32 at least.
 
     On a GPU two bfloat16 operands go through tensor cores. Everywhere else both operands are widened first.
     """
@@ -22,7 +22,7 @@ def float32_product(rows: Tensor, matrix: Tensor) -> Tensor:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total += left^T right` in place, for total [A, B], left [T, A] and right [T, B], in the total's dtype."""
+    """Add `left^T right` to `total` in place, in its dtype: total [A, B], left [T, A], right [T, B]."""
     if left.is_cuda and left.dtype != total.dtype:
         torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
     else:

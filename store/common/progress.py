@@ -1,4 +1,4 @@
-"""How far long work has come: one moving line on a terminal, a line now and then where stderr is a file."""
+"""Progress of long work: one moving line on a terminal, and a line now and then where stderr is a file."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 from tqdm import tqdm
 
 LOG_SECONDS = 30.0
-"""Between two lines of a log. What moves ten times a second would add 100 MB to it in a day, all on one line."""
+"""Seconds between two lines of a log. A bar that moves ten times a second would add 100 MB a day, all on one line."""
 
 
 def progress_bar(**settings: Any) -> Any:
-    """A tqdm with these settings, on stderr."""
+    """Return a tqdm with these settings, which writes to stderr."""
     if sys.stderr.isatty():
         return tqdm(**settings)
     return _LogLines(**settings, mininterval=LOG_SECONDS, miniters=1, leave=False)
 
 
-class _LogLines(tqdm):  # type: ignore[misc]  # which has no types
-    """Writes whole lines, the last one when the work ends."""
+class _LogLines(tqdm):  # type: ignore[misc]  # tqdm has no types
+    """A tqdm that writes whole lines, the last one when the work ends."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """An empty `msg` would clear a line."""
+        """Print a line. Nothing is printed for an empty `msg`, with which tqdm clears a line."""
         if msg == "":
             return False
         print(str(self) if msg is None else msg, file=self.fp, flush=True)
@@ -33,7 +33,7 @@ class _LogLines(tqdm):  # type: ignore[misc]  # which has no types
     @classmethod
     @contextmanager
     def external_write_mode(cls, file: Any = None, nolock: bool = False) -> Iterator[None]:
-        """Nothing has to make way for what else is written."""
+        """Do nothing: no moving line has to be cleared before other text is written."""
         yield
 
     def close(self) -> None:

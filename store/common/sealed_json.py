@@ -1,4 +1,7 @@
-"""JSON files that notice a change of any single byte: the text is canonical, and holds the hash of its values."""
+"""JSON files in which a change of any single byte is noticed.
+
+The text of a file is a function of its values, and holds their hash.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ _SEAL = "xxh3_128"
 
 
 def seal(value: dict[str, Any]) -> bytes:
-    """The file's bytes: `value` and the xxh3-128 of its canonical JSON."""
+    """Return a file's bytes, which hold `value` and the xxh3-128 of its canonical JSON."""
     return _text({**value, _SEAL: hash_json(value)})
 
 
 def unseal(data: bytes, where: str) -> dict[str, Any]:
-    """The value that was sealed. Raises StoreError naming `where`, for any byte that is not as it was written."""
+    """Return the value that was sealed. Raises StoreError, which names `where`, for any byte that has changed."""
     try:
         value = json.loads(data)
     except ValueError as exc:
@@ -25,7 +28,7 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict) or _SEAL not in value:
         raise StoreError(f"{where}: expected a JSON object with its hash in {_SEAL!r}, found none")
     content = {name: item for name, item in value.items() if name != _SEAL}
-    # The bytes are compared too: white space that changed leaves the values alone, yet the file is not what it was.
+    # The bytes are compared too: a change of white space leaves the values alone, yet the file has changed.
     if value[_SEAL] != hash_json(content) or _text(value) != data:
         raise StoreError(
             f"{where}: expected values that hash to {value[_SEAL]!r}, found {hash_json(content)}; "

@@ -1,7 +1,7 @@
-"""How long work is told to stop: a request that is noted now and looked at where it can be honoured.
+"""How long-running work is told to stop: a request is noted when it comes and checked where it can be honoured.
 
 A request may come by a signal, from another process or from another thread. `StopRequest` knows whether it has come,
-how much time is left, and whether something is under way that should be brought to its end first.
+how much time is left, and whether a unit of work is under way that should be finished first.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from types import FrameType
 
 
 class Stopped(KeyboardInterrupt):
-    """The work was told to stop, and has stopped. It may be raised at any instant by a signal's handler."""
+    """The work was told to stop, and has stopped. A signal's handler may raise this error at any instant."""
 
     def __init__(self, signal_number: int = signal.SIGTERM) -> None:
         super().__init__(signal_number)
         self.exit_code = 128 + signal_number
-        """143 for SIGTERM, 130 for SIGINT, as shells and schedulers expect."""
+        """Exit status of the process: 143 for SIGTERM, 130 for SIGINT, as shells and schedulers expect."""
 
 
 class StopRequest:
-    """Whether, and until when, work may go on. Safe to use from several threads."""
+    """Whether, and until when, work may go on. It is safe to use from several threads."""
 
     def __init__(self, grace_seconds: float = 0.0) -> None:
-        """`grace_seconds`: how long the unit of work that is under way may still take, once a stop is asked for."""
+        """`grace_seconds` is how long a unit of work that is under way may still take once a stop is asked for."""
         self.grace_seconds = grace_seconds
         self.signal_number: int = signal.SIGTERM
         self.in_unit = False
-        """Whether a unit of work is under way: only then is there anything to finish."""
+        """Whether a unit of work is under way. Only then is there anything to finish."""
         self._asked = threading.Event()
         self._deadline = 0.0
         self._in_commit = False
@@ -39,32 +39,35 @@ class StopRequest:
 
     @property
     def asked(self) -> bool:
-        """Whether `ask` was called."""
+        """Whether a stop was asked for."""
         return self._asked.is_set()
 
     def ask(self, grace_seconds: float | None = None) -> None:
-        """Begin no other unit; the current one may take `grace_seconds` more (default: those of the constructor)."""
+        """Ask for a stop: no other unit begins, and the current one may take `grace_seconds` more.
+
+        The default is the constructor's `grace_seconds`.
+        """
         seconds = self.grace_seconds if grace_seconds is None else grace_seconds
         self._deadline = time.monotonic() + seconds
         self._asked.set()
 
     def seconds_left(self) -> float:
-        """Seconds until the grace is over, once a stop was asked for."""
+        """Return the seconds until the grace is over, once a stop was asked for."""
         return self._deadline - time.monotonic()
 
     def check(self) -> None:
-        """Raise Stopped where a stop was asked for and there is no unit to finish, or no time left to finish it in."""
+        """Raise Stopped where a stop was asked for and there is no unit to finish, or no time left to finish it."""
         if self.asked and (not self.in_unit or self.seconds_left() <= 0):
             raise Stopped(self.signal_number)
 
     def wait(self, seconds: float) -> None:
-        """Sleep for `seconds`, or until a stop is asked for: then raise Stopped."""
+        """Sleep for `seconds`, or until a stop is asked for, and then `check`."""
         self._asked.wait(seconds)
         self.check()
 
     @contextmanager
     def unit(self) -> Iterator[None]:
-        """Around one unit of work, its commit included. Raises Stopped where a stop was asked for before."""
+        """Surround one unit of work, its commit included. Raises Stopped where a stop was asked for before."""
         self.check()
         self.in_unit = True
         try:
@@ -74,7 +77,7 @@ class StopRequest:
 
     @contextmanager
     def commit(self) -> Iterator[None]:
-        """Around a commit, which takes seconds and which `hold_back` lets come to its end."""
+        """Surround a commit, which takes seconds. Raises Stopped after it where `hold_back` was called during it."""
         self._in_commit = True
         try:
             yield
@@ -84,7 +87,10 @@ class StopRequest:
             raise Stopped(self.signal_number)
 
     def hold_back(self) -> bool:
-        """Whether to stop after the commit that is under way rather than now. True once only, as a commit may hang."""
+        """Return whether to stop after the commit that is under way rather than now.
+
+        The result is True once only, as a commit may hang.
+        """
         first = self._in_commit and not self._held_back
         self._held_back = self._held_back or first
         return first
@@ -92,7 +98,7 @@ class StopRequest:
 
 @contextmanager
 def asked_by_sigterm(stop: StopRequest) -> Iterator[StopRequest]:
-    """Let SIGTERM ask `stop`, in the main thread. A second SIGTERM ends the process at once, as without a handler."""
+    """Have SIGTERM ask `stop`, in the main thread. A second SIGTERM ends the process at once, as without a handler."""
     previous = signal.getsignal(signal.SIGTERM)
 
     def ask(_number: int, _frame: FrameType | None) -> None:

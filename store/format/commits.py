@@ -1,9 +1,9 @@
 """Commit records: a file of a store counts only once `commit/<name>.json` says its size and xxh3-128.
 
-A shard is written under a temporary name, made durable and renamed (or uploaded under a name of its own, where
-there is no rename); then its record is written, once, by a call that fails where a record is already there. A
-reader that starts from the records therefore never sees half a shard, whenever a writer was killed, and of two
-writers of one shard one wins whole.
+A shard is written under a temporary name, made durable and renamed. An object store has no rename: there each attempt
+uploads under a name that no other attempt uses. Then the shard's record is written, once, by a call that fails where a
+record is already there. A reader that starts from the records therefore never sees half a shard, whenever a writer was
+killed, and of two writers of one shard one wins whole.
 """
 
 from __future__ import annotations
@@ -19,26 +19,30 @@ COMMIT_DIRECTORY = "commit"
 SHARDS_DIRECTORY = "shards"
 
 Record = dict[str, Any]
-"""`files`: {name in the store: {"bytes", "xxh3_128"}}; shards add `directory`, `lengths` and what capture recorded."""
+"""A commit record. `files` is {name in the store: {"bytes", "xxh3_128"}}. The record of a shard also has `directory`,
+`lengths` (by axis) and the values that capture recorded."""
 
 
 def shard_name(shard: int) -> str:
-    """Five digits, as in the commit record's and the shard directory's names."""
+    """Return a shard's number as five digits, as its commit record's and its directory's names have it."""
     return f"{shard:05d}"
 
 
 def record_name(name: str) -> str:
-    """File name, in the store, of the commit record `name`: a shard's name or a top-level file's stem."""
+    """Return the file name, in the store, of the commit record `name`: a shard's name or a top-level file's stem."""
     return f"{COMMIT_DIRECTORY}/{name}.json"
 
 
 def write_record(storage: Storage, name: str, record: Record) -> bool:
-    """Publish files that are already durable. False where another writer's record was there first."""
+    """Publish files that are already durable. Returns False where another writer's record was there first."""
     return storage.create(record_name(name), seal(record))
 
 
 def read_record(storage: Storage, name: str) -> Record | None:
-    """The commit record, or None where nothing of this name was committed. Raises StoreError."""
+    """Return the commit record, or None where nothing of this name was committed.
+
+    Raises StoreError where the record is damaged or is none.
+    """
     path = record_name(name)
     if storage.size(path) is None:
         return None
@@ -49,7 +53,7 @@ def read_record(storage: Storage, name: str) -> Record | None:
 
 
 def require_record(storage: Storage, name: str) -> Record:
-    """The commit record of something that was listed as committed. Raises ShardDamagedError where it is gone."""
+    """Return the commit record of a name that was listed as committed. Raises ShardDamagedError where it is gone."""
     record = read_record(storage, name)
     if record is None:
         raise ShardDamagedError(
@@ -60,13 +64,13 @@ def require_record(storage: Storage, name: str) -> Record:
 
 
 def committed_shards(storage: Storage) -> list[int]:
-    """Numbers of the shards that have a commit record, ascending."""
+    """Return the numbers of the shards that have a commit record, ascending."""
     stems = [name.rpartition("/")[2].removesuffix(".json") for name in storage.list(COMMIT_DIRECTORY)]
     return sorted(int(stem) for stem in stems if stem.isdigit())
 
 
 def require_size(storage: Storage, record: Record, name: str) -> int:
-    """Size of a committed file. Raises ShardDamagedError where it is missing or another than the record's."""
+    """Return the bytes of a committed file. Raises ShardDamagedError where it is missing or of another size."""
     expected = record["files"].get(name, {}).get("bytes")
     found = storage.size(name)
     if found is None:
@@ -82,7 +86,7 @@ def require_size(storage: Storage, record: Record, name: str) -> int:
 
 
 def read_committed(storage: Storage, record: Record, name: str) -> bytes:
-    """A small committed file, its xxh3-128 checked. Raises ShardDamagedError."""
+    """Read a small committed file. Raises ShardDamagedError where its size or its xxh3-128 is not the record's."""
     require_size(storage, record, name)
     data = storage.read(name)
     expected, found = record["files"][name]["xxh3_128"], hash_bytes(data)

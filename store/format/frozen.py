@@ -1,4 +1,17 @@
-"""Reading one tensor of frozen.safetensors without torch, and without reading the others."""
+"""frozen.safetensors: the verifier's weights that a trainer needs, so that it never loads the verifier.
+
+Legend: V rows of the verifier's head, H its hidden size, D ids of a draft vocabulary.
+
+| tensor       | shape  | meaning                                                               |
+|--------------|--------|-----------------------------------------------------------------------|
+| embed_tokens | [V, H] | the verifier's token embeddings                                       |
+| norm         | [H]    | weight of the verifier's final norm                                   |
+| lm_head      | [D, H] | rows of the verifier's head for the ids of the main draft vocabulary  |
+| lm_head_<D>  | [D, H] | the same for the further draft vocabulary of size D                   |
+
+All tensors are in the verifier's compute dtype. `DraftVocab.head` names the rows of the head. Here one tensor is read
+as numpy, without torch and without reading the other tensors.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +24,21 @@ from safetensors import safe_open
 
 from draftcache.store.common.errors import StoreError
 
+FROZEN_NAME = "frozen.safetensors"
+"""Name of the file in the store."""
+EMBED_TOKENS = "embed_tokens"
+"""Name of the tensor [V, H] of token embeddings."""
+NORM = "norm"
+"""Name of the tensor [H] of the final norm's weight."""
+
 _STORED = ("BF16", "F16", "F32")
 
 
 def frozen_tensor(path: Path, name: str) -> NDArray[np.float32]:
-    """A floating-point tensor as float32, exactly. Raises StoreError where the file holds none of this name."""
+    """Read one floating-point tensor of the file `path` as float32, exactly.
+
+    Raises StoreError where the file holds no floating-point tensor of this name.
+    """
     with safe_open(path, framework="np") as tensors:
         names = list(tensors.keys())
         if name not in names or tensors.get_slice(name).get_dtype() not in _STORED:

@@ -1,4 +1,4 @@
-"""index.npy: one row per conversation, in every shard and, once all are committed, for the whole store."""
+"""index.npy: one row per conversation, in every shard and, once all shards are committed, for the whole store."""
 
 from __future__ import annotations
 
@@ -22,15 +22,26 @@ from draftcache.store.format.commits import (
 )
 from draftcache.store.format.manifest import StoreManifest
 from draftcache.store.format.schema import INDEX_DTYPE
-from draftcache.store.layouts.shard_files import npy_bytes
 from draftcache.store.storage.base import Storage
 
 INDEX_NAME = "index.npy"
+"""Name of the file, in a shard's directory and in the store's root."""
 INDEX_RECORD = "index"
+"""Name of the commit record of the whole store's index."""
+
+
+def npy_bytes(array: NDArray[Any]) -> bytes:
+    """Return the bytes of a .npy file that holds the array."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def load_index(data: bytes, where: str) -> NDArray[Any]:
-    """Index rows of an index.npy. Raises ShardDamagedError."""
+    """Return the index rows, of `INDEX_DTYPE`, that the bytes of an index.npy hold.
+
+    Raises ShardDamagedError, which names `where`, for bytes that are no such file.
+    """
     try:
         index = np.load(io.BytesIO(data), allow_pickle=False)
     except (OSError, ValueError, EOFError) as exc:
@@ -41,19 +52,19 @@ def load_index(data: bytes, where: str) -> NDArray[Any]:
 
 
 def read_shard_index(storage: Storage, record: Record) -> NDArray[Any]:
-    """Index rows of one committed shard. Raises ShardDamagedError."""
+    """Return the index rows of one committed shard. Raises ShardDamagedError where they are not as committed."""
     name = f"{record['directory']}/{INDEX_NAME}"
     return load_index(read_committed(storage, record, name), storage.describe(name))
 
 
 def join_indexes(storage: Storage, records: list[Record]) -> NDArray[Any]:
-    """Index rows of several shards."""
+    """Return the index rows of several shards, one shard after the other. Raises ShardDamagedError."""
     parts = [read_shard_index(storage, record) for record in records]
     return np.concatenate(parts) if parts else np.empty(0, INDEX_DTYPE)
 
 
 def write_store_index(storage: Storage, manifest: StoreManifest) -> bool:
-    """Write the store's index.npy, unless it is there. False where shards are still missing."""
+    """Write the whole store's index.npy, unless it is there. Returns False where shards are still missing."""
     if set(range(manifest.shards)) - set(committed_shards(storage)):
         return False
     if read_record(storage, INDEX_RECORD) is None:
@@ -67,7 +78,10 @@ def write_store_index(storage: Storage, manifest: StoreManifest) -> bool:
 
 
 def _remove_orphans(storage: Storage, kept: set[str]) -> None:
-    """Uploads that lost to another writer's, or whose writer died; a directory has none, it renames."""
+    """Remove uploads that lost to another writer's, or whose writer died.
+
+    A store on a local disk has none, because there a shard is renamed into its directory.
+    """
     if storage.local_root is not None:
         return
     found = {"/".join(name.split("/")[:2]) for name in storage.list(SHARDS_DIRECTORY)}

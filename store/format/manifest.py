@@ -1,4 +1,4 @@
-"""manifest.json: what a store holds and how it was made. `settings` must agree for two jobs to share a store."""
+"""manifest.json: what a store holds and how it was made. Two jobs can share a store if their settings agree."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any
 from draftcache.store.common.errors import ManifestMismatchError, StoreError, StoreNotFoundError, StoreVersionError
 from draftcache.store.common.files import hash_json
 from draftcache.store.common.sealed_json import seal, unseal
+from draftcache.store.format.array_spec import ArraySpec
+from draftcache.store.format.channel_scales import ChannelScales
+from draftcache.store.format.frozen import FROZEN_NAME
 from draftcache.store.format.norm_band import NormBand, bands_from_json
-from draftcache.store.format.schema import ArraySpec, array_specs
-from draftcache.store.format.tap_codecs import ChannelScales, TapCodec, tap_codec
+from draftcache.store.format.schema import array_specs
+from draftcache.store.format.tap_codecs import TapCodec, tap_codec
 from draftcache.store.format.teacher import DraftVocab, TeacherForm
 from draftcache.store.storage.base import Storage
 
@@ -21,30 +24,31 @@ VERSION = 5
 MANIFEST_NAME = "manifest.json"
 LAYOUTS = ("zarr", "webdataset")
 CALIBRATED = ("channel_scales", "norm_bands")
-"""Fields that the first job on a store measures, and every later one takes over."""
+"""Fields of the manifest that the first job on a store measures and every later job takes over."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tap:
-    """Which verifier state is stored, in every convention that names it differently."""
+    """One captured block output of the verifier, in every convention that numbers it differently."""
 
     layer: int
-    """The output of block `layer`, counted from 0: the residual stream after that block."""
+    """Number of the block, counted from 0. The tap is the residual stream after that block."""
 
     point: str = "output"
+    """Where in the block the state is taken; always its output."""
 
     @property
     def hf_hidden_states_index(self) -> int:
-        """Index into Hugging Face's `output_hidden_states`, where 0 is the embeddings."""
+        """Index into Hugging Face's `output_hidden_states`, where index 0 is the embeddings."""
         return self.layer + 1
 
     @property
     def vllm_aux_id(self) -> int:
-        """vLLM's id k is the state before its layer k: the output of block k - 1."""
+        """Id among vLLM's auxiliary hidden states. Its id k is the state before layer k: the output of block k - 1."""
         return self.layer + 1
 
     def to_json(self) -> dict[str, Any]:
-        """All conventions, written out so that no reader has to guess."""
+        """Return the numbers of all conventions, written out so that no reader has to guess."""
         return {
             "layer": self.layer,
             "point": self.point,
@@ -55,41 +59,48 @@ class Tap:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreManifest:
-    """Everything a reader or a second job must know before it touches a shard."""
+    """Everything that a reader or a second job must know before it touches a shard."""
 
     verifier: dict[str, Any]
     """name, architecture, model_type, config_hash, weights_hash, layers, hidden_size, vocab_size, rms_norm_eps."""
     tokenizer_hash: str
     chat_template_hash: str
     dataset_hash: str
+    """Hash of the prepared dataset."""
     splits: tuple[str, ...]
+    """Names of the splits; an index row refers to them by number."""
     taps: tuple[Tap, ...]
+    """The captured block outputs, by ascending block number."""
     mode: str
-    """How taps are stored: one of `codecs.MODES`."""
+    """How taps are stored: one of `tap_codecs.MODES`."""
     compute_dtype: str
+    """The dtype that the verifier computed in, as torch names it: "bfloat16" or "float32"."""
     window: int | None
-    """Rows that no start row within this window reads were dropped; None kept every earlier row."""
+    """W: rows that no start row within this window reads were dropped. None kept every earlier row."""
     top_k: int
-    """Teacher entries per position; 0 where final-norm states are kept instead."""
+    """K, teacher entries per position; 0 where final-norm states are kept instead."""
     draft_vocab_size: int
-    """Of the main draft vocabulary."""
+    """Size of the main draft vocabulary."""
     draft_vocab_hash: str
+    """`VocabMap.hash` of the main draft vocabulary's map."""
     shard_tokens: int
+    """Conversations fill a shard, in order, until it holds at least this many tokens."""
     shards: int
+    """Number of shards of the finished store."""
     ssm: dict[str, Any] | None
-    """fp32 state contract of a Mamba verifier: dt limit, carry dtype, canary, scan; None for others."""
+    """The fp32 state contract of a Mamba verifier: dt limit, carry dtype, canary, scan. None for other verifiers."""
     teacher: str = "draft"
-    """What is kept of the verifier's distribution: one of `teacher_form.TEACHERS`."""
+    """What is kept of the verifier's distribution: one of `teacher.TEACHERS`."""
     more_draft_vocabs: dict[str, str] = field(default_factory=dict)
-    """Further declared draft vocabularies: the hash of each one's map, by its size in decimal."""
+    """The hash of each further declared draft vocabulary's map, by the vocabulary's size in decimal."""
     layout: str = "zarr"
-    """Form of the shards: "zarr" groups or "webdataset" tar files."""
+    """Form of the shards, one of `LAYOUTS`: "zarr" groups or "webdataset" tar files."""
     channel_scales: dict[str, Any] | None = None
-    """int8 mode: the calibrated scale of every channel of every tap, as `codecs.ChannelScales` writes it."""
+    """For int8 mode, the calibrated scale of every channel of every tap, as `ChannelScales.to_json` gives it."""
     norm_bands: dict[str, Any] | None = None
-    """What the norms of every tap were over the calibration's conversations, as `norm_band.bands_to_json` writes it."""
+    """The norms of every tap over the calibration's conversations, as `norm_band.bands_to_json` gives them."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """Versions, device and time of the first run; not compared between jobs."""
+    """Versions, device and time of the first run. They are not compared between jobs."""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -103,13 +114,13 @@ class StoreManifest:
 
     @cached_property
     def codec(self) -> TapCodec:
-        """Between states and the arrays that hold them."""
+        """The codec between the taps' states and the arrays that hold them."""
         scales = None if self.channel_scales is None else ChannelScales.from_json(self.channel_scales)
         return tap_codec(self.mode, layers=self.layers, hidden_size=self.hidden_size, channel_scales=scales)
 
     @cached_property
     def bands(self) -> dict[int, NormBand]:
-        """By block number, what the gates judge by; {} where nothing was calibrated."""
+        """The bands that the gates judge by, by block number; {} where nothing was calibrated."""
         return {} if self.norm_bands is None else bands_from_json(self.norm_bands)
 
     @cached_property
@@ -126,11 +137,11 @@ class StoreManifest:
         )
 
     def array_specs(self) -> dict[str, ArraySpec]:
-        """Every array of a shard of this store, as it is stored."""
+        """Return the description of every array of a shard of this store, by name."""
         return array_specs(codec=self.codec, teacher=self.teacher_form)
 
     def settings(self) -> dict[str, Any]:
-        """The fields that two jobs over one store must agree on, as JSON values."""
+        """Return the fields that two jobs over one store must agree on, as JSON values."""
         values = asdict(self)
         del values["provenance"]
         values["taps"] = [tap.to_json() for tap in self.taps]
@@ -143,13 +154,14 @@ class StoreManifest:
         return hash_json(self.settings())
 
     def with_calibration_of(self, other: StoreManifest) -> StoreManifest:
-        """These settings with what another manifest's job measured."""
+        """Return these settings with the calibrated fields of another manifest."""
         return replace(self, channel_scales=other.channel_scales, norm_bands=other.norm_bands)
 
     def require_same(self, other: StoreManifest, where: str, *, calibrated: bool = True) -> None:
-        """Raise ManifestMismatchError naming the differing fields, unless the settings agree.
+        """Raise ManifestMismatchError, which names the fields that differ, unless the settings agree.
 
-        Without `calibrated`, what was measured may differ: the other job is about to take it over.
+        `where` is the store, for the message. Without `calibrated`, the fields of `CALIBRATED` may differ, because the
+        other job is about to take them over.
         """
         mine, theirs = self.settings(), other.settings()
         names = [name for name in mine if calibrated or name not in CALIBRATED]
@@ -162,21 +174,21 @@ class StoreManifest:
             )
 
     def create(self, storage: Storage) -> bool:
-        """Write manifest.json where there is none; False where another job's is there already."""
+        """Write manifest.json where there is none. Returns False where another job's is there already."""
         body = {"format": FORMAT, "version": VERSION, "hash": self.hash, **self.settings()}
         return storage.create(MANIFEST_NAME, seal(body | {"provenance": self.provenance}))
 
     @classmethod
     def exists(cls, storage: Storage) -> bool:
-        """Whether a store was begun here."""
+        """Return whether a store was begun here."""
         return storage.size(MANIFEST_NAME) is not None
 
     @classmethod
     def load(cls, storage: Storage) -> StoreManifest:
         """Read and check manifest.json.
 
-        Raises StoreNotFoundError, StoreVersionError for another layout, StoreError for anything else that is
-        not a draftcache store, or whose bytes are not what was written.
+        Raises StoreNotFoundError where there is none, StoreVersionError for another version of the layout, and
+        StoreError where the file is no draftcache manifest or its bytes are not the ones that were written.
         """
         where = storage.describe(MANIFEST_NAME)
         if not cls.exists(storage):
@@ -198,7 +210,7 @@ class StoreManifest:
 
 
 def _require_version(data: bytes, where: str) -> None:
-    """Said before the seal is looked at: another version may be sealed in another way."""
+    """Check the version before the seal is looked at, as another version may be sealed in another way."""
     try:
         body = json.loads(data)
     except ValueError as exc:
@@ -212,3 +224,11 @@ def _require_version(data: bytes, where: str) -> None:
             f"{where}: expected layout version {VERSION}, found {found!r}; "
             + ("upgrade draftcache to read it" if newer else "capture it again, or read it with the older draftcache")
         )
+
+
+def top_level_names(manifest: StoreManifest) -> tuple[str, ...]:
+    """Return the names of the files that a store has beside its shards, the frozen weights' first.
+
+    Each file has a commit record of its own, whose name is the file's stem.
+    """
+    return (FROZEN_NAME, *(vocab.map_name for vocab in manifest.teacher_form.vocabularies))

@@ -1,8 +1,8 @@
 """What a shard holds: arrays over three axes, and one index row per conversation.
 
 Legend: T tokens, R rows in reach, P teacher positions (all summed over the shard's conversations, packed flat),
-H hidden size of the verifier, K teacher entries per position. What is kept of the teacher depends on the store's
-`TeacherForm`: ids and gaps for teacher "draft" and "full", the state for "hidden"; the scalars always.
+H hidden size of the verifier, K teacher entries per position. The store's `TeacherForm` says what is kept of the
+teacher: ids and gaps for teacher "draft" and "full", the state for "hidden", and the scalars for all three.
 
 | array              | shape   | dtype             | meaning                                                     |
 |--------------------|---------|-------------------|-------------------------------------------------------------|
@@ -10,7 +10,7 @@ H hidden size of the verifier, K teacher entries per position. What is kept of t
 | loss_mask          | [T]     | uint8             | 1 where the assistant wrote the token                       |
 | positions          | [R]     | int32             | row t of each kept state, absolute in its conversation      |
 | tap_<layer>        | [R, H]  | uint16 or float32 | output of block <layer>; uint16 is the bit pattern of bf16  |
-|                    |         |                   | (stored as it is, or as the parts that `codecs` makes of it)|
+|                    |         |                   | (stored as it is, or as the parts that `tap_codecs` makes)  |
 | teacher_positions  | [P]     | int32             | p: the verifier has consumed x_p and predicts x_{p+1}       |
 | teacher_ids        | [P, K]  | uint16 or uint32  | ids of the K largest logits, largest first: of the draft    |
 |                    |         |                   | vocabulary, or with teacher "full" of the verifier's        |
@@ -27,34 +27,21 @@ H hidden size of the verifier, K teacher entries per position. What is kept of t
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from draftcache.store.format.tap_codecs import TapCodec
-    from draftcache.store.format.teacher import TeacherForm
-
-CHUNK_ROWS = 256
-"""Rows of one inner chunk of a tap: the unit that is read and checksummed. Narrower arrays have longer ones."""
-
-_CHUNK_BYTES = 1 << 16
-_MOST_CHUNK_ROWS = 4096
-
-TOKENS_AXIS, ROWS_AXIS, TEACHER_AXIS = "tokens", "rows", "teacher"
-FIRST_FIELD = {TOKENS_AXIS: "first_token", ROWS_AXIS: "first_row", TEACHER_AXIS: "first_teacher"}
-COUNT_FIELD = {TOKENS_AXIS: "tokens", ROWS_AXIS: "rows", TEACHER_AXIS: "teacher_rows"}
-LENGTH_ARRAY = {TOKENS_AXIS: "token_ids", ROWS_AXIS: "positions", TEACHER_AXIS: "teacher_positions"}
-"""Per axis: the index fields of a conversation's slice, and the array whose length is the slice's."""
+from draftcache.store.format.array_spec import ROWS_AXIS, TOKENS_AXIS, ArraySpec
+from draftcache.store.format.tap_codecs import TapCodec
+from draftcache.store.format.teacher import TeacherForm
 
 INDEX_DTYPE = np.dtype(
     [
         ("content_hash", "V16"),  # xxh3-128 of token ids and loss mask
         ("shard", "<i4"),
-        ("split", "<i4"),  # position in the manifest's `splits`
+        ("split", "<i4"),  # index into the manifest's `splits`
         ("dataset_index", "<i8"),  # conversation number within the split of the prepared dataset
         ("first_token", "<i8"),
         ("tokens", "<i8"),
@@ -65,47 +52,14 @@ INDEX_DTYPE = np.dtype(
         ("teacher_rows", "<i8"),
     ]
 )
-"""Offsets are within the shard; `first_* + count` ends each conversation's slice on that axis."""
+"""Fields of an index row. Offsets are within the shard; `first_*` + count is the end of a conversation's slice."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class ArraySpec:
-    """Shape beyond the packed axis, dtype, and whether the values are worth compressing."""
-
-    axis: str
-    dtype: str
-    inner: tuple[int, ...] = ()
-    compress: bool = True
-
-    @property
-    def stored_dtype(self) -> np.dtype[Any]:
-        """Little-endian, as in the files."""
-        return np.dtype(self.dtype).newbyteorder("<")
-
-    @property
-    def chunk_rows(self) -> int:
-        """Rows of one inner chunk: a power of two that makes up to 64 KiB, but at least 256 and at most 4,096."""
-        fitting = 1 << max(_CHUNK_BYTES // self.row_bytes, 1).bit_length() - 1
-        return min(max(fitting, CHUNK_ROWS), _MOST_CHUNK_ROWS)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row before compression."""
-        return math.prod(self.inner) * np.dtype(self.dtype).itemsize
-
-
-def tap_name(layer: int) -> str:
-    """Array name of the output of block `layer`."""
-    return f"tap_{layer}"
-
-
-def id_dtype(vocab_size: int) -> str:
-    """Two bytes are enough for a vocabulary of up to 65,536 entries."""
-    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+TOKEN_ARRAYS = ("token_ids", "loss_mask")
+"""Names of the arrays on the token axis."""
 
 
 def array_specs(*, codec: TapCodec, teacher: TeacherForm) -> dict[str, ArraySpec]:
-    """Every array of a shard, by name, taps in the form that `codec` stores."""
+    """Return the description of every array of a shard, by name, with taps in the form that `codec` stores."""
     taps = {name: spec for layer in codec.layers for name, spec in codec.specs(layer).items()}
     return {
         "token_ids": ArraySpec(axis=TOKENS_AXIS, dtype="uint32"),
@@ -116,25 +70,25 @@ def array_specs(*, codec: TapCodec, teacher: TeacherForm) -> dict[str, ArraySpec
     }
 
 
-TOKEN_ARRAYS = ("token_ids", "loss_mask")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """One captured conversation: its index fields, and its slice of every array (see the module docstring)."""
+    """One captured conversation: its index fields, and its slice of every array (see the module's docstring)."""
 
     content_hash: str
+    """xxh3-128 of its token ids and loss mask, as 32 hexadecimal digits."""
     split: int
+    """Index into the manifest's `splits`."""
     dataset_index: int
+    """The conversation's number within its split of the prepared dataset."""
     arrays: dict[str, NDArray[Any]] = field(repr=False)
-    """By name; a tap either as `tap_<layer>` or as the parts that the store's codec makes of it."""
+    """By name. A tap is either `tap_<layer>` or the parts that the store's codec makes of it."""
 
     @property
     def loss_mask(self) -> NDArray[np.bool_]:
-        """[T] bool."""
+        """[T] bool, True where the assistant wrote the token."""
         return self.arrays["loss_mask"].astype(np.bool_)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays."""
+        """Bytes of all arrays together."""
         return sum(values.nbytes for values in self.arrays.values())

@@ -1,4 +1,4 @@
-"""Figures about the stored teacher, for commit records."""
+"""Statistics of the stored teacher, for commit records."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 
 def tail_mass(arrays: dict[str, NDArray[Any]], in_draft: NDArray[np.bool_] | None = None) -> NDArray[Any]:
-    """tau [P] float32: main-draft-vocabulary probability that the stored top-k leaves out.
+    """Return tau [P] float32, the probability within the main draft vocabulary that the stored top-k leaves out.
 
-    `in_draft` [V] for teacher "full", whose ids are the verifier's: entries outside the draft vocabulary are none
-    of its probability. Empty [0] for teacher "hidden": a state leaves nothing out.
+    `in_draft` [V] bool is needed for teacher "full", whose ids are the verifier's: entries outside the draft vocabulary
+    are no part of its probability. The result is empty [0] for teacher "hidden", as a state leaves nothing out.
     """
     if "teacher_gaps" not in arrays:
         return np.empty(0, np.float32)
@@ -24,7 +24,7 @@ def tail_mass(arrays: dict[str, NDArray[Any]], in_draft: NDArray[np.bool_] | Non
 
 
 def describe(values: NDArray[Any]) -> dict[str, float | int]:
-    """Count, mean, median and 99th percentile."""
+    """Return the count, mean, median and 99th percentile of the values; only the count where there are none."""
     if values.size == 0:
         return {"count": 0}
     p50, p99 = np.quantile(values, [0.5, 0.99])

@@ -1,8 +1,9 @@
-"""The codecs of `codecs` on tensors: the same bits, on the device where the states are.
+"""The codecs of `tap_codecs` on torch tensors: they give the same bits, on the device where the states are.
 
-The one module of `store` that needs torch: capture splits and quantises on the GPU before anything crosses the bus,
-and training merges there after. Divisions are by tensors, never by Python numbers: torch turns the latter into a
-product with the reciprocal on CUDA, which rounds otherwise.
+This is the one module of the store's format that needs torch. Capture splits and quantises on the GPU before anything
+crosses the bus, and training merges on the GPU after the stored arrays have crossed it. Divisions are by tensors, never
+by Python numbers: on CUDA, torch turns a division by a number into a product with its reciprocal, which rounds
+differently.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import numpy as np
 import torch
 
 from draftcache.store.common.errors import InputError
-from draftcache.store.format.schema import tap_name
+from draftcache.store.format.array_spec import tap_name
+from draftcache.store.format.channel_scales import Calibration
 from draftcache.store.format.tap_codecs import (
     FP8_MAX,
     INT8_BLOCK,
@@ -22,7 +24,6 @@ from draftcache.store.format.tap_codecs import (
     LOSSY_MODES,
     SCALE_MAX,
     SCALE_MIN,
-    Calibration,
     Int8Codec,
     TapCodec,
 )
@@ -31,9 +32,10 @@ Tensors = dict[str, torch.Tensor]
 
 
 def encode(codec: TapCodec, layer: int, states: torch.Tensor, *, require_finite: bool = True) -> Tensors:
-    """Arrays of states [R, H] of any float dtype, by name, on the states' device. Raises InputError as the codec.
+    """Return the arrays, by name and on the states' device, that hold states [R, H] of any float dtype.
 
-    Without `require_finite` the device is not waited for, and the caller must throw away what comes of NaN or infinity.
+    Raises InputError for non-finite states where the codec quantises. Without `require_finite` the states are not
+    checked, so that the device is not waited for, and the caller must throw away the arrays of non-finite states.
     """
     if codec.mode == "float32":
         return {tap_name(layer): states.float()}
@@ -43,12 +45,12 @@ def encode(codec: TapCodec, layer: int, states: torch.Tensor, *, require_finite:
 
 
 def decode(codec: TapCodec, layer: int, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """States [R, H] of stored arrays, bf16 (float32 in that mode), on the arrays' device."""
+    """Return the states [R, H] that stored arrays hold, bf16 (float32 in that mode), on the arrays' device."""
     return _DECODE[codec.mode](codec, layer, parts)
 
 
 def add_squares(calibration: Calibration, layer: int, states: torch.Tensor) -> None:
-    """Count states [R, H] into a calibration; only the sums leave the device."""
+    """Count states [R, H] of any float dtype into a calibration. Only the sums [H] leave the device."""
     squares = states.double().square().sum(dim=0)
     calibration.add_sums(layer, squares.cpu().numpy(), states.shape[0])
 
@@ -127,7 +129,8 @@ _DECODE: dict[str, Callable[[TapCodec, int, Mapping[str, torch.Tensor]], torch.T
 
 
 def _constant(value: np.float32, like: torch.Tensor) -> torch.Tensor:
-    return torch.full((), float(value), dtype=torch.float32, device=like.device)  # unlike tensor(), no copy to wait for
+    # Unlike torch.tensor(), torch.full() makes no copy from the host that the device would be waited for.
+    return torch.full((), float(value), dtype=torch.float32, device=like.device)
 
 
 def _channel_scales(codec: TapCodec, layer: int, device: torch.device) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """The draft-vocabulary map: which D of the verifier's V token ids the draft can propose.
 
-File: safetensors with `d2t` int64 [D] in offset form (target id = i + d2t[i]) and `t2d` bool [V], target ids
-sorted ascending. A map is known by its hash, which every shard, checkpoint and export carries: a draft head
-trained on one map is wrong, silently and everywhere, under another.
+A map's file is safetensors with `d2t` [D] int64 in offset form (target id = i + d2t[i]) and `t2d` [V] bool. Target ids
+are sorted ascending. A map is known by its hash, which every shard, checkpoint and export carries: a draft head trained
+on one map is wrong, silently and everywhere, under another.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from safetensors.numpy import save_file
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.files import atomic_path, canonical_json, hash_bytes
 
+VOCAB_MAP_NAME = "vocab_map.safetensors"
+"""Name of the main map's file, in a store and in a prepared dataset."""
 _METADATA_KEY = "draftcache_vocab_map"
 
 
@@ -26,9 +28,12 @@ _METADATA_KEY = "draftcache_vocab_map"
 class VocabMap:
     """D target ids out of `vocab_size`. Raises InputError where they are not sorted, unique and in range."""
 
-    target_ids: np.ndarray  # int64 [D], strictly ascending
-    vocab_size: int  # V, the verifier's rows of logits
-    sources: tuple[str, ...] = field(default=(), compare=False)  # for readers; no part of the hash
+    target_ids: np.ndarray
+    """[D] int64, strictly ascending: the verifier's id of each draft id."""
+    vocab_size: int
+    """V, the verifier's rows of logits."""
+    sources: tuple[str, ...] = field(default=(), compare=False)
+    """What the map was made from, for people to read. It is no part of the hash."""
 
     def __post_init__(self) -> None:
         ids = self.target_ids
@@ -45,47 +50,54 @@ class VocabMap:
 
     @cached_property
     def d2t(self) -> np.ndarray:
-        """int64 [D], offset form: target id = i + d2t[i]."""
+        """[D] int64 in offset form: target id = i + d2t[i]."""
         return self.target_ids - np.arange(len(self.target_ids), dtype=np.int64)
 
     @cached_property
     def t2d(self) -> np.ndarray:
-        """Bool [V]: whether a target id is in the draft vocabulary."""
+        """[V] bool: whether a target id is in the draft vocabulary."""
         inside = np.zeros(self.vocab_size, np.bool_)
         inside[self.target_ids] = True
         return inside
 
     @cached_property
     def hash(self) -> str:
-        """xxh3-128 of the target ids as little-endian int64, then V as one more."""
+        """xxh3-128 of the target ids as little-endian int64, followed by V as one more."""
         return hash_bytes(self.target_ids.astype("<i8").tobytes(), np.array([self.vocab_size], "<i8").tobytes())
 
     def padded(self, vocab_size: int) -> VocabMap:
-        """The same ids over a verifier's head of `vocab_size` rows, which may be more than its tokenizer has ids."""
+        """Return the same ids over a head of `vocab_size` rows.
+
+        A verifier's head may have more rows than its tokenizer has ids.
+        """
         return replace(self, vocab_size=vocab_size)
 
     def target_to_draft(self) -> np.ndarray:
-        """int32 [V]: the draft id of each target id, -1 outside the draft vocabulary."""
+        """Return the draft id of each target id, [V] int32, with -1 outside the draft vocabulary."""
         lookup = np.full(self.vocab_size, -1, np.int32)
         lookup[self.target_ids] = np.arange(len(self.target_ids), dtype=np.int32)
         return lookup
 
     def save(self, path: Path) -> None:
-        """Write the map, atomically; equal maps and sources give equal bytes."""
+        """Write the map to a file, atomically. Equal maps with equal sources give equal bytes."""
         details = {
             "hash": self.hash,
             "draft_vocab_size": len(self),
             "vocab_size": self.vocab_size,
             "sources": list(self.sources),
         }
-        # One metadata key only: safetensors writes several in an order that differs from run to run.
+        # There is one metadata key only: safetensors writes several keys in an order that differs from run to run.
         metadata = {_METADATA_KEY: canonical_json(details)}
         with atomic_path(path) as partial:
             save_file({"d2t": self.d2t, "t2d": self.t2d}, partial, metadata=metadata)
 
     @classmethod
     def load(cls, path: Path) -> VocabMap:
-        """Read a map, with or without our metadata. Raises InputError naming the path."""
+        """Read a map's file, with or without draftcache's metadata.
+
+        Raises InputError, which names the path, where there is no file, the file is no map, or its ids do not hash to
+        the recorded hash.
+        """
         try:
             with safe_open(path, framework="np") as file:
                 names, metadata = set(file.keys()), file.metadata() or {}
@@ -108,6 +120,7 @@ class VocabMap:
     def _checked(
         cls, path: Path, d2t: np.ndarray, t2d: np.ndarray, recorded: str | None, sources: tuple[str, ...]
     ) -> VocabMap:
+        """Return the map of d2t [D] and t2d [V], which must agree with each other and with the hash `recorded`."""
         try:
             loaded = cls(target_ids=d2t + np.arange(len(d2t)), vocab_size=len(t2d), sources=sources)
         except InputError as exc:

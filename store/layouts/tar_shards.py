@@ -1,10 +1,10 @@
 """A shard as a webdataset tar file: one sample per conversation, with an index of its members beside it.
 
-Members of a sample, in order: `KEY.json` (index fields, and the xxh3-128 of every other member), then
+The members of a sample are, in order, `KEY.json` (index fields, and the xxh3-128 of every other member), then
 `KEY.<array>.npy`, or `KEY.<array>.npy.zst` where the schema compresses. KEY is `<split>-<dataset index>`. Any tar or
-webdataset reader opens it; `tar_stream` reads it front to back with every hash checked. `members.npy` holds each
-member's place and crc32c, so that `TarShard` reads single conversations at random, like a zarr shard, but always
-whole members: a part of one has no checksum of its own.
+webdataset reader opens the file; `tar_samples` reads it from front to back and checks every hash. `members.npy` holds
+each member's offset, bytes and crc32c, so that `TarShard` reads single conversations at random, as from a zarr shard.
+It always reads whole members, because a part of a member has no checksum.
 """
 
 from __future__ import annotations
@@ -21,17 +21,11 @@ from numpy.typing import NDArray
 
 from draftcache.store.common.errors import ShardDamagedError, StoreNotFoundError
 from draftcache.store.common.files import Buffer, canonical_json, hash_bytes
+from draftcache.store.format.array_spec import COUNT_FIELD, ArraySpec
 from draftcache.store.format.commits import Record, read_committed, require_size
-from draftcache.store.format.schema import COUNT_FIELD, ArraySpec, Conversation
-from draftcache.store.layouts.shard_files import (
-    PARALLEL_BYTES,
-    Files,
-    HashedFile,
-    npy_bytes,
-    run_later,
-    run_now,
-    write_small_file,
-)
+from draftcache.store.format.index import npy_bytes
+from draftcache.store.format.schema import Conversation
+from draftcache.store.layouts.shard_files import PARALLEL_BYTES, Files, HashedFile, run_later, run_now, write_small_file
 from draftcache.store.storage.base import RangeFile, Stage, Storage
 
 DATA_NAME = "data.tar"
@@ -41,21 +35,25 @@ _MEMBER = [("offset", "<u8"), ("bytes", "<u8"), ("crc32c", "<u4")]
 
 
 def _members_dtype(arrays: int) -> np.dtype[Any]:
+    """Return the dtype of a row of members.npy: one conversation's first token in the shard, and its members."""
     return np.dtype([("first_token", "<i8"), ("members", _MEMBER, (arrays,))])
 
 
 def sample_key(item: Conversation) -> str:
-    """Name of a conversation's sample: its split's and its own number, so that names sort as the dataset does."""
+    """Return the key of a conversation's sample, with the split's number first: keys sort as the dataset does."""
     return f"{item.split:02d}-{item.dataset_index:09d}"
 
 
 def member_suffix(name: str, spec: ArraySpec) -> str:
-    """What follows the key in the member's name of an array."""
+    """Return the end of an array's member name, which follows the key and a dot."""
     return f"{name}.npy.zst" if spec.compress else f"{name}.npy"
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """POSIX ustar header of a regular file; no times and no owners, so that equal content gives equal bytes."""
+    """Return the POSIX ustar header of a regular file of `size` bytes.
+
+    It has no time and no owner, so that equal content gives equal bytes.
+    """
     info = tarfile.TarInfo(name)
     info.size = size
     return info.tobuf(tarfile.USTAR_FORMAT)
@@ -68,7 +66,7 @@ def _npy_header(values: NDArray[Any]) -> bytes:
 
 
 class _Payload(NamedTuple):
-    """What a member holds."""
+    """The content of a member: its bytes in parts, and their hash and checksum."""
 
     parts: list[Buffer]
     xxh3_128: str
@@ -87,7 +85,7 @@ def _payload(spec: ArraySpec, values: NDArray[Any]) -> _Payload:
 
 
 class TarShardWriter:
-    """Writes one tar file, sample by sample."""
+    """Writes one tar file, sample by sample. Implements `ShardWriter`."""
 
     def __init__(self, stage: Stage, specs: dict[str, ArraySpec]) -> None:
         self._stage = stage
@@ -97,7 +95,6 @@ class TarShardWriter:
         self._tokens = 0
 
     def append(self, item: Conversation) -> None:
-        """One conversation, its arrays as they are stored."""
         key = sample_key(item)
         run = run_now if item.nbytes >= PARALLEL_BYTES else run_later
         making = {name: run(partial(_payload, spec, item.arrays[name])) for name, spec in self._specs.items()}
@@ -118,7 +115,7 @@ class TarShardWriter:
         self._tokens += item.arrays["token_ids"].shape[0]
 
     def _member(self, name: str, parts: list[Buffer]) -> tuple[int, int]:
-        """Append one member; returns offset and bytes of its payload."""
+        """Append one member. Returns the offset and the bytes of its payload."""
         size = sum(memoryview(part).nbytes for part in parts)
         header = tar_header(name, size)
         offset = self._file.bytes + len(header)
@@ -127,7 +124,7 @@ class TarShardWriter:
         return offset, size
 
     def close(self) -> Files:
-        """End the archive and write the members' table; names are relative to the shard."""
+        """End the archive and write members.npy."""
         self._file.write([bytes(2 * tarfile.BLOCKSIZE)])
         table = np.concatenate(self._rows) if self._rows else np.empty(0, _members_dtype(len(self._specs)))
         return {
@@ -137,7 +134,7 @@ class TarShardWriter:
 
 
 class TarShard:
-    """Reads single conversations of one committed tar shard, checking the crc32c of every member that it reads."""
+    """Reads single conversations of one committed tar shard. Implements `ShardReader`."""
 
     def __init__(self, storage: Storage, record: Record, specs: dict[str, ArraySpec]) -> None:
         self._storage = storage
@@ -153,14 +150,10 @@ class TarShard:
             raise ShardDamagedError(str(exc)) from exc
 
     def close(self) -> None:
-        """Let go of the file."""
         self._file.close()
 
     def read(self, row: np.void, name: str, first: int, count: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """Rows `first .. first+count` of one conversation's array, into `out` where that is given.
-
-        The whole member is read, because its crc32c covers the whole. Raises ShardDamagedError.
-        """
+        """Read rows of one conversation's array. The whole member is read, because its crc32c covers the whole."""
         spec = self._specs[name]
         rows = int(row[COUNT_FIELD[spec.axis]])
         if out is None:
@@ -178,8 +171,9 @@ class TarShard:
         return out
 
     def _read_member(self, row: np.void, name: str, out: NDArray[np.uint8]) -> None:
-        place = int(np.searchsorted(self._table["first_token"], row["first_token"]))
-        offset, size, crc = (int(value) for value in self._table["members"][place, self._numbers[name]])
+        """Fill `out` with the array that a whole member holds."""
+        sample = int(np.searchsorted(self._table["first_token"], row["first_token"]))
+        offset, size, crc = (int(value) for value in self._table["members"][sample, self._numbers[name]])
         if self._specs[name].compress:
             encoded = np.empty(size, np.uint8)
             self._file.read_into(offset, [encoded.data])

@@ -1,9 +1,10 @@
-"""What a zarr shard's files are: a zarr v3 group with one `sharding_indexed` file per array, chunks ending in crc32c.
+"""The files of a zarr shard: a zarr v3 group with one `sharding_indexed` file per array, whose chunks end in crc32c.
 
-Any zarr v3 reader opens it. bf16 taps are stored as bit patterns, since zarr has no bfloat16.
+Any zarr v3 reader opens the group. bf16 taps are stored as bit patterns, since zarr has no bfloat16.
 
-The file of an array: encoded inner chunks, then an index of (offset, bytes) as little-endian uint64 per chunk, then
-the index's crc32c. An encoded chunk is its rows (zstd-compressed where the schema says so) and their crc32c.
+The file of an array holds its encoded inner chunks, then an index of (offset, bytes) as little-endian uint64 per chunk,
+then the index's crc32c. An encoded chunk is its rows, zstd-compressed where the schema says so, followed by the crc32c
+of these bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from draftcache.store.format.schema import ArraySpec
+from draftcache.store.format.array_spec import ArraySpec
 
 CRC_BYTES = 4
 INDEX_ENTRY = np.dtype([("offset", "<u8"), ("bytes", "<u8")])
@@ -21,22 +22,25 @@ METADATA = "zarr.json"
 
 
 def data_file(name: str, spec: ArraySpec) -> str:
-    """Name of an array's one file, relative to the shard."""
+    """Return the name of an array's one file, relative to the shard."""
     return f"{name}/c.{'.'.join('0' * (1 + len(spec.inner)))}"
 
 
 def node(kind: str) -> dict[str, Any]:
-    """What every zarr.json begins with."""
+    """Return the fields that every zarr.json begins with."""
     return {"zarr_format": 3, "node_type": kind}
 
 
 def json_bytes(value: dict[str, Any]) -> bytes:
-    """A zarr.json's text."""
+    """Return the bytes of a zarr.json."""
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def array_metadata(spec: ArraySpec, rows: int) -> dict[str, Any]:
-    """zarr.json of an array of `rows` rows in one shard (zarr v3 core and sharding-indexed codec 1.0)."""
+    """Return the zarr.json of an array of `rows` rows in one shard.
+
+    The format is zarr v3 core with the sharding-indexed codec 1.0.
+    """
     to_bytes: dict[str, Any] = {"name": "bytes"}
     if np.dtype(spec.dtype).itemsize > 1:
         to_bytes["configuration"] = {"endian": "little"}

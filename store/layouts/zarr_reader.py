@@ -1,4 +1,7 @@
-"""Reading zarr shards directly: rows come by `preadv` into the caller's memory, every chunk's crc32c checked."""
+"""Reads zarr shards directly: rows go by `preadv` into the caller's memory.
+
+The crc32c of every chunk that is touched is checked.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,18 @@ from numcodecs import Zstd
 from numpy.typing import NDArray
 
 from draftcache.store.common.errors import ShardDamagedError, StoreNotFoundError
+from draftcache.store.format.array_spec import FIRST_FIELD, ArraySpec
 from draftcache.store.format.commits import Record, require_size
-from draftcache.store.format.schema import FIRST_FIELD, ArraySpec
 from draftcache.store.layouts.zarr_format import CRC_BYTES, INDEX_ENTRY, data_file
 from draftcache.store.storage.base import RangeFile, Storage
 
 _ZSTD = Zstd(level=1)
 _HOT_BYTES = 1 << 20
-"""Chunks are read in groups of about this size, so that a cache still holds them when they are checksummed."""
+"""Bytes of a group of chunks that are read by one call. A cache still holds that many when they are checksummed."""
 
 
 class ZarrShard:
-    """Reads row ranges of one committed shard, checking the crc32c of every chunk that it touches."""
+    """Reads row ranges of one committed zarr shard. Implements `ShardReader`."""
 
     def __init__(self, storage: Storage, record: Record, specs: dict[str, ArraySpec]) -> None:
         self._storage = storage
@@ -31,18 +34,16 @@ class ZarrShard:
         self._open: dict[str, tuple[RangeFile, NDArray[Any]]] = {}
 
     def read(self, row: np.void, name: str, first: int, count: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """Rows `first .. first+count` of one conversation's slice of an array, into `out` where that is given.
+        """Read rows, after a check of the crc32c of every chunk that holds one of them.
 
-        `row` is the conversation's index row; `out` [count, *inner], contiguous, of the stored dtype.
-        Raises ShardDamagedError where the file is not the committed one, a chunk is missing, or one fails its
-        checksum.
+        Raises ShardDamagedError where the file is not the committed one, or a chunk is missing or fails its checksum.
         """
         spec = self._specs[name]
         if out is None:
             out = np.empty((count, *spec.inner), spec.stored_dtype)
         if count:
             start = int(row[FIRST_FIELD[spec.axis]]) + first
-            # A remote answer can be damaged on its way: it is asked for once more before the shard is blamed.
+            # A remote answer can be damaged on its way, so it is asked for once more before the shard is blamed.
             for last_try in (False, True) if self._storage.local_root is None else (True,):
                 try:
                     self._read(name, start, out.reshape(-1).view(np.uint8))
@@ -53,12 +54,12 @@ class ZarrShard:
         return out
 
     def close(self) -> None:
-        """Let go of the files."""
         for file, _ in self._open.values():
             file.close()
         self._open.clear()
 
     def _read(self, name: str, start: int, out: NDArray[np.uint8]) -> None:
+        """Fill `out` with whole rows of an array, from row `start` of the shard on."""
         spec = self._specs[name]
         file, index = self._file(name)
         rows, long = out.nbytes // spec.row_bytes, spec.chunk_rows
@@ -73,7 +74,10 @@ class ZarrShard:
             read(name, file, run, low, out[(low - start) * spec.row_bytes : (high - start) * spec.row_bytes])
 
     def _read_raw(self, name: str, file: RangeFile, run: range, start: int, out: NDArray[np.uint8]) -> None:
-        """Rows straight into `out`; what the run's first and last chunk hold besides goes into scratch."""
+        """Read uncompressed rows, from row `start` of the shard on, straight into `out`.
+
+        The other rows of the run's first and last chunk go into scratch memory, because the checksums cover them too.
+        """
         row_bytes, long = self._specs[name].row_bytes, self._specs[name].chunk_rows
         chunk_bytes = long * row_bytes
         index = self._open[name][1]
@@ -87,7 +91,7 @@ class ZarrShard:
             low, high = number * chunk_bytes - head, (number + 1) * chunk_bytes - head
             parts = (before if number == 0 else before[:0], out[max(low, 0) : max(high, 0)])
             pieces.append([*parts, after if number == len(run) - 1 else after[:0]])
-        # A disk is read chunk by chunk, each checksummed while a cache holds it; a network in one go.
+        # A disk is read in groups of chunks, each checksummed while a cache holds it; a network is read in one go.
         step = max(1, _HOT_BYTES // chunk_bytes) if self._storage.local_root is not None else len(run)
         for first in range(0, len(run), step):
             group = range(first, min(first + step, len(run)))
@@ -101,6 +105,7 @@ class ZarrShard:
                     raise self._checksum_error(name, run.start + number)
 
     def _read_compressed(self, name: str, file: RangeFile, run: range, start: int, out: NDArray[np.uint8]) -> None:
+        """Read and decompress rows, from row `start` of the shard on, into `out`."""
         row_bytes, long = self._specs[name].row_bytes, self._specs[name].chunk_rows
         index = self._open[name][1]
         entries = index[run.start : run.stop]
@@ -126,10 +131,11 @@ class ZarrShard:
                 target[:] = rows[first : first + target.nbytes]
 
     def chunks(self, name: str) -> int:
-        """Chunks of one array. Raises ShardDamagedError where its index can't be trusted."""
+        """Return the number of chunks of one array. Raises ShardDamagedError where its chunk index can't be trusted."""
         return len(self._file(name)[1])
 
     def _file(self, name: str) -> tuple[RangeFile, NDArray[Any]]:
+        """Return an array's open file and its chunk index, of dtype `INDEX_ENTRY`."""
         if name not in self._open:
             spec = self._specs[name]
             path = f"{self._record['directory']}/{data_file(name, spec)}"
@@ -154,7 +160,10 @@ class ZarrShard:
 
 
 def _contiguous_runs(index: NDArray[Any], chunks: range) -> list[range]:
-    """Split where the next chunk does not follow in the file: our own files never are, other writers' may be."""
+    """Split the chunks where the next one does not follow in the file.
+
+    Files that draftcache wrote are never split; files of other writers may be.
+    """
     entries = index[chunks.start : chunks.stop]
     ends = entries["offset"][:-1] + entries["bytes"][:-1]
     breaks = [chunks.start + 1 + int(number) for number in np.flatnonzero(ends != entries["offset"][1:])]
@@ -163,6 +172,7 @@ def _contiguous_runs(index: NDArray[Any], chunks: range) -> list[range]:
 
 
 def _read_index(file: RangeFile, chunks: int, where: str) -> NDArray[Any]:
+    """Return the chunk index at the end of an array's file. Raises ShardDamagedError where it can't be trusted."""
     size = chunks * INDEX_ENTRY.itemsize
     start = file.size - size - CRC_BYTES
     data = np.empty(size + CRC_BYTES, np.uint8)

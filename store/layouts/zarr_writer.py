@@ -1,6 +1,6 @@
-"""Writing zarr shards directly: rows go from the caller's memory into `writev`, with no copy between.
+"""Writes zarr shards directly: rows go from the caller's memory into `writev`, with no copy between.
 
-Measured beside zarr-python in `tools/bench/results/store-*.json`.
+`tools/bench/results/store-*.json` holds measurements beside zarr-python.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from numcodecs import Zstd
 from numpy.typing import NDArray
 
 from draftcache.store.common.files import Buffer
-from draftcache.store.format.schema import ArraySpec, Conversation
+from draftcache.store.format.array_spec import ArraySpec
+from draftcache.store.format.schema import Conversation
 from draftcache.store.layouts.shard_files import (
     PARALLEL_BYTES,
     Files,
@@ -43,7 +44,10 @@ _HOT_BYTES = 1 << 20
 
 
 class _ArrayWriter(ABC):
-    """Appends rows to one array. Chunks that hold only zeros are written too: a missing one is then always an error."""
+    """Appends rows to the file of one array.
+
+    Chunks that hold only zeros are written too, so that a missing chunk is always an error.
+    """
 
     def __init__(self, file: HashedFile, spec: ArraySpec) -> None:
         self._file = file
@@ -51,21 +55,24 @@ class _ArrayWriter(ABC):
         self._row_bytes = spec.row_bytes
         self._chunk_rows = spec.chunk_rows
         self._filled = 0  # rows of the current chunk
-        self._index: list[tuple[int, int]] = []
+        self._index: list[tuple[int, int]] = []  # offset and bytes of each encoded chunk
         self.rows = 0
 
     def append(self, values: NDArray[Any], run: Run = run_later) -> Callable[[], None]:
-        """Take rows [n, *inner] of the spec's dtype, and return what writes them; `run` may begin with part of it."""
+        """Take rows [n, *inner] of the spec's dtype, and return a function that writes them.
+
+        Part of the work may begin at once, through `run`.
+        """
         data = np.ascontiguousarray(values, self._spec.stored_dtype).reshape(-1).view(np.uint8)
         self.rows += values.shape[0]
         return self._append(data, run)
 
     @abstractmethod
     def _append(self, data: NDArray[np.uint8], run: Run) -> Callable[[], None]:
-        """Take whole rows as bytes; see `append`."""
+        """Take whole rows as bytes, as `append` does."""
 
     def _pieces(self, data: NDArray[np.uint8]) -> Iterator[tuple[NDArray[np.uint8], bool]]:
-        """Cut at the ends of chunks; whether each piece ends one."""
+        """Cut rows at the ends of chunks. Yields each piece, and whether it ends a chunk."""
         taken, rows = 0, data.nbytes // self._row_bytes
         while taken < rows:
             count = min(self._chunk_rows - self._filled, rows - taken)
@@ -75,12 +82,16 @@ class _ArrayWriter(ABC):
             yield piece, self._filled == 0
 
     def _end_chunk(self, size: int, crc: int) -> bytes:
+        """Record a chunk of `size` encoded bytes in the index. Returns the bytes of its crc32c."""
         offset = sum(self._index[-1]) if self._index else 0
         self._index.append((offset, size + CRC_BYTES))
         return crc.to_bytes(CRC_BYTES, "little")
 
     def close(self) -> dict[str, Any]:
-        """Pad the last chunk with zeros, as zarr does; write the index."""
+        """Pad the last chunk with zeros, as zarr does, and write the index.
+
+        Returns the file's entry in the commit record.
+        """
         if self._filled:
             padding = np.zeros((self._chunk_rows - self._filled, *self._spec.inner), self._spec.stored_dtype)
             self.append(padding)()
@@ -91,6 +102,8 @@ class _ArrayWriter(ABC):
 
 
 class _RawWriter(_ArrayWriter):
+    """Writes chunks as they are."""
+
     _crc = 0
 
     def _append(self, data: NDArray[np.uint8], run: Run) -> Callable[[], None]:
@@ -114,7 +127,10 @@ class _RawWriter(_ArrayWriter):
 
 
 class _CompressedWriter(_ArrayWriter):
-    """Chunks know nothing of each other, so those of a long conversation may be compressed side by side."""
+    """Writes compressed chunks.
+
+    Chunks are independent of each other, so the chunks of a long conversation may be compressed side by side.
+    """
 
     def __init__(self, file: HashedFile, spec: ArraySpec) -> None:
         super().__init__(file, spec)
@@ -141,11 +157,11 @@ def _compressed(pieces: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
 
 
 class ZarrShardWriter:
-    """Writes one shard, conversation by conversation.
+    """Writes one zarr shard, conversation by conversation. Implements `ShardWriter`.
 
-    Chunks of a large conversation are compressed side by side, and its arrays, which are files of their own, hashed and
-    written side by side. Memory holds less than one chunk per compressed array, and a conversation's compressed chunks
-    until they are written.
+    Chunks of a large conversation are compressed side by side, and its arrays, each of which is a separate file, are
+    hashed and written side by side. Memory holds less than one chunk per compressed array, and a conversation's
+    compressed chunks until they are written.
     """
 
     def __init__(self, stage: Stage, specs: dict[str, ArraySpec]) -> None:
@@ -154,23 +170,21 @@ class ZarrShardWriter:
         self._arrays: dict[str, _ArrayWriter] = {}
 
     def append(self, item: Conversation) -> None:
-        """One conversation, its arrays as they are stored."""
         for name, spec in self._specs.items():
             values = item.arrays[name]
             if not values.shape[0]:
                 continue
-            if name not in self._arrays:  # an array without rows has no file, as zarr has it
+            if name not in self._arrays:  # as in zarr, an array without rows has no file
                 kind = _CompressedWriter if spec.compress else _RawWriter
                 self._arrays[name] = kind(HashedFile(self._stage.open(data_file(name, spec))), spec)
         filled = {name: item.arrays[name] for name in self._specs if item.arrays[name].shape[0]}
         run = run_now if item.nbytes >= PARALLEL_BYTES else run_later
-        # Chunks are begun before whatever waits for them, so that writing never keeps compressing from a thread.
+        # Compression begins before the writes that wait for it, so that a write never keeps a thread from compressing.
         writes = [self._arrays[name].append(values, run) for name, values in filled.items()]
         for done in [run(write) for write in writes]:
             done()
 
     def close(self) -> Files:
-        """Finish every file; returns their table, names relative to the shard."""
         files = {METADATA: write_small_file(self._stage, METADATA, json_bytes({"attributes": {}} | node("group")))}
         closing = {name: run_now(array.close) for name, array in self._arrays.items()}
         closed = {name: done() for name, done in closing.items()}

@@ -1,4 +1,7 @@
-"""A store in a directory: writev and preadv, rename and link for publishing, flock between processes."""
+"""A store in a directory: files are read by preadv, written by writev, and published by rename or link.
+
+Processes of one machine exclude each other by flock.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ _LOCKS = ".locks"
 
 @contextmanager
 def _explained(path: Path, doing: str) -> Iterator[None]:
+    """Turn the OSErrors of the code inside into StoreNotFoundError and StorageError, which name the path."""
     try:
         yield
     except FileNotFoundError as exc:
@@ -32,7 +36,7 @@ def _explained(path: Path, doing: str) -> Iterator[None]:
 
 
 class LocalRangeFile:
-    """A file read by preadv, straight into the caller's buffers."""
+    """A file that is read by preadv, straight into the caller's buffers. Implements `RangeFile`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -42,7 +46,6 @@ class LocalRangeFile:
             self.size = os.fstat(self._descriptor).st_size
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        """See RangeFile."""
         pending = [buffer for buffer in buffers if buffer.nbytes]
         with _explained(self._path, "read"):
             while pending:
@@ -56,7 +59,6 @@ class LocalRangeFile:
                 pending = _after(pending, count)
 
     def close(self) -> None:
-        """Let go of the file."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -66,7 +68,7 @@ class LocalRangeFile:
 
 
 class LocalStageFile:
-    """A file written by writev."""
+    """A file that is written by writev. Implements `StageFile`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -75,14 +77,12 @@ class LocalStageFile:
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
 
     def write(self, buffers: Sequence[Buffer]) -> None:
-        """See StageFile."""
         pending = [view.cast("B") for item in buffers if (view := memoryview(item)).nbytes]
         with _explained(self._path, "written"):
             while pending:
                 pending = _after(pending, os.writev(self._descriptor, pending[:_IOV_MAX]))
 
     def close(self) -> None:
-        """See StageFile."""
         if self._descriptor < 0:
             return
         try:
@@ -92,14 +92,14 @@ class LocalStageFile:
             self.discard()
 
     def discard(self) -> None:
-        """Let go of a file that is not wanted any more."""
+        """Close the file without making it durable."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
 
 def _after(buffers: list[memoryview], count: int) -> list[memoryview]:
-    """What is left of the buffers once `count` bytes went through."""
+    """Return the rest of the buffers after their first `count` bytes."""
     for number, buffer in enumerate(buffers):
         if count < buffer.nbytes:
             return [buffer.cast("B")[count:], *buffers[number + 1 :]]
@@ -108,7 +108,10 @@ def _after(buffers: list[memoryview], count: int) -> list[memoryview]:
 
 
 class LocalStage:
-    """A directory under a temporary name, renamed when it is whole."""
+    """A directory under a temporary name, which is renamed when it is whole. Implements `Stage`.
+
+    Leftovers of an earlier attempt are removed at the start.
+    """
 
     def __init__(self, final: Path, name: str) -> None:
         self._final, self._name = final, name
@@ -119,14 +122,13 @@ class LocalStage:
             self._partial.mkdir(parents=True)
 
     def open(self, name: str) -> LocalStageFile:
-        """See Stage."""
         self._files.append(LocalStageFile(self._partial / name))
         return self._files[-1]
 
     def publish(self) -> str:
-        """Rename, in the place of what an earlier attempt left there without a commit record."""
+        """Rename the directory. It replaces any that an earlier attempt left there without a commit record."""
         with _explained(self._final, "published"):
-            for directory, _, _ in os.walk(self._partial):  # files were made durable when they were closed
+            for directory, _, _ in os.walk(self._partial):  # the files were made durable when they were closed
                 fsync_directory(Path(directory))
             shutil.rmtree(self._final, ignore_errors=True)
             self._partial.rename(self._final)
@@ -134,53 +136,46 @@ class LocalStage:
         return self._name
 
     def abandon(self) -> None:
-        """See Stage."""
         for file in self._files:
             file.discard()
         shutil.rmtree(self._partial, ignore_errors=True)
 
 
 class LocalLock:
-    """An flock: the kernel lets go of it when the process dies, however it dies."""
+    """An flock, which the kernel releases when the process dies, however it dies. Implements `Lock`."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
     def release(self) -> None:
-        """Let go."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
 
 class LocalStorage:
-    """A directory. It is created by the first write."""
+    """A directory, which the first write creates. Implements `Storage`."""
 
     def __init__(self, root: Path) -> None:
         self.local_root = root
 
     def describe(self, name: str = "") -> str:
-        """See Storage."""
         return str(self.local_root / name)
 
     def size(self, name: str) -> int | None:
-        """See Storage."""
         path = self.local_root / name
         with _explained(path, "read"):
             return path.stat().st_size if path.is_file() else None
 
     def read(self, name: str) -> bytes:
-        """See Storage."""
         path = self.local_root / name
         with _explained(path, "read"):
             return path.read_bytes()
 
     def open(self, name: str) -> LocalRangeFile:
-        """See Storage."""
         return LocalRangeFile(self.local_root / name)
 
     def list(self, directory: str) -> list[str]:
-        """See Storage."""
         names = []
         for folder, directories, files in os.walk(self.local_root / directory):
             directories[:] = [item for item in directories if not item.startswith(".")]
@@ -189,13 +184,12 @@ class LocalStorage:
         return sorted(names)
 
     def put(self, name: str, data: Buffer) -> None:
-        """See Storage."""
         with self._beside(name) as (partial, final):
             self._write(partial, data)
             partial.replace(final)
 
     def create(self, name: str, data: Buffer) -> bool:
-        """See Storage. A hard link is the one call that publishes a whole file only where none exists."""
+        # A hard link is the one call that publishes a whole file only where none exists.
         with self._beside(name) as (partial, final):
             self._write(partial, data)
             try:
@@ -205,7 +199,6 @@ class LocalStorage:
         return True
 
     def put_file(self, name: str, path: Path) -> None:
-        """See Storage."""
         with self._beside(name) as (partial, final):
             shutil.copyfile(path, partial)
             descriptor = os.open(partial, os.O_RDONLY)
@@ -217,6 +210,10 @@ class LocalStorage:
 
     @contextmanager
     def _beside(self, name: str) -> Iterator[tuple[Path, Path]]:
+        """Yield a temporary path beside a file's final path, and the final path.
+
+        Afterwards the temporary path is removed and the directory made durable.
+        """
         final = self.local_root / name
         partial = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}{_PARTIAL}")
         with _explained(final, "written"):
@@ -235,7 +232,6 @@ class LocalStorage:
             file.close()
 
     def delete(self, name: str) -> None:
-        """See Storage."""
         path = self.local_root / name
         with _explained(path, "removed"):
             if path.is_file():
@@ -243,7 +239,6 @@ class LocalStorage:
                 fsync_directory(path.parent)
 
     def delete_directory(self, directory: str) -> None:
-        """See Storage."""
         path = self.local_root / directory
         with _explained(path, "removed"):
             if path.is_dir():
@@ -251,7 +246,6 @@ class LocalStorage:
                 fsync_directory(path.parent)
 
     def move_directory(self, source: str, target: str) -> None:
-        """See Storage."""
         path = self.local_root / target
         with _explained(path, "moved"):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -260,11 +254,9 @@ class LocalStorage:
             fsync_directory((self.local_root / source).parent)
 
     def stage(self, directory: str) -> LocalStage:
-        """See Storage."""
         return LocalStage(self.local_root / directory, directory)
 
     def lock(self, name: str, *, shared: bool = False) -> LocalLock | None:
-        """See Storage."""
         path = self.local_root / _LOCKS / name
         with _explained(path, "locked"):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -280,7 +272,10 @@ class LocalStorage:
         return LocalLock(descriptor)
 
     def remove_leftovers(self) -> None:
-        """Delete temporary names of killed writers; only for who holds the store's exclusive lock."""
+        """Remove files and directories under temporary names, which killed writers left.
+
+        Only the holder of the store's exclusive lock may call this.
+        """
         for path in [*self.local_root.rglob(f".*{_PARTIAL}")]:
             with _explained(path, "removed"):
                 if path.is_dir():

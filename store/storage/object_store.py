@@ -1,34 +1,33 @@
 """A store under a prefix of an object store (S3, Google Cloud Storage, Azure), through obstore.
 
-Uploads of a shard go to `<directory>-<8 hex digits>/`, a name of their own for each attempt: object stores cannot
-rename, and the commit record says which attempt counts. Two writers of one shard therefore never touch each other's
-files, and what a killed one leaves behind is never read.
+Each attempt at a shard uploads to another directory, `<directory>-<8 hex digits>/`, because object stores cannot
+rename; the commit record says which attempt counts. Two writers of one shard therefore never touch each other's files,
+and the files that a killed writer leaves behind are never read.
 """
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import os
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias, TypeVar
 
-from draftcache.store.common.errors import InputError, ShardDamagedError, StorageError, StoreNotFoundError
+from draftcache.store.common.errors import InputError, StorageError, StoreNotFoundError
 from draftcache.store.common.files import Buffer
-from draftcache.store.storage.object_uploads import PART, UPLOAD, ObjectStage, flat
-from draftcache.store.storage.obstore_module import TRIES, brief, is_final, load_obstore, when_forked
+from draftcache.store.storage.object_reads import ObjectRangeFile, in_parallel
+from draftcache.store.storage.object_uploads import UPLOAD, ObjectStage, flat
+from draftcache.store.storage.obstore_module import PART, TRIES, brief, is_final, load_obstore, when_forked
 
 _T = TypeVar("_T")
 Names: TypeAlias = list[str]  # inside the class, `list` is its method
 Errors: TypeAlias = list[Exception]
-_PARALLEL_READS = 8
+_CONNECT = timedelta(seconds=10)
+_LONGEST_PAUSE = timedelta(seconds=10)
 _SCHEMES = ("s3", "gs", "az")
 _HTTP_FLAGS = ("AWS_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP", "AZURE_ALLOW_HTTP")
 
@@ -36,7 +35,7 @@ _connected: weakref.WeakSet[ObjectStorage] = weakref.WeakSet()
 
 
 def _forget_clients() -> list[Any]:
-    """Let go of what a forked process inherited."""
+    """Have every storage give up the client that a forked process inherited, and return these clients."""
     clients = [storage._client for storage in list(_connected)]
     for storage in list(_connected):
         storage._client = None
@@ -46,20 +45,30 @@ def _forget_clients() -> list[Any]:
 when_forked(_forget_clients)
 
 
+class ObjectLock:
+    """No lock at all: `ObjectStorage.create` decides who was first. Implements `Lock`."""
+
+    def release(self) -> None:
+        """Do nothing."""
+
+
 class ObjectStorage:
     """A prefix of a bucket: `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`.
+
+    Implements `Storage`.
 
     Credentials and addresses come from the environment, as obstore reads them. S3: AWS_ACCESS_KEY_ID,
     AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION, AWS_ENDPOINT_URL (servers other than Amazon's), web
     identity and instance roles. Google: GOOGLE_SERVICE_ACCOUNT or GOOGLE_APPLICATION_CREDENTIALS. Azure:
     AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or another of its credentials. AWS_ALLOW_HTTP=true
-    (GOOGLE_ALLOW_HTTP, AZURE_ALLOW_HTTP) permits endpoints without TLS. Every client may be used by several threads,
-    be pickled, and be used after a fork; an upload is finished by the process that started it.
+    (GOOGLE_ALLOW_HTTP, AZURE_ALLOW_HTTP) permits endpoints without TLS. An object of this class may be used by several
+    threads, be pickled, and be used after a fork; an upload is finished by the process that started it.
 
-    Failing requests are tried again: each up to `retries` times by obstore (5xx answers, broken connections, bodies
-    that end early), with exponential backoff from `backoff` seconds on, and each call up to 3 times by us, which
-    also covers what obstore must not repeat blindly. A request may take `request_timeout` seconds (set it for 8 MiB
-    on the slowest link), a call `deadline` seconds and at most 3 request timeouts more; then StorageError.
+    Failing requests are tried again: obstore repeats each one up to `retries` times (after 5xx answers, broken
+    connections, bodies that end early), with exponential backoff from `backoff` seconds on, and this class tries each
+    call up to 3 times, which also covers requests that obstore must not repeat blindly. A request may take
+    `request_timeout` seconds (set it for 8 MiB on the slowest link), a call `deadline` seconds and at most 3 request
+    timeouts more. Then StorageError is raised.
 
     Uploads that a killed process left unfinished, or whose first answer was lost, stay in the bucket, unseen, until a
     lifecycle rule (AbortIncompleteMultipartUpload) removes them: set one.
@@ -74,7 +83,11 @@ class ObjectStorage:
         request_timeout: float = 60.0,
         deadline: float = 300.0,
     ) -> None:
-        """No request is made yet. Raises InputError for another URL, or where obstore is not installed."""
+        """Take the URL and the limits; no request is made yet.
+
+        `retries` is a count; `backoff`, `request_timeout` and `deadline` are seconds. Raises InputError for a URL of
+        another form, or where obstore is not installed.
+        """
         scheme, _, rest = url.partition("://")
         if scheme not in _SCHEMES or not rest.strip("/") or rest.startswith("/"):
             raise InputError(f"{url}: expected s3://bucket/prefix, gs://bucket/prefix or az://container/prefix")
@@ -89,25 +102,23 @@ class ObjectStorage:
         return self.__dict__ | {"_client": None}
 
     def describe(self, name: str = "") -> str:
-        """See Storage."""
         return f"{self.url}/{name}" if name else self.url
 
     def size(self, name: str) -> int | None:
-        """See Storage."""
         try:
-            return int(self._call("look up", name, lambda obstore, client: obstore.head(client, name)["size"]))
+            return int(self.call("look up", name, lambda obstore, client: obstore.head(client, name)["size"]))
         except StoreNotFoundError:
             return None
 
     def read(self, name: str) -> bytes:
-        """See Storage. Large objects are read by parallel ranges."""
+        """Read a whole object; one of more than 8 MiB is read by parallel ranges."""
 
         def get(obstore: Any, client: Any) -> tuple[int, bytes | None]:
             answer = obstore.get(client, name)
             size = int(answer.meta["size"])
             return size, bytes(answer.bytes()) if size <= PART else None
 
-        size, data = self._call("read", name, get)
+        size, data = self.call("read", name, get)
         if data is None:
             whole = bytearray(size)
             ObjectRangeFile(self, name, size).read_into(0, [memoryview(whole)])
@@ -117,14 +128,13 @@ class ObjectStorage:
         return data
 
     def open(self, name: str) -> ObjectRangeFile:
-        """See Storage. One HEAD request."""
+        """Open an object, for one HEAD request."""
         size = self.size(name)
         if size is None:
             raise StoreNotFoundError(f"{self.describe(name)}: expected a file of the store, found nothing there")
         return ObjectRangeFile(self, name, size)
 
     def list(self, directory: str) -> Names:
-        """See Storage."""
         return [name for name in self._names(directory) if not any(part.startswith(".") for part in name.split("/"))]
 
     def _names(self, directory: str) -> Names:
@@ -132,20 +142,19 @@ class ObjectStorage:
             pages = obstore.list(client, directory or None, chunk_size=1000)
             return sorted(item["path"] for page in pages for item in page)
 
-        return self._call("list", directory, names)
+        return self.call("list", directory, names)
 
     def put(self, name: str, data: Buffer) -> None:
-        """See Storage."""
         body = bytes(flat(data))
-        self._call("write", name, lambda obstore, client: obstore.put(client, name, body, **UPLOAD), writes=True)
+        self.call("write", name, lambda obstore, client: obstore.put(client, name, body, **UPLOAD), writes=True)
 
     def create(self, name: str, data: Buffer) -> bool:
-        """See Storage. A conditional PUT (If-None-Match: *, or the store's own condition).
+        """Write a whole object where there is none, by a conditional PUT (If-None-Match: *, or the store's form of it).
 
-        An answer may be lost after the object was written, and the PUT that is then repeated is told that the name
-        is taken, by itself. So whenever it is taken, the object is read back: equal bytes count as ours, True. Two
-        writers of identical bytes may therefore both see True; data that must tell them apart has to differ.
-        After StorageError the object may or may not be there.
+        An answer may be lost after the object was written; the repeated PUT is then refused because of the object that
+        the first one wrote. So whenever a PUT is refused, the object is read back, and equal bytes count as written
+        here: the result is True. Two writers of identical bytes may therefore both see True; data that must tell them
+        apart has to differ. After StorageError the object may or may not be there.
         """
         body = bytes(flat(data))
 
@@ -153,52 +162,55 @@ class ObjectStorage:
             try:
                 obstore.put(client, name, body, mode="create")
             except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError):
-                # FileNotFoundError here: it was removed since, or another request was under way; then try again
+                # FileNotFoundError here means that the object was removed since, or that another request was under
+                # way. Then the call is tried again.
                 return bytes(obstore.get(client, name).bytes()) == body
             return True
 
-        return self._call("create", name, put, writes=True)
+        return self.call("create", name, put, writes=True)
 
     def put_file(self, name: str, path: Path) -> None:
-        """See Storage. Streamed; memory holds a few parts of 8 MiB."""
+        """Upload a local file. It is streamed: memory holds a few parts of 8 MiB."""
         if not path.is_file():
             raise StoreNotFoundError(f"{path}: expected a file to upload, found nothing there")
-        self._call("upload", name, lambda obstore, client: obstore.put(client, name, path, **UPLOAD), writes=True)
+        self.call("upload", name, lambda obstore, client: obstore.put(client, name, path, **UPLOAD), writes=True)
 
     def delete(self, name: str) -> None:
-        """See Storage."""
         try:
-            self._call("remove", name, lambda obstore, client: obstore.delete(client, name))
+            self.call("remove", name, lambda obstore, client: obstore.delete(client, name))
         except StoreNotFoundError:
-            return  # S3 does not mind, the others say so
+            return  # S3 does not report that there was no object, the other stores do
 
     def delete_directory(self, directory: str) -> None:
-        """See Storage."""
-        _in_parallel(self.delete, self._names(directory))
+        in_parallel(self.delete, self._names(directory))
 
     def move_directory(self, source: str, target: str) -> None:
-        """See Storage. Copies on the server, then removes; killed in between, both are there: move again."""
+        """Copy every object on the server, then remove the old ones.
+
+        A process that is killed in between leaves objects under both names: call this again.
+        """
 
         def copy(name: str) -> None:
             new = target + name.removeprefix(source)
-            self._call(f"copy to {new}", name, lambda obstore, client: obstore.copy(client, name, new))
+            self.call(f"copy to {new}", name, lambda obstore, client: obstore.copy(client, name, new))
 
         names = self._names(source)
-        _in_parallel(copy, names)
-        _in_parallel(self.delete, names)
+        in_parallel(copy, names)
+        in_parallel(self.delete, names)
 
     def stage(self, directory: str) -> ObjectStage:
-        """See Storage. Leftovers of other attempts stay: they may be another writer's, at work right now."""
+        """Start an attempt under a new name. Other attempts' files stay: their writers may be at work right now."""
         return ObjectStage(self, f"{directory}-{uuid.uuid4().hex[:8]}")
 
     def lock(self, name: str, *, shared: bool = False) -> ObjectLock:
-        """See Storage: always granted."""
+        """Grant the lock, always."""
         return ObjectLock()
 
     def connect(self) -> tuple[ModuleType, Any]:
+        """Return the obstore module and this storage's client. Raises InputError for a set-up that cannot work."""
         obstore = load_obstore(self.url)
         if self._client is None:
-            # Options given here hide the environment's, so that AWS_ALLOW_HTTP has to be passed on.
+            # Options that are given here hide those of the environment, so that AWS_ALLOW_HTTP has to be passed on.
             allow_http = any(os.environ.get(flag, "").lower() in ("1", "true", "yes") for flag in _HTTP_FLAGS)
             wait = timedelta(seconds=self.request_timeout)
             options = {"allow_http": allow_http, "timeout": wait, "connect_timeout": min(wait, _CONNECT)}
@@ -216,8 +228,12 @@ class ObjectStorage:
             _connected.add(self)
         return obstore, self._client
 
-    def _call(self, doing: str, name: str, call: Callable[[Any, Any], _T], *, writes: bool = False) -> _T:
-        """`call(obstore, client)`, up to 3 times. Raises StoreNotFoundError (of reads) and StorageError."""
+    def call(self, doing: str, name: str, call: Callable[[Any, Any], _T], *, writes: bool = False) -> _T:
+        """Return `call(obstore, client)`, which is tried up to 3 times. `doing` and `name` are for messages.
+
+        Raises StoreNotFoundError where a call that does not write finds no object, and StorageError where no try
+        succeeds.
+        """
         obstore, client = self.connect()
         started = time.monotonic()
         errors: Errors = []
@@ -227,7 +243,7 @@ class ObjectStorage:
             try:
                 return call(obstore, client)
             except FileNotFoundError as exc:
-                if not writes:  # writes hear of lost multipart uploads, or of a missing bucket
+                if not writes:  # for a write, this error means a lost multipart upload or a missing bucket
                     raise StoreNotFoundError(
                         f"{self.describe(name)}: expected a file of the store, found nothing there ({brief(exc)})"
                     ) from exc
@@ -242,83 +258,3 @@ class ObjectStorage:
             f"{brief(errors[-1])}. What was committed before is untouched: check the connection, the credentials "
             "and the bucket's permissions, and run the same command again"
         ) from errors[-1]
-
-
-_CONNECT = timedelta(seconds=10)
-_LONGEST_PAUSE = timedelta(seconds=10)
-
-
-class ObjectLock:
-    """No lock: `ObjectStorage.create` decides who was first."""
-
-    def release(self) -> None:
-        """Nothing."""
-
-
-class ObjectRangeFile:
-    """An object, read by ranged GETs of up to 8 MiB, 8 at a time."""
-
-    def __init__(self, storage: ObjectStorage, name: str, size: int) -> None:
-        self._storage, self._name, self.size = storage, name, size
-
-    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        """See RangeFile."""
-        views = [buffer.cast("B") for buffer in buffers if buffer.nbytes]
-        starts = [0, *itertools.accumulate(view.nbytes for view in views)]
-        self._require(self.size, offset + starts[-1])
-
-        def part(low: int) -> None:
-            length = min(PART, starts[-1] - low)
-            _scatter(self._fetch(offset + low, length), low, views, starts)
-
-        _in_parallel(part, range(0, starts[-1], PART))
-
-    def _fetch(self, offset: int, length: int) -> memoryview:
-        def get(obstore: Any, client: Any) -> memoryview:
-            data = memoryview(obstore.get_range(client, self._name, start=offset, length=length))
-            if data.nbytes != length:
-                raise OSError(f"the answer held {data.nbytes} of {length} bytes")
-            return data
-
-        try:
-            return self._storage._call(f"read bytes {offset} to {offset + length} of", self._name, get)
-        except StorageError:
-            size = self._storage.size(self._name)
-            if size is not None:
-                self._require(size, offset + length)  # it was replaced by a shorter one
-            raise
-
-    def _require(self, size: int, end: int) -> None:
-        if size < end:
-            raise ShardDamagedError(
-                f"{self._storage.describe(self._name)}: expected at least {end} bytes, found {size}; the file was cut"
-            )
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-def _scatter(data: memoryview, position: int, views: Sequence[memoryview], starts: Sequence[int]) -> None:
-    """Copy `data`, which begins at `position` of the views laid end to end (view i begins at starts[i])."""
-    number = bisect.bisect_right(starts, position) - 1
-    while data.nbytes:
-        inside = position - starts[number]
-        count = min(data.nbytes, views[number].nbytes - inside)
-        views[number][inside : inside + count] = data[:count]
-        data, position, number = data[count:], position + count, number + 1
-
-
-def _in_parallel(call: Callable[[Any], None], items: Sequence[Any]) -> None:
-    """`call` for every item, 8 at a time; raises the first error."""
-    if len(items) <= 1:
-        for item in items:
-            call(item)
-        return
-    with ThreadPoolExecutor(min(len(items), _PARALLEL_READS)) as pool:
-        futures = [pool.submit(call, item) for item in items]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise

@@ -9,39 +9,66 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import Any, Protocol
 
 from draftcache.store.common.errors import StorageError
 from draftcache.store.common.files import Buffer
-from draftcache.store.storage.obstore_module import TRIES, brief, is_final
+from draftcache.store.storage.obstore_module import PART, TRIES, brief, is_final
 
-if TYPE_CHECKING:
-    from draftcache.store.storage.object_store import ObjectStorage
+UPLOAD = {"chunk_size": PART, "max_concurrency": 2}
+"""Settings of an upload in parts. A shard writes all its arrays at once, so 2 parts of each at a time are plenty."""
 
-PART = 8 << 20  # bytes per uploaded part; S3 allows 10,000 parts, so files of up to 84 GB
-UPLOAD = {"chunk_size": PART, "max_concurrency": 2}  # a shard writes all its arrays at once: 2 parts each is plenty
+
+class WritableObjects(Protocol):
+    """What an upload needs of the object storage."""
+
+    retries: int
+    """How often obstore tries a request again."""
+    backoff: float
+    """Seconds before the first repetition."""
+
+    def describe(self, name: str = "") -> str:
+        """Return the URL of a name, for messages."""
+
+    def connect(self) -> tuple[ModuleType, Any]:
+        """Return the obstore module and its client."""
+
+    def size(self, name: str) -> int | None:
+        """Return the bytes of an object, or None where there is none."""
+
+    def put(self, name: str, data: Buffer) -> None:
+        """Write a whole object."""
+
+    def delete_directory(self, directory: str) -> None:
+        """Remove all objects below a directory."""
 
 
 class ObjectStage:
-    """An attempt's directory: its name is final, and unknown to readers until a commit record names it."""
+    """An attempt's directory. Implements `Stage`.
 
-    def __init__(self, storage: ObjectStorage, directory: str) -> None:
+    The directory has its final name from the start. Readers do not know the name until a commit record holds it.
+    """
+
+    def __init__(self, storage: WritableObjects, directory: str) -> None:
         self._storage, self._directory = storage, directory
         self._files: list[ObjectStageFile] = []
 
     def open(self, name: str) -> ObjectStageFile:
-        """See Stage."""
         self._files.append(ObjectStageFile(self._storage, f"{self._directory}/{name}"))
         return self._files[-1]
 
     def publish(self) -> str:
-        """See Stage. Everything is in place already; returns the attempt's directory."""
+        """Finish the uploads and return the attempt's directory: nothing has to be renamed."""
         for file in self._files:
             file.close()
         return self._directory
 
     def abandon(self) -> None:
-        """See Stage. What a dead connection keeps from being removed is left: nothing will ever name it."""
+        """Abort the uploads and remove the directory.
+
+        Objects that a dead connection keeps from being removed stay: no commit record will ever name them.
+        """
         for file in self._files:
             file.abort()
         with contextlib.suppress(StorageError):
@@ -49,21 +76,26 @@ class ObjectStage:
 
 
 class ObjectStageFile:
-    """An object uploaded while it is written: in parts of 8 MiB, at most 5 in memory; a small one by a single PUT."""
+    """An object that is uploaded while it is written. Implements `StageFile`.
 
-    def __init__(self, storage: ObjectStorage, name: str) -> None:
+    It goes up in parts of 8 MiB, of which at most 5 are in memory. An object of one part or less is one PUT.
+    """
+
+    def __init__(self, storage: WritableObjects, name: str) -> None:
         self._storage, self._name = storage, name
         self._buffer = bytearray()
         self._bytes = 0
         self._parts: queue.Queue[bytes | None] = queue.Queue(maxsize=1)
+        """Parts for the uploading thread; None ends the object."""
         self._upload: Future[None] | None = None
         self._begun = False
+        """Whether a part has gone to obstore: from then on the upload can't be begun again."""
         self._aborted = threading.Event()
         self._whole = False
+        """Whether the last part has gone to the uploading thread."""
         self._settled = False
 
     def write(self, buffers: Sequence[Buffer]) -> None:
-        """See StageFile."""
         for item in buffers:
             view = flat(item)
             self._bytes += view.nbytes
@@ -76,7 +108,6 @@ class ObjectStageFile:
                 view = view[room:]
 
     def close(self) -> None:
-        """See StageFile."""
         if self._settled:
             return
         if self._upload is None:
@@ -90,7 +121,7 @@ class ObjectStageFile:
         self._settled = True
 
     def abort(self) -> None:
-        """Give up; the parts that were uploaded are removed on the server."""
+        """Give the upload up. The server removes the parts that it has received."""
         self._settled = True
         self._aborted.set()
         if self._upload is not None:
@@ -115,17 +146,17 @@ class ObjectStageFile:
             except BaseException as exc:
                 if not self._begun and tries < TRIES and isinstance(exc, Exception) and not is_final(exc):
                     time.sleep(self._storage.backoff * 2**tries)
-                    continue  # the upload could not be begun, no part is lost yet
+                    continue  # the upload could not be begun, so no part is lost yet
                 upload.set_exception(exc)
             else:
                 upload.set_result(None)
             return
 
     def _queued(self) -> Iterator[bytes]:
-        """The parts as they come. An error out of here makes obstore abort the upload on the server.
+        """Yield the parts as they come. An error raised here makes obstore abort the upload on the server.
 
         So a program that ends with an open upload neither hangs nor leaves parts behind. (An executor's thread would
-        hang: executors are joined before the main thread counts as ended.)
+        hang, because executors are joined before the main thread counts as ended.)
         """
         while not self._aborted.is_set() and threading.main_thread().is_alive():
             with contextlib.suppress(queue.Empty):
@@ -137,7 +168,7 @@ class ObjectStageFile:
         raise InterruptedError("the upload was given up")
 
     def _finish(self, upload: Future[None]) -> None:
-        """Wait for the upload; a failed one stands if all its bytes arrived and only the answer was lost."""
+        """Wait for the upload. A failed one counts where all its bytes arrived and only the answer was lost."""
         error = upload.exception()
         if error is None or (self._whole and self._storage.size(self._name) == self._bytes):
             return
@@ -148,6 +179,6 @@ class ObjectStageFile:
 
 
 def flat(item: Buffer) -> memoryview:
-    """The bytes of a contiguous buffer."""
+    """Return the bytes of a contiguous buffer, without a copy."""
     view = memoryview(item)
     return view.cast("B") if view.nbytes else memoryview(b"")

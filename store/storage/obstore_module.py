@@ -1,4 +1,4 @@
-"""The obstore library, in a form that also works in forked processes."""
+"""The obstore library, loaded in a way that also works in forked processes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,24 @@ from typing import Any
 from draftcache.store.common.errors import InputError
 
 TRIES = 3
-"""Of a whole call; obstore tries each request of it again by itself."""
+"""How often a whole call is tried. obstore tries each request of a call again by itself."""
+PART = 8 << 20
+"""Bytes of one ranged read and of one uploaded part. S3 allows 10,000 parts, which makes files of up to 84 GB."""
 
 _left_behind: list[Any] = []
+"""Modules and clients that a fork copied. They are never freed: that would close the parent's connections."""
 _module: ModuleType | None = None
 _module_lock = threading.Lock()
 _inherited = False
+"""Whether this process was forked from one that had loaded obstore."""
 _on_fork: list[Callable[[], list[Any]]] = []
 
 
 def load_obstore(url: str) -> ModuleType:
-    """The obstore module that works in this process. Raises InputError where it is not installed."""
+    """Return the obstore module that works in this process.
+
+    Raises InputError, which names `url`, where obstore is not installed.
+    """
     global _module
     with _module_lock:
         if _module is None:
@@ -40,19 +47,19 @@ def load_obstore(url: str) -> ModuleType:
 
 
 def when_forked(forget: Callable[[], list[Any]]) -> None:
-    """Have the child of a fork call `forget`, which lets go of clients and returns them."""
+    """Have every forked child call `forget`, which gives up its inherited clients and returns them."""
     _on_fork.append(forget)
 
 
 def _second_copy() -> ModuleType:
-    """A copy of obstore with a runtime of its own, for a process that was forked from one that had loaded it.
+    """Load a second copy of obstore, with a new runtime, in a process forked from one that had loaded it.
 
     obstore has one pool of I/O threads for the whole process. A fork copies the pool's state but not its threads, so
     that every call in the child would wait forever, with new clients too. The library loaded a second time, from
-    another file, starts a new pool: 10-20 ms and 6 MiB, measured with obstore 0.12.1.
+    another file, starts a new pool, which takes 10-20 ms and 6 MiB (measured with obstore 0.12.1).
     """
     old = importlib.import_module("obstore")
-    # Not the native module's own path: in the child of a child that is a copy too, and its file is gone.
+    # The loaded native module's path would not do: in the child of a child that module is a copy, whose file is gone.
     native = next(Path(old.__path__[0]).glob("_obstore*.so"))
     for name in [name for name in sys.modules if name == "obstore" or name.startswith("obstore.")]:
         _left_behind.append(sys.modules.pop(name))
@@ -68,7 +75,7 @@ def _second_copy() -> ModuleType:
 
 
 def _after_fork() -> None:
-    """Start afresh in the child. Inherited clients are kept, never freed: that would close the parent's connections."""
+    """Reset this module in the child, which keeps the inherited clients but never uses them."""
     global _module, _module_lock, _inherited
     _inherited = "obstore" in sys.modules
     _module, _module_lock = None, threading.Lock()
@@ -80,12 +87,12 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def brief(error: BaseException) -> str:
-    """An error's text without obstore's dump of its inner values, at most 500 characters."""
+    """Return an error's text without obstore's dump of its inner values, at most 500 characters."""
     text = " ".join(str(error).partition("Debug source:")[0].split())
     return f"{type(error).__name__}: {text[:500]}"
 
 
 def is_final(error: Exception) -> bool:
-    """Whether trying again can't help: no right, no credentials, a wrong set-up."""
+    """Return whether trying again can't help: a missing permission, missing credentials, or a wrong set-up."""
     names = ("PermissionDeniedError", "UnauthenticatedError", "InvalidPathError", "UnknownConfigurationKeyError")
     return type(error).__name__ in (*names, "NotSupportedError", "TypeError", "ValueError")

@@ -91,9 +91,9 @@ def measure(verifier: Verifier, ceiling: float, arguments: argparse.Namespace) -
             plain = PlainForward(verifier.body, verifier.blocks, verifier.final_norm)
             yield name, forward_metrics(plain, ids[:, :LONG], ceiling, runs=3)
         elif name == "forward-32k":
-            yield name, forward_metrics(verifier.engine, ids[:, :LONG], ceiling, runs=7)
+            yield name, forward_metrics(verifier.body_forward, ids[:, :LONG], ceiling, runs=7)
         elif name == "prefill-256k":
-            yield name, forward_metrics(verifier.engine, ids, ceiling, runs=1)
+            yield name, forward_metrics(verifier.body_forward, ids, ceiling, runs=1)
         else:
             lengths = mixed_lengths if "mixed" in name else fixed_lengths
             mode = "int8" if "int8" in name else "lossless"

@@ -25,11 +25,12 @@ from draftcache.capture.verifier.load import Verifier
 from draftcache.store.common.files import hash_bytes
 from draftcache.store.common.stopping import StopRequest
 from draftcache.store.format import torch_codecs
+from draftcache.store.format.channel_scales import Calibration
+from draftcache.store.format.frozen import FROZEN_NAME
 from draftcache.store.format.manifest import StoreManifest, Tap
 from draftcache.store.format.rows import teacher_positions
-from draftcache.store.format.tap_codecs import Calibration
-from draftcache.store.format.vocab_map import VocabMap
-from draftcache.store.reader import FROZEN_NAME, VOCAB_MAP_NAME, StoreReader
+from draftcache.store.format.vocab_map import VOCAB_MAP_NAME, VocabMap
+from draftcache.store.reader import StoreReader
 from draftcache.store.writer import StoreWriter
 from draftcache.tools.bench.verifier_shape import DRAFT_VOCAB, LAYERS
 

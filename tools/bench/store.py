@@ -31,7 +31,7 @@ import torch
 from numcodecs import Zstd
 
 from draftcache.store.common.errors import StoreError
-from draftcache.store.format.schema import CHUNK_ROWS, TOKENS_AXIS
+from draftcache.store.format.array_spec import CHUNK_ROWS, TOKENS_AXIS
 from draftcache.tools.bench.rows import cpu_name, report, result_row
 from draftcache.tools.bench.store_cases import Ours, check, choose_windows, expected_window, make_cases
 from draftcache.tools.bench.store_content import exponent_entropy, from_store, generate, generate_tiny, peer_bytes

@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from draftcache.store.common.errors import StoreError
+from draftcache.store.format.array_spec import COUNT_FIELD, ROWS_AXIS, TOKENS_AXIS, ArraySpec, tap_name
+from draftcache.store.format.channel_scales import Calibration
+from draftcache.store.format.frozen import FROZEN_NAME
 from draftcache.store.format.manifest import StoreManifest, Tap
-from draftcache.store.format.schema import COUNT_FIELD, ROWS_AXIS, TOKENS_AXIS, ArraySpec, tap_name
-from draftcache.store.format.tap_codecs import Calibration
-from draftcache.store.reader import FROZEN_NAME, VOCAB_MAP_NAME, StoreReader
+from draftcache.store.format.vocab_map import VOCAB_MAP_NAME
+from draftcache.store.reader import StoreReader
 from draftcache.store.writer import StoreWriter
 from draftcache.tools.bench.store_content import Content
 from draftcache.tools.bench.store_formats import Arrays, Buffers, Case, RawPreadv, Window, ZarrPython

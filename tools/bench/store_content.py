@@ -20,18 +20,10 @@ from safetensors.torch import save_file
 
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.files import hash_bytes
+from draftcache.store.format.array_spec import LENGTH_ARRAY, ROWS_AXIS, TEACHER_AXIS, TOKENS_AXIS, id_dtype, tap_name
+from draftcache.store.format.bf16 import float32_to_bf16
 from draftcache.store.format.rows import rows_in_reach, teacher_positions
-from draftcache.store.format.schema import (
-    LENGTH_ARRAY,
-    ROWS_AXIS,
-    TEACHER_AXIS,
-    TOKEN_ARRAYS,
-    TOKENS_AXIS,
-    Conversation,
-    id_dtype,
-    tap_name,
-)
-from draftcache.store.format.tap_codecs import float32_to_bf16
+from draftcache.store.format.schema import TOKEN_ARRAYS, Conversation
 from draftcache.store.format.teacher import draft_teacher
 from draftcache.store.reader import StoreReader
 

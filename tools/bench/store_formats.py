@@ -22,7 +22,8 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.buffer.cpu import NDBuffer
 
 from draftcache.store.common.files import fsync_directory, fsync_tree
-from draftcache.store.format.schema import ROWS_AXIS, TEACHER_AXIS, TOKENS_AXIS, ArraySpec, array_specs
+from draftcache.store.format.array_spec import ROWS_AXIS, TEACHER_AXIS, TOKENS_AXIS, ArraySpec
+from draftcache.store.format.schema import array_specs
 from draftcache.store.format.tap_codecs import tap_codec
 from draftcache.store.format.teacher import draft_teacher
 from draftcache.tools.bench.store_content import Content

@@ -39,7 +39,7 @@ from draftcache.draft_train.config import ATTENTION, TrainConfig
 from draftcache.draft_train.data.batches import Batch
 from draftcache.draft_train.drafts.eagle3.choose_pass import pass_settings
 from draftcache.draft_train.drafts.eagle3.fused_pass import FusedPass
-from draftcache.draft_train.drafts.eagle3.model import DraftModel
+from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 from draftcache.draft_train.loss.objective import Objective
 from draftcache.draft_train.optimizer import make_optimizer
 from draftcache.draft_train.ranks import GradientSums, Ranks, joined_ranks
@@ -186,7 +186,7 @@ def optimizer_step(
 ) -> Callable[[Batch], Any]:
     """A fresh draft, and a function that trains it by one batch; with `ranks`, by one batch of each."""
     with torch.device(device):
-        model = DraftModel(SHAPE)
+        model = Eagle3Model(SHAPE)
         embeddings = torch.randn(SHAPE.vocab_size, SHAPE.hidden_size, dtype=torch.bfloat16)
         target_ids = torch.arange(SHAPE.draft_vocab_size)
         in_draft = torch.arange(SHAPE.vocab_size) < SHAPE.draft_vocab_size

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from draftcache.draft_train.config import DraftShape
 from draftcache.draft_train.data.batches import Batch, HostRows
+from draftcache.draft_train.drafts.eagle3.shape import Eagle3Shape
 
-SHAPE = DraftShape(
+SHAPE = Eagle3Shape(
     hidden_size=2688, taps=3, intermediate_size=8064, num_attention_heads=32, num_key_value_heads=2, head_dim=128,
     vocab_size=131_072, draft_vocab_size=32_000, sliding_window=4096, rope_theta=10_000.0, rms_norm_eps=1e-5,
 )  # fmt: skip
@@ -59,7 +59,7 @@ def synthetic_batch(case: Case, device: torch.device) -> Batch:
     places, live = places.to(device).clamp(max=total - 1), live.to(device)
     rows = {"key_positions": torch.cat(positions), "start_index": starts, "steps": steps}
     return Batch(
-        aux=aux,
+        taps=aux,
         key_tokens=tokens,
         **{name: value.to(device) for name, value in rows.items()},  # type: ignore[arg-type]  # tensors only
         host=HostRows.of(rows),
@@ -99,7 +99,7 @@ def needed_flops(batch: Batch) -> float:
     keys = 2 * shape.num_key_value_heads * shape.head_dim
     per_row = 2 * hidden * (2 * queries + keys * 2 + queries + 3 * shape.intermediate_size + shape.draft_vocab_size)
     live = [int((batch.steps > number).sum()) for number in range(STEPS)]
-    base = batch.aux.shape[0] * 2 * hidden * (shape.taps * hidden + 2 * keys)
+    base = batch.taps.shape[0] * 2 * hidden * (shape.taps * hidden + 2 * keys)
     products = 3 * (sum(live) * per_row - live[0] * 4 * hidden * keys + base)
     positions, all_keys = batch.key_positions[batch.start_index], batch.key_positions
     seen = torch.searchsorted(all_keys, positions, right=True) - torch.searchsorted(

@@ -20,15 +20,18 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from draftcache.draft_train.config import DraftShape, TrainConfig
+from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.data.prefetch import LOCAL_READERS
+from draftcache.draft_train.drafts.eagle3.shape import Eagle3Shape
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.files import hash_bytes
+from draftcache.store.format.array_spec import tap_name
+from draftcache.store.format.frozen import FROZEN_NAME
 from draftcache.store.format.manifest import StoreManifest, Tap
 from draftcache.store.format.rows import rows_in_reach, teacher_positions
-from draftcache.store.format.schema import Conversation, tap_name
-from draftcache.store.format.vocab_map import VocabMap
-from draftcache.store.reader import FROZEN_NAME, VOCAB_MAP_NAME, StoreReader
+from draftcache.store.format.schema import Conversation
+from draftcache.store.format.vocab_map import VOCAB_MAP_NAME, VocabMap
+from draftcache.store.reader import StoreReader
 from draftcache.store.writer import StoreWriter
 
 LAYERS = (2, 26, 48)
@@ -36,7 +39,7 @@ _WARM_UP = 3
 _PER_SHARD = 2
 
 
-def loader_metrics(store: Path, output: Path, shape: DraftShape, attention: str) -> dict[str, dict[str, float]]:
+def loader_metrics(store: Path, output: Path, shape: Eagle3Shape, attention: str) -> dict[str, dict[str, float]]:
     """Metrics of an epoch read from disk and of one read from memory, the first steps left out."""
     reader = StoreReader(store)
     conversations, tokens = len(reader), int(reader.index["tokens"].sum())
@@ -74,7 +77,7 @@ def _metrics(steps: list[dict[str, Any]], bytes_per_token: float) -> dict[str, f
     }
 
 
-def write_store(root: Path, shape: DraftShape, length: int, conversations: int, device: torch.device) -> None:
+def write_store(root: Path, shape: Eagle3Shape, length: int, conversations: int, device: torch.device) -> None:
     """A finished store of these conversations."""
     words = VocabMap(target_ids=np.arange(shape.draft_vocab_size, dtype=np.int64), vocab_size=shape.vocab_size)
     made = _manifest(shape, words, length, -(-conversations // _PER_SHARD))
@@ -97,7 +100,7 @@ def write_store(root: Path, shape: DraftShape, length: int, conversations: int, 
         writer.finish()
 
 
-def _manifest(shape: DraftShape, words: VocabMap, length: int, shards: int) -> StoreManifest:
+def _manifest(shape: Eagle3Shape, words: VocabMap, length: int, shards: int) -> StoreManifest:
     return StoreManifest(
         verifier={
             "name": "random", "architecture": "none", "weights_hash": "", "hidden_size": shape.hidden_size,
@@ -110,7 +113,7 @@ def _manifest(shape: DraftShape, words: VocabMap, length: int, shards: int) -> S
     )  # fmt: skip
 
 
-def _conversation(shape: DraftShape, length: int, number: int, device: torch.device) -> Conversation:
+def _conversation(shape: Eagle3Shape, length: int, number: int, device: torch.device) -> Conversation:
     mask = np.ones(length, np.bool_)
     rows, taught = rows_in_reach(mask, shape.sliding_window), teacher_positions(mask)
     token_ids = torch.randint(0, shape.draft_vocab_size, (length,), device=device).cpu().numpy().astype(np.uint32)

@@ -6,16 +6,17 @@ import argparse
 import sys
 
 from draftcache.capture.job.config import CaptureConfig
-from draftcache.tools.arguments import add_settings, read_settings
+from draftcache.tools.arguments import add_settings, read_settings, refuse_renamed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One flag per field of CaptureConfig."""
     add_settings(parser, CaptureConfig)
+    refuse_renamed(parser, {"--shard": "--tensor-parallel", "--engine": "--launcher"})
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 1 when conversations were quarantined, whoever did so; 143 after SIGTERM, 130 after SIGINT."""
+    """Exit code 1 when the store has quarantined conversations, of any job; 143 after SIGTERM, 130 after SIGINT."""
     config = read_settings(CaptureConfig, arguments)
 
     from draftcache.capture.job.launch import capture

@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from draftcache.draft_train.config import TrainConfig
-from draftcache.draft_train.drafts.eagle3.memory import SETTINGS
+from draftcache.draft_train.config import MEMORY_SETTINGS, TrainConfig
 from draftcache.tools.arguments import add_settings
 
 if TYPE_CHECKING:
-    from draftcache.store.format.schema import ArraySpec
+    from draftcache.store.format.array_spec import ArraySpec
     from draftcache.tools.reports.sizing import Counts
 
 _DRAFT_VOCAB = 32_000
@@ -55,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", choices=("h100", "h200", "a100"), default="h100", help="else: estimate for one of it")
     parser.add_argument("--disk-gb-s", type=float, default=1.0, help="rate of writing, in 1e9 bytes (default: 1.0)")
     parser.add_argument("--train", action="store_true", help="GPU memory of training instead: see the flags below")
-    add_settings(parser.add_argument_group("with --train, as of `draftcache train`"), TrainConfig, SETTINGS)
+    add_settings(parser.add_argument_group("with --train, as of `draftcache train`"), TrainConfig, MEMORY_SETTINGS)
     parser.add_argument("--json", action="store_true", help="print as JSON")
 
 
@@ -219,7 +218,8 @@ def _dataset_draft_vocab(dataset: Path) -> int:
 
 def _compute(arguments: argparse.Namespace, config: Mapping[str, Any], counts: Counts) -> dict[str, Any] | None:
     """Seconds of the verifier's forward passes, by the rate given or by FLOPs; None where neither is known."""
-    from draftcache.tools.reports.sizing import FORWARD_SHARE, GPU_TFLOPS, verifier_flops
+    from draftcache.capture.verifier.family_flops import verifier_flops
+    from draftcache.tools.reports.sizing import FORWARD_SHARE, GPU_TFLOPS
 
     tokens = float(counts.tokens.sum())
     if arguments.tokens_per_second:

@@ -19,8 +19,9 @@ from draftcache.capture.job.worker_job import CaptureJob
 from draftcache.capture.prepare.job import PrepareConfig, prepare
 from draftcache.capture.verifier.load import Verifier
 from draftcache.draft_train.acceptance import measure_acceptance
-from draftcache.draft_train.checkpoint import load_model, load_state, resolve_checkpoint
+from draftcache.draft_train.checkpoint import load_draft, load_state, resolve_checkpoint
 from draftcache.draft_train.data.frozen import FrozenWeights
+from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 from draftcache.store.reader import StoreReader
 from draftcache.tools.speculative_decode import plain_greedy, speculative_greedy
 
@@ -62,13 +63,14 @@ def truth_check(
     kept = [(list(prompt), trace) for prompt, trace in zip(prompts, traces, strict=True) if len(trace) > 1]
     store = _capture_traces(kept, verifier_path, vocab_map, layers, directory)
     path = resolve_checkpoint(checkpoint)
-    draft = load_model(path, load_state(path), torch.device("cpu"))
-    embeddings = FrozenWeights.load(store, torch.device("cpu")).embed_tokens
-    counts = measure_acceptance(draft, embeddings, store, store.members("truth"), draft_tokens=draft_tokens)
+    draft = load_draft(path, load_state(path), torch.device("cpu"))
+    assert isinstance(draft.model, Eagle3Model), "the decoding loop runs Eagle3 drafts"
+    frozen = FrozenWeights.load(store, torch.device("cpu"))
+    counts = measure_acceptance(draft, frozen, store, store.members("truth"), draft_tokens=draft_tokens)
     target_ids = torch.from_numpy(store.vocab_map().target_ids)
     online = [
         speculative_greedy(
-            verifier, draft, embeddings, target_ids, layers, prompt,
+            verifier, draft.model, frozen.embed_tokens, target_ids, layers, prompt,
             max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, draft_tokens=draft_tokens,
         )
         for prompt, _ in kept

@@ -101,7 +101,7 @@ def dump_states(config: ProbeConfig) -> dict[str, Any]:
     details = {
         "version": VERSION,
         "source": config.source,
-        "forward": verifier.engine.name if config.source == "draftcache" else "transformers",
+        "forward": verifier.body_forward.name if config.source == "draftcache" else "transformers",
         "layers": list(config.layers),
         "tensors": {name: conventions(name, blocks) for name in states},
         "dtype": str(verifier.head.weight.dtype).removeprefix("torch."),

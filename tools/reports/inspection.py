@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.files import hash_json
+from draftcache.store.format.array_spec import tap_name
+from draftcache.store.format.bf16 import bf16_to_float32
 from draftcache.store.format.commits import COMMIT_DIRECTORY, Record, record_name, require_record
 from draftcache.store.format.norm_band import NormBand
-from draftcache.store.format.schema import Conversation, tap_name
-from draftcache.store.format.tap_codecs import bf16_to_float32
+from draftcache.store.format.schema import Conversation
 from draftcache.store.reader import StoreReader
 from draftcache.store.storage.base import Location, Storage
 from draftcache.tools.reports.shown_teacher import shown_teacher

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from draftcache.store.format.bf16 import bf16_to_float32
 from draftcache.store.format.frozen import frozen_tensor
 from draftcache.store.format.schema import Conversation
-from draftcache.store.format.tap_codecs import bf16_to_float32
 from draftcache.store.format.teacher_stats import tail_mass
 from draftcache.store.reader import StoreReader
 

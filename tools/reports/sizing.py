@@ -17,16 +17,11 @@ from numpy.typing import NDArray
 
 from draftcache.capture.prepare.token_dataset import TokenDataset
 from draftcache.store.common.errors import InputError
+from draftcache.store.format.array_spec import ROWS_AXIS, TEACHER_AXIS, TOKENS_AXIS, ArraySpec
+from draftcache.store.format.channel_scales import ChannelScales
 from draftcache.store.format.rows import rows_in_reach, teacher_positions
-from draftcache.store.format.schema import (
-    INDEX_DTYPE,
-    ROWS_AXIS,
-    TEACHER_AXIS,
-    TOKENS_AXIS,
-    ArraySpec,
-    array_specs,
-)
-from draftcache.store.format.tap_codecs import ChannelScales, tap_codec
+from draftcache.store.format.schema import INDEX_DTYPE, array_specs
+from draftcache.store.format.tap_codecs import tap_codec
 from draftcache.store.format.teacher import TeacherForm
 from draftcache.store.layouts.zarr_format import array_metadata
 
@@ -229,109 +224,3 @@ GPU_TFLOPS = {"h100": 798.0, "h200": 798.0, "a100": 252.0}
 times the share of the datasheet (989) that was measured on the H100."""
 FORWARD_SHARE = 0.39
 """Of the ceiling, in a Hugging Face forward: 38.2k tok/s x 8.1 GFLOP (30B-A3B NemotronH, 32k tokens, one H100)."""
-
-# Decoder stacks of query, key, value, output and gated (3-matrix) MLPs, dense or of routed experts.
-_GATED = {
-    "gemma", "gemma2", "gemma3_text", "gpt_oss", "granite", "llama", "mistral", "mixtral", "olmo2", "olmoe", "phi3",
-    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
-}  # fmt: skip
-_NEMOTRON_KINDS = {
-    "M": "mamba", "E": "moe", "*": "attention", "-": "mlp", "linear_attention": "mamba", "full_attention": "attention",
-}  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flops:
-    """Matrix work of a forward pass; a multiply and an add count as 2."""
-
-    body: float
-    """Per token: projections, experts that are active, scan."""
-    per_key: float
-    """Per token and key that it attends to, of one attention block."""
-    windows: tuple[int | None, ...]
-    """One per attention block: its window, or None for full causal attention."""
-    head: float
-    """Per position whose logits are computed."""
-
-    def total(self, lengths: FloatArray, heads: float) -> float:
-        """Over conversations of these lengths [N] in tokens, with logits at `heads` positions."""
-        pairs = sum(float(self._pairs(lengths, window).sum()) for window in self.windows)
-        return self.body * float(lengths.sum()) + self.per_key * pairs + self.head * heads
-
-    def _pairs(self, lengths: FloatArray, window: int | None) -> FloatArray:
-        reach = lengths if window is None else np.minimum(lengths, window)
-        return reach**2 / 2 + (lengths - reach) * reach
-
-
-def verifier_flops(config: Mapping[str, Any]) -> Flops | None:
-    """FLOPs by a Hugging Face config.json: NemotronH, or a stack of attention and gated MLPs; None for others."""
-    kind = config.get("model_type")
-    try:
-        if kind == "nemotron_h":
-            return _nemotron_flops(config)
-        return _gated_flops(config) if kind in _GATED else None
-    except KeyError:
-        return None  # a config that leaves out what transformers has as a default
-
-
-def _attention(config: Mapping[str, Any]) -> tuple[float, float]:
-    """FLOPs per token of the four projections, and per token and key of scores and their weighted sum."""
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    width = (config.get("head_dim") or hidden // heads) * heads
-    keys = width // heads * (config.get("num_key_value_heads") or heads)
-    return 2.0 * hidden * (2 * width + 2 * keys), 4.0 * width
-
-
-def _nemotron_flops(config: Mapping[str, Any]) -> Flops:
-    hidden, heads = config["hidden_size"], config["mamba_num_heads"]
-    groups, state, chunk = config["n_groups"], config["ssm_state_size"], config.get("chunk_size", 128)
-    inner = heads * config["mamba_head_dim"]
-    projections = hidden * (2 * inner + 2 * groups * state + heads) + inner * hidden
-    # Scan, chunked: states in and out, then scores of a chunk (per group) and their sum over its inputs.
-    scan = 2 * inner * state + groups * state * chunk + inner * chunk
-    conv = config.get("conv_kernel", 4) * (inner + 2 * groups * state)
-    latent = config.get("moe_latent_size") or hidden
-    routed = 2 * latent * config["moe_intermediate_size"] * config["num_experts_per_tok"] + (
-        2 * hidden * latent if latent != hidden else 0
-    )
-    shared = 2 * hidden * config["moe_shared_expert_intermediate_size"] * config.get("n_shared_experts", 1)
-    attention, per_key = _attention(config)
-    costs = {
-        "mamba": 2.0 * (projections + scan + conv),
-        "moe": 2.0 * (routed + shared + hidden * config["n_routed_experts"]),
-        "mlp": 4.0 * hidden * config["intermediate_size"],
-        "attention": attention,
-    }
-    blocks = config.get("layers_block_type") or config.get("layer_types") or config["hybrid_override_pattern"]
-    kinds = [_NEMOTRON_KINDS.get(block, block) for block in blocks]
-    return Flops(
-        body=sum(costs[kind] for kind in kinds),
-        per_key=per_key,
-        windows=(None,) * kinds.count("attention"),
-        head=2.0 * hidden * config["vocab_size"],
-    )
-
-
-def _gated_flops(config: Mapping[str, Any]) -> Flops:
-    hidden, blocks = config["hidden_size"], config["num_hidden_layers"]
-    experts = config.get("num_experts") or config.get("num_local_experts")
-    dense = set(config.get("mlp_only_layers") or ()) if experts else set(range(blocks))
-    step = config.get("decoder_sparse_step") or 1
-    dense |= {block for block in range(blocks) if (block + 1) % step}
-    mlp = 6.0 * hidden * config["intermediate_size"]
-    routed = 0.0
-    if experts:
-        width = config.get("moe_intermediate_size") or config["intermediate_size"]
-        chosen = config["num_experts_per_tok"] * width + (config.get("shared_expert_intermediate_size") or 0)
-        routed = 6.0 * hidden * chosen + 2.0 * hidden * experts
-    attention, per_key = _attention(config)
-    kinds = config.get("layer_types")
-    if kinds is None:
-        slides = config.get("sliding_window") is not None and config.get("use_sliding_window", True)
-        kinds = ["sliding_attention" if slides else "full_attention"] * blocks
-    return Flops(
-        body=blocks * attention + len(dense) * mlp + (blocks - len(dense)) * routed,
-        per_key=per_key,
-        windows=tuple(config["sliding_window"] if kind == "sliding_attention" else None for kind in kinds),
-        head=2.0 * hidden * config["vocab_size"],
-    )

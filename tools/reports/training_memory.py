@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from draftcache.draft_train.config import DraftShape, TrainConfig
-from draftcache.draft_train.drafts.eagle3.choose_pass import pass_settings
-from draftcache.draft_train.drafts.eagle3.memory import KINDS, SETTINGS, Work, peak_bytes
+from draftcache.draft_train.config import MEMORY_SETTINGS, TrainConfig
+from draftcache.draft_train.drafts.protocol import Architecture, BatchRows, Shape, VerifierShape
+from draftcache.draft_train.drafts.registry import find_architecture
 from draftcache.store.common.errors import InputError
 
 CARDS_GIB = (24, 40, 80)
@@ -25,8 +25,8 @@ SETTINGS_SHOWN: dict[str, dict[str, Any]] = {
 _GIB = 2**30
 _LONGEST = 1 << 24
 
-Rows = tuple[int, int, int]
-"""Tokens, key rows and start rows of a micro-batch."""
+Batch = tuple[int, BatchRows]
+"""Tokens of a micro-batch, and its rows."""
 
 
 def training_memory(arguments: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
@@ -37,30 +37,23 @@ def training_memory(arguments: argparse.Namespace, config: dict[str, Any]) -> di
     if arguments.dataset is not None or arguments.tokens is not None:
         raise InputError("--train: expected --store or --length, found --dataset or --tokens, which are for a capture")
     train = _train_config(arguments)
+    architecture = find_architecture(train.draft)
     of = _of_store if arguments.store is not None else _of_lengths
-    shape, batches, top_k = of(arguments, train, config)
+    verifier, batches = of(arguments, train, config)
+    shape = architecture.shape_for(train, verifier)
     found = {}
     for name, changes in SETTINGS_SHOWN.items():
-        settings = pass_settings(replace(train, **changes))
-        work = Work(
-            rows=0,
-            starts=0,
-            steps=train.ttt_steps,
-            top_k=top_k,
-            slice_rows=settings.rows,
-            mlp_rows=settings.mlp_rows,
-            recompute_mlp=settings.recompute_mlp,
-            flash_attention=settings.flash_attention,
-        )
-        peaks = [
-            (peak_bytes(shape, replace(work, rows=rows, starts=starts)), tokens) for tokens, rows, starts in batches
-        ]
+        settings = replace(train, **changes)
+        peaks = [(architecture.peak_bytes(shape, settings, rows), tokens) for tokens, rows in batches]
         peak, tokens = max(peaks, key=lambda item: sum(item[0].values()))
         found[name] = {
             "bytes": peak,
             "total": sum(peak.values()),
             "tokens": tokens,
-            "longest": {str(card): _longest(shape, work, batches[0], card * _GIB * USABLE) for card in CARDS_GIB},
+            "longest": {
+                str(card): _longest(architecture, shape, settings, batches[0], card * _GIB * USABLE)
+                for card in CARDS_GIB
+            },
         }
     return {"draft": asdict(shape), "settings": found}
 
@@ -72,34 +65,34 @@ def _train_config(arguments: argparse.Namespace) -> TrainConfig:
         splits=("train",),
         sliding_window=arguments.window,
         draft_vocab_size=arguments.draft_vocab_size or 0,
-        **{name: getattr(arguments, name) for name in SETTINGS},
+        **{name: getattr(arguments, name) for name in MEMORY_SETTINGS},
     )
 
 
 def _of_store(
     arguments: argparse.Namespace, train: TrainConfig, _config: dict[str, Any]
-) -> tuple[DraftShape, Sequence[Rows], int]:
-    """The conversation that takes most, and a pack of such where steps have several."""
-    from draftcache.draft_train.drafts.eagle3.untrained import draft_shape
+) -> tuple[VerifierShape, Sequence[Batch]]:
+    """The conversation that takes most memory, and a pack of such conversations where steps have several."""
     from draftcache.store.reader import StoreReader
 
     store = StoreReader(arguments.store)
-    shape = draft_shape(train, store)
-    index = store.index
+    shape = VerifierShape.of(store, train.draft_vocab_size)
+    index, top_k = store.index, store.manifest.top_k
     if not len(index):
         raise InputError(f"{arguments.store}: expected conversations, found none")
     taken = index["rows"] * shape.taps + 12 * index["teacher_rows"]  # in hidden states
     largest = index[int(taken.argmax())]
-    batches = [(int(largest["tokens"]), int(largest["rows"]), int(largest["teacher_rows"]))]
+    rows = BatchRows(rows=int(largest["rows"]), starts=int(largest["teacher_rows"]), top_k=top_k)
+    batches = [(int(largest["tokens"]), rows)]
     pack = train.pack_tokens * (train.batch_conversations > 1)
     shares = [float((index[name] / index["tokens"]).max()) for name in ("rows", "teacher_rows")]
-    batches.append((pack, int(pack * shares[0]), int(pack * shares[1])))
-    return shape, batches, store.manifest.top_k
+    batches.append((pack, BatchRows(rows=int(pack * shares[0]), starts=int(pack * shares[1]), top_k=top_k)))
+    return shape, batches
 
 
 def _of_lengths(
     arguments: argparse.Namespace, train: TrainConfig, config: dict[str, Any]
-) -> tuple[DraftShape, Sequence[Rows], int]:
+) -> tuple[VerifierShape, Sequence[Batch]]:
     hidden = config.get("hidden_size") or arguments.hidden_size
     vocab = config.get("vocab_size") or arguments.vocab_size
     if hidden is None or vocab is None or arguments.length is None:
@@ -113,30 +106,28 @@ def _of_lengths(
             f"expected --length of at least 1 and --loss-fraction above 0 and at most 1, found {arguments.length} and "
             f"{share}"
         )
-    shape = DraftShape(
+    shape = VerifierShape(
         hidden_size=hidden,
         taps=len(arguments.layers),
-        intermediate_size=train.intermediate_size or 3 * hidden,
-        num_attention_heads=train.num_attention_heads,
-        num_key_value_heads=train.num_key_value_heads,
-        head_dim=train.head_dim,
         vocab_size=vocab,
         draft_vocab_size=arguments.draft_vocab_size or 32_000,
-        sliding_window=train.sliding_window or None,
-        rope_theta=train.rope_theta,
         rms_norm_eps=1e-5,
     )
-    batch = (arguments.length, arguments.length, max(1, round(arguments.length * share)))
-    return shape, [batch], 0 if arguments.teacher == "hidden" else arguments.top_k
+    rows = BatchRows(
+        rows=arguments.length,
+        starts=max(1, round(arguments.length * share)),
+        top_k=0 if arguments.teacher == "hidden" else arguments.top_k,
+    )
+    return shape, [(arguments.length, rows)]
 
 
-def _longest(shape: DraftShape, work: Work, like: Rows, limit: float) -> int:
-    """Tokens of the longest conversation that stays below `limit` bytes, its rows in `like`'s shares; 0 for none."""
-    tokens, rows, starts = like
+def _longest(architecture: Architecture, shape: Shape, settings: TrainConfig, like: Batch, limit: float) -> int:
+    """Tokens of the longest conversation that takes at most `limit` bytes, with the row shares of `like`; 0: none."""
+    tokens, rows = like
 
     def fits(length: int) -> bool:
-        scaled = replace(work, rows=length * rows // tokens, starts=length * starts // tokens)
-        return sum(peak_bytes(shape, scaled).values()) <= limit
+        scaled = replace(rows, rows=length * rows.rows // tokens, starts=length * rows.starts // tokens)
+        return sum(architecture.peak_bytes(shape, settings, scaled).values()) <= limit
 
     low, high = 0, _LONGEST
     while high - low > 1:
@@ -154,7 +145,8 @@ def format_training_memory(found: dict[str, Any]) -> str:
         "",
         f"{'GiB':<24}" + "".join(f"{name:>18}" for name in settings),
     ]
-    lines += [f"{kind:<24}" + _columns(row["bytes"][kind] for row in settings.values()) for kind in KINDS]
+    kinds = next(iter(settings.values()))["bytes"]
+    lines += [f"{kind:<24}" + _columns(row["bytes"][kind] for row in settings.values()) for kind in kinds]
     lines.append(f"{'peak':<24}" + _columns(row["total"] for row in settings.values()))
     lines.append("")
     for card in CARDS_GIB:

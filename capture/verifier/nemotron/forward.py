@@ -1,16 +1,16 @@
 """NemotronH's body over a loaded model's own weights, a few times faster than the model's own code.
 
-The blocks are run one after the other: fused norms, convolution, routing and sums (`draftcache.capture.kernels`) around
-the libraries' matrix products, flash attention and mamba-ssm's scan. What is computed, and where it is rounded, follows
-transformers' NemotronH; its newest version's norm, which multiplies by the weight in float32, is taken for all
-versions. A test compares the two, whole and in chunks, on trained weights.
+The blocks run one after the other: fused norms, convolution, routing and sums (`draftcache.capture.kernels`) around the
+libraries' matrix products, flash attention and mamba-ssm's scan. The steps, and where their results are rounded, are
+those of transformers' NemotronH. The norm of its newest version, which multiplies by the weight in float32, is used
+with all versions. A test compares the two codes, in one piece and in several, on trained weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,9 @@ from draftcache.capture.kernels.attention import KeyValues, causal_attention
 from draftcache.capture.kernels.causal_conv import causal_conv_silu
 from draftcache.capture.kernels.experts import combine, dispatch, grouped_linear, relu_squared_, route
 from draftcache.capture.kernels.norms import add_rms_norm, gated_group_norm
+from draftcache.capture.verifier.flops import Flops
 from draftcache.capture.verifier.forward import Piece
+from draftcache.capture.verifier.nemotron.flops import nemotron_flops
 from draftcache.capture.verifier.ssm_precision import scan_function
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.products import float32_product
@@ -31,40 +33,29 @@ _BLOCK_TYPES = {"linear_attention", "mamba", "full_attention", "attention", "moe
 
 @dataclass
 class MambaState:
-    """What one Mamba block carries from piece to piece."""
+    """The state that one Mamba block carries from piece to piece; None before the first piece."""
 
     conv: Tensor | None = None
     """[B, K - 1, C]: the convolution's last inputs."""
     ssm: Tensor | None = None
-    """[B, heads, head_dim, N] float32."""
+    """[B, heads, head_dim, N] float32: the scan's state."""
 
 
 @dataclass
 class Carried:
-    """States of all blocks; a forward in one piece carries nothing."""
+    """States of all blocks by block number; a forward in one piece carries nothing."""
 
     capacity: int
+    """Tokens of the whole conversation, for which attention blocks allocate keys and values."""
     mamba: dict[int, MambaState] = field(default_factory=dict)
     attention: dict[int, KeyValues] = field(default_factory=dict)
 
 
-def unsupported(model: Any) -> str | None:
-    """Why this model can't run here, or None."""
-    config = model.config
-    if getattr(config, "model_type", "") != "nemotron_h" or not hasattr(model.base_model, "layers"):
-        return f"{type(model).__name__} is no NemotronH of transformers"
-    kinds = {block.block_type for block in model.base_model.layers}
-    checks = {
-        f"block types {sorted(kinds)}": kinds <= _BLOCK_TYPES,
-        f"mlp_hidden_act {config.mlp_hidden_act}": config.mlp_hidden_act == "relu2",
-        f"mamba_hidden_act {config.mamba_hidden_act}": config.mamba_hidden_act == "silu",
-        f"n_group {config.n_group}": config.n_group == 1 or "moe" not in kinds,
-    }
-    return next((f"its {name} is not handled" for name, holds in checks.items() if not holds), None)
-
-
 class NemotronForward:
-    """See the module's description; `draftcache.capture.verifier.forward.Forward`."""
+    """The forward of NemotronH models; the module's docstring describes it.
+
+    Implements `draftcache.capture.verifier.forward.FamilyForward`.
+    """
 
     name = "draftcache"
 
@@ -74,8 +65,33 @@ class NemotronForward:
             self._block(number, block) for number, block in enumerate(self._body.layers)
         ]
 
+    @staticmethod
+    def supports(model: Any) -> str | None:
+        config = model.config
+        if getattr(config, "model_type", "") != "nemotron_h" or not hasattr(model.base_model, "layers"):
+            return f"{type(model).__name__} is no NemotronH of transformers"
+        kinds = {block.block_type for block in model.base_model.layers}
+        checks = {
+            f"block types {sorted(kinds)}": kinds <= _BLOCK_TYPES,
+            f"mlp_hidden_act {config.mlp_hidden_act}": config.mlp_hidden_act == "relu2",
+            f"mamba_hidden_act {config.mamba_hidden_act}": config.mamba_hidden_act == "silu",
+            f"n_group {config.n_group}": config.n_group == 1 or "moe" not in kinds,
+        }
+        return next((f"its {name} is not handled" for name, holds in checks.items() if not holds), None)
+
+    @classmethod
+    def of(cls, model: Any, blocks: nn.ModuleList, final_norm: nn.Module, reason: str) -> Self:
+        return cls(model)
+
+    @staticmethod
+    def flops(config: Mapping[str, Any]) -> Flops | None:
+        return nemotron_flops(config)
+
+    @property
+    def chunk_multiple(self) -> int:
+        return next((int(block.mixer.chunk_size) for block in self._body.layers if hasattr(block.mixer, "A_log")), 1)
+
     def implementations(self) -> dict[str, str]:
-        """See Forward."""
         weight = self._body.embeddings.weight
         if weight.is_cuda and weight.dtype == torch.bfloat16:
             return {"attention": "sdpa: cudnn or flash", "experts": "grouped_mm"}
@@ -83,7 +99,6 @@ class NemotronForward:
 
     @torch.inference_mode()
     def prefill(self, token_ids: Tensor, layers: tuple[int, ...], chunk_tokens: int) -> Iterator[Piece]:
-        """See Forward. `chunk_tokens` should be a multiple of the scan's chunk, so that no chunk is padded."""
         length = token_ids.shape[1]
         carried = Carried(capacity=length) if length > chunk_tokens else None
         for first in range(0, length, chunk_tokens):
@@ -106,10 +121,10 @@ class NemotronForward:
 
     @torch.inference_mode()
     def block_differences(self, token_ids: Tensor) -> list[float]:
-        """|ours - theirs| / |theirs| of what each block adds to the residual stream, over `token_ids` [B, L] int64.
+        """The norms are over all rows.
 
-        The model's own code runs, and every block of ours starts from the state that it had there: nothing
-        accumulates.
+        The model's own code runs, and every block of ours starts from the state that entered the model's block, so
+        that differences do not accumulate.
         """
         found: list[float] = []
         states: list[Tensor] = []
@@ -163,7 +178,7 @@ class _Mamba:
         x, b, c = torch.split(mixed, [mixer.intermediate_size, inner, inner], dim=-1)
         result = self._scan(
             x.view(batch, length, mixer.num_heads, mixer.head_dim),
-            # The torch form adds the bias and takes the softplus in dt's dtype; the kernels do it in float32.
+            # The scan of plain torch adds the bias and takes the softplus in dt's dtype, the kernels in float32.
             dt if dt.is_cuda else dt.float(),
             -torch.exp(mixer.A_log.float()),
             b.view(batch, length, groups, mixer.ssm_state_size),
@@ -179,7 +194,7 @@ class _Mamba:
         )
         if state is not None:
             result, state.ssm = result
-        # The torch form's result is a slice where the last chunk was padded.
+        # The scan of plain torch returns a slice, which is not contiguous, where it padded the last chunk.
         values = result.reshape(batch, length, -1).to(rows.dtype).contiguous()
         norm = mixer.norm
         values = gated_group_norm(values, gate, norm.weight, norm.variance_epsilon, norm.group_size)
@@ -224,21 +239,22 @@ class _Experts:
         expert_rows = grouped_linear(hidden, self._down, pairs.ends)
         del hidden
         if isinstance(mixer.fc2_latent_proj, nn.Identity) and self._group is None:
-            return combine(expert_rows, weights, pairs.place, _mlp(mixer.shared_experts, flat)).view_as(rows)
-        routed = combine(expert_rows, weights, pairs.place, torch.zeros_like(latent))
+            return combine(expert_rows, weights, pairs.pair_rows, _mlp(mixer.shared_experts, flat)).view_as(rows)
+        routed = combine(expert_rows, weights, pairs.pair_rows, torch.zeros_like(latent))
         if self._group is not None:
             dist.all_reduce(routed, group=self._group)
         return torch.add(mixer.fc2_latent_proj(routed), _mlp(mixer.shared_experts, flat)).view_as(rows)
 
 
 def _local_experts(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, dist.ProcessGroup | None]:
-    """The part of every expert's width, and the group whose sums make the whole; None where it is whole."""
+    """The rank's part of the experts' weights, and the group of ranks to sum over; None where they are whole."""
     if not isinstance(up, DTensor) or not isinstance(down, DTensor):
         return up, down, None
     if not (up.placements == (Shard(1),) and down.placements == (Shard(2),)):
         raise InputError(
             f"experts: expected a plan that splits their width (up_proj by Shard(1), down_proj by Shard(2)), found "
-            f"{up.placements} and {down.placements}; this version of transformers is not supported for --shard"
+            f"{up.placements} and {down.placements}; this version of transformers is not supported for "
+            "--tensor-parallel"
         )
     return up.to_local().contiguous(), down.to_local().contiguous(), up.device_mesh.get_group()
 
@@ -248,13 +264,16 @@ def _mlp(mlp: Any, rows: Tensor) -> Tensor:
 
 
 def _narrowest(weight: Tensor) -> Tensor:
-    """bfloat16 where that holds the same numbers: transformers 5.24 widens the router's weights as it loads them."""
+    """The router's weights, in bfloat16 where that holds the same numbers.
+
+    transformers 5.24 widens them to float32 as it loads them.
+    """
     narrow = weight.detach().to(torch.bfloat16)
     return narrow if not isinstance(weight, DTensor) and torch.equal(narrow.to(weight.dtype), weight) else weight
 
 
 def _router_logits(rows: Tensor, weight: Tensor) -> Tensor:
-    """Float32 logits. Products of bfloat16 numbers are exact in float32, so tensor cores may form them."""
+    """Logits [N, E] float32: products of bfloat16 numbers are exact in it, so tensor cores may compute them."""
     return (
         nn.functional.linear(rows.float(), weight.float())
         if isinstance(weight, DTensor)
@@ -263,7 +282,7 @@ def _router_logits(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def _last_rows(rows: Tensor, before: Tensor | None, count: int) -> Tensor:
-    """The last `count` rows [B, count, C] of `before` and `rows`, zeros where there are fewer."""
+    """The last `count` rows [B, count, C] of `before` and then `rows`; zeros where there are fewer."""
     if rows.shape[1] >= count:
         return rows[:, rows.shape[1] - count :].clone()
     earlier = rows.new_zeros(rows.shape[0], count, rows.shape[2]) if before is None else before

@@ -7,10 +7,10 @@ import sys
 import torch
 
 from draftcache.draft_train.config import TrainConfig
-from draftcache.draft_train.drafts.eagle3.fused_pass import FusedPass, PassSettings
+from draftcache.draft_train.drafts.eagle3.fused_pass import FusedPass
+from draftcache.draft_train.drafts.eagle3.fused_state import PassSettings
 from draftcache.draft_train.drafts.eagle3.kernels.flash_attention import why_not_flash
-from draftcache.draft_train.drafts.eagle3.model import DraftModel
-from draftcache.draft_train.drafts.gradient_pass import GradientPass, PlainPass
+from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 from draftcache.draft_train.loss.objective import Objective
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.triton_launch import tl
@@ -21,11 +21,12 @@ _MLP_SLICES = 4
 
 
 def choose_pass(
-    config: TrainConfig, model: DraftModel, objective: Objective, embeddings: torch.Tensor, *, say: bool = True
-) -> GradientPass:
-    """The one that --compute asks for. With auto, the fused pass on a GPU wherever it can run; `say` tells if it can't.
+    config: TrainConfig, model: Eagle3Model, objective: Objective, embeddings: torch.Tensor, *, say: bool = True
+) -> FusedPass | None:
+    """The fused pass where --compute asks for it or, with auto, where it can run; None where the plain pass is to run.
 
-    Raises InputError where --compute fused, --recompute-mlp or --attention flash can't be had.
+    `say` prints why the plain pass runs on a GPU. Raises InputError where --compute fused, --recompute-mlp or
+    --attention flash can't be honoured.
     """
     reason = why_not_fused(config, model, embeddings.device)
     if reason is None and config.compute != "plain":
@@ -41,7 +42,7 @@ def choose_pass(
         raise InputError(f"{asked}: expected the fused pass, found {reason or '--compute plain'}")
     if say and reason is not None and embeddings.is_cuda:
         print(f"draftcache train: the plain pass runs, several times slower, because of {reason}", file=sys.stderr)
-    return PlainPass(model, objective, embeddings)
+    return None
 
 
 def pass_settings(config: TrainConfig) -> PassSettings:
@@ -56,7 +57,7 @@ def pass_settings(config: TrainConfig) -> PassSettings:
     )
 
 
-def why_not_fused(config: TrainConfig, model: DraftModel, device: torch.device) -> str | None:
+def why_not_fused(config: TrainConfig, model: Eagle3Model, device: torch.device) -> str | None:
     """What keeps the fused pass from running; None where nothing does."""
     width = model.shape.head_dim
     if device.type != "cuda":

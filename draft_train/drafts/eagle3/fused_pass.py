@@ -16,82 +16,25 @@ Shape suffixes: R key rows, S start rows, T rows of a step, H hidden, N query he
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from draftcache.draft_train.data.batches import Batch
+from draftcache.draft_train.drafts.eagle3.fused_state import BaseRows, KeyGradients, PassSettings, StepState
 from draftcache.draft_train.drafts.eagle3.fused_weights import FusedWeights
-from draftcache.draft_train.drafts.eagle3.head_loss import HeadLoss
 from draftcache.draft_train.drafts.eagle3.kernels.attention import attend, attend_backward
 from draftcache.draft_train.drafts.eagle3.kernels.runs import find_runs
-from draftcache.draft_train.drafts.eagle3.kernels.sight import Attended, Sight
-from draftcache.draft_train.drafts.eagle3.model import DraftModel
+from draftcache.draft_train.drafts.eagle3.kernels.sight import Sight
+from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 from draftcache.draft_train.drafts.gradient_pass import Ready
 from draftcache.draft_train.kernels.norms import rms_norm, rms_norm_backward
 from draftcache.draft_train.kernels.rotary import join_heads, rotary_table, split_heads
 from draftcache.draft_train.kernels.swiglu import swiglu, swiglu_backward_
+from draftcache.draft_train.loss.head_loss import Head, HeadLoss
 from draftcache.draft_train.loss.objective import Objective, ObjectiveResult, tail_sums
 from draftcache.store.common.products import add_product
-
-
-@dataclass(frozen=True)
-class PassSettings:
-    """What trades memory for time."""
-
-    rows: int = 8192
-    """Rows whose logits are there at once."""
-    mlp_rows: int = 8192
-    """Rows of the MLP at a time. Its weights' gradients go through memory for every slice."""
-    recompute_mlp: bool = False
-    """Make gate and up again in the backward pass instead of keeping them."""
-    flash_attention: bool = False
-    """FlashAttention 4 instead of the attention kernels of our own: faster, for more memory."""
-
-
-@dataclass
-class _Base:
-    """What every step shares."""
-
-    projected: Tensor
-    """[R, (N + 2G) D]: the tokens' part of queries, keys and values."""
-    hidden: Tensor
-    """[R, H]: fc's output, un-normed."""
-    table: Tensor
-    kv: Tensor
-    """[R, 2, G, D]."""
-    own: Tensor
-    """[steps - 1, S, 2, G, D]."""
-    positions: Tensor
-    """[R] int32."""
-
-
-@dataclass
-class _Step:
-    """What one step keeps for the backward pass; T rows."""
-
-    number: int
-    rows: Tensor
-    """[T] int64 start rows."""
-    places: Tensor
-    """[T] int64: the key row whose token this step consumes."""
-    kept: Tensor | None
-    """[T] int64: which rows of the previous step these are; None where all."""
-    attended: Attended
-    after: Tensor
-    """[T, H]: what the MLP reads, un-normed."""
-    gate_up: list[Tensor]
-    result: Tensor
-
-
-@dataclass
-class _KeyGradients:
-    """Of what all steps attend to, added up in float32 at least."""
-
-    kv: Tensor
-    own: Tensor
 
 
 class FusedPass:
@@ -99,7 +42,7 @@ class FusedPass:
 
     def __init__(
         self,
-        model: DraftModel,
+        model: Eagle3Model,
         objective: Objective,
         embeddings: Tensor,
         settings: PassSettings | None = None,
@@ -110,9 +53,11 @@ class FusedPass:
         self.shape, self.eps = model.shape, model.shape.rms_norm_eps
         self.embeddings = embeddings
         self.settings = settings or PassSettings()
-        self.head_loss = HeadLoss(objective, model.norm, self.settings.rows)
+        self.head_loss = HeadLoss(objective, self.settings.rows)
         self.weights = FusedWeights(model, dtype)
         self.matrices, self.gradients = self.weights.matrices, self.weights.gradients
+        norm = model.norm.weight
+        self.head = Head(self.matrices.head, norm, self.eps, self.gradients.head, self.gradients.vectors[norm])
 
     @torch.no_grad()
     def __call__(self, batch: Batch, ready: Ready | None = None) -> ObjectiveResult:
@@ -120,12 +65,12 @@ class FusedPass:
         self.weights.refresh()
         self.weights.attach()
         base = self._base(batch)
-        steps: list[_Step] = []
+        steps: list[StepState] = []
         for sight, starts, kept in self._sights(batch, base):
             steps.append(self._forward_step(base, sight, starts, kept, steps[-1] if steps else None))
         return self._backward(batch, base, steps, ready or (lambda _: None))
 
-    def _sights(self, batch: Batch, base: _Base) -> Iterator[tuple[Sight, Tensor, Tensor | None]]:
+    def _sights(self, batch: Batch, base: BaseRows) -> Iterator[tuple[Sight, Tensor, Tensor | None]]:
         """Of each step: what its rows see, [T] int64 the key rows they start at, and which rows of the step before they
         are (None: all).
 
@@ -149,17 +94,17 @@ class FusedPass:
             starts = batch.start_index[rows]
             yield Sight(rows, base.positions[starts], base.positions, step, batch.window, runs), starts, kept
 
-    def _base(self, batch: Batch) -> _Base:
+    def _base(self, batch: Batch) -> BaseRows:
         shape, matrices, dtype = self.shape, self.matrices, self.weights.dtype
         projected = self._tokens(batch) @ matrices.qkv_tokens.t()
-        hidden = batch.aux.to(dtype) @ matrices.fc.t()
+        hidden = batch.taps.to(dtype) @ matrices.fc.t()
         heads = (2, shape.num_key_value_heads, shape.head_dim)
-        base = _Base(
+        base = BaseRows(
             projected=projected,
             hidden=hidden,
             table=rotary_table(batch.key_positions, shape.head_dim, shape.rope_theta, dtype),
             kv=hidden.new_empty(hidden.shape[0], *heads),
-            own=hidden.new_empty(max(0, batch.step_tokens.shape[1] - 1), batch.start_index.shape[0], *heads),
+            diagonal=hidden.new_empty(max(0, batch.step_tokens.shape[1] - 1), batch.start_index.shape[0], *heads),
             positions=batch.key_positions.to(torch.int32),
         )
         queries, every = self.weights.queries, torch.arange(hidden.shape[0], device=hidden.device)
@@ -176,8 +121,8 @@ class FusedPass:
         return rms_norm(self._embedded(batch), self.layer.input_layernorm.weight, self.eps)
 
     def _forward_step(
-        self, base: _Base, sight: Sight, starts: Tensor, kept: Tensor | None, previous: _Step | None
-    ) -> _Step:
+        self, base: BaseRows, sight: Sight, starts: Tensor, kept: Tensor | None, previous: StepState | None
+    ) -> StepState:
         number, rows = sight.step, sight.rows
         hidden, chosen = (base.hidden, starts) if previous is None else (previous.result, kept)
         if chosen is not None:
@@ -187,15 +132,15 @@ class FusedPass:
         places = starts + number
         states = self.matrices.qkv_states[: self.weights.queries if number == 0 else None]
         projected = normed @ states.t()
-        kv = base.own[number - 1] if number else base.kv[:, :, :0]
+        kv = base.diagonal[number - 1] if number else base.kv[:, :, :0]
         shared = base.projected[:, : states.shape[0]]
         q = split_heads(projected, base.table, places, self.shape.num_attention_heads, kv, rows, shared)
         del projected, normed
-        attended = attend(q, base.kv, base.own, sight)
+        attended = attend(q, base.kv, base.diagonal, sight)
         out = None if chosen is None else hidden  # which is a copy then
         after = torch.addmm(hidden, attended.out.flatten(1), self.matrices.output.t(), out=out)
         result, gate_up = self._mlp(after)
-        return _Step(number, rows, places, kept, attended, after, gate_up, result)
+        return StepState(number, rows, places, kept, attended, after, gate_up, result)
 
     def _mlp(self, after: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Residual included; keeps gate and up of every slice unless they are to be made again."""
@@ -214,18 +159,16 @@ class FusedPass:
         size = self.settings.mlp_rows
         return [slice(first, min(first + size, len(rows))) for first in range(0, len(rows), size)]
 
-    def _backward(self, batch: Batch, base: _Base, steps: list[_Step], ready: Ready) -> ObjectiveResult:
-        gradients, wide = self.gradients, self.weights.wide
-        keys: _KeyGradients | None = None
-        result = ObjectiveResult.zeros(batch.step_tokens.shape[1], batch.aux.device)
+    def _backward(self, batch: Batch, base: BaseRows, steps: list[StepState], ready: Ready) -> ObjectiveResult:
+        wide = self.weights.wide
+        keys: KeyGradients | None = None
+        result = ObjectiveResult.zeros(batch.step_tokens.shape[1], batch.taps.device)
         total = base.projected.zero_()  # no step reads it any more
         carried: Tensor | None = None
         while steps:
             step = steps.pop()
             chosen = self.head_loss.rows_of(batch, step.number, step.rows)
-            upstream, losses, hits = self.head_loss.backward(
-                batch, chosen, step.result, carried, self.matrices.head, gradients
-            )
+            upstream, losses, hits = self.head_loss.backward(batch, chosen, step.result, carried, self.head)
             result.loss.add_((losses * chosen.weight).sum())
             result.rows[step.number].fill_(losses.numel())  # assigning a number would wait for the device
             result.losses[step.number] = losses.sum()
@@ -240,8 +183,8 @@ class FusedPass:
             given = (after @ self.matrices.output).view_as(step.attended.out)
             add_product(self.gradients.output, after, step.attended.out.flatten(1))
             if keys is None:  # not before: the memory is scarcest in the last step's head and MLP
-                keys = _KeyGradients(*(torch.zeros_like(held, dtype=wide) for held in (base.kv, base.own)))
-            q_gradient = attend_backward(given, step.attended, keys.kv, keys.own)
+                keys = KeyGradients(*(torch.zeros_like(held, dtype=wide) for held in (base.kv, base.diagonal)))
+            q_gradient = attend_backward(given, step.attended, keys.kv, keys.diagonal)
             del given, step.attended
             if step.number:
                 carried = self._inputs_backward(base, step, steps[-1], q_gradient, keys, total, after)
@@ -253,7 +196,7 @@ class FusedPass:
             total_of.copy_(added)
         return result
 
-    def _mlp_backward(self, step: _Step, upstream: Tensor) -> Tensor:
+    def _mlp_backward(self, step: StepState, upstream: Tensor) -> Tensor:
         """Gradient [T, H] of the MLP's input from that of its output, residual included."""
         gradients, weight = self.gradients, self.layer.post_attention_layernorm.weight
         out = torch.empty_like(upstream)
@@ -273,11 +216,11 @@ class FusedPass:
 
     def _inputs_backward(
         self,
-        base: _Base,
-        step: _Step,
-        previous: _Step,
+        base: BaseRows,
+        step: StepState,
+        previous: StepState,
         q_gradient: Tensor,
-        keys: _KeyGradients,
+        keys: KeyGradients,
         total: Tensor,
         after: Tensor,
     ) -> Tensor:
@@ -285,7 +228,7 @@ class FusedPass:
         projections is added to `total`.
         """
         gradients, weight, hidden = self.gradients, self.layer.hidden_norm.weight, previous.result
-        projected = join_heads(q_gradient, keys.own[step.number - 1], base.table, step.places, step.rows, total)
+        projected = join_heads(q_gradient, keys.diagonal[step.number - 1], base.table, step.places, step.rows, total)
         add_product(gradients.qkv_states, projected, rms_norm(hidden, weight, self.eps, step.kept))
         given = projected @ self.matrices.qkv_states
         del projected
@@ -294,10 +237,10 @@ class FusedPass:
     def _base_backward(
         self,
         batch: Batch,
-        base: _Base,
-        step: _Step,
+        base: BaseRows,
+        step: StepState,
         q_gradient: Tensor,
-        keys: _KeyGradients,
+        keys: KeyGradients,
         total: Tensor,
         after: Tensor,
     ) -> None:
@@ -315,7 +258,7 @@ class FusedPass:
         given[rows] += asked @ matrices.qkv_states[:queries]
         residual = torch.zeros_like(base.hidden).index_copy_(0, rows, after)
         hidden = rms_norm_backward(given, base.hidden, weight, self.eps, gradients.vectors[weight], residual)
-        add_product(gradients.fc, hidden, batch.aux.to(hidden.dtype))
+        add_product(gradients.fc, hidden, batch.taps.to(hidden.dtype))
         add_product(gradients.qkv_tokens, total, self._tokens(batch))
         weight = self.layer.input_layernorm.weight
         given = total @ matrices.qkv_tokens

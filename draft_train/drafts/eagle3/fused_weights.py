@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from draftcache.draft_train.drafts.eagle3.model import DraftModel
+from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Matrices:
 class FusedWeights:
     """Copies of a draft's matrices in the dtype of the products, and where its gradients are added up."""
 
-    def __init__(self, model: DraftModel, dtype: torch.dtype) -> None:
+    def __init__(self, model: Eagle3Model, dtype: torch.dtype) -> None:
         layer = model.midlayer
         attention, mlp = layer.self_attn, layer.mlp
         self.dtype, self.wide = dtype, model.fc.weight.dtype

@@ -10,16 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from draftcache.draft_train.config import DraftShape
+from draftcache.draft_train.drafts.eagle3.shape import Eagle3Shape
 
 BF16, FLOAT32, INT64 = 2, 4, 8
 MOST_COPIES = 4
-"""Of keys, at most: see `kernels.runs`. No torch here."""
-SETTINGS = (
-    "ttt_steps", "batch_conversations", "pack_tokens", "loss_chunk", "intermediate_size", "num_attention_heads",
-    "num_key_value_heads", "head_dim",
-)  # fmt: skip
-"""Fields of TrainConfig that decide it, beside recompute_mlp, window and draft vocabulary."""
+"""Keys of all runs of rows together, over the keys that there are: beyond it, copying them costs more than it saves."""
 KINDS = ("weights and optimizer", "frozen weights", "micro-batch", "next micro-batch", "kept for backward", "working")
 
 
@@ -43,7 +38,7 @@ class Work:
     """Whether the next micro-batch is on the device too, as it is in `draftcache train`."""
 
 
-def peak_bytes(shape: DraftShape, work: Work) -> dict[str, int]:
+def peak_bytes(shape: Eagle3Shape, work: Work) -> dict[str, int]:
     """Bytes by kind (`KINDS`) at the moment when they are most."""
     memory = _Memory()
     weights = parameters(shape)
@@ -58,7 +53,7 @@ def peak_bytes(shape: DraftShape, work: Work) -> dict[str, int]:
     return {kind: sum(size for (of, _), size in memory.most.items() if of == kind) for kind in KINDS}
 
 
-def parameters(shape: DraftShape) -> int:
+def parameters(shape: Eagle3Shape) -> int:
     """Trained numbers of the draft."""
     hidden, heads = shape.hidden_size, _widths(shape)
     attention = hidden * (2 * heads.projected + heads.queries)
@@ -66,7 +61,7 @@ def parameters(shape: DraftShape) -> int:
     return hidden * (shape.taps * hidden + shape.draft_vocab_size + 4) + attention + mlp
 
 
-def batch_bytes(shape: DraftShape, work: Work) -> int:
+def batch_bytes(shape: Eagle3Shape, work: Work) -> int:
     """Of a `Batch` on the device."""
     per_row = shape.taps * shape.hidden_size * BF16 + 2 * INT64
     per_start = (3 + 2 * work.steps) * INT64
@@ -75,7 +70,7 @@ def batch_bytes(shape: DraftShape, work: Work) -> int:
     return work.rows * per_row + work.starts * (per_start + per_teacher)
 
 
-def kept_bytes(shape: DraftShape, work: Work) -> int:
+def kept_bytes(shape: Eagle3Shape, work: Work) -> int:
     """Of one unroll step, until its backward pass: queries, attention's output, MLP input, result, gate and up."""
     heads, gate_up = _widths(shape), 0 if work.recompute_mlp else 2 * shape.intermediate_size
     wide = 2 * heads.queries + 2 * shape.hidden_size + gate_up
@@ -94,7 +89,7 @@ class _Widths:
         return self.queries + self.keys
 
 
-def _widths(shape: DraftShape) -> _Widths:
+def _widths(shape: Eagle3Shape) -> _Widths:
     return _Widths(shape.num_attention_heads * shape.head_dim, 2 * shape.num_key_value_heads * shape.head_dim)
 
 
@@ -123,7 +118,7 @@ class _Memory:
         self.give("working", *names)
 
 
-def _forward(memory: _Memory, shape: DraftShape, work: Work) -> None:
+def _forward(memory: _Memory, shape: Eagle3Shape, work: Work) -> None:
     heads, hidden, sliced = _widths(shape), shape.hidden_size * BF16, min(work.mlp_rows, work.starts)
     states, projected = work.starts * hidden, work.starts * heads.projected * BF16
     memory.working(embedded=work.rows * hidden, tokens=work.rows * hidden)
@@ -131,7 +126,7 @@ def _forward(memory: _Memory, shape: DraftShape, work: Work) -> None:
     table = work.rows * shape.head_dim * FLOAT32
     shared = heads.projected + shape.hidden_size + heads.keys
     memory.take("kept for backward", "base", work.rows * shared * BF16 + table)
-    memory.take("kept for backward", "own keys", (work.steps - 1) * work.starts * heads.keys * BF16)
+    memory.take("kept for backward", "diagonal keys", (work.steps - 1) * work.starts * heads.keys * BF16)
     memory.done("tokens")
     gate_up = 2 * shape.intermediate_size if work.recompute_mlp else 0
     for step in range(work.steps):
@@ -143,7 +138,7 @@ def _forward(memory: _Memory, shape: DraftShape, work: Work) -> None:
         memory.done("mlp", "input")
 
 
-def _backward(memory: _Memory, shape: DraftShape, work: Work) -> None:
+def _backward(memory: _Memory, shape: Eagle3Shape, work: Work) -> None:
     heads, hidden, sliced = _widths(shape), shape.hidden_size * BF16, min(work.slice_rows, work.starts)
     of_mlp = min(work.mlp_rows, work.starts)
     states, queries = work.starts * hidden, work.starts * heads.queries * BF16

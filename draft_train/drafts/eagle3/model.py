@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from draftcache.draft_train.config import DraftShape
+from draftcache.draft_train.drafts.eagle3.shape import Eagle3Shape
 from draftcache.draft_train.kernels.rotary import rotary_table, rotate
 
 
@@ -34,7 +34,7 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
 class Attention(nn.Module):
     """Projections only: which keys a row sees is the unroll's business."""
 
-    def __init__(self, shape: DraftShape) -> None:
+    def __init__(self, shape: Eagle3Shape) -> None:
         super().__init__()
         self.shape = shape
         queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
@@ -67,7 +67,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU."""
 
-    def __init__(self, shape: DraftShape) -> None:
+    def __init__(self, shape: Eagle3Shape) -> None:
         super().__init__()
         self.gate_proj = _linear(shape.hidden_size, shape.intermediate_size)
         self.up_proj = _linear(shape.hidden_size, shape.intermediate_size)
@@ -81,7 +81,7 @@ class MLP(nn.Module):
 class DraftLayer(nn.Module):
     """The decoder layer: its attention reads 2H inputs, its residual is the un-normed state."""
 
-    def __init__(self, shape: DraftShape) -> None:
+    def __init__(self, shape: Eagle3Shape) -> None:
         super().__init__()
         self.self_attn = Attention(shape)
         self.mlp = MLP(shape)
@@ -99,10 +99,10 @@ class DraftLayer(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
 
 
-class DraftModel(nn.Module):
+class Eagle3Model(nn.Module):
     """`fc`, one layer, `norm`, `lm_head`: the tensors that an engine loads."""
 
-    def __init__(self, shape: DraftShape) -> None:
+    def __init__(self, shape: Eagle3Shape) -> None:
         super().__init__()
         self.shape = shape
         self.fc = _linear(shape.taps * shape.hidden_size, shape.hidden_size)

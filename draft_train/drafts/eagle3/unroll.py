@@ -8,40 +8,29 @@ give step-0 keys and values and nothing else; a row whose turn has ended drops o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from draftcache.draft_train.data.batches import Batch
-from draftcache.draft_train.drafts.eagle3.model import DraftModel
+from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 from draftcache.draft_train.drafts.eagle3.window_attention import window_attention
+from draftcache.draft_train.loss.objective import StepOutput
 
 
-@dataclass(frozen=True)
-class UnrollStep:
-    """What step `number` leaves: which start rows took part, and their un-normed outputs."""
-
-    number: int
-    rows: torch.Tensor
-    """[A] int64 into the batch's start rows: those with `steps > number`."""
-    hidden: torch.Tensor
-    """[A, H]."""
-
-
-def unroll(model: DraftModel, embeddings: torch.Tensor, batch: Batch, steps: int) -> Iterator[UnrollStep]:
+def unroll(model: Eagle3Model, embeddings: torch.Tensor, batch: Batch, steps: int) -> Iterator[StepOutput]:
     """Yield steps 0 .. steps-1 while any row is left. `embeddings` [V, H]: the verifier's frozen table."""
     dtype = _compute_dtype(model)
     layer, attention = model.midlayer, model.midlayer.self_attn
-    base = model.fc(batch.aux.to(dtype))
+    base = model.fc(batch.taps.to(dtype))
     inputs = layer.attention_input(F.embedding(batch.key_tokens, embeddings).to(base.dtype), base)
     keys, values = attention.keys_values(inputs, batch.key_positions)
 
     rows = torch.arange(batch.start_index.shape[0], device=batch.start_index.device)
     positions = batch.key_positions[batch.start_index]
     hidden, inputs = base[batch.start_index], inputs[batch.start_index]
-    own_keys: list[torch.Tensor] = []
-    own_values: list[torch.Tensor] = []
+    diagonal_keys: list[torch.Tensor] = []
+    diagonal_values: list[torch.Tensor] = []
     for step in range(steps if rows.numel() else 0):
         if step:
             alive = torch.nonzero(batch.steps[rows] > step)[:, 0]
@@ -49,29 +38,29 @@ def unroll(model: DraftModel, embeddings: torch.Tensor, batch: Batch, steps: int
                 return
             if alive.numel() < rows.numel():
                 rows, positions, hidden = rows[alive], positions[alive], hidden[alive]
-                own_keys = [key[:, alive] for key in own_keys]
-                own_values = [value[:, alive] for value in own_values]
+                diagonal_keys = [key[:, alive] for key in diagonal_keys]
+                diagonal_values = [value[:, alive] for value in diagonal_values]
             embedded = F.embedding(batch.step_tokens[rows, step], embeddings).to(hidden.dtype)
             inputs = layer.attention_input(embedded, hidden)
             key, value = attention.keys_values(inputs, positions + step)
-            own_keys.append(key)
-            own_values.append(value)
+            diagonal_keys.append(key)
+            diagonal_values.append(value)
         attended = window_attention(
             attention.queries(inputs, positions + step),
             keys,
             values,
-            own_keys,
-            own_values,
+            diagonal_keys,
+            diagonal_values,
             positions,
             batch.key_positions,
             step=step,
             window=batch.window,
         )
         hidden = layer.finish(hidden, attended)
-        yield UnrollStep(number=step, rows=rows, hidden=hidden)
+        yield StepOutput(number=step, rows=rows, hidden=hidden)
 
 
-def _compute_dtype(model: DraftModel) -> torch.dtype:
+def _compute_dtype(model: Eagle3Model) -> torch.dtype:
     device = model.fc.weight.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

@@ -41,8 +41,8 @@ def dense_window_attention(
     base = query_NQD @ key_GRD.repeat_interleave(group, 0).transpose(1, 2) * scale
     distance = query_positions[:, None] - key_positions[None, :]
     base = base.masked_fill((distance < 0) | (distance + step >= window), -math.inf)
-    own = [(query_NQD * key.repeat_interleave(group, 0)).sum(-1, keepdim=True) * scale for key in diagonal_keys]
-    scores = torch.cat([base, *own], dim=-1)
+    diagonal = [(query_NQD * key.repeat_interleave(group, 0)).sum(-1, keepdim=True) * scale for key in diagonal_keys]
+    scores = torch.cat([base, *diagonal], dim=-1)
     weights = torch.softmax(scores.to(torch.promote_types(scores.dtype, torch.float32)), dim=-1).to(value_GRD.dtype)
     keys = key_GRD.shape[1]
     output = weights[..., :keys] @ value_GRD.repeat_interleave(group, 0)

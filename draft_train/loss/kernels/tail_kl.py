@@ -1,7 +1,6 @@
 """The tail-bucket loss of rows of logits and its gradient, reading the logits once.
 
-Shape suffixes: T rows, V draft vocabulary, K teacher entries. The formulas are those of
-`draftcache.draft_train.loss.losses`.
+Shape suffixes: T rows, V draft vocabulary, K teacher entries. The formulas are those of `loss.tail_bucket`.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from draftcache.draft_train.loss.losses import fused_tail_bucket_loss
+from draftcache.draft_train.loss.tail_bucket import fused_tail_bucket_loss
 from draftcache.store.common.triton_launch import jit, power_of_two, runs_kernels, tl
 
 _MOST_IN_REGISTERS = 32_768
@@ -43,7 +42,7 @@ def tail_kl(logits: Tensor, ids: Tensor, p: Tensor, tau: Tensor, weight: Tensor,
 def tail_kl_reference(
     logits: Tensor, ids: Tensor, p: Tensor, tau: Tensor, weight: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See `tail_kl`; by autograd."""
+    """Plain twin of `tail_kl`, by autograd."""
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
         losses = fused_tail_bucket_loss(leaf, ids, p, tau, absent=bool((ids < 0).any()))

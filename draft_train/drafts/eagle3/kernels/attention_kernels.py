@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftcache.draft_train.drafts.eagle3.kernels.diagonal_keys import own_key_gradients, own_part, own_query_part
+from draftcache.draft_train.drafts.eagle3.kernels.diagonal_keys import (
+    diagonal_key_gradients,
+    diagonal_part,
+    diagonal_query_part,
+)
 from draftcache.draft_train.drafts.eagle3.kernels.sight import Attended, Sight
 from draftcache.store.common.triton_launch import jit, tl
 
@@ -19,7 +23,7 @@ _QUERIES = {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 _KEYS = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
 
 
-def forward(q: Tensor, kv: Tensor, own: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, kv: Tensor, diagonal: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
     """See `attention.attend`."""
     rows, heads, width = q.shape
     out = torch.empty_like(q)
@@ -27,26 +31,26 @@ def forward(q: Tensor, kv: Tensor, own: Tensor, sight: Sight) -> tuple[Tensor, T
     launch = _launch(_FORWARD, q)
     spans = sight.key_spans(launch["BLOCK_Q"])
     _attend_kernel[(heads, spans.shape[1])](
-        q, kv, own, sight.rows, sight.positions, sight.key_positions, spans, out, log_sum_exp, rows, kv.shape[0],
-        own.shape[1], sight.step, sight.window, 1.0 / math.sqrt(width),
+        q, kv, diagonal, sight.rows, sight.positions, sight.key_positions, spans, out, log_sum_exp, rows, kv.shape[0],
+        diagonal.shape[1], sight.step, sight.window, 1.0 / math.sqrt(width),
         HEADS=heads, GROUPS=kv.shape[2], WIDTH=width, **launch,
     )  # fmt: skip
     return out, log_sum_exp
 
 
-def backward(upstream: Tensor, held: Attended, kv_gradient: Tensor, own_gradient: Tensor) -> Tensor:
+def backward(upstream: Tensor, held: Attended, kv_gradient: Tensor, diagonal_gradient: Tensor) -> Tensor:
     """See `attention.attend_backward`."""
-    q, kv, own, sight, out, log_sum_exp = held.q, held.kv, held.own, held.sight, held.out, held.log_sum_exp
+    q, kv, diagonal, sight, out, log_sum_exp = held.q, held.kv, held.diagonal, held.sight, held.out, held.log_sum_exp
     rows, heads, width = q.shape
     groups, scale = kv.shape[2], 1.0 / math.sqrt(width)
-    sizes = (rows, kv.shape[0], own.shape[1], sight.step, sight.window, scale)
+    sizes = (rows, kv.shape[0], diagonal.shape[1], sight.step, sight.window, scale)
     shape = {"HEADS": heads, "GROUPS": groups, "WIDTH": width}
     delta = torch.empty_like(log_sum_exp)
     launch = _launch(_QUERIES, q)
     spans = sight.key_spans(launch["BLOCK_Q"])
     _query_gradient_kernel[(heads, spans.shape[1])](
-        upstream, q, kv, own, sight.rows, sight.positions, sight.key_positions, spans, out, log_sum_exp, delta, *sizes,
-        **shape, **launch,
+        upstream, q, kv, diagonal, sight.rows, sight.positions, sight.key_positions, spans, out, log_sum_exp, delta,
+        *sizes, **shape, **launch,
     )  # fmt: skip
     launch = _launch(_KEYS, q)
     spans = sight.query_spans(launch["BLOCK_K"])
@@ -55,7 +59,7 @@ def backward(upstream: Tensor, held: Attended, kv_gradient: Tensor, own_gradient
         **shape, **launch,
     )  # fmt: skip
     if sight.step:
-        own_key_gradients(upstream, held, delta, own_gradient)
+        diagonal_key_gradients(upstream, held, delta, diagonal_gradient)
     return out
 
 
@@ -105,7 +109,7 @@ def _forward_part(
 
 @jit(varying=_SIZES)
 def _attend_kernel(
-    q, kv, own, rows, positions, key_positions, spans, out, log_sum_exp, queries, keys, slots, step, window, scale,
+    q, kv, diagonal, rows, positions, key_positions, spans, out, log_sum_exp, queries, keys, slots, step, window, scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -123,8 +127,8 @@ def _attend_kernel(
     total = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, WIDTH), tl.float32)
     slot = tl.load(rows + near)
-    acc, largest, total = own_part(
-        acc, largest, total, q_tile, own, slot, slots, group, step, scale_2, GROUPS, WIDTH
+    acc, largest, total = diagonal_part(
+        acc, largest, total, q_tile, diagonal, slot, slots, group, step, scale_2, GROUPS, WIDTH
     )  # fmt: skip
     first, middle, rest, last = _loops(spans, tile, tl.num_programs(1), BLOCK_K)
     reach = window - step
@@ -169,7 +173,7 @@ def _query_gradient_part(
 
 @jit(varying=_SIZES)
 def _query_gradient_kernel(
-    upstream, q, kv, own, rows, positions, key_positions, spans, out, log_sum_exp, deltas, queries, keys,
+    upstream, q, kv, diagonal, rows, positions, key_positions, spans, out, log_sum_exp, deltas, queries, keys,
     slots, step, window, scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -190,7 +194,9 @@ def _query_gradient_kernel(
     scale_2 = scale * 1.4426950408889634
     acc = tl.zeros((BLOCK_Q, WIDTH), tl.float32)
     slot = tl.load(rows + near)
-    acc = own_query_part(acc, q_tile, up_tile, own, slot, slots, group, step, log_2, delta, scale_2, GROUPS, WIDTH)
+    acc = diagonal_query_part(
+        acc, q_tile, up_tile, diagonal, slot, slots, group, step, log_2, delta, scale_2, GROUPS, WIDTH
+    )
     first, middle, rest, last = _loops(spans, tile, tl.num_programs(1), BLOCK_K)
     reach = window - step
     acc = _query_gradient_part(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftcache.draft_train.drafts.eagle3.kernels import diagonal_keys as own_keys
+from draftcache.draft_train.drafts.eagle3.kernels import diagonal_keys as diagonal_keys
 from draftcache.draft_train.drafts.eagle3.kernels.runs import Runs
 from draftcache.draft_train.drafts.eagle3.kernels.sight import Attended, Sight
 from draftcache.store.common.triton_launch import runs_kernels
@@ -29,17 +29,17 @@ _WIDTHS = (64, 128)
 """Heads' widths. Of 16, which it takes too, version 4.0.0b36 gives wrong gradients on an H100."""
 
 
-def forward(q: Tensor, kv: Tensor, own: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, kv: Tensor, diagonal: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
     """See `attention.attend`: output [T, N, D] and log-sum-exp [N, T]."""
     k, v = _keys(kv, sight)
     out, log_sum_exp = window_attention(q, k, v, _runs(sight), sight.window - sight.step)
     if sight.step:
-        merge = own_keys.merge_own if runs_kernels(q) else merge_own_reference
-        merge(q, own, sight, out, log_sum_exp)
+        merge = diagonal_keys.merge_diagonal if runs_kernels(q) else merge_diagonal_reference
+        merge(q, diagonal, sight, out, log_sum_exp)
     return out, log_sum_exp
 
 
-def backward(upstream: Tensor, held: Attended, kv_gradient: Tensor, own_gradient: Tensor) -> Tensor:
+def backward(upstream: Tensor, held: Attended, kv_gradient: Tensor, diagonal_gradient: Tensor) -> Tensor:
     """See `attention.attend_backward`."""
     sight = held.sight
     runs = _runs(sight)
@@ -49,8 +49,10 @@ def backward(upstream: Tensor, held: Attended, kv_gradient: Tensor, own_gradient
     for part, gradient in zip(kv_gradient.unbind(1), gradients, strict=True):
         runs.add(part, gradient)
     if sight.step:
-        gradient_of_own = own_keys.own_gradients if runs_kernels(upstream) else own_gradients_reference
-        gradient_of_own(upstream, held, q_gradient, own_gradient)
+        gradient_of_diagonal = (
+            diagonal_keys.diagonal_gradients if runs_kernels(upstream) else diagonal_gradients_reference
+        )
+        gradient_of_diagonal(upstream, held, q_gradient, diagonal_gradient)
     return q_gradient
 
 
@@ -174,17 +176,17 @@ def window_attention_backward_reference(
     return dq, dk, dv
 
 
-def _own_scores(q: Tensor, own: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Tensor]:
+def _diagonal_scores(q: Tensor, diagonal: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Tensor]:
     """Scaled scores [T, N, steps] of a row's own keys, these keys and their values [T, N, steps, D]."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    held = own[: sight.step, sight.rows].to(wide).repeat_interleave(q.shape[1] // own.shape[3], 3)
+    held = diagonal[: sight.step, sight.rows].to(wide).repeat_interleave(q.shape[1] // diagonal.shape[3], 3)
     k, v = (part.permute(1, 2, 0, 3) for part in held.unbind(2))
     return (q.to(wide)[:, :, None] * k).sum(-1) / math.sqrt(q.shape[-1]), k, v
 
 
-def merge_own_reference(q: Tensor, own: Tensor, sight: Sight, out: Tensor, log_sum_exp: Tensor) -> None:
+def merge_diagonal_reference(q: Tensor, diagonal: Tensor, sight: Sight, out: Tensor, log_sum_exp: Tensor) -> None:
     """See `own_keys.merge_own`."""
-    scores, _, v = _own_scores(q, own, sight)
+    scores, _, v = _diagonal_scores(q, diagonal, sight)
     before = log_sum_exp.t().to(scores.dtype)
     merged = torch.logaddexp(before, scores.logsumexp(-1))
     shares = (scores - merged[..., None]).exp()[..., None]
@@ -192,16 +194,18 @@ def merge_own_reference(q: Tensor, own: Tensor, sight: Sight, out: Tensor, log_s
     log_sum_exp.copy_(merged.t())
 
 
-def own_gradients_reference(upstream: Tensor, held: Attended, q_gradient: Tensor, own_gradient: Tensor) -> None:
+def diagonal_gradients_reference(
+    upstream: Tensor, held: Attended, q_gradient: Tensor, diagonal_gradient: Tensor
+) -> None:
     """See `own_keys.own_gradients`."""
     q, sight = held.q, held.sight
-    scores, k, v = _own_scores(q, held.own, sight)
+    scores, k, v = _diagonal_scores(q, held.diagonal, sight)
     up = upstream.to(scores.dtype)
     p = (scores - held.log_sum_exp.t()[..., None]).exp()
     delta = (up * held.out).sum(-1)
     ds = p * ((up[:, :, None] * v).sum(-1) - delta[..., None]) / math.sqrt(q.shape[-1])
     q_gradient += (ds[..., None] * k).sum(2).to(q.dtype)
-    groups = held.own.shape[3]
+    groups = held.diagonal.shape[3]
     for number, (weights, by) in enumerate(((ds, q), (p, up))):
         gradient = (weights[..., None] * by[:, :, None]).view(by.shape[0], groups, -1, sight.step, by.shape[-1]).sum(2)
-        own_gradient[: sight.step, sight.rows, number] += gradient.permute(2, 0, 1, 3).to(own_gradient.dtype)
+        diagonal_gradient[: sight.step, sight.rows, number] += gradient.permute(2, 0, 1, 3).to(diagonal_gradient.dtype)

@@ -13,8 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-MOST_COPIES = 4
-"""Keys of all runs together, over those that there are: beyond it copying them costs more than it saves."""
+from draftcache.draft_train.drafts.eagle3.memory import MOST_COPIES
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Attended:
     q: Tensor
     """[T, N, D]."""
     kv: Tensor
-    own: Tensor
+    diagonal: Tensor
     sight: Sight
     out: Tensor
     """[T, N, D]."""

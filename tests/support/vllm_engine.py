@@ -34,6 +34,7 @@ def let_the_connector_run_on_a_cpu() -> None:
 
 
 def main() -> None:
+    """Answer the request's prompts one after the other, and write the result."""
     request = json.loads(Path(sys.argv[1]).read_text())
     engine = LLM(
         model=request["model"], dtype="float32", max_model_len=512, max_num_seqs=1, enforce_eager=True,

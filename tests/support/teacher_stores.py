@@ -9,21 +9,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.torch import save_file
-from synthetic import DRAFT_VOCAB, HIDDEN, TOP_K, VOCAB, conversation, manifest, turns, vocab_map
 
-from draftcache.store.format.schema import Conversation, id_dtype
-from draftcache.store.format.tap_codecs import bf16_to_float32, float32_to_bf16
+from draftcache.store.format.array_spec import id_dtype
+from draftcache.store.format.bf16 import bf16_to_float32, float32_to_bf16
+from draftcache.store.format.frozen import FROZEN_NAME
+from draftcache.store.format.manifest import top_level_names
+from draftcache.store.format.schema import Conversation
 from draftcache.store.format.teacher_stats import describe, tail_mass
 from draftcache.store.format.vocab_map import VocabMap
-from draftcache.store.reader import FROZEN_NAME, top_level_names
 from draftcache.store.writer import StoreWriter
+from support.synthetic import DRAFT_VOCAB, HIDDEN, TOP_K, VOCAB, conversation, manifest, turns, vocab_map
 
 SUBSET, OTHER = 10, 30
 """Sizes of two further vocabularies: within the main one, and not."""
 
 
 def maps() -> list[VocabMap]:
-    """Main, subset, other."""
+    """Make the main vocabulary map, one of SUBSET ids within it, and one of OTHER ids of which some are outside it."""
     main = vocab_map()
     outside = np.setdiff1d(np.arange(VOCAB), main.target_ids)
     other = np.sort(np.concatenate((main.target_ids[:18], outside[: OTHER - 18])))
@@ -31,13 +33,13 @@ def maps() -> list[VocabMap]:
 
 
 def head() -> NDArray[np.float32]:
-    """[V, H], bf16 values."""
+    """Make the verifier's head, float32 [VOCAB, HIDDEN], in values that bf16 holds."""
     values = np.random.default_rng(11).normal(scale=0.7, size=(VOCAB, HIDDEN)).astype(np.float32)
     return bf16_to_float32(float32_to_bf16(values))
 
 
 def with_teacher(item: Conversation, kind: str, top_k: int, *, bf16: bool) -> Conversation:
-    """The conversation with a teacher of this form in the place of its own; the same one for each form."""
+    """Give the conversation a teacher of this form in the place of its own; each form says the same."""
     arrays = {name: value for name, value in item.arrays.items() if not name.startswith(("teacher_ids", "teacher_g"))}
     positions = arrays["teacher_positions"]
     states = np.random.default_rng([5, item.split, item.dataset_index]).normal(size=(positions.size, HIDDEN))
@@ -66,7 +68,7 @@ def with_teacher(item: Conversation, kind: str, top_k: int, *, bf16: bool) -> Co
 def write_teacher_store(
     root: Path, kind: str, *, top_k: int = TOP_K, per_shard: int = 4, bf16: bool = False, **changes: Any
 ) -> None:
-    """A finished store with all three vocabularies. `bf16`: states as bit patterns."""
+    """Write a finished store with all three vocabularies. `bf16`: states are stored as bit patterns."""
     rng = np.random.default_rng(0)
     made = manifest(
         teacher=kind,

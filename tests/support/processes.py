@@ -1,4 +1,4 @@
-"""What tests of real processes share."""
+"""Watching real processes: waiting for what they do, and finding the workers that they started."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ONE_THREAD = {name: value for name, value in os.environ.items() if not name.lowe
 
 
 def wait_for(what: Callable[[], Any], seconds: float = 90.0) -> None:
-    """Until `what()` is true."""
+    """Wait until `what()` is true, and fail when that takes longer than `seconds`."""
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline
@@ -24,7 +24,7 @@ def wait_for(what: Callable[[], Any], seconds: float = 90.0) -> None:
 
 
 def children(pid: int) -> list[int]:
-    """Worker processes, without multiprocessing's resource tracker."""
+    """Find the worker processes of process `pid`; multiprocessing's resource tracker is none of them."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):

@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from draftcache.store.common.files import hash_bytes
+from draftcache.store.format.array_spec import tap_name
+from draftcache.store.format.bf16 import float32_to_bf16
+from draftcache.store.format.channel_scales import ChannelScales
+from draftcache.store.format.frozen import FROZEN_NAME
 from draftcache.store.format.manifest import StoreManifest, Tap
 from draftcache.store.format.rows import rows_in_reach, teacher_positions
-from draftcache.store.format.schema import Conversation, tap_name
-from draftcache.store.format.tap_codecs import ChannelScales, float32_to_bf16
-from draftcache.store.format.vocab_map import VocabMap
-from draftcache.store.reader import FROZEN_NAME, VOCAB_MAP_NAME
+from draftcache.store.format.schema import Conversation
+from draftcache.store.format.vocab_map import VOCAB_MAP_NAME, VocabMap
 from draftcache.store.writer import StoreWriter
 
 VOCAB, DRAFT_VOCAB, HIDDEN, TOP_K = 40, 24, 8, 6
@@ -23,13 +25,13 @@ LAYERS = (1, 3, 4)
 
 
 def vocab_map(seed: int = 0) -> VocabMap:
-    """24 of 40 ids."""
+    """Draw a map of DRAFT_VOCAB ids from the VOCAB ids of the synthetic verifier."""
     chosen = np.random.default_rng(seed).choice(VOCAB, DRAFT_VOCAB, replace=False)
     return VocabMap(target_ids=np.sort(chosen).astype(np.int64), vocab_size=VOCAB)
 
 
 def turns(length: int, *spans: tuple[int, int]) -> NDArray[np.bool_]:
-    """A loss mask of `length` tokens, True inside the half-open spans."""
+    """Make a loss mask, bool [length], that is True inside the half-open spans."""
     mask = np.zeros(length, np.bool_)
     for first, last in spans:
         mask[first:last] = True
@@ -46,7 +48,10 @@ def conversation(
     split: int = 0,
     mode: str = "float32",
 ) -> Conversation:
-    """Random taps (bf16 bits in any mode but float32) and a teacher computed from random full-vocabulary logits."""
+    """Make a conversation with this loss mask [L], random token ids and taps, and the teacher of random logits.
+
+    Taps [R, HIDDEN] of the R rows in reach are float32, or bf16 bits in any mode but float32.
+    """
     length = mask.shape[0]
     token_ids = rng.integers(0, VOCAB, length).astype(np.uint32)
     rows = rows_in_reach(mask, window)
@@ -71,7 +76,7 @@ def conversation(
 
 
 def teacher(logits: NDArray[Any], realised: NDArray[Any], top_k: int) -> dict[str, NDArray[Any]]:
-    """Teacher arrays of float64 logits [P, VOCAB], written out independently of capture."""
+    """Make the teacher arrays of float64 logits [P, VOCAB] and the tokens [P] that followed, without capture's code."""
     inside = logits[:, vocab_map().target_ids]
     order = np.argsort(-inside, axis=1, kind="stable")[:, :top_k]
     best = np.take_along_axis(inside, order, axis=1)
@@ -87,7 +92,7 @@ def teacher(logits: NDArray[Any], realised: NDArray[Any], top_k: int) -> dict[st
 
 
 def manifest(**changes: Any) -> StoreManifest:
-    """A manifest that fits the synthetic conversations."""
+    """Make a manifest that fits the synthetic conversations, with these fields changed."""
     values: dict[str, Any] = {
         "verifier": {
             "name": "synthetic",
@@ -124,7 +129,7 @@ def manifest(**changes: Any) -> StoreManifest:
 
 
 def write_files(root: Path) -> list[Path]:
-    """Frozen weights and vocabulary map of a synthetic store."""
+    """Write the frozen weights and the vocabulary map of a synthetic store, and give their paths back."""
     rng = np.random.default_rng(7)
     tensors = {
         "embed_tokens": rng.normal(size=(VOCAB, HIDDEN)).astype(np.float32),
@@ -136,8 +141,14 @@ def write_files(root: Path) -> list[Path]:
     return [root / FROZEN_NAME, root / VOCAB_MAP_NAME]
 
 
+def items_of(shard: int, count: int = 3) -> list[Conversation]:
+    """Make the conversations of one shard: the same ones whenever they are asked for, others in every shard."""
+    rng = np.random.default_rng(shard)
+    return [conversation(rng, turns(60, (6, 16), (22, 50)), number=count * shard + number) for number in range(count)]
+
+
 def write_store(root: Path, *, per_shard: int = 4, seed: int = 0, **changes: Any) -> StoreManifest:
-    """A finished store: one shard of `train`, one of `val`."""
+    """Write a finished store, one shard of `train` and one of `val`, and give its manifest back."""
     rng = np.random.default_rng(seed)
     made = manifest(**changes)
     with StoreWriter(root, made, write_files) as writer:

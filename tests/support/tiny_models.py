@@ -1,4 +1,4 @@
-"""Small random causal LMs, saved as model directories."""
+"""Small random causal LMs, in memory or saved as model directories."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KINDS = ("nemotron_h", "llama")
 
 
 def make_model(kind: str, pattern: str = "MEM*E") -> Any:
-    """A random model over 640 token ids, in evaluation mode: of 4 blocks, or NemotronH's `pattern`."""
+    """Make a random model over VOCAB token ids with states of width 32: of 4 blocks, or of NemotronH's `pattern`."""
     torch.manual_seed(0)
     if kind == "llama":
         llama = LlamaConfig(
@@ -32,6 +32,6 @@ def make_model(kind: str, pattern: str = "MEM*E") -> Any:
 
 
 def save_model(path: Path, kind: str) -> Path:
-    """Write the model directory."""
+    """Write the directory of `make_model(kind)`, and give its path back."""
     make_model(kind).save_pretrained(path)
     return path

@@ -22,7 +22,7 @@ from draftcache.store.common.errors import DraftcacheError
 
 @contextmanager
 def shared_gpu(name: str) -> Iterator[Ranks]:
-    """Ranks on one GPU, which `joined_ranks` refuses."""
+    """Join ranks that share one GPU, which `joined_ranks` refuses."""
     world = int(os.environ["WORLD_SIZE"])
     if world > 1:
         dist.init_process_group("gloo")
@@ -30,7 +30,7 @@ def shared_gpu(name: str) -> Iterator[Ranks]:
 
 
 def main() -> None:
-    """`rank_worker.py SETTINGS [BREAK]`: TrainConfig as JSON; BREAK is the rank whose fc becomes infinite."""
+    """Run `rank_worker.py SETTINGS [BREAK]`: TrainConfig as JSON, and the rank whose fc becomes infinite."""
     values = json.loads(sys.argv[1])
     config = TrainConfig(**values | {"store": values["store"], "output": Path(values["output"])})
     with shared_gpu(config.device) if config.device == "cuda:0" else joined_ranks(config.device) as ranks:

@@ -70,7 +70,7 @@ class SeededPlan:
         self._lock = threading.Lock()
 
     def __call__(self, request: Request) -> str | None:
-        """The fault for this request."""
+        """Decide the fault for this request."""
         with self._lock:
             count = self._seen[request.signature]
             self._seen[request.signature] += 1
@@ -95,7 +95,7 @@ class FlakyProxy(ThreadingHTTPServer):
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
 
     def faults(self) -> Counter[str]:
-        """How many faults of each kind were injected."""
+        """Count the injected faults of each kind."""
         return Counter(request.fault for request in self.log if request.fault)
 
     def __enter__(self) -> FlakyProxy:
@@ -108,7 +108,7 @@ class FlakyProxy(ThreadingHTTPServer):
         self._thread.join()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Nothing: clients that were stalled hang up, as they should."""
+        """Do nothing: clients that were stalled hang up, as they should."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -179,7 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        """Nothing: the proxy keeps its own log."""
+        """Do nothing: the proxy keeps its own log."""
 
 
 class S3Server:
@@ -204,7 +204,7 @@ class S3Server:
         self.client.create_bucket(Bucket=BUCKET)
 
     def open_uploads(self) -> list[str]:
-        """Keys of the multipart uploads that were neither completed nor aborted."""
+        """List the keys of the multipart uploads that were neither completed nor aborted."""
         return [item["Key"] for item in self.client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])]
 
     def fill(self, keys: Iterable[str]) -> None:
@@ -214,7 +214,7 @@ class S3Server:
             backend.put_object(BUCKET, key, b"")
 
     def keys(self, prefix: str) -> list[str]:
-        """Keys that begin with `prefix`, up to 1,000."""
+        """List the keys that begin with `prefix`, up to 1,000 of them."""
         found = self.client.list_objects_v2(Bucket=BUCKET, Prefix=prefix)
         return [item["Key"] for item in found.get("Contents", [])]
 
@@ -226,7 +226,7 @@ class S3Server:
 
 @contextmanager
 def s3_server() -> Iterator[S3Server]:
-    """A running server."""
+    """Start a server, and stop it in the end."""
     server = S3Server()
     try:
         yield server

@@ -24,14 +24,15 @@ DTYPES = [torch.float32] if INTERPRETED else [torch.bfloat16, torch.float32]
 """The interpreter cuts bfloat16 off instead of rounding it."""
 BF16, F32 = torch.bfloat16, torch.float32
 BOUND = {F32: 3e-5, BF16: 1e-2}
-"""Of `error`."""
+"""The largest `error` that a kernel may have, by dtype."""
 
 
 def rand(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
+    """Draw normal random numbers of this shape on DEVICE."""
     return torch.randn(*shape, device=DEVICE).to(dtype)
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative in the 2-norm; NaN fails every comparison."""
+    """Return the difference of two tensors of one shape, relative in the 2-norm; with NaN every comparison fails."""
     assert found.shape == expected.shape
     return float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))

@@ -1,0 +1,20 @@
+"""FLOPs of any verifier whose family is known, by its config.json; torch is not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from draftcache.capture.verifier.flops import Flops, gated_flops
+from draftcache.capture.verifier.nemotron.flops import nemotron_flops
+
+FAMILY_FLOPS = (nemotron_flops, gated_flops)
+"""Of the classes in `families.FORWARDS`, in the same order."""
+
+
+def verifier_flops(config: Mapping[str, Any]) -> Flops | None:
+    """FLOPs by a Hugging Face config.json, of the first family that knows it; None where no family does."""
+    try:
+        return next((found for family in FAMILY_FLOPS if (found := family(config)) is not None), None)
+    except KeyError:
+        return None  # a config that leaves out what transformers has as a default

@@ -1,0 +1,121 @@
+"""Eagle3 behind the draft protocol: a one-layer Llama, unrolled over its own outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.data.batches import Batch, BatchNeeds
+from draftcache.draft_train.data.frozen import FrozenWeights
+from draftcache.draft_train.drafts.eagle3 import memory, served
+from draftcache.draft_train.drafts.eagle3.choose_pass import choose_pass, pass_settings
+from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
+from draftcache.draft_train.drafts.eagle3.shape import Eagle3Shape
+from draftcache.draft_train.drafts.eagle3.unroll import unroll
+from draftcache.draft_train.drafts.gradient_pass import GradientPass
+from draftcache.draft_train.drafts.protocol import (
+    Architecture,
+    BatchRows,
+    CheckpointState,
+    Draft,
+    ServedForm,
+    Shape,
+    VerifierShape,
+)
+from draftcache.draft_train.loss.objective import Objective, StepOutput
+from draftcache.store.common.errors import InputError
+from draftcache.store.format.vocab_map import VocabMap
+
+
+class Eagle3Draft(Draft):
+    """One Eagle3 draft."""
+
+    shape: Eagle3Shape
+    model: Eagle3Model
+
+    def initialize(self, seed: int, frozen: FrozenWeights, head_init: str) -> None:
+        from_verifier = head_init == "verifier"
+        self.model.initialize(
+            seed,
+            head=frozen.lm_head.cpu() if from_verifier else None,
+            norm=frozen.norm.cpu() if from_verifier else None,
+        )
+
+    def needs(self, config: TrainConfig) -> BatchNeeds:
+        return BatchNeeds(steps=config.ttt_steps, window=self.shape.sliding_window)
+
+    def step_outputs(self, frozen: FrozenWeights, batch: Batch, steps: int) -> Iterator[StepOutput]:
+        return unroll(self.model, frozen.embed_tokens, batch, steps)
+
+    def logits(self, output: StepOutput, batch: Batch) -> Tensor:
+        return self.model.logits(output.hidden)
+
+    def gradient_pass(
+        self, config: TrainConfig, objective: Objective, frozen: FrozenWeights, *, say: bool = True
+    ) -> GradientPass:
+        fused = choose_pass(config, self.model, objective, frozen.embed_tokens, say=say)
+        return fused or self.plain_pass(config, objective, frozen)
+
+    def served_form(
+        self, state: CheckpointState, vocab_map: VocabMap, *, engine: str, dtype: torch.dtype
+    ) -> ServedForm:
+        return served.served_form(self.shape, self.model, state, vocab_map, engine=engine, dtype=dtype)
+
+
+class Eagle3(Architecture):
+    """Builds Eagle3 drafts."""
+
+    name = "eagle3"
+    engines = served.ENGINES
+
+    def shape_for(self, config: TrainConfig, verifier: VerifierShape) -> Eagle3Shape:
+        return Eagle3Shape(
+            hidden_size=verifier.hidden_size,
+            taps=verifier.taps,
+            intermediate_size=config.intermediate_size or 3 * verifier.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            vocab_size=verifier.vocab_size,
+            draft_vocab_size=verifier.draft_vocab_size,
+            sliding_window=config.sliding_window or None,
+            rope_theta=config.rope_theta,
+            rms_norm_eps=verifier.rms_norm_eps,
+        )
+
+    def read_shape(self, values: dict[str, Any]) -> Eagle3Shape:
+        try:
+            return Eagle3Shape(**values)
+        except TypeError as exc:
+            raise InputError(f"expected the shape of an Eagle3 draft, found {values} ({exc})") from exc
+
+    def build(self, shape: Shape, device: torch.device) -> Eagle3Draft:
+        assert isinstance(shape, Eagle3Shape)
+        with torch.device(device):
+            return Eagle3Draft(shape, Eagle3Model(shape))
+
+    def peak_bytes(self, shape: Shape, config: TrainConfig, batch: BatchRows) -> dict[str, int]:
+        assert isinstance(shape, Eagle3Shape)
+        settings = pass_settings(config)
+        work = memory.Work(
+            rows=batch.rows,
+            starts=batch.starts,
+            steps=config.ttt_steps,
+            top_k=batch.top_k,
+            slice_rows=settings.rows,
+            mlp_rows=settings.mlp_rows,
+            recompute_mlp=settings.recompute_mlp,
+            flash_attention=settings.flash_attention,
+        )
+        return memory.peak_bytes(shape, work)
+
+    def check_served(self, path: Path) -> None:
+        served.check_served(path)
+
+
+ARCHITECTURE = Eagle3()

@@ -1,0 +1,134 @@
+"""The classic Eagle3 form: config.json and model.safetensors, as inference engines load them.
+
+Engines do not report these mistakes. Tap ids in another engine's convention, or only nested in `eagle_config`, cost
+most of the acceptance. A missing lm_head falls back to the verifier's. A missing d2t maps draft id i to target id i. A
+`sliding_window` without `layer_types` is full attention. So every field is written, and an incomplete checkpoint is
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from draftcache.draft_train.drafts.eagle3.shape import Eagle3Shape
+from draftcache.draft_train.drafts.protocol import CheckpointState, ServedForm
+from draftcache.store.common.errors import CheckpointError, InputError
+from draftcache.store.format.vocab_map import VocabMap
+
+ENGINES = ("vllm", "sglang")
+
+
+def tap_ids(taps: list[dict[str, Any]], engine: str) -> list[int]:
+    """The ids by which an engine knows the taps, which are outputs of blocks as the store's manifest lists them.
+
+    vLLM's id k is the state before its layer k, so the output of block i is i + 1. SGLang's classic loader adds one
+    itself, so there it is i. Raises InputError for another engine, CheckpointError for taps that have no id.
+    """
+    if engine not in ENGINES:
+        raise InputError(f"--engine: expected one of {ENGINES}, found {engine!r}")
+    wrong = [tap for tap in taps if tap["point"] != "output"]
+    if wrong:
+        raise CheckpointError(f"expected taps at block outputs, found {wrong}")
+    ids = [int(tap["layer"]) + (1 if engine == "vllm" else 0) for tap in taps]
+    if ids != sorted(set(ids)):
+        raise CheckpointError(f"expected ascending, distinct aux layers, found {ids}")
+    return ids
+
+
+def served_config(shape: Eagle3Shape, state: CheckpointState, engine: str, dtype: str) -> dict[str, Any]:
+    """config.json of the exported draft. `dtype` is the name of its weights' dtype."""
+    verifier = state.verifier
+    ids = tap_ids(state.taps, engine)
+    return {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "hidden_size": shape.hidden_size,
+        "target_hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_key_value_heads,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": shape.rms_norm_eps,
+        "rope_theta": shape.rope_theta,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": verifier["max_position_embeddings"],
+        "bos_token_id": verifier["bos_token_id"],
+        "eos_token_id": verifier["eos_token_id"],
+        "pad_token_id": verifier["pad_token_id"],
+        "vocab_size": shape.vocab_size,
+        "draft_vocab_size": shape.draft_vocab_size,
+        "sliding_window": shape.sliding_window,
+        "layer_types": ["sliding_attention" if shape.sliding_window else "full_attention"],
+        "use_sliding_window": shape.sliding_window is not None,
+        "norm_before_residual": False,
+        "eagle_aux_hidden_state_layer_ids": ids,
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": ids, "use_aux_hidden_state": True},
+        # For readers; no engine was found that reads it: outputs of these blocks, counted from 0.
+        "target_hidden_state_indices": [tap["layer"] for tap in state.taps],
+        "draftcache": {
+            "engine": engine,
+            "draft_vocab_hash": state.draft_vocab_hash,
+            "store_hash": state.store_hash,
+            "verifier": verifier["name"],
+            "verifier_weights_hash": verifier["weights_hash"],
+            "step": state.step,
+        },
+        "dtype": dtype,
+    }
+
+
+def served_form(
+    shape: Eagle3Shape,
+    model: nn.Module,
+    state: CheckpointState,
+    vocab_map: VocabMap,
+    *,
+    engine: str,
+    dtype: torch.dtype,
+) -> ServedForm:
+    """config.json, and the model's tensors in `dtype` with d2t int64 [D] and t2d bool [V] beside them."""
+    config = served_config(shape, state, engine, str(dtype).removeprefix("torch."))
+    tensors = {name: value.to(dtype).contiguous() for name, value in model.state_dict().items()}
+    return ServedForm(config, tensors | _vocab_tensors(shape, vocab_map))
+
+
+def _vocab_tensors(shape: Eagle3Shape, vocab_map: VocabMap) -> dict[str, torch.Tensor]:
+    """d2t and t2d. t2d is widened to the verifier's head, which may have padding rows beyond the tokenizer's ids."""
+    if len(vocab_map) != shape.draft_vocab_size or vocab_map.vocab_size > shape.vocab_size:
+        raise CheckpointError(
+            f"expected a map of {shape.draft_vocab_size} of at most {shape.vocab_size} ids, "
+            f"found {len(vocab_map)} of {vocab_map.vocab_size}"
+        )
+    t2d = torch.zeros(shape.vocab_size, dtype=torch.bool)
+    t2d[: vocab_map.vocab_size] = torch.from_numpy(vocab_map.t2d)
+    return {"d2t": torch.from_numpy(vocab_map.d2t.copy()), "t2d": t2d}
+
+
+def check_served(path: Path) -> None:
+    """Read an export back. Raises CheckpointError for tensors that are missing or not finite, or disagreeing maps."""
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    tensors = load_file(path / "model.safetensors")
+    required = {"fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d"}
+    missing = sorted(required - tensors.keys())
+    if missing or not any(name.startswith("midlayer.") for name in tensors):
+        raise CheckpointError(f"{path}: expected {sorted(required)} and midlayer.*, missing {missing}")
+    d2t = tensors["d2t"]
+    targets = d2t + torch.arange(d2t.shape[0])
+    if not torch.equal(targets, torch.nonzero(tensors["t2d"])[:, 0]):
+        raise CheckpointError(f"{path}: expected d2t and t2d to name the same target ids, found them to differ")
+    if tensors["lm_head.weight"].shape[0] != config["draft_vocab_size"]:
+        raise CheckpointError(f"{path}: expected {config['draft_vocab_size']} head rows")
+    for name, value in tensors.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise CheckpointError(f"{path}: {name}: expected finite weights, found NaN or infinity")

@@ -1,0 +1,39 @@
+"""The shape of an Eagle3 draft. No torch is needed to know it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from draftcache.store.common.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eagle3Shape:
+    """A one-layer Llama draft in the classic Eagle3 form."""
+
+    hidden_size: int
+    """Equals the verifier's: the draft reads its embeddings and states."""
+    taps: int
+    """Verifier states concatenated into the input of `fc`."""
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    draft_vocab_size: int
+    sliding_window: int | None
+    """Keys farther back than this, by position, are not attended; None attends to all."""
+    rope_theta: float
+    rms_norm_eps: float
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None and value <= 0:
+                raise InputError(f"draft shape: expected {name} above 0, found {value}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"draft shape: expected attention heads in groups of the {self.num_key_value_heads} key-value heads, "
+                f"found {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise InputError(f"draft shape: expected an even head_dim for rotary embeddings, found {self.head_dim}")

@@ -1,0 +1,220 @@
+"""What the rest of training knows of a draft: the trainer, evaluation, checkpoints, memory estimate and export.
+
+An `Architecture` is one way to build drafts, found by its name in `registry`. A `Draft` is one draft of it: a shape,
+weights, and everything that depends on them. A new architecture is a folder beside `eagle3` with these two classes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import Field, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.data.batches import Batch, BatchNeeds
+from draftcache.draft_train.data.frozen import FrozenWeights
+from draftcache.draft_train.drafts.gradient_pass import GradientPass, PlainPass
+from draftcache.draft_train.loss.objective import Objective, StepOutput
+from draftcache.store.common.errors import InputError
+from draftcache.store.format.vocab_map import VocabMap
+from draftcache.store.reader import StoreReader
+
+
+class Shape(Protocol):
+    """The shape of a draft: a frozen dataclass of JSON values, with at least these fields."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the verifier's states, which the draft reads."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids of the verifier."""
+
+    @property
+    def draft_vocab_size(self) -> int:
+        """Token ids that the draft can propose."""
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Keys farther back than this, by position, are not attended; None attends to all earlier keys."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifierShape:
+    """What the shape of a draft takes over from the verifier and its store."""
+
+    hidden_size: int
+    taps: int
+    """Captured block outputs per row."""
+    vocab_size: int
+    draft_vocab_size: int
+    rms_norm_eps: float
+
+    @classmethod
+    def of(cls, store: StoreReader, draft_vocab_size: int) -> VerifierShape:
+        """Of a store. `draft_vocab_size` 0 is its main draft vocabulary. Raises InputError where it has none such."""
+        manifest = store.manifest
+        return cls(
+            hidden_size=manifest.hidden_size,
+            taps=len(manifest.taps),
+            vocab_size=int(manifest.verifier["vocab_size"]),
+            draft_vocab_size=manifest.teacher_form.choose(draft_vocab_size).size,
+            rms_norm_eps=float(manifest.verifier["rms_norm_eps"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRows:
+    """How large a micro-batch is, for the memory estimate."""
+
+    rows: int
+    """Rows whose states are read."""
+    starts: int
+    """Start rows."""
+    top_k: int
+    """Teacher entries per start row; 0 where the store holds final-norm states instead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointState:
+    """What state.json of a checkpoint says, without the format and the hashes of the files beside it."""
+
+    architecture: str
+    """Name of the draft's architecture."""
+    step: int
+    """Optimizer steps done."""
+    finished: bool
+    objective: dict[str, Any]
+    """`TrainConfig.objective()` of the run."""
+    shape: Shape
+    store_hash: str
+    draft_vocab_hash: str
+    verifier: dict[str, Any]
+    """As in the store's manifest."""
+    taps: list[dict[str, Any]]
+    """As in the store's manifest."""
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ServedForm:
+    """A draft as an inference engine loads it."""
+
+    config: dict[str, Any]
+    """config.json."""
+    tensors: dict[str, Tensor]
+    """model.safetensors."""
+
+
+class Draft(ABC):
+    """One draft: its shape, its weights, and all that depends on its architecture."""
+
+    def __init__(self, shape: Shape, model: nn.Module) -> None:
+        """`model` holds the trained weights: a checkpoint stores its state dictionary in float32."""
+        self.shape = shape
+        self.model = model
+
+    @abstractmethod
+    def initialize(self, seed: int, frozen: FrozenWeights, head_init: str) -> None:
+        """Set the weights before the first step. They depend on `seed` alone, not on the device.
+
+        `head_init` "verifier" takes over what the verifier has (its head's rows, its final norm), "random" does not.
+        """
+
+    @abstractmethod
+    def needs(self, config: TrainConfig) -> BatchNeeds:
+        """What a training batch has to hold under these settings."""
+
+    @abstractmethod
+    def step_outputs(self, frozen: FrozenWeights, batch: Batch, steps: int) -> Iterator[StepOutput]:
+        """The plain forward pass: outputs of steps 0 .. steps-1, as long as any start row is left."""
+
+    @abstractmethod
+    def logits(self, output: StepOutput, batch: Batch) -> Tensor:
+        """Draft-vocabulary logits [A, V] of an output's rows."""
+
+    def gradient_pass(
+        self, config: TrainConfig, objective: Objective, frozen: FrozenWeights, *, say: bool = True
+    ) -> GradientPass:
+        """The way to make gradients under these settings. `say` prints why a faster way can't be taken.
+
+        Raises InputError for settings that this architecture can't honour. The default is autograd over
+        `step_outputs`, for architectures without a hand-written pass.
+        """
+        asked = {
+            "--compute fused": config.compute == "fused",
+            "--recompute-mlp": config.recompute_mlp,
+            "--attention flash": config.attention == "flash",
+        }
+        if flag := next((flag for flag, given in asked.items() if given), None):
+            raise InputError(
+                f"{flag}: expected a draft with a fused pass, found --draft {config.draft}, which has none"
+            )
+        return self.plain_pass(config, objective, frozen)
+
+    def plain_pass(self, config: TrainConfig, objective: Objective, frozen: FrozenWeights) -> PlainPass:
+        """Autograd over `step_outputs`: the plain twin of every other pass."""
+        steps = self.needs(config).steps
+
+        def loss(batch: Batch) -> Any:
+            return objective(self.step_outputs(frozen, batch, steps), lambda output: self.logits(output, batch), batch)
+
+        return PlainPass(self.model, loss)
+
+    @torch.inference_mode()
+    def propose(self, frozen: FrozenWeights, batch: Batch, count: int) -> Tensor:
+        """[S, count] int64: the draft's greedy choice at each step of each start row, in draft ids; -1 past its steps.
+
+        Step k is fed with the tokens that were realised before it. They equal the draft's own proposals until the first
+        proposal that the verifier rejects, and nothing after that one counts, so this serves chains and blocks alike.
+        """
+        proposals = torch.full((batch.start_index.shape[0], count), -1, dtype=torch.int64, device=batch.taps.device)
+        for output in self.step_outputs(frozen, batch, count):
+            proposals[output.rows, output.number] = self.logits(output, batch).argmax(-1)
+        return proposals
+
+    @abstractmethod
+    def served_form(
+        self, state: CheckpointState, vocab_map: VocabMap, *, engine: str, dtype: torch.dtype
+    ) -> ServedForm:
+        """The form that `engine` loads, weights in `dtype`. Raises CheckpointError for what can't be served."""
+
+
+class Architecture(ABC):
+    """One way to build drafts. It has no state."""
+
+    name: str
+    """On the command line, in checkpoints and in exports."""
+    engines: tuple[str, ...]
+    """Inference engines that a draft can be exported for."""
+
+    @abstractmethod
+    def shape_for(self, config: TrainConfig, verifier: VerifierShape) -> Shape:
+        """The shape of the draft that these settings ask for. Raises InputError where they do not fit together."""
+
+    @abstractmethod
+    def read_shape(self, values: dict[str, Any]) -> Shape:
+        """The shape that a checkpoint's state.json holds as JSON values. Raises InputError."""
+
+    @abstractmethod
+    def build(self, shape: Shape, device: torch.device) -> Draft:
+        """A draft of this shape on `device`; its weights are not set yet."""
+
+    @abstractmethod
+    def peak_bytes(self, shape: Shape, config: TrainConfig, batch: BatchRows) -> dict[str, int]:
+        """GPU memory of a training step at its worst moment, by kind, in bytes, by arithmetic.
+
+        It is what PyTorch hands out: CUDA's own context (about half a GB) and fragmentation come on top.
+        """
+
+    @abstractmethod
+    def check_served(self, path: Path) -> None:
+        """Read an exported directory back. Raises CheckpointError where it is not what the engine expects."""

@@ -1,0 +1,109 @@
+"""Norm, head and loss of a hand-written backward pass: a slice of rows at a time, gradients at once, no logits kept.
+
+Shape suffixes: T rows of a step, H hidden, V draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from draftcache.draft_train.data.batches import Batch
+from draftcache.draft_train.kernels.norms import rms_norm, rms_norm_backward
+from draftcache.draft_train.loss.objective import Objective, row_weights, teacher_probabilities
+from draftcache.store.common.products import add_product, float32_product
+
+_PLAIN_SHARE = 8
+"""Losses without a kernel hold about this many copies of a slice's logits."""
+
+
+@dataclass(frozen=True)
+class LossRows:
+    """The loss rows of one step."""
+
+    teacher_rows: Tensor
+    """[T] int64 rows of the batch's teacher arrays."""
+    weight: Tensor
+    """[T] float32 weight of each row's loss in the batch's."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The norm and the head that are read, and the memory that their gradients are added to."""
+
+    matrix: Tensor
+    """[V, H] in the dtype of the products."""
+    norm: Tensor
+    """[H] float32 weight of the RMS norm before it."""
+    eps: float
+    matrix_gradient: Tensor
+    """[V, H] float32."""
+    norm_gradient: Tensor
+    """[H] float32."""
+
+
+class HeadLoss:
+    """The objective's loss, and its gradient for un-normed outputs of a step."""
+
+    def __init__(self, objective: Objective, slice_rows: int) -> None:
+        """`slice_rows`: rows whose logits exist at once."""
+        self.objective = objective
+        self.slice_rows = slice_rows
+
+    def rows_of(self, batch: Batch, number: int, rows: Tensor) -> LossRows:
+        """Teacher rows and weights of the start rows [T] of step `number`."""
+        objective = self.objective
+        teacher_rows = batch.teacher_index[rows, number]
+        conversation = batch.conversation[rows]
+        ones = torch.ones(rows.shape[0], device=rows.device)
+        counts = ones.new_zeros(batch.conversations).index_add_(0, conversation, ones)
+        weight = row_weights(objective.config.out_of_vocab, batch, teacher_rows, objective.in_draft)
+        weight = weight / counts[conversation]
+        return LossRows(teacher_rows, weight * (objective.config.step_decay**number * batch.loss_share))
+
+    def backward(
+        self, batch: Batch, chosen: LossRows, hidden: Tensor, residual: Tensor | None, head: Head
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient [T, H] of `hidden` plus `residual`, losses [T] float32 and hits [T] bool.
+
+        The gradients of norm and head are added to the memory that `head` names.
+        """
+        losses, hits, upstream = [], [], torch.empty_like(hidden)
+        size = self.slice_rows if self._uses_kernel(batch) else max(1, self.slice_rows // _PLAIN_SHARE)
+        for first in range(0, hidden.shape[0], size):
+            rows = slice(first, first + size)
+            normed = rms_norm(hidden[rows], head.norm, head.eps)
+            loss, hit, gradient = self._slice(
+                batch, normed, head.matrix, chosen.teacher_rows[rows], chosen.weight[rows]
+            )
+            losses.append(loss)
+            hits.append(hit)
+            add_product(head.matrix_gradient, gradient, normed)
+            torch.mm(gradient, head.matrix, out=upstream[rows])
+            del gradient
+        out = rms_norm_backward(upstream, hidden, head.norm, head.eps, head.norm_gradient, residual)
+        return out, torch.cat(losses), torch.cat(hits)
+
+    def _uses_kernel(self, batch: Batch) -> bool:
+        return batch.teacher_hidden is None and self.objective.loss.kernel is not None
+
+    def _slice(
+        self, batch: Batch, normed: Tensor, head: Tensor, teacher_rows: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses [T], hits [T], and the weighted gradient of the logits [T, V] in the products' dtype."""
+        logits = float32_product(normed, head)
+        if self._uses_kernel(batch):
+            assert self.objective.loss.kernel is not None
+            p, tau = teacher_probabilities(batch.teacher_logits[teacher_rows], batch.log_z_draft[teacher_rows])
+            gradient = torch.empty_like(logits, dtype=normed.dtype)
+            losses, argmax = self.objective.loss.kernel(
+                logits, batch.teacher_ids[teacher_rows], p, tau, weight, gradient
+            )
+            return losses, self.objective.target_ids[argmax] == batch.argmax[teacher_rows], gradient
+        with torch.enable_grad():
+            leaf = logits.requires_grad_()
+            losses, hits = self.objective.row_losses(leaf, batch, teacher_rows)
+            (gradient,) = torch.autograd.grad(losses, leaf, weight.to(losses.dtype))
+        return losses.detach(), hits, gradient.to(normed.dtype)

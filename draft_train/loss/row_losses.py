@@ -1,0 +1,152 @@
+"""Losses of one row over the draft vocabulary D, of draft logits against a teacher of which entries are stored.
+
+The teacher is `p_i` for the stored entries S, and the tail mass `tau = 1 - sum_S p_i`, which is exact because log Z is
+stored. The draft is `q = softmax(logits)`, with a tail `1 - sum_S q_i` of its own. S and the tail are |S| + 1 outcomes.
+
+- `tail-kl`, the default: `-sum_S p_i log q_i - tau log(1 - sum_S q_i)`, cross entropy over these outcomes. The head and
+  the total tail are exact; only the shape inside the tail is not, so the gradient is off by at most 2 tau in L1. The
+  loss equals the KL divergence up to the teacher's own entropy, which has no gradient.
+- `renormalized-kl`: `-sum_S p_i / (1 - tau) log q_i`, as in trainers that keep a top-k without its log Z. It is there
+  for comparison with them. Its gradient is biased by exactly 2 tau in L1: the draft learns that the tail is impossible.
+- `tv`: `1 - alpha` with `alpha = sum_S min(m p_i, q_i) + min(m tau, 1 - sum_S q_i)`, where m = p(D) is the verifier's
+  probability of the whole draft vocabulary. Over all single outcomes alpha is the share of drafted tokens that
+  speculative sampling accepts, and 1 - alpha the total variation distance (Leviathan et al., arXiv 2211.17192). With
+  the tail as one outcome, alpha is at most min(m tau, 1 - sum_S q_i) too large.
+- `lk`: `lambda KL + (1 - lambda)(1 - alpha)` with `lambda = exp(-3 alpha)`, through which no gradient flows, and the
+  KL over D of `tail-kl`: the hybrid of Samarin et al., "LK Losses", arXiv 2602.23881, sections 4.2 and 4.4, with the
+  rate that they found best. KL leads while the draft is far off, where the gradient of alpha vanishes. The paper takes
+  lambda from the mean alpha of an unroll step's rows; here it is the row's own, so that a row's loss depends on no
+  other row, whichever slice, pack or rank that row is in.
+- `lk-alpha`: `-log alpha`, the same paper's likelihood of acceptance: the gradient is that of `tv`, times 1 / alpha.
+
+Entries that are absent (id -1) are not in S. Where S is empty, tau = 1 and nothing has a gradient; where S is all of D,
+there is no tail, and tau counts as 0, whatever rounding left. Where p is known over all of D, S is D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from draftcache.draft_train.loss.kernels.tail_kl import tail_kl
+from draftcache.draft_train.loss.tail_bucket import fused_tail_bucket_loss, head_loss
+from draftcache.store.common.errors import InputError
+
+LK_DECAY = 3.0
+"""lambda = exp(-LK_DECAY alpha)."""
+
+
+@dataclass(frozen=True)
+class RowTeacher:
+    """The teacher of T rows over the draft vocabulary. No gradient flows into it."""
+
+    ids: torch.Tensor | None
+    """[T, K] int64 draft-vocabulary ids, -1 where an entry is absent. None: p is over all V ids, in order."""
+    p: torch.Tensor
+    """[T, K], or [T, V] without ids; 0 where an entry is absent."""
+    tau: torch.Tensor | None = None
+    """[T] tail mass; None without ids, as nothing is left out there."""
+    mass: torch.Tensor | None = None
+    """[T] the verifier's probability of the whole draft vocabulary; None counts as 1."""
+    absent: bool = True
+    """Whether an id may be -1. False promises that none is, which saves passes over [T, V]."""
+
+
+Kernel = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    tuple[torch.Tensor, torch.Tensor],
+]
+"""Float32 logits [T, V], ids, p, tau, weights [T] and the memory [T, V] that the weighted gradient of the logits is
+written to -> losses [T] and argmax [T] int64; as `kernels.tail_kl`."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss of a row: its name on the command line, its definition, and a kernel where there is one."""
+
+    name: str
+    function: Callable[[torch.Tensor, RowTeacher], torch.Tensor]
+    """Float32 draft logits [T, V] and their teacher -> losses [T]. Only the logits get a gradient."""
+    kernel: Kernel | None = None
+    """Makes losses and gradients in one pass, for teachers with ids; None: autograd goes through `function`."""
+
+
+def find_loss(name: str) -> Loss:
+    """The loss of this name. Raises InputError naming those there are."""
+    if name not in LOSSES:
+        raise InputError(f"--loss: expected one of {list(LOSSES)}, found {name!r}")
+    return LOSSES[name]
+
+
+def tail_kl_loss(logits: torch.Tensor, teacher: RowTeacher) -> torch.Tensor:
+    """`tail-kl` [T]. Without ids it is the cross entropy over the whole draft vocabulary."""
+    if teacher.ids is None:
+        return F.cross_entropy(logits, teacher.p.to(logits.dtype), reduction="none")
+    assert teacher.tau is not None, "stored entries come with their tail"
+    return fused_tail_bucket_loss(logits, teacher.ids, teacher.p, teacher.tau, absent=teacher.absent)
+
+
+def renormalized_loss(logits: torch.Tensor, teacher: RowTeacher) -> torch.Tensor:
+    """`renormalized-kl` [T]: cross entropy to the stored entries, scaled up to sum 1; 0 where none is stored."""
+    p = teacher.p
+    p = p / p.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
+    if teacher.ids is None:
+        return F.cross_entropy(logits, p.to(logits.dtype), reduction="none")
+    return head_loss(logits, teacher.ids.clamp(min=0), p, torch.logsumexp(logits, dim=-1))
+
+
+def tv_loss(logits: torch.Tensor, teacher: RowTeacher) -> torch.Tensor:
+    """`tv` [T]."""
+    return 1.0 - acceptance(logits, teacher)
+
+
+def lk_loss(logits: torch.Tensor, teacher: RowTeacher) -> torch.Tensor:
+    """`lk` [T]."""
+    alpha = acceptance(logits, teacher)
+    kl = tail_kl_loss(logits, teacher) + _negative_entropy(teacher)
+    blend = torch.exp(-LK_DECAY * alpha.detach())
+    return blend * kl + (1.0 - blend) * (1.0 - alpha)
+
+
+def lk_alpha_loss(logits: torch.Tensor, teacher: RowTeacher) -> torch.Tensor:
+    """`lk-alpha` [T]. Below the smallest normal number alpha has no digits left, nor a usable gradient."""
+    alpha = acceptance(logits, teacher)
+    return -alpha.clamp(min=torch.finfo(alpha.dtype).tiny).log()
+
+
+def acceptance(logits: torch.Tensor, teacher: RowTeacher) -> torch.Tensor:
+    """alpha [T] of draft logits [T, V], with the tail as one outcome."""
+    q = torch.softmax(logits, dim=-1)
+    mass = logits.new_ones(len(logits)) if teacher.mass is None else teacher.mass.to(q.dtype)
+    scaled = teacher.p.to(q.dtype) * mass[:, None]
+    ids, tau = teacher.ids, teacher.tau
+    if ids is None:
+        return torch.minimum(scaled, q).sum(-1)
+    assert tau is not None, "stored entries come with their tail"
+    columns = torch.where(ids >= 0, ids, logits.shape[1])  # absent entries go to one more column, which is cut off
+    outside = torch.ones(len(logits), logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
+    outside = outside.scatter_(1, columns, False)[:, :-1]
+    tail = q.masked_fill(~outside, 0.0).sum(-1)  # 1 - sum q would cancel
+    head = torch.minimum(scaled, q.gather(1, ids.clamp(min=0)))  # p is 0 where an entry is absent
+    return head.sum(-1) + torch.minimum(tau.to(q.dtype) * mass, tail)
+
+
+def _negative_entropy(teacher: RowTeacher) -> torch.Tensor:
+    known = torch.xlogy(teacher.p, teacher.p).sum(-1)
+    return known if teacher.tau is None else known + torch.xlogy(teacher.tau, teacher.tau)
+
+
+LOSSES = {
+    loss.name: loss
+    for loss in (
+        Loss("tail-kl", tail_kl_loss, kernel=tail_kl),
+        Loss("renormalized-kl", renormalized_loss),
+        Loss("tv", tv_loss),
+        Loss("lk", lk_loss),
+        Loss("lk-alpha", lk_alpha_loss),
+    )
+}
+"""Every loss by its name."""

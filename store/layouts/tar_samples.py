@@ -1,0 +1,129 @@
+"""Reads a tar shard from front to back, sample by sample, with every member's xxh3-128 checked.
+
+`tar_shards` describes the format. Members come from a file that anyone may have written: names, types, order and sizes
+are checked, and nothing is unpickled or extracted to a disk.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from typing import IO, Any, cast
+
+import numpy as np
+from numcodecs import Zstd
+from numpy.typing import NDArray
+
+from draftcache.store.common.errors import ShardDamagedError
+from draftcache.store.common.files import hash_bytes
+from draftcache.store.format.array_spec import ArraySpec
+from draftcache.store.format.commits import Record, require_size
+from draftcache.store.format.schema import Conversation
+from draftcache.store.layouts.tar_shards import DATA_NAME, member_suffix
+from draftcache.store.storage.base import RangeFile, Storage
+
+_MEMBER = re.compile(r"(?P<key>[0-9]{2,}-[0-9]{9,})\.(?P<suffix>json|[a-z0-9_]+\.npy(\.zst)?)")
+_READ_AHEAD = 1 << 23
+_LARGEST_JSON = 1 << 20
+_ZSTD = Zstd(level=1)
+
+
+def read_tar(storage: Storage, record: Record, specs: dict[str, ArraySpec]) -> Iterator[Conversation]:
+    """Yield the conversations of one committed tar shard in order, with their arrays as they are stored.
+
+    Raises ShardDamagedError unless the members are regular files of the names, order, sizes and hashes of whole
+    samples, and nothing else.
+    """
+    name = f"{record['directory']}/{DATA_NAME}"
+    require_size(storage, record, name)
+    where = storage.describe(name)
+    file = storage.open(name)
+    found = 0
+    try:
+        with tarfile.open(fileobj=cast("IO[bytes]", _Stream(file)), mode="r|", bufsize=_READ_AHEAD) as tar:
+            members = _checked_members(tar, where)
+            for key, suffix, data in members:
+                if suffix != "json":
+                    raise ShardDamagedError(f"{where}: expected {key}.json first in its sample, found {key}.{suffix}")
+                yield _sample(specs, where, key, data, members)
+                found += 1
+    except (tarfile.TarError, EOFError) as exc:
+        raise ShardDamagedError(f"{where}: expected a whole tar file, could not read on ({exc})") from exc
+    finally:
+        file.close()
+    if found != record["conversations"]:
+        raise ShardDamagedError(f"{where}: expected {record['conversations']} samples, found {found}")
+
+
+def _checked_members(tar: tarfile.TarFile, where: str) -> Iterator[tuple[str, str, bytes]]:
+    """Yield the key, suffix and bytes of each member. Raises ShardDamagedError for a member that no sample has."""
+    for info in tar:
+        match = _MEMBER.fullmatch(info.name)
+        if match is None or not info.isreg() or info.issparse():
+            raise ShardDamagedError(
+                f"{where}: refused member {info.name!r}: expected a regular file named KEY.json or KEY.ARRAY.npy"
+            )
+        if match["suffix"] == "json" and info.size > _LARGEST_JSON:
+            raise ShardDamagedError(f"{where}: refused member {info.name!r}: expected at most 1 MiB of JSON")
+        extracted = tar.extractfile(info)
+        assert extracted is not None, "a regular file has content"
+        data = extracted.read()
+        if len(data) != info.size:
+            raise ShardDamagedError(
+                f"{where}: expected {info.size} bytes of {info.name}, found {len(data)}; it was cut"
+            )
+        yield match["key"], match["suffix"], data
+
+
+def _sample(
+    specs: dict[str, ArraySpec], where: str, key: str, about_json: bytes, members: Iterator[tuple[str, str, bytes]]
+) -> Conversation:
+    """Return the conversation of a sample, whose arrays are the next of `members`. Raises ShardDamagedError."""
+    try:
+        about = json.loads(about_json)
+        hashes = {suffix: str(value) for suffix, value in about["xxh3_128"].items()}
+        identity = str(about["content_hash"]), int(about["split"]), int(about["dataset_index"])
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise ShardDamagedError(f"{where}: {key}.json: expected a sample's description, found something else") from exc
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, spec in specs.items():
+        expected = member_suffix(name, spec)
+        found_key, suffix, data = next(members, ("", "nothing", b""))
+        if (found_key, suffix) != (key, expected):
+            raise ShardDamagedError(f"{where}: expected member {key}.{expected} next, found {found_key}.{suffix}")
+        if hash_bytes(data) != hashes.get(suffix):
+            raise ShardDamagedError(f"{where}: {key}.{suffix}: expected xxh3-128 {hashes.get(suffix)}, found another")
+        arrays[name] = _array(data, spec, f"{where}: {key}.{suffix}")
+    return Conversation(content_hash=identity[0], split=identity[1], dataset_index=identity[2], arrays=arrays)
+
+
+def _array(data: bytes, spec: ArraySpec, where: str) -> NDArray[Any]:
+    """Return a member's array. Nothing is unpickled: object arrays are refused by their dtype."""
+    try:
+        buffer = io.BytesIO(_ZSTD.decode(data) if spec.compress else data)
+        array = np.lib.format.read_array(buffer, allow_pickle=False)
+    except (ValueError, RuntimeError, EOFError) as exc:
+        raise ShardDamagedError(f"{where}: expected a .npy array, could not read it ({exc})") from exc
+    if array.dtype != spec.stored_dtype or array.shape[1:] != spec.inner:
+        raise ShardDamagedError(
+            f"{where}: expected {spec.dtype} rows of {spec.inner}, found {array.dtype} {array.shape}"
+        )
+    return np.asarray(array)
+
+
+class _Stream(io.RawIOBase):
+    """A committed file in the form that tarfile reads, forward only."""
+
+    def __init__(self, file: RangeFile) -> None:
+        self._file, self._offset = file, 0
+
+    def read(self, size: int = -1) -> bytes:
+        """Return up to `size` bytes; all that are left for a negative size."""
+        count = min(size if size >= 0 else self._file.size, self._file.size - self._offset)
+        data = bytearray(count)
+        self._file.read_into(self._offset, [memoryview(data)])
+        self._offset += count
+        return bytes(data)

@@ -1,0 +1,69 @@
+"""Stores, prepared datasets and checkpoints that an earlier draftcache wrote still open, and give what they held."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.synthetic import LAYERS, vocab_map, write_store
+from support.training_runs import config
+
+from draftcache.capture.prepare.token_dataset import TokenDataset
+from draftcache.draft_train.checkpoint import load_state, resolve_checkpoint
+from draftcache.draft_train.evaluate import evaluate
+from draftcache.draft_train.export import export_draft
+from draftcache.draft_train.trainer import Trainer
+from draftcache.store.format.vocab_map import VocabMap
+from draftcache.store.reader import StoreReader
+from draftcache.store.verify import verify_store
+
+ARCHIVE = Path(__file__).parent / "recorded" / "written_by_2f810a2.tar.gz"
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """store/, run/ (trained from it to the end) and prepared/, as commit 2f810a2 wrote them."""
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path
+
+
+def test_an_old_store_is_whole_and_equals_a_new_one(old: Path) -> None:
+    assert verify_store(old / "store").damages == []
+    write_store(old / "new", per_shard=2)
+    before, now = StoreReader(old / "store"), StoreReader(old / "new")
+    assert before.manifest.hash == now.manifest.hash
+    assert before.manifest.layers == LAYERS
+    for number in range(len(before)):
+        first, second = before.read(number).arrays, now.read(number).arrays
+        assert first.keys() == second.keys()
+        assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_files_of_new_shards_are_the_old_ones_byte_for_byte(old: Path) -> None:
+    write_store(old / "new", per_shard=2)
+    files = [path for path in (old / "store").rglob("*") if path.is_file() and ".locks" not in path.parts]
+    assert len(files) > 30
+    for path in files:
+        assert (old / "new" / path.relative_to(old / "store")).read_bytes() == path.read_bytes(), path.name
+
+
+def test_an_old_run_resumes_is_evaluated_and_exported(old: Path) -> None:
+    path = resolve_checkpoint(old / "run")
+    state = load_state(path)
+    assert (state.architecture, state.step, state.finished) == ("eagle3", 2, True)
+    assert Trainer(config(old, epochs=2, checkpoint_every=1, keep_checkpoints=1)).run() == path
+    figures = evaluate(store_path=old / "store", checkpoint=old / "run", splits=["val"])
+    assert figures["splits"]["val"]["draft"]["verify_steps"] > 0
+    export_draft(old / "run", old / "draft", engine="vllm")
+    assert VocabMap.load(path / "vocab_map.safetensors").hash == vocab_map().hash
+
+
+def test_an_old_prepared_dataset_opens(old: Path) -> None:
+    dataset = TokenDataset.open(old / "prepared")
+    dataset.verify()
+    token_ids, loss_mask, _ = dataset.split("train")[3]
+    assert len(dataset.split("train")) == 5
+    assert 0 < loss_mask.sum() < token_ids.size
