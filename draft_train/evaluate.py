@@ -20,34 +20,43 @@ from draftcache.store.storage.base import Location
 
 def evaluate(
     *,
-    store_path: Location,
+    store: Location,
     checkpoint: Path,
     splits: list[str],
     draft_tokens: int = 5,
     bigram_store: Location | None = None,
     bigram_splits: list[str] | None = None,
-    device_name: str = "auto",
+    device: str = "auto",
 ) -> dict[str, Any]:
-    """Figures per split for `draft`, `untrained` and `bigram`, each as `AcceptanceCounts.to_json`."""
+    """Acceptance of a draft on splits of a store, beside the untrained draft and a bigram table.
+
+    `checkpoint` is a checkpoint's directory, a run's (its newest checkpoint) or RUN/best. `draft_tokens` tokens are
+    proposed per verify step. The bigram table counts `bigram_splits` of `bigram_store` (default: the splits of `store`
+    that the draft was trained on). Returns JSON values: `checkpoint`, `step`, and under `splits` by split the figures of
+    `draft`, `untrained` and `bigram`, each as `AcceptanceCounts.to_json` gives them.
+
+    Raises CheckpointError or ManifestMismatchError where checkpoint and store don't belong together, InputError for a
+    split that is not there.
+    """
     if draft_tokens < 1:
         raise InputError(f"--draft-tokens: expected at least 1, found {draft_tokens}")
-    store = StoreReader(store_path)
+    reader = StoreReader(store)
     path = resolve_checkpoint(checkpoint)
     state = load_state(path)
-    vocab = require_fit(path, state, store)
-    device = choose_device(device_name)
-    frozen = FrozenWeights.load(store, device, vocab)
-    draft = load_draft(path, state, device)
-    untrained = find_architecture(state.architecture).build(state.shape, device)
+    vocab = require_fit(path, state, reader)
+    chosen = choose_device(device)
+    frozen = FrozenWeights.load(reader, chosen, vocab)
+    draft = load_draft(path, state, chosen)
+    untrained = find_architecture(state.architecture).build(state.shape, chosen)
     untrained.initialize(int(state.objective["seed"]), frozen, state.objective["head_init"])
-    table = _bigram(store, bigram_store, bigram_splits or state.objective["splits"])
+    table = _bigram(reader, bigram_store, bigram_splits or state.objective["splits"])
     result: dict[str, Any] = {"checkpoint": path.name, "step": state.step, "splits": {}}
     for split in splits:
-        members = store.members(split)
+        members = reader.members(split)
         result["splits"][split] = {
-            "draft": measure_acceptance(draft, frozen, store, members, draft_tokens=draft_tokens).to_json(),
-            "untrained": measure_acceptance(untrained, frozen, store, members, draft_tokens=draft_tokens).to_json(),
-            "bigram": measure_bigram(table, store, members, draft_tokens=draft_tokens).to_json(),
+            "draft": measure_acceptance(draft, frozen, reader, members, draft_tokens=draft_tokens).to_json(),
+            "untrained": measure_acceptance(untrained, frozen, reader, members, draft_tokens=draft_tokens).to_json(),
+            "bigram": measure_bigram(table, reader, members, draft_tokens=draft_tokens).to_json(),
         }
     return result
 

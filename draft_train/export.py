@@ -19,7 +19,7 @@ from draftcache.store.common.files import atomic_directory
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def export_draft(checkpoint: Path, output: Path, *, engine: str, dtype: str = "bfloat16") -> Path:
+def export(checkpoint: Path, output: Path, *, engine: str, dtype: str = "bfloat16") -> Path:
     """Write the served form of a checkpoint (or of the newest one of a run) to the directory `output`; returns it.
 
     `engine` is "vllm" or "sglang", `dtype` one of `DTYPES`. Raises CheckpointError for an incomplete or mismatched

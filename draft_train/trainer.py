@@ -39,7 +39,7 @@ from draftcache.draft_train.drafts.registry import find_architecture
 from draftcache.draft_train.fit import require_equal, require_fit, require_window
 from draftcache.draft_train.loss.objective import Objective, ObjectiveResult
 from draftcache.draft_train.optimizer import learning_rate, make_optimizer
-from draftcache.draft_train.ranks import GradientSums, Ranks
+from draftcache.draft_train.ranks import GradientSums, Ranks, joined_ranks
 from draftcache.draft_train.run_log import RunLog, step_record
 from draftcache.store.common.device import choose_device
 from draftcache.store.common.errors import DraftcacheError, InputError
@@ -267,6 +267,17 @@ class Trainer:
         save_checkpoint(path, state, self.model, self.optimizer, self.vocab_map)
         note_best(self.config.output, self.step, metrics)
         prune_checkpoints(self.config.output, self.config.keep_checkpoints)
+
+
+def train(config: TrainConfig, stop: StopRequest | None = None) -> Path:
+    """Train, or resume, to the end; returns the last checkpoint's directory.
+
+    Under torchrun, every rank calls this with the same settings. `stop` is looked at after every step. Raises
+    TrainingStopped where it was asked for, after a checkpoint; InputError and other DraftcacheErrors for settings that
+    do not fit the store.
+    """
+    with joined_ranks(config.device) as ranks:
+        return Trainer(config, ranks, stop).run()
 
 
 def require_work(config: TrainConfig, ranks: Ranks) -> None:

@@ -274,3 +274,12 @@ class StoreReader:
         if self._copies is not None:
             self._copies.cleanup()
             self._copies = None
+
+
+def open_store(location: Location, *, allow_partial: bool = False) -> StoreReader:
+    """Open a store in a directory or under a `file://`, `s3://`, `gs://` or `az://` URL, for reading.
+
+    `allow_partial` reads what is committed of a store whose capture has not finished. Raises StoreNotFoundError where
+    there is no store, StoreVersionError for another version's, StoreError where it is unfinished or damaged.
+    """
+    return StoreReader(location, allow_partial=allow_partial)

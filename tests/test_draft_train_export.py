@@ -14,7 +14,7 @@ from support.training_runs import config
 
 from draftcache.draft_train.checkpoint import load_state
 from draftcache.draft_train.drafts.eagle3.served import check_served, tap_ids
-from draftcache.draft_train.export import export_draft
+from draftcache.draft_train.export import export
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import CheckpointError, InputError
 from draftcache.store.common.files import hash_file
@@ -28,7 +28,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_export_holds_what_engines_load(checkpoint: Path, tmp_path: Path) -> None:
-    path = export_draft(checkpoint, tmp_path / "draft", engine="vllm", dtype="float32")
+    path = export(checkpoint, tmp_path / "draft", engine="vllm", dtype="float32")
     written = json.loads((path / "config.json").read_text())
     assert written["architectures"] == ["LlamaForCausalLMEagle3"]
     assert written["eagle_aux_hidden_state_layer_ids"] == [layer + 1 for layer in LAYERS]
@@ -59,7 +59,7 @@ def test_aux_ids_follow_the_engine() -> None:
 def test_full_attention_draft_says_so(tmp_path: Path) -> None:
     write_store(tmp_path / "store")
     last = Trainer(config(tmp_path, epochs=1, sliding_window=0)).run()
-    written = json.loads((export_draft(last, tmp_path / "draft", engine="vllm") / "config.json").read_text())
+    written = json.loads((export(last, tmp_path / "draft", engine="vllm") / "config.json").read_text())
     assert written["sliding_window"] is None
     assert written["layer_types"] == ["full_attention"]
 
@@ -72,30 +72,30 @@ def test_checkpoint_without_a_tensor_is_refused(checkpoint: Path, tmp_path: Path
     body["files"]["model.safetensors"] = hash_file(path)
     (checkpoint / "state.json").write_text(json.dumps(body))
     with pytest.raises(CheckpointError, match=missing):
-        export_draft(checkpoint, tmp_path / "draft", engine="vllm")
+        export(checkpoint, tmp_path / "draft", engine="vllm")
     assert not (tmp_path / "draft").exists()
 
 
 def test_checkpoint_with_another_map_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     vocab_map(seed=1).save(checkpoint / "vocab_map.safetensors")
     with pytest.raises(CheckpointError, match=r"vocab_map\.safetensors"):
-        export_draft(checkpoint, tmp_path / "draft", engine="vllm")
+        export(checkpoint, tmp_path / "draft", engine="vllm")
     body = json.loads((checkpoint / "state.json").read_text())
     body["files"]["vocab_map.safetensors"] = hash_file(checkpoint / "vocab_map.safetensors")
     (checkpoint / "state.json").write_text(json.dumps(body))
     with pytest.raises(CheckpointError, match="expected vocabulary"):
-        export_draft(checkpoint, tmp_path / "draft", engine="vllm")
+        export(checkpoint, tmp_path / "draft", engine="vllm")
 
 
 def test_existing_output_is_not_overwritten(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "draft").mkdir()
     with pytest.raises(InputError, match="new directory"):
-        export_draft(checkpoint, tmp_path / "draft", engine="vllm")
+        export(checkpoint, tmp_path / "draft", engine="vllm")
     assert load_state(checkpoint).finished
 
 
 def test_check_finds_vocabulary_tensors_that_disagree(checkpoint: Path, tmp_path: Path) -> None:
-    path = export_draft(checkpoint, tmp_path / "draft", engine="vllm")
+    path = export(checkpoint, tmp_path / "draft", engine="vllm")
     check_served(path)
     tensors = load_file(path / "model.safetensors")
     tensors["d2t"][0] += 1

@@ -18,7 +18,7 @@ from draftcache.draft_train.checkpoint import checkpoints, load_draft, load_stat
 from draftcache.draft_train.drafts.protocol import BatchRows
 from draftcache.draft_train.drafts.registry import architecture_names, find_architecture, register
 from draftcache.draft_train.evaluate import evaluate
-from draftcache.draft_train.export import export_draft
+from draftcache.draft_train.export import export
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import CheckpointError, InputError
 
@@ -50,13 +50,13 @@ def test_a_second_architecture_trains_resumes_and_is_evaluated_and_exported(tmp_
     whole, again = load_file(last / "model.safetensors"), load_file(resumed / "model.safetensors")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
-    figures = evaluate(store_path=tmp_path / "store", checkpoint=settings.output, splits=["train"], draft_tokens=3)
+    figures = evaluate(store=tmp_path / "store", checkpoint=settings.output, splits=["train"], draft_tokens=3)
     found = figures["splits"]["train"]
     assert found["draft"]["acceptance_length"] > found["untrained"]["acceptance_length"]
 
     with pytest.raises(InputError, match=r"--engine: expected one of \['toy'\]"):
-        export_draft(settings.output, tmp_path / "draft", engine="vllm")
-    export_draft(settings.output, tmp_path / "draft", engine="toy", dtype="float32")
+        export(settings.output, tmp_path / "draft", engine="vllm")
+    export(settings.output, tmp_path / "draft", engine="toy", dtype="float32")
     assert json.loads((tmp_path / "draft" / "config.json").read_text())["steps"] == 3
     assert set(load_file(tmp_path / "draft" / "model.safetensors")) == {*whole, "d2t"}
 

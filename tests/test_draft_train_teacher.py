@@ -19,7 +19,7 @@ from draftcache.draft_train.checkpoint import load_state
 from draftcache.draft_train.data.batches import Batch, build_batch
 from draftcache.draft_train.data.teacher import TeacherView, exact_probabilities
 from draftcache.draft_train.evaluate import evaluate
-from draftcache.draft_train.export import export_draft
+from draftcache.draft_train.export import export
 from draftcache.draft_train.loss import objective
 from draftcache.draft_train.loss.objective import ObjectiveResult, teacher_probabilities
 from draftcache.draft_train.loss.row_losses import LOSSES
@@ -250,9 +250,9 @@ def test_training_evaluation_and_export_with_each(tmp_path: Path, kind: str, siz
     state = load_state(last)
     assert state.draft_vocab_hash == chosen.hash
     assert state.shape.draft_vocab_size == len(chosen)
-    result = evaluate(store_path=tmp_path / "store", checkpoint=settings.output, splits=["val"], draft_tokens=3)
+    result = evaluate(store=tmp_path / "store", checkpoint=settings.output, splits=["val"], draft_tokens=3)
     assert result["splits"]["val"]["draft"]["acceptance_length"] >= 1
-    tensors = load_file(export_draft(settings.output, tmp_path / "export", engine="vllm") / "model.safetensors")
+    tensors = load_file(export(settings.output, tmp_path / "export", engine="vllm") / "model.safetensors")
     assert np.array_equal(tensors["d2t"].numpy(), chosen.d2t)
     assert np.array_equal(tensors["t2d"].numpy(), chosen.t2d)
     assert tensors["lm_head.weight"].shape[0] == len(chosen)
@@ -287,5 +287,5 @@ def test_a_checkpoint_of_a_vocabulary_that_is_not_declared_is_refused(stores: Pa
     Trainer(config(stores, store=stores / "full", epochs=1, draft_vocab_size=OTHER)).run()
     write_store(tmp_path / "main-only")
     with pytest.raises(CheckpointError, match="draft vocabulary"):
-        evaluate(store_path=tmp_path / "main-only", checkpoint=stores / "run", splits=["val"])
+        evaluate(store=tmp_path / "main-only", checkpoint=stores / "run", splits=["val"])
     assert TOP_K < DRAFT_VOCAB

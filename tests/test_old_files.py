@@ -13,7 +13,7 @@ from support.training_runs import config
 from draftcache.capture.prepare.token_dataset import TokenDataset
 from draftcache.draft_train.checkpoint import load_state, resolve_checkpoint
 from draftcache.draft_train.evaluate import evaluate
-from draftcache.draft_train.export import export_draft
+from draftcache.draft_train.export import export
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.format.vocab_map import VocabMap
 from draftcache.store.reader import StoreReader
@@ -55,9 +55,9 @@ def test_an_old_run_resumes_is_evaluated_and_exported(old: Path) -> None:
     state = load_state(path)
     assert (state.architecture, state.step, state.finished) == ("eagle3", 2, True)
     assert Trainer(config(old, epochs=2, checkpoint_every=1, keep_checkpoints=1)).run() == path
-    figures = evaluate(store_path=old / "store", checkpoint=old / "run", splits=["val"])
+    figures = evaluate(store=old / "store", checkpoint=old / "run", splits=["val"])
     assert figures["splits"]["val"]["draft"]["verify_steps"] > 0
-    export_draft(old / "run", old / "draft", engine="vllm")
+    export(old / "run", old / "draft", engine="vllm")
     assert VocabMap.load(path / "vocab_map.safetensors").hash == vocab_map().hash
 
 

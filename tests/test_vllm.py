@@ -22,7 +22,7 @@ from draftcache.capture.job.worker_job import CaptureJob
 from draftcache.capture.prepare.job import PrepareConfig, prepare
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.evaluate import evaluate
-from draftcache.draft_train.export import export_draft
+from draftcache.draft_train.export import export
 from draftcache.draft_train.trainer import Trainer
 from draftcache.tools.demo.pipeline import VERIFIER
 from draftcache.tools.probe.compare import compare_files
@@ -127,10 +127,10 @@ def test_vllm_serves_the_export_with_the_verify_steps_that_eval_counts(tmp_path:
         learning_rate=3e-3, sliding_window=24, num_attention_heads=4, num_key_value_heads=2, head_dim=32, device="cpu",
     )  # fmt: skip
     Trainer(training).run()
-    counted = evaluate(store_path=tmp_path / "store", checkpoint=tmp_path / "run", splits=["traces"])
+    counted = evaluate(store=tmp_path / "store", checkpoint=tmp_path / "run", splits=["traces"])
     expected = counted["splits"]["traces"]["draft"]
     assert expected["kind"] == "exact"
-    draft = export_draft(tmp_path / "run", tmp_path / "draft", engine="vllm", dtype="float32")
+    draft = export(tmp_path / "run", tmp_path / "draft", engine="vllm", dtype="float32")
 
     def served() -> tuple[list[list[int]], int]:
         speculative = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 5}

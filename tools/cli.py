@@ -10,6 +10,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+import draftcache
+
 # name -> (module with add_arguments(parser) and run(arguments) -> exit code, one help line)
 COMMANDS: dict[str, tuple[str, str]] = {
     "prepare": (
@@ -43,7 +45,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Exit code 0: done; 1: done, with rows quarantined or checks failed; 2: refused."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="draftcache", description="Train Eagle3 drafts from stored verifier outputs.")
+    parser = argparse.ArgumentParser(
+        prog="draftcache", description="Train draft models for speculative decoding from stored verifier outputs."
+    )
+    parser.add_argument("--version", action="version", version=f"draftcache {draftcache.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     named = arguments[0] if arguments else ""
     for name, (module_name, help_line) in COMMANDS.items():

@@ -136,7 +136,7 @@ class JobProgress:
         self.refresh()
 
     def refresh(self) -> None:
-        """Draw the line anew; every few seconds, list first which shards other jobs have committed."""
+        """Redraw the line; every few seconds, first list the shards that other jobs have committed."""
         if time.monotonic() - self._looked > _LOOK_S:
             self._count(committed_shards(self._storage))
             self._looked = time.monotonic()

@@ -53,7 +53,7 @@ class ShardSummary:
 
 @dataclass
 class _Task:
-    """One conversation on its way from the device to the shard; row numbers ascending."""
+    """One conversation on its way from the device to the shard; `positions` and `teacher` are ascending."""
 
     number: int
     token_ids: NDArray[Any]

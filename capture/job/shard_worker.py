@@ -19,7 +19,7 @@ from draftcache.store.format.teacher_stats import describe
 from draftcache.store.writer import ShardInProgress, StoreWriter
 
 POLL_S = 0.5
-"""Seconds between a waiting worker's looks whether shards of other workers were committed or became free."""
+"""Seconds that a worker without a free shard waits before it looks again for commits and for locks that were freed."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class ShardWorker:
     def _settle(self, open_shards: list[_OpenShard]) -> bool:
         """Wait until the first open shard is written and commit it; returns whether this commit is the one that counts.
 
-        It is not where another worker committed the same shard before.
+        It does not count where another worker has committed the same shard before.
         """
         begun, running = open_shards[0].begun, open_shards[0].running
         assert running is not None, "begun by _round"

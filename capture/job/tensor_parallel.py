@@ -87,10 +87,10 @@ class TensorParallelGroup:
             yield
         except (RuntimeError, OSError) as exc:
             if wait([process.sentinel for process in self._processes], timeout=_LAST_WORDS_S):
-                raise StoreError(self._obituary()) from exc
+                raise StoreError(self._exit_report()) from exc
             raise
 
-    def _obituary(self) -> str:
+    def _exit_report(self) -> str:
         return (
             f"expected {self._size - 1} followers of this worker to hold their parts of the verifier, found exit codes "
             f"{[process.exitcode for process in self._processes]} (-9: killed, perhaps for memory); what was committed "
@@ -105,7 +105,7 @@ class TensorParallelGroup:
         time.sleep(_LAST_WORDS_S)  # the worker may be about to report a better reason
         if self._closing:
             return
-        print(f"draftcache capture: error: {self._obituary()}", file=sys.stderr, flush=True)
+        print(f"draftcache capture: error: {self._exit_report()}", file=sys.stderr, flush=True)
         os._exit(1)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Two checks on the first conversations: the text against the tokenizer's own template, the ids against transformers."""
+"""Two checks on the first conversations: text against the tokenizer's own template, ids against transformers."""
 
 from __future__ import annotations
 

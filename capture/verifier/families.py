@@ -18,7 +18,7 @@ FORWARDS: tuple[type[FamilyForward], ...] = (NemotronForward, PlainForward)
 
 
 def choose_forward(model: Any, blocks: nn.ModuleList, final_norm: nn.Module) -> Forward:
-    """The first of FORWARDS that supports the model; it is told why those before it do not."""
+    """The first of FORWARDS that supports the model; it gets the reasons why the ones before it do not."""
     reasons: list[str] = []
     for family in FORWARDS:
         reason = family.supports(model)

@@ -9,11 +9,11 @@ from draftcache.capture.verifier.flops import Flops, gated_flops
 from draftcache.capture.verifier.nemotron.flops import nemotron_flops
 
 FAMILY_FLOPS = (nemotron_flops, gated_flops)
-"""Of the classes in `families.FORWARDS`, in the same order."""
+"""The function of each class of `families.FORWARDS`, in the same order."""
 
 
 def verifier_flops(config: Mapping[str, Any]) -> Flops | None:
-    """FLOPs by a Hugging Face config.json, of the first family that knows it; None where no family does."""
+    """FLOPs by a Hugging Face config.json, from the first family that knows it; None where no family does."""
     try:
         return next((found for family in FAMILY_FLOPS if (found := family(config)) is not None), None)
     except KeyError:

@@ -1,6 +1,7 @@
 """FLOPs of a verifier's forward pass by its config.json: how they add up, and stacks of attention and gated MLPs.
 
-Nothing below this module needs torch, so that `draftcache size` starts fast. `family_flops` chooses by the config.
+Neither this module nor `nemotron.flops` needs torch, so that `draftcache size` starts fast. `family_flops` chooses
+between them by the config.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Forward(Protocol):
     def prefill(self, token_ids: Tensor, layers: tuple[int, ...], chunk_tokens: int) -> Iterator[Piece]:
         """Pieces of at most `chunk_tokens` rows of `token_ids` [B, L] int64, which may be padded on the right.
 
-        State is carried from piece to piece in float32. A piece's tensors are the caller's.
+        State is carried from piece to piece in float32. The caller owns the tensors of a piece.
         """
 
     def block_differences(self, token_ids: Tensor) -> list[float]:

@@ -30,13 +30,13 @@ def run(arguments: argparse.Namespace) -> int:
     from draftcache.store.common.files import write_json
 
     result = evaluate(
-        store_path=arguments.store,
+        store=arguments.store,
         checkpoint=arguments.checkpoint,
         splits=arguments.splits.split(","),
         draft_tokens=arguments.draft_tokens,
         bigram_store=arguments.bigram_store,
         bigram_splits=arguments.bigram_splits.split(",") if arguments.bigram_splits else None,
-        device_name=arguments.device,
+        device=arguments.device,
     )
     print(format_table(result))
     if arguments.output is not None:

@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write config.json and model.safetensors."""
-    from draftcache.draft_train.export import export_draft
+    from draftcache.draft_train.export import export
 
-    path = export_draft(arguments.checkpoint, arguments.output, engine=arguments.engine, dtype=arguments.dtype)
+    path = export(arguments.checkpoint, arguments.output, engine=arguments.engine, dtype=arguments.dtype)
     print(f"{path}: config.json and model.safetensors for {arguments.engine}")
     return 0

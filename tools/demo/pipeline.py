@@ -16,6 +16,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -279,6 +280,9 @@ class Demo:
         summary["in_domain_split"] = IN_DOMAIN
         summary["size"] = asdict(self.size)
         summary["peak_memory_gib"] = {**self.memory, "main process": _peak_memory_gib()}
+        if find_spec("matplotlib") is None:
+            print("curves.png is not drawn, as matplotlib is not installed: pip install 'draftcache[plot]'")
+            return summary
         draw_curves(
             {stage: self.path(stage, "metrics.jsonl") for stage in ("stage1", "stage2")},
             summary,

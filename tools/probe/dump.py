@@ -1,7 +1,7 @@
-"""One forward of the verifier over a fixed input, dumped with the conventions that number its states.
+"""Dump of one forward of the verifier over a fixed input, with the numbers of its states in several conventions.
 
-The reference for porting a draft to another engine: run the engine on the dump's `token_ids`, and let
-`draftcache probe --compare` name the offset between its layer ids and our block numbers.
+It is the reference for porting a draft to another engine: run the engine on the dump's `token_ids`, and
+`draftcache probe --compare` names the offset between the engine's layer ids and our block numbers.
 """
 
 from __future__ import annotations
@@ -46,24 +46,25 @@ def running_mean(values, width):
 The function above keeps one sum and never looks at a value more than twice; its rounding errors add up, though, so \
 for long inputs one would start the sum afresh every few thousand values.
 """
-"""The default input, about 250 tokens of prose, arithmetic and code: on random ids a trained model's states are
-outliers, and rounding changes more of its routing."""
+"""The default input, about 250 tokens of prose, arithmetic and code. On random ids a trained model's states would be
+outliers, and rounding would change more of its routing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """What to run and what to dump."""
+    """The verifier to run, its input, and the states to dump."""
 
     verifier: Path
     output: Path
     layers: tuple[int, ...]
-    """Taps of interest: block numbers, counted from 0, ascending."""
+    """The taps: block numbers, counted from 0, ascending."""
     text: str | None = None
-    """Input; the tokenizer adds no special tokens to it."""
+    """Input text, to which the tokenizer adds no special tokens; TEXT where neither text nor token ids are given."""
     token_ids: tuple[int, ...] | None = None
-    """Input, instead of text. Neither: TEXT."""
+    """Input as token ids, instead of text."""
     only_layers: bool = False
-    """Dump the taps alone: small, but a mis-numbered engine's states then find no neighbours to be compared with."""
+    """Dump the taps alone: the file is small, but states of an engine with other layer ids can't be compared with the
+    blocks beside the taps."""
     source: str = "draftcache"
     """ "draftcache" for the forward that capture runs, "transformers" for the model's own output_hidden_states."""
     device: str = "auto"
@@ -78,10 +79,10 @@ class ProbeConfig:
 
 
 def dump_states(config: ProbeConfig) -> dict[str, Any]:
-    """Run the forward and write `config.output`, atomically; returns the details that its metadata states.
+    """Run the forward and write `config.output` atomically; returns the details of the file's metadata.
 
     The file holds `token_ids` [L] int64 and, in the compute dtype [L, H]: `embeddings`, `hidden_states.K` after block
-    K, and `final_norm`. Raises InputError, PrecisionError where the fp32 state contract is not met, and
+    K, and `final_norm`. Raises InputError, PrecisionError where the float32 contract of Mamba states is not met, and
     GateError for states that are not finite.
     """
     token_ids = _input_ids(config)
@@ -121,7 +122,7 @@ def dump_states(config: ProbeConfig) -> dict[str, Any]:
 
 
 def conventions(name: str, blocks: int) -> dict[str, Any]:
-    """What a tensor of the dump of a verifier with so many blocks is called elsewhere; None where it can't be had."""
+    """Numbers of a dump's tensor in several conventions, for a verifier of `blocks` blocks; None where it has none."""
     if name == EMBEDDINGS:
         return {"layer": None, "point": "input of block 0", "hf_hidden_states_index": 0, "vllm_aux_id": 0}
     if name == FINAL_NORM:
@@ -133,7 +134,7 @@ def conventions(name: str, blocks: int) -> dict[str, Any]:
 
 
 def _input_ids(config: ProbeConfig) -> Tensor:
-    """[L] int64."""
+    """The input's token ids [L] int64. Raises InputError where there are none."""
     if config.token_ids is not None:
         ids = list(config.token_ids)
     else:
@@ -160,7 +161,7 @@ def _require_in_range(config: ProbeConfig, token_ids: Tensor, verifier: Verifier
 
 @torch.inference_mode()
 def _own_states(verifier: Verifier, token_ids: Tensor) -> dict[str, Tensor]:
-    """Every state [L, H], by the forward that capture runs."""
+    """All states [L, H] by name, from the forward that capture runs."""
     entered: list[Tensor] = []
 
     def keep(_block: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -171,7 +172,7 @@ def _own_states(verifier: Verifier, token_ids: Tensor) -> dict[str, Tensor]:
         found = verifier.forward(token_ids, tuple(range(len(verifier.blocks))))
     finally:
         handle.remove()
-    # Our own forward calls no block, and begins with the table's rows; other models may scale theirs.
+    # Our own forwards call no block and begin with the table's rows; the code of other models may scale those.
     embeddings = entered[0] if entered else verifier.embeddings(token_ids.to(verifier.device))
     blocks = {block_tensor(layer): tap for layer, tap in sorted(found.taps.items())}
     return {EMBEDDINGS: embeddings, **blocks, FINAL_NORM: found.final}
@@ -179,7 +180,10 @@ def _own_states(verifier: Verifier, token_ids: Tensor) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def _model_states(verifier: Verifier, token_ids: Tensor) -> dict[str, Tensor]:
-    """What the model's own code gives as `output_hidden_states`: all but the last block's output."""
+    """States [L, H] by name from the model's own `output_hidden_states`, which lacks the last block's output.
+
+    Raises InputError where the model returns another number of states.
+    """
     ids = token_ids[None].to(verifier.device)
     output = verifier.body(input_ids=ids, use_cache=False, output_hidden_states=True)
     entries = [entry[0] for entry in output.hidden_states]

@@ -1,7 +1,7 @@
-"""Bytes and wall time of a store before anything runs: counts x the schema's row bytes, FLOPs over a GPU's rate.
+"""Bytes of a store and a GPU's rate, before anything runs: counts x the schema's row bytes.
 
-Counts of a prepared dataset are exact. So are uncompressed arrays, to the chunk; for compressed ones there are ratios,
-measured on the dataset where it holds their values.
+Counts of a prepared dataset are exact, and so are the bytes of uncompressed arrays, to the chunk. The bytes of
+compressed arrays are estimated by ratios, which are measured on the dataset where it holds the arrays' values.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ from draftcache.store.format.tap_codecs import tap_codec
 from draftcache.store.format.teacher import TeacherForm
 from draftcache.store.layouts.zarr_format import array_metadata
 
-# zstd level 1, chunk by chunk. High planes: 0.37 to 0.40 of their bytes on states of a trained 270M model and on a
-# generator with outlier channels (0.30 to 0.385 on the demo's verifier). The rest: the demo's larger corpus.
+# Compressed bytes per byte, by zstd at level 1, chunk by chunk. The ratio of high planes was 0.37 to 0.40 on states of
+# a trained 270M model and on a generator with outlier channels, and 0.30 to 0.385 on the demo's verifier. The other
+# ratios were measured on the demo's larger corpus.
 HIGH_PLANE_RATIO = 0.385
 RATIOS = {"token_ids": 0.355, "argmax": 0.375, "loss_mask": 0.035, "positions": 0.11, "teacher_positions": 0.115}
 
-_CHUNK_EXTRA = 4 + 16  # crc32c, and offset and bytes in the index
+_CHUNK_EXTRA = 4 + 16  # bytes of the crc32c, and of the chunk's offset and size in the index
 _INDEX_CRC = 4
 _NPY_HEADER = 128
 _TAR_BLOCK = 512
-_RATIO_TOKENS = 1 << 20  # about as many tokens of a dataset are compressed
+_RATIO_TOKENS = 1 << 20  # about so many tokens of a dataset are compressed to measure the ratios
 
 FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Per conversation [N]: tokens, rows in reach, teacher positions, and the shard that it goes to."""
+    """Per conversation [N]: its tokens, rows in reach and teacher positions, and the number of its shard."""
 
     tokens: FloatArray
     rows: FloatArray
@@ -49,24 +50,24 @@ class Counts:
     shard: NDArray[np.int64]
     loss_tokens: int
     basis: str
-    """Where rows and teacher positions come from, in words."""
+    """Text that says where the counts of rows and teacher positions come from."""
     ratios: Mapping[str, float] = field(default_factory=lambda: RATIOS)
 
     @property
     def shards(self) -> int:
-        """How many."""
+        """Number of shards."""
         return int(self.shard[-1]) + 1
 
     def of(self, axis: str) -> FloatArray:
-        """Rows on an axis of the schema."""
+        """Per conversation, its length [N] on an axis of the schema."""
         return {TOKENS_AXIS: self.tokens, ROWS_AXIS: self.rows, TEACHER_AXIS: self.teacher}[axis]
 
     def per_shard(self, axis: str) -> FloatArray:
-        """The same, summed over each shard."""
+        """Per shard, the sum of `of(axis)` over its conversations."""
         return np.bincount(self.shard, weights=self.of(axis), minlength=self.shards).astype(np.float64)
 
     def to_json(self) -> dict[str, Any]:
-        """Sums, rounded to whole rows."""
+        """Sums over all conversations, rounded to whole rows."""
         return {
             "conversations": len(self.tokens),
             "tokens": round(self.tokens.sum()),
@@ -79,7 +80,10 @@ class Counts:
 
 
 def guess_counts(tokens: int, loss_fraction: float, mean_length: int, shard_tokens: int) -> Counts:
-    """Counts without a dataset: equal lengths, every row kept, a teacher at every loss token (an upper bound)."""
+    """Counts without a dataset: equal lengths, every row kept, a teacher at every loss token (an upper bound).
+
+    Raises InputError for values out of range.
+    """
     if tokens < 1 or mean_length < 1 or not 0 <= loss_fraction <= 1:
         raise InputError(
             "expected --tokens and --mean-length of at least 1 and --loss-fraction in 0 .. 1, "
@@ -99,7 +103,10 @@ def guess_counts(tokens: int, loss_fraction: float, mean_length: int, shard_toke
 
 
 def count_dataset(dataset: TokenDataset, window: int | None, shard_tokens: int) -> Counts:
-    """Counts of a prepared dataset, exact: every mask is read (450 M tokens in 30,000 conversations: 4 s)."""
+    """Exact counts of a prepared dataset; every mask is read (450 M tokens in 30,000 conversations take 4 s).
+
+    Raises InputError for a dataset without conversations.
+    """
     splits = [dataset.split(name) for name in dataset.splits if len(dataset.split(name))]
     if not splits:
         raise InputError(f"{dataset.path}: expected a prepared dataset with conversations, found none")
@@ -126,7 +133,7 @@ def count_dataset(dataset: TokenDataset, window: int | None, shard_tokens: int) 
 
 
 class _MeasuredRatios:
-    """Compresses the arrays that a prepared dataset already decides, as a shard would hold them."""
+    """Compresses the arrays that are known from a prepared dataset as a shard would, to measure their ratios."""
 
     def __init__(self) -> None:
         self._parts: dict[str, list[NDArray[Any]]] = {name: [] for name in RATIOS}
@@ -154,7 +161,7 @@ class _MeasuredRatios:
 
 
 def _shard_numbers(splits: Iterable[FloatArray], shard_tokens: int) -> NDArray[np.int64]:
-    """The shard of each conversation, by capture's rule: filled in order, none spans two splits."""
+    """The shard of each conversation, by capture's rule: shards are filled in order, and none spans two splits."""
     numbers, shard = [], 0
     for lengths in splits:
         filled = 0.0
@@ -168,19 +175,19 @@ def _shard_numbers(splits: Iterable[FloatArray], shard_tokens: int) -> NDArray[n
 
 
 def specs_of(mode: str, *, layers: Sequence[int], hidden_size: int, teacher: TeacherForm) -> dict[str, ArraySpec]:
-    """The arrays of a shard. Scales of int8 do not matter to sizes."""
+    """The arrays of a shard by name; int8's channel scales do not matter to sizes."""
     scales = ChannelScales({layer: np.ones(hidden_size, np.float32) for layer in layers})
     codec = tap_codec(mode, layers=layers, hidden_size=hidden_size, channel_scales=scales)
     return array_specs(codec=codec, teacher=teacher)
 
 
 def shard_bytes(counts: Counts, specs: Mapping[str, ArraySpec], layout: str) -> dict[str, float]:
-    """Bytes of all shards' files by array, each with its own overhead; `index.npy`, and what a layout adds."""
+    """Bytes of all shards' files: per array with its overhead, then `index.npy` and the files that a layout adds."""
     measure = _zarr_bytes if layout == "zarr" else _tar_bytes
     found = {name: measure(counts, name, spec) for name, spec in specs.items()}
     found["index.npy"] = float(counts.shards * _NPY_HEADER + len(counts.tokens) * INDEX_DTYPE.itemsize)
     if layout != "zarr":
-        about = 130 + 56 * len(specs)  # a hash per array
+        about = 130 + 56 * len(specs)  # bytes of samples.json, with a hash per array
         found["samples.json"] = float(len(counts.tokens) * _TAR_BLOCK * (1 + -(-about // _TAR_BLOCK)))
         found["members.npy"] = float(counts.shards * 3 * _NPY_HEADER + len(counts.tokens) * (8 + 20 * len(specs)))
     return found
@@ -193,14 +200,14 @@ def _ratio(counts: Counts, name: str) -> float:
 def _zarr_bytes(counts: Counts, name: str, spec: ArraySpec) -> float:
     rows = counts.per_shard(spec.axis)
     chunks = np.ceil(rows / spec.chunk_rows)
-    stored = rows * _ratio(counts, name) if spec.compress else chunks * spec.chunk_rows  # the last one is padded
+    stored = rows * _ratio(counts, name) if spec.compress else chunks * spec.chunk_rows  # the last chunk is padded
     payload = stored * spec.row_bytes
     metadata = len(json.dumps(array_metadata(spec, round(rows.mean())), indent=2)) + 1
     return float((payload + chunks * _CHUNK_EXTRA + _INDEX_CRC * (rows > 0) + metadata).sum())
 
 
 def _tar_bytes(counts: Counts, name: str, spec: ArraySpec) -> float:
-    """A header block and the .npy file, padded to whole blocks."""
+    """Bytes of an array's tar members: each has a header block and the .npy file, padded to whole blocks."""
     members = _NPY_HEADER + counts.of(spec.axis) * spec.row_bytes
     if spec.compress:
         members = members * _ratio(counts, name)
@@ -208,19 +215,20 @@ def _tar_bytes(counts: Counts, name: str, spec: ArraySpec) -> float:
 
 
 def frozen_bytes(hidden_size: int, vocab_size: int, draft_vocab_sizes: Sequence[int]) -> int:
-    """Frozen bf16 weights (embeddings, final norm, each draft vocabulary's rows of the head) and vocabulary maps."""
+    """Bytes of frozen bf16 weights (embeddings, final norm, each draft vocabulary's head rows) and vocabulary maps."""
     maps = sum(2 * hidden_size * size + 8 * size + vocab_size for size in draft_vocab_sizes)
     return 2 * hidden_size * (vocab_size + 1) + maps
 
 
 def peer_bytes(tokens: int, taps: int, hidden_size: int) -> dict[str, int]:
-    """What others store: the taps and the last state in bf16 at every row, int64 ids; SpecForge an int64 mask too."""
+    """Bytes of other projects' stores: taps and last state in bf16 at every row, int64 ids, and SpecForge's mask."""
     states = 2 * (taps + 1) * hidden_size
     return {"SpecForge": tokens * (states + 16), "speculators": tokens * (states + 8)}
 
 
 GPU_TFLOPS = {"h100": 798.0, "h200": 798.0, "a100": 252.0}
-"""bf16 matmul ceilings. H100: measured on random data; H200: the same die, taken over; A100: its datasheet's 312
-times the share of the datasheet (989) that was measured on the H100."""
+"""Ceilings of bf16 matrix products in TFLOP/s. The H100's was measured on random data; the H200 has the same die and
+gets the same number; the A100's is its datasheet's 312 times the share of the datasheet (989) that the H100 reached."""
 FORWARD_SHARE = 0.39
-"""Of the ceiling, in a Hugging Face forward: 38.2k tok/s x 8.1 GFLOP (30B-A3B NemotronH, 32k tokens, one H100)."""
+"""Share of the ceiling that a Hugging Face forward reaches: 38.2k tok/s x 8.1 GFLOP (30B-A3B NemotronH, 32k tokens, one
+H100)."""
