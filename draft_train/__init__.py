@@ -1,1 +1,1 @@
-"""Trains, evaluates and exports Eagle3 drafts from stores. Never imports the verifier or `capture`."""
+"""Trains, evaluates and exports Eagle3 drafts from stores. It never imports the verifier or `draftcache.capture`."""

@@ -1,10 +1,10 @@
-"""Offline acceptance: how many tokens a served draft wins per verify step, read off the store.
+"""Offline acceptance: how many tokens per verify step a served draft would win, computed from the store alone.
 
-With greedy verification a chain at start row t is accepted while the draft's argmax equals the verifier's. On
-traces that the verifier wrote greedily, the realised tokens are its argmaxes, so the teacher-forced steps ARE the
-served steps up to the first mismatch: accepted lengths are exact, and walking `t -> t + n(t) + 1` counts the
-verify steps that serving makes. On other text the figure is teacher-forced: a comparison, not a prediction.
-An argmax outside the draft vocabulary is a rejection, never a missing value.
+With greedy verification, a chain that starts at row t is accepted while the draft's argmax equals the verifier's. In
+conversations that the verifier itself wrote greedily, the realised tokens are its argmaxes. The teacher-forced steps
+are then the served steps up to the first mismatch: accepted lengths n(t) are exact, and walking `t -> t + n(t) + 1`
+counts the verify steps that serving makes. On other text the figure is teacher-forced, which serves for comparison and
+predicts nothing. A verifier argmax outside the draft vocabulary counts as a rejection, never as a missing value.
 """
 
 from __future__ import annotations
@@ -25,23 +25,26 @@ from draftcache.store.format.schema import Conversation
 from draftcache.store.reader import StoreReader
 
 LENGTH_BUCKETS = (16_384, 32_768, 65_536)
+"""Positions that separate the buckets of `by_position`."""
 _EXACT_AGREEMENT = 0.999
+"""Greedy agreement from which on a figure is called exact."""
 
 
 @dataclass
 class AcceptanceCounts:
-    """Sums over conversations; ratios are properties."""
+    """Counts, summed over conversations. The ratios of them are properties."""
 
     draft_tokens: int
     conversations: int = 0
     verify_steps: int = 0
     tokens: int = 0
-    """Tokens that the verify steps produced: each turn's tokens after its first."""
+    """Tokens that the verify steps produced: all tokens of each turn but its first."""
     proposals: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    """[draft_tokens]: verify steps whose first k draft tokens were accepted and whose turn goes on."""
+    """[draft_tokens], by k: verify steps whose first k draft tokens were accepted and whose turn goes on."""
     accepted: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    """[draft_tokens]: those whose k-th draft token was accepted too."""
+    """[draft_tokens], by k: the verify steps of `proposals` whose next draft token was accepted too."""
     bucket_steps: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(LENGTH_BUCKETS) + 1, np.int64))
+    """Verify steps by the bucket of the position where they start. `bucket_tokens` are the tokens of these steps."""
     bucket_tokens: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(LENGTH_BUCKETS) + 1, np.int64))
     teacher_positions: int = 0
     agreements: int = 0
@@ -54,21 +57,21 @@ class AcceptanceCounts:
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens per verify step along the chain, the verifier's own token included; 1 is no gain."""
+        """Tokens per verify step along the chain, the token of the verifier included; 1 means no gain."""
         return self.tokens / max(1, self.verify_steps)
 
     @property
     def conditional(self) -> list[float]:
-        """Acceptance of draft token k given that those before it were accepted, along the chain."""
+        """Acceptance rate of each draft token along the chain, given that the draft tokens before it were accepted."""
         return [float(hit) / max(1, int(tried)) for hit, tried in zip(self.accepted, self.proposals, strict=True)]
 
     @property
     def greedy_agreement(self) -> float:
-        """Share of realised tokens that are the verifier's argmax; 1 on its own greedy traces."""
+        """Share of realised tokens that are the verifier's argmax; 1 on text that it wrote greedily."""
         return self.agreements / max(1, self.teacher_positions)
 
     def to_json(self) -> dict[str, Any]:
-        """For reports; `kind` says whether the figure is exact or teacher-forced."""
+        """Return the figures for reports. `kind` says whether they are exact or teacher-forced."""
         edges = ["0", *map(str, LENGTH_BUCKETS), "inf"]
         return {
             "acceptance_length": self.acceptance_length,
@@ -88,10 +91,10 @@ class AcceptanceCounts:
 
 
 def count_chain(counts: AcceptanceCounts, loss_mask: NDArray[np.bool_], hits: NDArray[np.bool_]) -> None:
-    """Walk every turn of one conversation and add to `counts`.
+    """Walk the verify steps of every turn of one conversation, and add them to `counts`.
 
-    `hits` [S, draft_tokens]: whether the draft's argmax at step k of each start row equals the verifier's.
-    Draft tokens beyond the end of the turn neither count nor help.
+    `loss_mask` [L] bool. `hits` [S, draft_tokens] bool says for each start row and step k whether the draft's argmax
+    equals the verifier's. Draft tokens beyond the end of the turn are not counted.
     """
     starts = start_rows(loss_mask)
     left = tokens_left(loss_mask, starts)
@@ -109,18 +112,20 @@ def count_chain(counts: AcceptanceCounts, loss_mask: NDArray[np.bool_], hits: ND
         bucket = int(np.searchsorted(LENGTH_BUCKETS, starts[number], side="right"))
         counts.bucket_steps[bucket] += 1
         counts.bucket_tokens[bucket] += gained
-        # Start rows of one turn are consecutive; the next turn's first one follows in the list.
+        # Start rows of one turn are consecutive, and the first start row of the next turn follows them.
         number += gained
     counts.conversations += 1
 
 
 def _agreements(item: Conversation) -> tuple[int, int]:
+    """Return the number of teacher positions, and of those whose realised token is the verifier's argmax."""
     positions = item.arrays["teacher_positions"].astype(np.int64)
     realised = item.arrays["token_ids"][positions + 1]
     return positions.size, int((realised == item.arrays["argmax"]).sum())
 
 
 HitFunction = Callable[[Conversation, Batch], NDArray[np.bool_]]
+"""Returns the `hits` of `count_chain` for a conversation and the batch made of it."""
 
 
 def _measure(
@@ -151,9 +156,9 @@ def measure_acceptance(
     *,
     draft_tokens: int = 5,
 ) -> AcceptanceCounts:
-    """Acceptance of a draft on conversations `members` of a store, `draft_tokens` proposed per verify step.
+    """Return the acceptance of a draft on conversations `members` of a store, at `draft_tokens` per verify step.
 
-    The draft's vocabulary is the store's of its size. Raises InputError where there is none.
+    The draft's vocabulary is the one of its size that the store declares. Raises InputError where there is none.
     """
     device = frozen.embed_tokens.device
     target_ids = torch.from_numpy(store.vocab_map(draft.shape.draft_vocab_size).target_ids).to(device)
@@ -168,7 +173,10 @@ def measure_acceptance(
 
 
 def bigram_table(store: StoreReader, members: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[V] int64: the most frequent assistant-written successor of each token (lowest id on ties, -1 if unseen)."""
+    """Return [V] int64: each token's most frequent successor written by the assistant; -1 if it has none.
+
+    Among equally frequent successors the lowest id wins.
+    """
     vocab = int(store.manifest.verifier["vocab_size"])
     pairs = []
     for number in members:
@@ -179,16 +187,16 @@ def bigram_table(store: StoreReader, members: NDArray[np.int64]) -> NDArray[np.i
     keys, counts = np.unique(np.concatenate(pairs), return_counts=True)
     order = np.lexsort((keys, -counts))
     previous, successor = keys[order] // vocab, keys[order] % vocab
-    first, places = np.unique(previous, return_index=True)
+    seen, first_rows = np.unique(previous, return_index=True)
     table = np.full(vocab, -1, np.int64)
-    table[first] = successor[places]
+    table[seen] = successor[first_rows]
     return table
 
 
 def measure_bigram(
     table: NDArray[np.int64], store: StoreReader, members: NDArray[np.int64], *, draft_tokens: int = 5
 ) -> AcceptanceCounts:
-    """Acceptance of a bigram table (from `bigram_table`) used as the draft: the baseline that costs nothing."""
+    """Return the acceptance of a table from `bigram_table` used as the draft: a baseline that needs no training."""
 
     def hits_of(_item: Conversation, batch: Batch) -> NDArray[np.bool_]:
         proposed = torch.from_numpy(table)[batch.step_tokens]

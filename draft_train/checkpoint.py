@@ -1,8 +1,8 @@
-"""Checkpoints: a directory of safetensors and JSON, published by one rename, complete or not there at all.
+"""Checkpoints: directories of safetensors and JSON files, published by one rename, so that each is complete.
 
-model.safetensors (float32 masters), optimizer.safetensors (AdamW moments by parameter name),
-vocab_map.safetensors, state.json (the draft's architecture and shape, step, settings, verifier, and the hashes of the
-files beside it).
+A checkpoint holds model.safetensors (float32 master weights), optimizer.safetensors (AdamW's moments by parameter
+name), vocab_map.safetensors and state.json (the draft's architecture and shape, the step, settings, the verifier, and
+the hashes of the files beside it).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from draftcache.store.format.vocab_map import VocabMap
 FORMAT = "draftcache-checkpoint"
 VERSION = 1
 BEST = "best.json"
-"""In a run's directory: which of its checkpoints has the longest acceptance."""
+"""File in a run's directory that names the checkpoint with the longest acceptance."""
 
 _FILES = ("model.safetensors", "optimizer.safetensors", "vocab_map.safetensors")
 
@@ -33,7 +33,7 @@ _FILES = ("model.safetensors", "optimizer.safetensors", "vocab_map.safetensors")
 def save_checkpoint(
     path: Path, state: CheckpointState, model: nn.Module, optimizer: torch.optim.AdamW, vocab_map: VocabMap
 ) -> None:
-    """Write beside, fsync, rename. An existing checkpoint of this name is left as it is."""
+    """Write a checkpoint beside `path`, flush it to disk, then rename it. An existing checkpoint is left as it is."""
     if path.exists():
         return
     with atomic_directory(path) as partial:
@@ -56,7 +56,10 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[s
 
 
 def load_state(path: Path) -> CheckpointState:
-    """Read and check state.json and the files it names. Raises CheckpointError."""
+    """Read state.json, and check the hashes of the files that it names.
+
+    Raises CheckpointError where the checkpoint is incomplete, damaged or of another format.
+    """
     try:
         body = read_json(path / "state.json")
     except DraftcacheError as exc:
@@ -80,14 +83,14 @@ def load_state(path: Path) -> CheckpointState:
 
 
 def load_draft(path: Path, state: CheckpointState, device: torch.device) -> Draft:
-    """The draft with this checkpoint's float32 weights. Raises CheckpointError where tensors are missing."""
+    """Return the draft with this checkpoint's float32 weights. Raises CheckpointError where tensors are missing."""
     draft = find_architecture(state.architecture).build(state.shape, device)
     load_weights(draft.model, path)
     return draft
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Copy model.safetensors into the model. Raises CheckpointError naming missing or misshapen tensors."""
+    """Copy model.safetensors into the model. Raises CheckpointError, naming missing or misshapen tensors."""
     tensors = load_file(path / _FILES[0])
     expected = {name: list(value.shape) for name, value in model.state_dict().items()}
     found = {name: list(value.shape) for name, value in tensors.items()}
@@ -110,7 +113,7 @@ def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.AdamW) -
 
 
 def blank_optimizer(model: nn.Module, optimizer: torch.optim.AdamW) -> list[torch.Tensor]:
-    """Give AdamW a state to be overwritten; returns its tensors, in the same order for every such model."""
+    """Give AdamW a state to overwrite, and return its tensors, in an order that the model's parameters decide."""
     for parameter in model.parameters():
         if not optimizer.state[parameter]:
             optimizer.state[parameter] = {
@@ -123,7 +126,7 @@ def blank_optimizer(model: nn.Module, optimizer: torch.optim.AdamW) -> list[torc
 
 
 def load_vocab_map(path: Path, state: CheckpointState) -> VocabMap:
-    """The checkpoint's own map, checked against its recorded hash."""
+    """Return the checkpoint's vocabulary map. Raises CheckpointError where its hash is not the recorded one."""
     loaded = VocabMap.load(path / _FILES[2])
     if loaded.hash != state.draft_vocab_hash:
         raise CheckpointError(f"{path / _FILES[2]}: expected vocabulary {state.draft_vocab_hash}, found {loaded.hash}")
@@ -131,19 +134,19 @@ def load_vocab_map(path: Path, state: CheckpointState) -> VocabMap:
 
 
 def checkpoint_path(output: Path, step: int) -> Path:
-    """Directory of the checkpoint after `step` optimizer steps."""
+    """Return the directory of the checkpoint after `step` optimizer steps."""
     return output / "checkpoints" / f"step_{step:08d}"
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, the oldest first."""
     return sorted((output / "checkpoints").glob("step_*"))
 
 
 def best_checkpoint(output: Path) -> tuple[Path, float] | None:
-    """The run's checkpoint of the longest acceptance, with that length; None where none was evaluated.
+    """Return a run's checkpoint with the longest acceptance, and that length; None where none was evaluated.
 
-    Raises CheckpointError where best.json names none.
+    Raises CheckpointError where best.json names a checkpoint that does not exist.
     """
     record = output / BEST
     if not record.is_file():
@@ -161,9 +164,9 @@ def best_checkpoint(output: Path) -> tuple[Path, float] | None:
 
 
 def note_best(output: Path, step: int, metrics: dict[str, Any]) -> None:
-    """Record the checkpoint of `step` as the best where its `metrics` have a longer acceptance than the best has.
+    """Record the checkpoint of `step` as the best if its `metrics` have a longer acceptance than the best so far.
 
-    On a tie the earlier one stays.
+    On a tie the earlier checkpoint stays the best.
     """
     length, best = metrics.get("eval_acceptance_length"), best_checkpoint(output)
     if length is not None and (best is None or length > best[1]):
@@ -171,9 +174,9 @@ def note_best(output: Path, step: int, metrics: dict[str, Any]) -> None:
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """A checkpoint directory, the newest one of a run's directory, or the best one of RUN/best.
+    """Return `path` if it is a checkpoint, the newest checkpoint of a run's directory, or the best one for RUN/best.
 
-    Raises CheckpointError.
+    Raises CheckpointError where there is no checkpoint.
     """
     if (path / "state.json").is_file():
         return path
@@ -189,7 +192,7 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 def prune_checkpoints(output: Path, keep: int) -> None:
-    """Delete all but the best and the newest `keep` checkpoints, and leftovers of interrupted writes."""
+    """Delete all checkpoints but the best and the newest `keep`, and the leftovers of interrupted writes."""
     best = best_checkpoint(output)
     old = [path for path in checkpoints(output)[:-keep] if best is None or path != best[0]]
     for path in [*old, *(output / "checkpoints").glob(".step_*.partial")]:

@@ -1,4 +1,4 @@
-"""Settings of one training run. No torch is imported here, so that the command line starts fast."""
+"""The settings of one training run. This module imports no torch, so that the command line starts fast."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ def _doc(text: str) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that shapes a training run. A checkpoint resumes only under the same settings."""
+    """All settings of a training run. Each field is a flag of `draftcache train`.
+
+    A run is resumed only under the settings that `objective` returns. Raises InputError for a value out of range.
+    """
 
     store: Location = field(metadata=_doc("store to train from: the --output of `draftcache capture`"))
     output: Path = field(metadata=_doc("directory for checkpoints and metrics; the same command resumes it"))
@@ -52,7 +55,9 @@ class TrainConfig:
     step_decay: float = field(default=0.8, metadata=_doc("weight of step k in the loss is step_decay ** k"))
     loss: str = field(
         default="tail-kl",
-        metadata=_doc("loss of a row: tail-kl, renormalized-kl, tv, lk or lk-alpha (see draft_train/loss/losses.py)"),
+        metadata=_doc(
+            "loss of a row: tail-kl, renormalized-kl, tv, lk or lk-alpha (see draft_train/loss/row_losses.py)"
+        ),
     )
     loss_rows: str = field(
         default="turns",
@@ -128,9 +133,9 @@ class TrainConfig:
         _require("eval_split", not (self.eval_every and not self.eval_split), "a split with --eval-every", None)
 
     def objective(self) -> dict[str, Any]:
-        """Settings that a resumed run must share with the run that it continues.
+        """Return the settings that a resumed run must share with the run that it continues.
 
-        The draft vocabulary is compared by its hash and size, whichever flag has chosen it.
+        The draft vocabulary is not among them: it is compared by its hash and size, whichever flag has chosen it.
         """
         loose = {"store", "output", "init_from", "device", "wandb", "wandb_project", "checkpoint_every"}
         loose |= {"keep_checkpoints", "eval_split", "eval_every", "eval_conversations", "loss_chunk"}
@@ -140,13 +145,13 @@ class TrainConfig:
         return values | {"splits": list(self.splits)}
 
     def everywhere(self) -> dict[str, Any]:
-        """Settings that all ranks of a run must share; paths may differ from machine to machine."""
+        """Return the settings that all ranks of a run must share. Paths may differ from machine to machine."""
         apart = {"store", "output", "init_from", "device", "prefetch_gb", "wandb", "wandb_project"}
         return {name: value for name, value in asdict(self).items() if name not in apart}
 
     @classmethod
     def objective_defaults(cls) -> dict[str, Any]:
-        """What a run had before a setting existed: its default."""
+        """Return the default of every setting that has one: its value in runs that are older than the setting."""
         return {item.name: item.default for item in fields(cls) if item.default is not MISSING}
 
 
@@ -158,7 +163,7 @@ MEMORY_SETTINGS = (
     "draft", "ttt_steps", "batch_conversations", "pack_tokens", "loss_chunk", "intermediate_size",
     "num_attention_heads", "num_key_value_heads", "head_dim",
 )  # fmt: skip
-"""Fields that decide how much GPU memory a run takes, beside recompute_mlp, attention, window and draft vocabulary."""
+"""Fields on which the GPU memory of a run depends, beside recompute_mlp, attention, window and draft vocabulary."""
 
 
 def _require(name: str, holds: bool, expected: str, found: Any) -> None:

@@ -1,4 +1,4 @@
-"""A draft's offline acceptance beside the untrained draft's and a bigram table's."""
+"""The offline acceptance of a draft, beside that of the untrained draft and of a bigram table."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ def evaluate(
     bigram_splits: list[str] | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Acceptance of a draft on splits of a store, beside the untrained draft and a bigram table.
+    """Return the acceptance of a draft on splits of a store, beside the untrained draft and a bigram table.
 
-    `checkpoint` is a checkpoint's directory, a run's (its newest checkpoint) or RUN/best. `draft_tokens` tokens are
-    proposed per verify step. The bigram table counts `bigram_splits` of `bigram_store` (default: the splits of `store`
-    that the draft was trained on). Returns JSON values: `checkpoint`, `step`, and under `splits` by split the figures of
-    `draft`, `untrained` and `bigram`, each as `AcceptanceCounts.to_json` gives them.
+    `checkpoint` is the directory of a checkpoint, the directory of a run (its newest checkpoint counts) or RUN/best.
+    `draft_tokens` tokens are proposed per verify step. The bigram table counts `bigram_splits` of `bigram_store`; by
+    default these are the splits of `store` that the draft was trained on. The result holds JSON values: `checkpoint`,
+    `step`, and under `splits` for each split the figures of `draft`, `untrained` and `bigram`, as
+    `AcceptanceCounts.to_json` returns them.
 
-    Raises CheckpointError or ManifestMismatchError where checkpoint and store don't belong together, InputError for a
-    split that is not there.
+    Raises CheckpointError or ManifestMismatchError where checkpoint and store don't belong together, and InputError for
+    a split that the store does not have.
     """
     if draft_tokens < 1:
         raise InputError(f"--draft-tokens: expected at least 1, found {draft_tokens}")

@@ -1,6 +1,6 @@
 """Export of a checkpoint in the form that an inference engine loads: config.json and model.safetensors.
 
-What these files hold is the architecture's business; that they appear whole or not at all is settled here.
+The draft's architecture decides what these files contain. This module publishes them together or not at all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def export(checkpoint: Path, output: Path, *, engine: str, dtype: str = "bfloat16") -> Path:
-    """Write the served form of a checkpoint (or of the newest one of a run) to the directory `output`; returns it.
+    """Write the served form of a checkpoint (or of a run's newest checkpoint) to the directory `output`; return it.
 
     `engine` is "vllm" or "sglang", `dtype` one of `DTYPES`. Raises CheckpointError for an incomplete or mismatched
     checkpoint, InputError if `output` exists or the draft can't be exported for this engine.

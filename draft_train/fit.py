@@ -1,4 +1,4 @@
-"""Does a checkpoint belong to this store? Refusals name the field that differs."""
+"""Checks that a checkpoint belongs to a store. Every error names the field that differs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from draftcache.store.reader import StoreReader
 
 
 def require_window(window: int | None, store: StoreReader) -> None:
-    """Raise ManifestMismatchError when the draft would attend to rows that the store dropped."""
+    """Raise ManifestMismatchError if the draft would attend to rows that the store does not keep."""
     kept = store.manifest.window
     if kept is not None and (window is None or window > kept):
         raise ManifestMismatchError(
@@ -23,16 +23,17 @@ def require_window(window: int | None, store: StoreReader) -> None:
 
 
 def require_equal(path: Path, pairs: Mapping[str, tuple[Any, Any]], advice: str) -> None:
-    """Raise CheckpointError for the first name whose two values, the checkpoint's and ours, differ."""
+    """Raise CheckpointError for the first name whose two values, the checkpoint's and this run's, differ."""
     for name, (theirs, ours) in pairs.items():
         if theirs != ours:
             raise CheckpointError(f"{path}: its {name} is {theirs!r}, here it is {ours!r}; {advice}")
 
 
 def require_fit(path: Path, state: CheckpointState, store: StoreReader) -> DraftVocab:
-    """The store's draft vocabulary that is the checkpoint's.
+    """Return the store's draft vocabulary that the checkpoint was trained on.
 
-    Raises unless there is one, and verifier, taps and window are the store's too.
+    Raises CheckpointError where the store has no such vocabulary, another verifier or other taps, and
+    ManifestMismatchError where the draft's window is wider than the window that the store was captured for.
     """
     manifest = store.manifest
     declared = {vocab.hash: vocab for vocab in manifest.teacher_form.vocabularies}

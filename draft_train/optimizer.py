@@ -1,4 +1,4 @@
-"""AdamW over the float32 weights, and its learning rate."""
+"""AdamW over the float32 weights, and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from draftcache.draft_train.config import TrainConfig
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.AdamW:
-    """Weight decay for matrices, none for the norms' vectors."""
+    """Return AdamW over the model's parameters, with weight decay for matrices and none for the norms' vectors."""
     groups = [
         {"params": [item for item in model.parameters() if item.ndim == 2], "weight_decay": config.weight_decay},
         {"params": [item for item in model.parameters() if item.ndim != 2], "weight_decay": 0.0},
@@ -20,7 +20,10 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.AdamW:
 
 
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
-    """Linear warm-up, then a cosine to `final_lr_ratio` of the peak. `step` counts from 0."""
+    """Return the learning rate of optimizer step `step`, counted from 0, of `total` steps.
+
+    It warms up linearly over `warmup_ratio` of the steps, then follows a cosine down to `final_lr_ratio` of its peak.
+    """
     warmup = max(1, math.ceil(config.warmup_ratio * total))
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup

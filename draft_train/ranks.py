@@ -1,8 +1,8 @@
-"""Training on several processes, as torchrun starts them: each takes a part of every step, and gradients are summed.
+"""Data-parallel training: each of several processes (ranks) takes a part of every step, and gradients are summed.
 
-`torchrun --nproc-per-node 8 $(which draftcache) train ...`; RANK, WORLD_SIZE and LOCAL_RANK say who this process is.
-GPUs talk over NCCL, CPUs over gloo. All ranks hold the same weights bit for bit: they begin with rank 0's, and every
-rank makes the same optimizer step from the same sums.
+torchrun starts them, as in `torchrun --nproc-per-node 8 $(which draftcache) train ...`, and sets RANK, WORLD_SIZE and
+LOCAL_RANK, from which a process knows its rank. GPUs communicate over NCCL, CPUs over gloo. All ranks hold the same
+weights bit for bit: they begin with rank 0's weights, and every rank makes the same optimizer step from the same sums.
 """
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ TIMEOUT = timedelta(minutes=30)
 
 
 class Ranks:
-    """One process among those of a run; where it is the only one, nothing here does anything."""
+    """One process of a run, and its communication with the others. A single process communicates with nobody."""
 
     def __init__(self, device: torch.device, rank: int = 0, world: int = 1) -> None:
-        """`device` is this rank's own."""
+        """`device` is the device that this rank computes on."""
         self.device, self.rank, self.world = device, rank, world
 
     @property
     def leads(self) -> bool:
-        """Rank 0 alone writes files and decides where a run goes on."""
+        """Whether this is rank 0, which alone writes files and decides where a run resumes."""
         return self.rank == 0
 
     def add_up(self, values: torch.Tensor) -> torch.Tensor:
-        """`values`, summed over ranks in place."""
+        """Sum `values` over all ranks, in place, and return them."""
         if self.world > 1:
             with _answered():
                 dist.all_reduce(values)
         return values
 
     def copy_from_leader(self, values: Iterable[torch.Tensor]) -> None:
-        """Overwrite tensors on this rank's device with rank 0's."""
+        """Overwrite these tensors, which are on this rank's device, with rank 0's."""
         if self.world > 1:
             with _answered(), torch.no_grad():
                 for value in values:
                     dist.broadcast(value, src=0)
 
     def meet(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait until all ranks have called this method."""
         self.add_up(torch.zeros(1, device=self.device)).tolist()
 
     def agree(self, problem: DraftcacheError | None) -> None:
-        """End all ranks where one has a problem: that one by raising it, the others by a RankError."""
+        """End all ranks if one has a problem: that rank raises the problem, and the others raise RankError."""
         problems = self.add_up(torch.tensor([float(problem is not None)], device=self.device))
         if problem is not None:
             raise problem
@@ -64,7 +64,7 @@ class Ranks:
             raise RankError(f"rank {self.rank}: another rank refused the run; its own message says why")
 
     def require_same(self, values: Mapping[str, Any]) -> None:
-        """Raise ManifestMismatchError naming the first of these JSON values that is not the same on all ranks."""
+        """Raise ManifestMismatchError, naming the first of these JSON values that differs between ranks."""
         if self.world == 1:
             return
         found = [int(hash_bytes(canonical_json(value).encode())[:15], 16) for value in values.values()]  # 60 bits
@@ -82,9 +82,10 @@ class Ranks:
 
 @contextmanager
 def joined_ranks(device_name: str) -> Iterator[Ranks]:
-    """Where torchrun's variables put this process, connected to the others; alone without them.
+    """Connect this process to the other ranks that torchrun's variables announce. Without them it is the only rank.
 
-    Raises InputError where a rank can't have a GPU of its own.
+    Raises InputError where variables are missing or a rank can't have a GPU for itself, and RankError where a rank does
+    not answer.
     """
     world, device = int(os.environ.get("WORLD_SIZE", "1")), choose_device(device_name)
     if world == 1:
@@ -102,7 +103,8 @@ def joined_ranks(device_name: str) -> Iterator[Ranks]:
             device_id=device if device.type == "cuda" else None,
         )
     yield Ranks(device, rank, world)
-    # Not after an error: it would wait for ranks that may be gone. The end of the process cuts the connections.
+    # This is skipped after an error, because it would wait for ranks that may be gone. The end of the process closes
+    # the connections.
     dist.destroy_process_group()
 
 
@@ -118,6 +120,7 @@ def _own_gpu(device: torch.device, local: int) -> torch.device:
 
 @contextmanager
 def _answered() -> Iterator[None]:
+    """Turn an error of torch.distributed into a RankError."""
     try:
         yield
     except RuntimeError as exc:
@@ -128,11 +131,12 @@ def _answered() -> Iterator[None]:
 
 
 class GradientSums:
-    """Sums gradients over ranks, each as soon as it is complete and while the backward pass goes on with the others.
+    """Sums gradients over ranks, each as soon as it is complete, while the backward pass computes the others.
 
-    Collectives must begin in the same order on all ranks, and ranks complete gradients in any: a gradient waits for
-    those before it in a fixed order, in which autograd completes nearly all of them. One collective per parameter, so
-    that its sum's rounding does not depend on which others were ready.
+    All ranks must start their collectives in one order, but ranks may complete their gradients in different orders. A
+    gradient therefore waits for the gradients before it in a fixed order, which is nearly the order in which autograd
+    completes them. Every parameter has a collective for itself, so that the rounding of its sum does not depend on
+    which other gradients were complete.
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
@@ -144,7 +148,7 @@ class GradientSums:
         self._begun: list[Any] = []
 
     def ready(self, parameters: list[nn.Parameter]) -> None:
-        """Of a gradient pass: these are complete, in float32. Begins to sum what is next in order."""
+        """Take parameters whose float32 gradients are complete, and start the sums that are next in order."""
         self._complete.update(parameters)
         while len(self._begun) < len(self._order) and self._order[len(self._begun)] in self._complete:
             self._begin(self._order[len(self._begun)])
@@ -155,7 +159,7 @@ class GradientSums:
             self._begun.append(dist.all_reduce(parameter.grad, async_op=True))
 
     def finish(self) -> None:
-        """Wait for the sums; a gradient that this rank has nothing to add to counts as zeros."""
+        """Wait for all sums. A parameter that has no gradient on this rank counts as zeros here."""
         if self._ranks.world == 1:
             return
         for parameter in self._order[len(self._begun) :]:

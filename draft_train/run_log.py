@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains: metrics.jsonl, a progress bar, weights and biases."""
+"""The log of a training run: metrics.jsonl, a progress bar and, if asked for, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from draftcache.store.common.errors import InputError
 from draftcache.store.common.files import atomic_path
 from draftcache.store.common.progress import progress_bar
 
-_WORTH_SAYING = 0.03  # of the wall time waited for data
+_WORTH_SAYING = 0.03
+"""Share of the wall time waited for data above which the progress bar mentions it."""
 
 
 class RunLog:
-    """Writes one record per step. Use as a context manager."""
+    """Writes one record per optimizer step. It is a context manager, which closes the file at its end."""
 
     def __init__(self, config: TrainConfig, store_hash: str, *, step: int, total_steps: int, epoch_tokens: int) -> None:
-        """`step` steps are done; records of later ones, which a killed run left, are dropped."""
+        """`step` optimizer steps are done. Records of later steps, which a killed run left, are dropped.
+
+        Raises InputError where --wandb needs a package that is not installed.
+        """
         path = config.output / "metrics.jsonl"
         _trim_metrics(path, step)
         self._total_steps = total_steps
@@ -43,7 +47,7 @@ class RunLog:
             self._tracker.finish(exit_code=int(kind is not None))
 
     def write(self, record: dict[str, Any]) -> None:
-        """`record` of one step, see `step_record`."""
+        """Write the `record` of one step, as `step_record` makes it."""
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
         if self._tracker is not None:
@@ -58,7 +62,11 @@ class RunLog:
 def step_record(
     step: int, figures: list[float], *, rate: float, norm: float, tokens: int, seconds: float, waited: float
 ) -> dict[str, Any]:
-    """What is logged of optimizer step `step`, the first being 1. `figures`: an `ObjectiveResult`, packed."""
+    """Return what is logged of optimizer step `step`, counted from 1.
+
+    `figures` is `ObjectiveResult.packed()` as a list, `rate` the learning rate, `norm` the gradient norm, `seconds` the
+    step's wall time, of which `waited` went into waiting for data.
+    """
     loss, tail_mass, tail_positions, *by_step = figures
     rows, losses, hits = np.array(by_step).reshape(3, -1)
     taken = rows > 0
@@ -77,7 +85,7 @@ def step_record(
 
 
 def _trim_metrics(path: Path, step: int) -> None:
-    """Drop what a killed run logged after the checkpoint that is resumed, so that every step stands there once."""
+    """Drop what a killed run logged after the checkpoint that is resumed, so that every step is logged once."""
     if not path.is_file():
         return
     kept = []
@@ -85,7 +93,7 @@ def _trim_metrics(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError):  # the line that the kill cut
+        except (json.JSONDecodeError, KeyError):  # a line that was cut off by the kill
             continue
     with atomic_path(path) as partial:
         partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The training loop: stream batches, step, log, checkpoint; resume exactly where a killed run was saved."""
+"""The training loop: streams batches, steps the optimizer, logs and saves; resumes exactly from the last checkpoint."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from draftcache.store.reader import StoreReader
 
 
 class TrainingStopped(Stopped):
-    """The run was told to stop, and has saved a checkpoint."""
+    """The run was asked to stop, and has saved a checkpoint."""
 
     def __init__(self, step: int) -> None:
         super().__init__()
@@ -57,10 +57,10 @@ class TrainingStopped(Stopped):
 
 
 class Trainer:
-    """One run: `Trainer(config).run()` starts it, or continues it from its newest checkpoint."""
+    """One training run. `Trainer(config).run()` starts it, or continues it from its newest checkpoint."""
 
     def __init__(self, config: TrainConfig, ranks: Ranks | None = None, stop: StopRequest | None = None) -> None:
-        """`ranks`: this process among several; `stop` is looked at after every step."""
+        """`ranks` is this process among those of the run. `stop` is checked after every step."""
         self.config = config
         self.ranks = ranks or Ranks(choose_device(config.device))
         self.stop = stop or StopRequest()
@@ -106,7 +106,7 @@ class Trainer:
         self.step = 0
 
     def _restore(self) -> None:
-        """Begin as rank 0 does: from this run's newest checkpoint, or from --init-from's weights."""
+        """Start every rank as rank 0 starts: from this run's newest checkpoint, or from --init-from's weights."""
         problem: DraftcacheError | None = None
         if self.ranks.leads:
             try:
@@ -151,7 +151,7 @@ class Trainer:
             require_equal(path, pairs, "use the same settings to resume it, or another --output")
 
     def run(self) -> Path:
-        """Train to the end; returns the last checkpoint's directory. Raises TrainingStopped where told to stop."""
+        """Train to the end; return the last checkpoint's directory. Raises TrainingStopped if asked to stop."""
         self.ranks.require_same(self.config.everywhere() | {"store": self.store.manifest.hash})
         if self.ranks.leads:
             self.config.output.mkdir(parents=True, exist_ok=True)
@@ -163,16 +163,16 @@ class Trainer:
             with self._log() as log, self._prefetcher() as data:
                 for plan in self.schedule.steps(self.step):
                     self._finish_step(log, self._train_step(plan, data))
-        self.ranks.meet()  # rank 0 has saved
+        self.ranks.meet()  # until rank 0 has saved
         return checkpoint_path(self.config.output, self.total_steps)
 
     def _finish_step(self, log: RunLog | None, record: dict[str, Any]) -> None:
-        """Evaluate, log and save, where each is due."""
+        """Evaluate, log and save after a step, each of them if it is due."""
         stopping = bool(record.pop("stopping"))
         if self._due(self.config.eval_every):
             record |= self._evaluate()
         if log is not None:
-            log.write(record)  # before the checkpoint: a step that is resumed from has been logged
+            log.write(record)  # before the checkpoint, so that no step of a checkpoint is missing
             if stopping or self._due(self.config.checkpoint_every) or self._is_best(record):
                 self._save(record)
         if stopping and self.step < self.total_steps:
@@ -209,7 +209,7 @@ class Trainer:
         mine = torch.tensor([float(self.stop.asked), *[0.0] * self.ranks.world], dtype=torch.float64)
         mine[1 + self.ranks.rank] = data.waited - waited
         sums = self.ranks.add_up(torch.cat((mine.to(self.device), result.packed())))
-        # The step's one wait for the device. What is not finite is so on all ranks, and no weight has changed yet.
+        # The step's only wait for the device. Ranks agree on what is not finite, and no weight has changed yet.
         norm_value, stopping, *values = torch.cat((norm.double()[None], sums)).tolist()
         waits, figures = values[: self.ranks.world], values[self.ranks.world :]
         if not math.isfinite(figures[0]) or not math.isfinite(norm_value):
@@ -231,11 +231,11 @@ class Trainer:
         ) | {"stopping": stopping}
 
     def _due(self, every: int) -> bool:
-        """Whether something that is done each `every` steps (0: never) and after the last one is to be done now."""
+        """Return whether an action that is due every `every` steps (0: never) and after the last step is due now."""
         return every > 0 and (self.step == self.total_steps or self.step % every == 0)
 
     def _evaluate(self) -> dict[str, Any]:
-        """Each rank measures its part of the conversations."""
+        """Measure acceptance on --eval-split. Each rank measures its part of the conversations."""
         assert self.config.eval_split is not None
         members = self.store.members(self.config.eval_split)[: self.config.eval_conversations]
         mine = members[self.ranks.rank :: self.ranks.world]
@@ -270,18 +270,18 @@ class Trainer:
 
 
 def train(config: TrainConfig, stop: StopRequest | None = None) -> Path:
-    """Train, or resume, to the end; returns the last checkpoint's directory.
+    """Start or resume a training run, train to its end, and return the last checkpoint's directory.
 
-    Under torchrun, every rank calls this with the same settings. `stop` is looked at after every step. Raises
-    TrainingStopped where it was asked for, after a checkpoint; InputError and other DraftcacheErrors for settings that
-    do not fit the store.
+    Under torchrun, every rank calls this with the same settings. `stop` is checked after every step. Raises
+    TrainingStopped, after saving a checkpoint, if a stop was asked for, and InputError or another DraftcacheError for
+    settings that do not fit the store.
     """
     with joined_ranks(config.device) as ranks:
         return Trainer(config, ranks, stop).run()
 
 
 def require_work(config: TrainConfig, ranks: Ranks) -> None:
-    """Raise InputError where a rank would never have a conversation; say so where some have fewer than others."""
+    """Raise InputError if a rank would never get a conversation; warn if ranks get different numbers of them."""
     size, world = config.batch_conversations, ranks.world
     problem = None
     if size < world:
@@ -289,7 +289,7 @@ def require_work(config: TrainConfig, ranks: Ranks) -> None:
             f"--batch-conversations: expected at least one for each of the {world} ranks, found {size}: it counts "
             f"those of all ranks; pass a multiple of {world}, or start fewer ranks"
         )
-    ranks.agree(problem)  # a rank that left at once would be missed by those that are still connecting
+    ranks.agree(problem)  # not raised before: ranks that still connect would wait for this one
     if size % world and ranks.leads:
         print(
             f"draftcache train: {world} ranks share steps of {size} conversations, so some wait for others in every "

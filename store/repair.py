@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from draftcache.store.common.errors import StoreError
-from draftcache.store.format.commits import SHARDS_DIRECTORY, record_name, shard_name
+from draftcache.store.format.commits import SHARDS_DIRECTORY, record_name, shard_name, shard_number
 from draftcache.store.format.index import INDEX_NAME, INDEX_RECORD, write_store_index
 from draftcache.store.format.manifest import MANIFEST_NAME, StoreManifest, top_level_names
 from draftcache.store.storage.base import Location, Storage, open_storage
@@ -68,7 +68,7 @@ def _repair(storage: Storage, report: VerifyReport) -> Repair:
         storage.delete(INDEX_NAME)
     for shard in shards:
         name = shard_name(shard)
-        held = [path for path in storage.list(SHARDS_DIRECTORY) if path.split("/")[1][:5] == name]
+        held = [path for path in storage.list(SHARDS_DIRECTORY) if shard_number(path) == shard]
         for directory in sorted({"/".join(path.split("/")[:2]) for path in held}):
             storage.move_directory(directory, f"{target}/{directory}")
         _move_file(storage, record_name(name), target)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from draftcache.store.common.errors import StreamingError
-from draftcache.store.format.commits import Record
+from draftcache.store.format.commits import Record, shard_number
 from draftcache.store.format.schema import Conversation
 from draftcache.store.layouts.tar_samples import read_tar
 from draftcache.store.reader import StoreReader
@@ -94,7 +94,7 @@ class TarStream:
         if not record["conversations"]:
             return False
         index = self._store.index
-        first = index[np.flatnonzero(index["shard"] == _number(record))[0]]
+        first = index[np.flatnonzero(index["shard"] == shard_number(record["directory"]))[0]]
         return split is None or self._store.manifest.splits.index(split) == first["split"]
 
     def _deal(self, seed: int, epoch: int) -> list[list[list[Record]]]:
@@ -162,12 +162,6 @@ class TarStream:
     def _conversations(self, shards: list[Record]) -> Iterator[Conversation]:
         for record in shards:
             yield from read_tar(self._store.storage, record, self._store.specs)
-
-
-def _number(record: Record) -> int:
-    """Return the number of a record's shard."""
-    directory: str = record["directory"]
-    return int(directory.split("/")[1][:5])
 
 
 def _balanced(records: list[Record], parts: int) -> list[list[Record]]:

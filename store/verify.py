@@ -26,6 +26,7 @@ from draftcache.store.format.commits import (
     record_name,
     require_record,
     shard_name,
+    shard_number,
 )
 from draftcache.store.format.index import INDEX_NAME, INDEX_RECORD, load_index, read_shard_index
 from draftcache.store.format.manifest import StoreManifest, top_level_names
@@ -136,7 +137,7 @@ def _strays(storage: Storage, records: dict[int, Record], damaged_shards: list[i
     return [
         name
         for name in storage.list(SHARDS_DIRECTORY)
-        if name not in named and int(name.split("/")[1][:5]) not in damaged_shards
+        if name not in named and shard_number(name) not in damaged_shards
     ]
 
 

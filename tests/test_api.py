@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.paths import ROOT
 
 import draftcache
+from support.paths import ROOT
 
 ASSETS = ROOT / "tools" / "demo" / "assets"
 

@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.capture_jobs import LAYERS, ROWS, config, flags, small_dataset, write_rows
-from support.tiny_models import KINDS, VOCAB, save_model
 
 from draftcache.capture.job import calibration
 from draftcache.capture.job.shard_worker import WorkerRole
@@ -40,6 +38,8 @@ from draftcache.store.format.teacher_stats import tail_mass
 from draftcache.store.reader import StoreReader
 from draftcache.store.storage.base import open_storage
 from draftcache.store.verify import verify_store
+from support.capture_jobs import LAYERS, ROWS, config, flags, small_dataset, write_rows
+from support.tiny_models import KINDS, VOCAB, save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.chat_tokenizers import CHATML, save_tokenizer
 
 from draftcache.capture.prepare.chat_tokens import ChatTokenizer, RenderedChat, check_template_compiles, render_chat
 from draftcache.capture.prepare.conversations import ChatRow, RowRejectedError
 from draftcache.capture.prepare.template_check import check_against_transformers, first_template_difference
 from draftcache.capture.prepare.tokenizer_files import SHIPPED_TEMPLATE, ChatTemplate, choose_template, load_tokenizer
 from draftcache.store.common.errors import InputError
+from support.chat_tokenizers import CHATML, save_tokenizer
 
 # Turns with nothing between them but text: tokens merge across the boundaries of the assistant's spans.
 BARE = (

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
-from support.tiny_models import KINDS, make_model
 
 from draftcache.capture.verifier.families import FORWARDS, choose_forward
 from draftcache.capture.verifier.family_flops import FAMILY_FLOPS, verifier_flops
 from draftcache.capture.verifier.forward import PlainForward
 from draftcache.capture.verifier.load import find_modules
 from draftcache.capture.verifier.nemotron.forward import NemotronForward
+from support.tiny_models import KINDS, make_model
 
 CPU = torch.device("cpu")
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.paths import DEMO
-from support.tiny_models import make_model
-from support.verifier_forwards import run, tokens, worst
 
 from draftcache.capture.verifier.forward import PlainForward
 from draftcache.capture.verifier.load import find_modules, load_verifier
 from draftcache.capture.verifier.nemotron.forward import NemotronForward
 from draftcache.capture.verifier.ssm_precision import lift_dt_limit, mamba_mixers
+from support.paths import DEMO
+from support.tiny_models import make_model
+from support.verifier_forwards import run, tokens, worst
 
 CPU = torch.device("cpu")
 LAYERS = (0, 2, 4)

@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.chat_tokenizers import CHATML, TOKENIZER_TEXT, save_tokenizer
-from support.paths import ROOT
 
 from draftcache.capture.prepare import chunks as prepare_chunks
 from draftcache.capture.prepare import job as prepare_job
@@ -24,6 +22,8 @@ from draftcache.capture.prepare.token_dataset import TokenDataset
 from draftcache.store.common.errors import DraftcacheError, InputError
 from draftcache.store.format.vocab_map import VocabMap
 from draftcache.tools.cli import main
+from support.chat_tokenizers import CHATML, TOKENIZER_TEXT, save_tokenizer
+from support.paths import ROOT
 
 
 def chat(*contents: str) -> dict[str, Any]:

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.paths import DEMO
-from support.tiny_models import VOCAB, make_model, save_model
 
 from draftcache.capture.kernels.attention import KeyValues
 from draftcache.capture.verifier.forward import Piece
@@ -20,6 +18,8 @@ from draftcache.capture.verifier.nemotron import forward as nemotron_forward
 from draftcache.capture.verifier.self_check import TOKENS, self_check
 from draftcache.capture.verifier.ssm_precision import lift_dt_limit, mamba_mixers
 from draftcache.store.common.errors import InputError
+from support.paths import DEMO
+from support.tiny_models import VOCAB, make_model, save_model
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, VOCAB, (TOKENS,), generator=torch.Generator().manual_seed(1))

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.capture_jobs import config, small_dataset
-from support.tiny_models import VOCAB, save_model
 
 from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.worker_job import CaptureJob
@@ -27,6 +25,8 @@ from draftcache.store.format.vocab_map import VocabMap
 from draftcache.store.reader import StoreReader
 from draftcache.store.verify import verify_store
 from draftcache.tools.cli import main
+from support.capture_jobs import config, small_dataset
+from support.tiny_models import VOCAB, save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 MAIN, FURTHER = torch.arange(0, VOCAB, 2), torch.arange(5, 300, 7)

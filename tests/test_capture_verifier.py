@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.tiny_models import KINDS, VOCAB, make_model, save_model
 
 from draftcache.capture.job.gates import Gates, gate_statistics
 from draftcache.capture.verifier.load import describe_verifier, find_modules, load_verifier, weights_fingerprint
@@ -25,6 +24,7 @@ from draftcache.capture.verifier.ssm_precision import (
 )
 from draftcache.store.common.errors import GateError, InputError, PrecisionError
 from draftcache.store.format.norm_band import NormBand
+from support.tiny_models import KINDS, VOCAB, make_model, save_model
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.synthetic import DRAFT_VOCAB, turns, vocab_map, write_store
 
 from draftcache.draft_train.acceptance import AcceptanceCounts, bigram_table, count_chain, measure_bigram
 from draftcache.store.format.rows import start_rows
 from draftcache.store.reader import StoreReader
+from support.synthetic import DRAFT_VOCAB, turns, vocab_map, write_store
 
 
 def play(mask: np.ndarray, hits: np.ndarray, draft_tokens: int) -> tuple[int, int]:

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.synthetic import LAYERS, vocab_map, write_store
-from support.training_runs import config
 
 from draftcache.draft_train.checkpoint import load_state
 from draftcache.draft_train.drafts.eagle3.served import check_served, tap_ids
@@ -19,6 +17,8 @@ from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import CheckpointError, InputError
 from draftcache.store.common.files import hash_file
 from draftcache.store.format.manifest import Tap
+from support.synthetic import LAYERS, vocab_map, write_store
+from support.training_runs import config
 
 
 @pytest.fixture

@@ -8,9 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.draft_batches import MASKS, batch_of
-from support.draft_models import WINDOW, embeddings, make_model
-from support.gradient_passes import SMALL, config, near, objective, plain_pass, run
 from torch import nn
 
 from draftcache.draft_train.data.frozen import FrozenWeights
@@ -18,16 +15,19 @@ from draftcache.draft_train.drafts.eagle3 import memory as memory_estimate
 from draftcache.draft_train.drafts.eagle3.architecture import Eagle3Draft
 from draftcache.draft_train.drafts.eagle3.choose_pass import choose_pass
 from draftcache.draft_train.drafts.eagle3.fused_pass import FusedPass
-from draftcache.draft_train.drafts.eagle3.fused_state import PassSettings
+from draftcache.draft_train.drafts.eagle3.fused_state import FusedPassSettings
 from draftcache.draft_train.drafts.eagle3.kernels import flash_attention, runs
 from draftcache.draft_train.drafts.eagle3.kernels.runs import find_runs
 from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 from draftcache.draft_train.drafts.gradient_pass import PlainPass
 from draftcache.draft_train.optimizer import make_optimizer
 from draftcache.store.common.errors import InputError
+from support.draft_batches import MASKS, batch_of
+from support.draft_models import WINDOW, embeddings, make_model
+from support.gradient_passes import SMALL, config, near, objective, plain_pass, run
 
 
-def fused(model: Eagle3Model, settings: PassSettings = SMALL, **changes: object) -> FusedPass:
+def fused(model: Eagle3Model, settings: FusedPassSettings = SMALL, **changes: object) -> FusedPass:
     return FusedPass(model, objective(**changes), embeddings(), settings, dtype=torch.float64)
 
 
@@ -36,7 +36,12 @@ def fused(model: Eagle3Model, settings: PassSettings = SMALL, **changes: object)
 def test_equals_autograd(names: list[str], window: int | None) -> None:
     model, batch = make_model(window), batch_of(names, window)
     expected = run(plain_pass(model, objective(), embeddings()), model, batch)
-    for settings in (SMALL, replace(SMALL, recompute_mlp=True), replace(SMALL, flash_attention=True), PassSettings()):
+    for settings in (
+        SMALL,
+        replace(SMALL, recompute_mlp=True),
+        replace(SMALL, flash_attention=True),
+        FusedPassSettings(),
+    ):
         found = run(fused(model, settings), model, batch)
         torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=1e-9)
         assert near(found[1], expected[1])

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import nn
+
 from support.draft_batches import batches
 from support.draft_models import embeddings, make_model
 from support.gradient_passes import loss_of, objective, plain_pass
-from torch import nn
 
 
 def test_gradients_accumulate_and_equal_autograd() -> None:

@@ -8,10 +8,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from support.draft_models import embeddings, make_model
-from support.gradient_passes import loss_of, objective, plain_pass
-from support.synthetic import conversation, manifest, turns, vocab_map, write_store
-from support.training_runs import config
 
 from draftcache.draft_train.data.batches import build_batch
 from draftcache.draft_train.data.loss_rows import left_out_pairs, turn_rows, unshifted_rows
@@ -22,6 +18,10 @@ from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import InputError
 from draftcache.store.format.rows import teacher_positions
 from draftcache.store.reader import StoreReader
+from support.draft_models import embeddings, make_model
+from support.gradient_passes import loss_of, objective, plain_pass
+from support.synthetic import conversation, manifest, turns, vocab_map, write_store
+from support.training_runs import config
 
 STEPS = 4
 MASKS = [

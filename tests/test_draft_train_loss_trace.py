@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.synthetic import write_store
-from support.training_runs import config, metrics
 
 from draftcache.draft_train.trainer import Trainer
+from support.synthetic import write_store
+from support.training_runs import config, metrics
 
 RECORDED = json.loads((Path(__file__).parent / "recorded" / "loss_traces.json").read_text())
 RUNS: dict[str, dict[str, Any]] = {

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+
+from draftcache.draft_train.loss.objective import draft_mass
+from draftcache.draft_train.loss.row_losses import LK_DECAY, LOSSES
+from draftcache.store.common.errors import InputError
 from support.absent_entries import IDS, D
 from support.draft_batches import batches
 from support.draft_models import embeddings, make_model
 from support.gradient_passes import loss_of, objective
 from support.row_losses import acceptance, row_loss
-
-from draftcache.draft_train.loss.objective import draft_mass
-from draftcache.draft_train.loss.row_losses import LK_DECAY, LOSSES
-from draftcache.store.common.errors import InputError
 
 ROWS, OUTSIDE = IDS.shape[0], 5
 WHOLE = torch.arange(D).flip(0).repeat(ROWS, 1)

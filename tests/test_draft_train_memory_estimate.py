@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.draft_batches import MASKS, batch_of
-from support.draft_models import embeddings, make_model
-from support.gradient_passes import objective
-from support.synthetic import write_store
 
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.drafts.eagle3.choose_pass import pass_settings
 from draftcache.draft_train.drafts.eagle3.fused_pass import FusedPass
-from draftcache.draft_train.drafts.eagle3.fused_state import PassSettings
+from draftcache.draft_train.drafts.eagle3.fused_state import FusedPassSettings
 from draftcache.draft_train.drafts.eagle3.memory import Work, batch_bytes, kept_bytes, parameters, peak_bytes
 from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
-from draftcache.tools.bench.train_cases import CASES, SHAPE, STEPS, TOP_K, Case, synthetic_batch
+from draftcache.tools.bench.parts.train_cases import CASES, SHAPE, STEPS, TOP_K, Case, synthetic_batch
 from draftcache.tools.cli import main
+from support.draft_batches import MASKS, batch_of
+from support.draft_models import embeddings, make_model
+from support.gradient_passes import objective
+from support.synthetic import write_store
 
 MEASURED = {
     "train-32k": 17.9349, "train-32k-flash": 17.9379,
@@ -93,16 +93,16 @@ def test_parameters_and_batch_are_the_real_ones() -> None:
 @torch.no_grad()
 def test_what_is_kept_of_a_step_is_what_the_pass_keeps(recompute: bool) -> None:
     model = Eagle3Model(make_model().shape)
-    training = FusedPass(model, objective(), embeddings().float(), PassSettings(7, 7, recompute), torch.bfloat16)
+    training = FusedPass(model, objective(), embeddings().float(), FusedPassSettings(7, 7, recompute), torch.bfloat16)
     batch = batch_of(list(MASKS), 37)
     base, steps = training._base(batch), []
-    for sight, starts, kept in training._sights(batch, base):
-        steps.append(training._forward_step(base, sight, starts, kept, steps[-1] if steps else None))
+    for mask, starts, kept in training._step_masks(batch, base):
+        steps.append(training._forward_step(base, mask, starts, kept, steps[-1] if steps else None))
     assert len(steps) > 1
     work = Work(rows=0, starts=0, steps=1, top_k=6, slice_rows=7, mlp_rows=7, recompute_mlp=recompute)
     for step in steps:
-        held = step.attended
-        tensors = [step.rows, step.places, held.q, held.out, held.log_sum_exp, step.after, *step.gate_up, step.result]
+        held = step.attention
+        tensors = [step.rows, step.key_rows, held.q, held.out, held.log_sum_exp, step.after, *step.gate_up, step.result]
         size = sum(value.numel() * value.element_size() for value in tensors)
         assert kept_bytes(model.shape, replace(work, starts=step.rows.numel())) == size
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+from draftcache.draft_train.loss.objective import ObjectiveResult, row_weights, teacher_probabilities
+from draftcache.draft_train.loss.tail_bucket import fused_tail_bucket_loss, tail_bucket_loss
 from support.draft_batches import batches
 from support.draft_models import embeddings, make_model
 from support.gradient_passes import loss_of, objective
 from support.synthetic import DRAFT_VOCAB, VOCAB, vocab_map
-
-from draftcache.draft_train.loss.objective import ObjectiveResult, row_weights, teacher_probabilities
-from draftcache.draft_train.loss.tail_bucket import fused_tail_bucket_loss, tail_bucket_loss
 
 V, K, ROWS = 50, 8, 12
 

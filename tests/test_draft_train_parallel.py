@@ -14,9 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.rank_processes import TRAIN, WORKER, as_json, finish, free_port, start, weights
-from support.synthetic import conversation, manifest, turns, write_files
-from support.training_runs import config, flags, metrics
 
 from draftcache.draft_train.checkpoint import checkpoints, load_state
 from draftcache.draft_train.config import TrainConfig
@@ -24,6 +21,9 @@ from draftcache.draft_train.ranks import joined_ranks
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import InputError
 from draftcache.store.writer import StoreWriter
+from support.rank_processes import TRAIN, WORKER, as_json, finish, free_port, start, weights
+from support.synthetic import conversation, manifest, turns, write_files
+from support.training_runs import config, flags, metrics
 
 
 @pytest.fixture

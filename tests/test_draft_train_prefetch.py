@@ -10,9 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.synthetic import conversation, manifest, turns, write_files, write_store
-from support.teacher_stores import OTHER, write_teacher_store
-from support.training_runs import config
 from torch import nn
 
 from draftcache.draft_train.data.batches import Batch, BatchNeeds, HostRows, build_batch
@@ -24,6 +21,9 @@ from draftcache.store.common.errors import ShardDamagedError
 from draftcache.store.common.pinned_ring import PinnedRing
 from draftcache.store.reader import StoreReader
 from draftcache.store.writer import StoreWriter
+from support.synthetic import conversation, manifest, turns, write_files, write_store
+from support.teacher_stores import OTHER, write_teacher_store
+from support.training_runs import config
 
 CPU = torch.device("cpu")
 

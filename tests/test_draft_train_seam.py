@@ -10,9 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.linear_draft import ARCHITECTURE, LinearShape
-from support.synthetic import write_store
-from support.training_runs import config, metrics
 
 from draftcache.draft_train.checkpoint import checkpoints, load_draft, load_state, resolve_checkpoint
 from draftcache.draft_train.drafts.protocol import BatchRows
@@ -21,6 +18,9 @@ from draftcache.draft_train.evaluate import evaluate
 from draftcache.draft_train.export import export
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import CheckpointError, InputError
+from support.linear_draft import ARCHITECTURE, LinearShape
+from support.synthetic import write_store
+from support.training_runs import config, metrics
 
 
 @pytest.fixture(autouse=True)

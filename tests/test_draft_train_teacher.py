@@ -9,11 +9,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.absent_entries import IDS, D
-from support.row_losses import row_loss
-from support.synthetic import DRAFT_VOCAB, TOP_K
-from support.teacher_stores import OTHER, SUBSET, maps, write_teacher_store
-from support.training_runs import config
 
 from draftcache.draft_train.checkpoint import load_state
 from draftcache.draft_train.data.batches import Batch, build_batch
@@ -27,6 +22,11 @@ from draftcache.draft_train.loss.tail_bucket import fused_tail_bucket_loss, tail
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import CheckpointError, InputError
 from draftcache.store.reader import StoreReader
+from support.absent_entries import IDS, D
+from support.row_losses import row_loss
+from support.synthetic import DRAFT_VOCAB, TOP_K
+from support.teacher_stores import OTHER, SUBSET, maps, write_teacher_store
+from support.training_runs import config
 
 ROWS = IDS.shape[0]
 

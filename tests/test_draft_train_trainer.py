@@ -19,8 +19,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.synthetic import vocab_map, write_store
-from support.training_runs import config, flags, metrics
 
 import draftcache.draft_train.trainer as trainer_module
 from draftcache.draft_train.checkpoint import checkpoints, load_state, resolve_checkpoint
@@ -28,6 +26,8 @@ from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.optimizer import learning_rate
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import CheckpointError, InputError, ManifestMismatchError
+from support.synthetic import vocab_map, write_store
+from support.training_runs import config, flags, metrics
 
 
 @pytest.fixture

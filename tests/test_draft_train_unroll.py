@@ -8,9 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.draft_batches import MASKS
-from support.draft_models import STEPS, WINDOW, embeddings, make_model
-from support.synthetic import HIDDEN, LAYERS, conversation, manifest, turns
 
 from draftcache.draft_train.data.batches import build_batch
 from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
@@ -19,6 +16,9 @@ from draftcache.draft_train.drafts.eagle3.window_attention import dense_window_a
 from draftcache.store.format.array_spec import tap_name
 from draftcache.store.format.rows import run_lengths
 from draftcache.store.format.schema import Conversation
+from support.draft_batches import MASKS
+from support.draft_models import STEPS, WINDOW, embeddings, make_model
+from support.synthetic import HIDDEN, LAYERS, conversation, manifest, turns
 
 
 def rotate(x: torch.Tensor, position: int) -> torch.Tensor:

@@ -8,11 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.gradient_passes import objective
-from support.synthetic import conversation, manifest, turns, write_store
-from support.teacher_stores import OTHER, SUBSET, write_teacher_store
-from support.tiny_models import save_model
-from support.training_runs import config, metrics
 
 from draftcache.capture.verifier.load import load_verifier
 from draftcache.capture.verifier.self_check import self_check
@@ -33,6 +28,11 @@ from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import PrecisionError
 from draftcache.tools.demo.pipeline import LAYERS as DEMO_LAYERS
 from draftcache.tools.demo.pipeline import VERIFIER
+from support.gradient_passes import loss_of, objective
+from support.synthetic import conversation, manifest, turns, write_store
+from support.teacher_stores import OTHER, SUBSET, write_teacher_store
+from support.tiny_models import save_model
+from support.training_runs import config, metrics
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,7 +68,7 @@ def test_objective_values_and_gradients_against_float64_on_the_cpu() -> None:
     def run(model: Eagle3Model, table: torch.Tensor, device: torch.device) -> list[torch.Tensor]:
         made = objective()
         made.target_ids, made.in_draft = made.target_ids.to(device), made.in_draft.to(device)
-        loss = made(model, table, batch.to(device)).loss
+        loss = loss_of(made, model, table, batch.to(device)).loss
         return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
     exact = run(copy.deepcopy(model).double(), table.double(), torch.device("cpu"))

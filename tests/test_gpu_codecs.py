@@ -7,6 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
+from draftcache.store.format import torch_codecs
+from draftcache.store.format.bf16 import bf16_to_float32
+from draftcache.store.format.tap_codecs import MODES
 from support.tap_states import (
     EXACT,
     HIDDEN,
@@ -17,10 +21,6 @@ from support.tap_states import (
     nasty_states,
     outlier_states,
 )
-
-from draftcache.store.format import torch_codecs
-from draftcache.store.format.bf16 import bf16_to_float32
-from draftcache.store.format.tap_codecs import MODES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda")

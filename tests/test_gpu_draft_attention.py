@@ -6,11 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.draft_batches import MASKS, batch_of
-from support.draft_models import embeddings, make_model
-from support.gradient_passes import SMALL, config, near, objective, plain_pass, run
-from support.kernel_device import BF16, BOUND, DEVICE, DTYPES, F32, INTERPRETED, MARKS, error, rand
-from support.synthetic import VOCAB, vocab_map
 
 from draftcache.draft_train.drafts.eagle3.fused_pass import FusedPass
 from draftcache.draft_train.drafts.eagle3.kernels.attention import (
@@ -21,9 +16,14 @@ from draftcache.draft_train.drafts.eagle3.kernels.attention import (
 )
 from draftcache.draft_train.drafts.eagle3.kernels.flash_attention import why_not_flash
 from draftcache.draft_train.drafts.eagle3.kernels.runs import find_runs
-from draftcache.draft_train.drafts.eagle3.kernels.sight import Sight
+from draftcache.draft_train.drafts.eagle3.kernels.step_mask import StepMask
 from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 from draftcache.draft_train.loss.objective import Objective
+from support.draft_batches import MASKS, batch_of
+from support.draft_models import embeddings, make_model
+from support.gradient_passes import SMALL, config, near, objective, plain_pass, run
+from support.kernel_device import BF16, BOUND, DEVICE, DTYPES, F32, INTERPRETED, MARKS, error, rand
+from support.synthetic import VOCAB, vocab_map
 
 pytestmark = MARKS
 
@@ -34,9 +34,9 @@ NEEDS_FLASH = pytest.mark.skipif(
 """In the interpreter its plain twin takes its place, beside the kernels of rows' own keys."""
 
 
-def sight_of(positions: torch.Tensor, key_positions: torch.Tensor, step: int, window: int, slots: int) -> Sight:
+def mask_of(positions: torch.Tensor, key_positions: torch.Tensor, step: int, window: int, slots: int) -> StepMask:
     rows = torch.arange(slots, device=DEVICE)[-positions.numel() :]
-    return Sight(rows, positions.to(DEVICE, torch.int32), key_positions.to(DEVICE, torch.int32), step, window)
+    return StepMask(rows, positions.to(DEVICE, torch.int32), key_positions.to(DEVICE, torch.int32), step, window)
 
 
 ROWS = 150 if INTERPRETED else 1000
@@ -61,15 +61,15 @@ def cases() -> dict[str, tuple[torch.Tensor, torch.Tensor, int]]:
     }
 
 
-def require_attention(sight: Sight, heads: int, groups: int, width: int, dtype: torch.dtype, bound: float) -> None:
+def require_attention(mask: StepMask, heads: int, groups: int, width: int, dtype: torch.dtype, bound: float) -> None:
     """Output, log-sum-exp and all gradients are those of the dense reference in float64, and the same every time."""
-    rows, keys, slots = sight.positions.numel(), sight.key_positions.numel(), int(sight.rows[-1]) + 1
+    rows, keys, slots = mask.positions.numel(), mask.key_positions.numel(), int(mask.rows[-1]) + 1
     q = (2 * rand(rows, heads, width)).to(dtype)  # logits of tens: where gradients of the LSE matter
     kv, own = rand(keys, 2, groups, width, dtype=dtype), rand(5, slots, 2, groups, width, dtype=dtype)
-    held = attend(q, kv, own, sight)
+    held = attend(q, kv, own, mask)
     out = held.out.clone()  # its memory may be taken
     wide = [value.double() for value in (q, kv, own)]
-    plain = replace(sight, runs=None)
+    plain = replace(mask, runs=None)
     expected = attend_reference(*wide, plain)
     assert error(out, expected.out) < bound
     torch.testing.assert_close(
@@ -84,11 +84,11 @@ def require_attention(sight: Sight, heads: int, groups: int, width: int, dtype: 
     for ours, theirs in zip(sums, wide_sums, strict=True):
         assert error(ours, theirs) < 2 * bound
     again_sums = [torch.zeros_like(part) for part in sums]
-    again = attend_backward(given, attend(q, kv, own, sight), *again_sums)
+    again = attend_backward(given, attend(q, kv, own, mask), *again_sums)
     assert all(torch.equal(one, two) for one, two in zip((found, *sums), (again, *again_sums), strict=True))
-    if sight.step:  # negative control: rows that see one key more are told apart
-        wider = attend_reference(*wide, replace(plain, window=sight.window + sight.step))
-        assert sight.window > keys or error(wider.out, expected.out) > BOUND[F32]
+    if mask.step:  # negative control: rows that see one key more are told apart
+        wider = attend_reference(*wide, replace(plain, window=mask.window + mask.step))
+        assert mask.window > keys or error(wider.out, expected.out) > BOUND[F32]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -97,8 +97,8 @@ def require_attention(sight: Sight, heads: int, groups: int, width: int, dtype: 
 @pytest.mark.parametrize("name", cases())
 def test_attention(name: str, heads: int, groups: int, width: int, step: int, dtype: torch.dtype) -> None:
     positions, key_positions, window = cases()[name]
-    sight = sight_of(positions, key_positions, step, window, positions.numel() + 9)
-    require_attention(sight, heads, groups, width, dtype, BOUND[dtype])
+    mask = mask_of(positions, key_positions, step, window, positions.numel() + 9)
+    require_attention(mask, heads, groups, width, dtype, BOUND[dtype])
 
 
 @NEEDS_FLASH
@@ -109,22 +109,22 @@ def test_flash_attention(name: str, heads: int, groups: int, width: int, step: i
     every = torch.arange(ROWS)
     close = every[every % 16 > 5], every, ROWS // 5  # a key is seen by several runs
     positions, key_positions, window = {**cases(), "close turns": close}[name]
-    sight = sight_of(positions, key_positions, step, window, positions.numel() + 9)
+    mask = mask_of(positions, key_positions, step, window, positions.numel() + 9)
     runs = find_runs(positions.numpy(), key_positions.numpy(), step, window, DEVICE, most_copies=1000)
     assert runs is not None
     assert (runs.copies > 1) == (name in ("turns", "packed", "whole", "close turns")), runs.copies
     dtype = F32 if INTERPRETED else BF16
-    require_attention(replace(sight, runs=runs), heads, groups, width, dtype, BOUND[dtype])
+    require_attention(replace(mask, runs=runs), heads, groups, width, dtype, BOUND[dtype])
 
 
 @pytest.mark.parametrize("flash", [False, pytest.param(True, marks=NEEDS_FLASH)])
 def test_attention_of_groups_of_three_heads(flash: bool) -> None:
     positions, key_positions, window = cases()["turns"]
-    sight = sight_of(positions, key_positions, 3, window, positions.numel() + 9)
+    mask = mask_of(positions, key_positions, 3, window, positions.numel() + 9)
     if flash:
-        sight = replace(sight, runs=find_runs(positions.numpy(), key_positions.numpy(), 3, window, DEVICE))
+        mask = replace(mask, runs=find_runs(positions.numpy(), key_positions.numpy(), 3, window, DEVICE))
     dtype = F32 if INTERPRETED else BF16
-    require_attention(sight, 6, 2, 16 if INTERPRETED else 64, dtype, BOUND[dtype])
+    require_attention(mask, 6, 2, 16 if INTERPRETED else 64, dtype, BOUND[dtype])
 
 
 @pytest.mark.parametrize("flash", [False, pytest.param(True, marks=NEEDS_FLASH)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.kernel_device import BOUND, DEVICE, DTYPES, MARKS, error, rand
 
 from draftcache.draft_train.kernels.norms import (
     rms_norm,
@@ -21,6 +20,7 @@ from draftcache.draft_train.kernels.rotary import (
 )
 from draftcache.draft_train.kernels.swiglu import swiglu, swiglu_backward_, swiglu_backward_reference_, swiglu_reference
 from draftcache.draft_train.loss.kernels.tail_kl import tail_kl, tail_kl_reference
+from support.kernel_device import BOUND, DEVICE, DTYPES, MARKS, error, rand
 
 pytestmark = MARKS
 

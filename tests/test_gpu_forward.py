@@ -6,8 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.paths import DEMO
-from support.verifier_forwards import run, tokens, worst
 
 from draftcache.capture.verifier.forward import PlainForward
 from draftcache.capture.verifier.load import load_verifier
@@ -15,6 +13,8 @@ from draftcache.capture.verifier.nemotron.forward import NemotronForward
 from draftcache.capture.verifier.ssm_precision import enforce_contract, mamba_mixers, scan_implementation
 from draftcache.capture.verifier.teacher import TeacherHead, teacher_signal
 from draftcache.store.format.teacher import TEACHERS, DraftVocab, TeacherForm
+from support.paths import DEMO
+from support.verifier_forwards import run, tokens, worst
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.kernel_device import BF16, DEVICE, DTYPES, F32, INTERPRETED, MARKS, rand
 
 from draftcache.capture.kernels.attention import causal_attention, causal_attention_reference
 from draftcache.capture.kernels.causal_conv import causal_conv_silu, causal_conv_silu_reference
@@ -33,6 +32,7 @@ from draftcache.capture.kernels.row_stats import (
     row_stats,
     row_stats_reference,
 )
+from support.kernel_device import BF16, DEVICE, DTYPES, F32, INTERPRETED, MARKS, rand
 
 pytestmark = MARKS
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.paths import DEMO
-from support.verifier_forwards import run, tokens
 
 from draftcache.capture.verifier.load import load_verifier
 from draftcache.capture.verifier.ssm_precision import DT_LIMIT, enforce_contract
+from support.paths import DEMO
+from support.verifier_forwards import run, tokens
 
 pytestmark = [
     pytest.mark.gpu,

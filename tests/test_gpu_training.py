@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.rank_processes import TRAIN, WORKER, as_json, finish, start, weights
-from support.synthetic import write_store
-from support.training_runs import config, flags, metrics
 
 from draftcache.draft_train.checkpoint import checkpoints, load_state, resolve_checkpoint
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.drafts.eagle3.fused_pass import FusedPass
 from draftcache.draft_train.drafts.eagle3.kernels.flash_attention import why_not_flash
 from draftcache.draft_train.trainer import Trainer
+from support.rank_processes import TRAIN, WORKER, as_json, finish, start, weights
+from support.synthetic import write_store
+from support.training_runs import config, flags, metrics
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,21 +6,45 @@ import ast
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
-from support.paths import ROOT
 
 from draftcache.store.common import errors
 from draftcache.tools.cli import COMMANDS
+from support.imports import circles, import_graph, imported_modules, module_files
+from support.paths import ROOT
 
-PACKAGES = ("store", "capture", "draft_train", "tools")
-ALLOWED = {
-    "store": {"store"},
-    "capture": {"capture", "store"},
-    "draft_train": {"draft_train", "store"},
-    "tools": set(PACKAGES),
+ROOMS = {
+    "store": {"common": 0, "storage": 1, "format": 2, "layouts": 3, "": 4},
+    "capture": {"kernels": 0, "prepare": 1, "verifier": 1, "job": 2, "": 3},
+    "draft_train": {"config": 0, "kernels": 1, "data": 2, "loss": 3, "drafts": 4, "": 5},
+    "tools": {
+        "arguments": 0,
+        "speculative_decode": 0,
+        "cli": 0,
+        "reports": 1,
+        "probe": 1,
+        "demo": 2,
+        "commands": 3,
+        "bench": 4,
+    },
 }
+"""Per package the rank of its rooms, which are folders or single modules; "" stands for the other modules at its top. A
+module imports from its own room and from rooms of lower rank."""
+PACKAGES_BELOW = {
+    "store": set(),
+    "capture": {"store"},
+    "draft_train": {"store"},
+    "tools": {"store", "capture", "draft_train"},
+}
+NEED_TORCH = {
+    f"draftcache.store.{name}"
+    for name in ("common.device", "common.pinned_ring", "common.products", "format.torch_codecs")
+}
+"""Modules of the store that work on tensors: whoever imports them has torch already."""
+MOST_LINES = 300
 
 
 def loaded_by(code: str) -> set[str]:
@@ -29,35 +53,106 @@ def loaded_by(code: str) -> set[str]:
     return set(result.stdout.split())
 
 
-def every_module_of(package: str, *, but: str = "") -> str:
-    paths = [path for path in (ROOT / package).glob("*.py") if path.stem not in ("__init__", but)]
-    return "; ".join(f"import draftcache.{package}.{path.stem}" for path in sorted(paths))
+def import_all(names: Iterable[str]) -> str:
+    return "; ".join(f"import {name}" for name in sorted(names))
+
+
+def modules_of(package: str) -> set[str]:
+    return {name for name in module_files() if name.startswith(f"draftcache.{package}.")}
 
 
 def test_draft_train_loads_no_verifier() -> None:
-    modules = loaded_by(every_module_of("draft_train"))
+    modules = loaded_by(import_all(modules_of("draft_train")))
     assert "torch" in modules
     assert not {name for name in modules if name.startswith(("transformers", "mamba_ssm", "draftcache.capture"))}
 
 
 def test_store_needs_neither_torch_nor_transformers() -> None:
-    """Only the codecs' form for tensors does: whoever imports it has torch already."""
-    modules = loaded_by(every_module_of("store", but="torch_codecs"))
+    modules = loaded_by(import_all(modules_of("store") - NEED_TORCH))
     assert not {
         name
         for name in modules
         if name.startswith(("torch", "transformers", "draftcache.capture", "draftcache.draft_train"))
     }
+    for name in NEED_TORCH:
+        assert "torch" in loaded_by(f"import {name}"), name
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_imports_go_one_way(package: str) -> None:
-    for path in (ROOT / package).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            ours = {name.split(".")[1] for name in names if name.startswith("draftcache.")}
-            assert ours <= ALLOWED[package], f"{path}: imports {ours}"
+def room_of(module: str) -> tuple[str, str]:
+    """Package and room of a module; the package's own __init__ counts as one of its other modules."""
+    _, package, *rest = module.split(".")
+    first = rest[0] if rest else ""
+    return package, first if first in ROOMS[package] else ""
+
+
+def wrong_imports(graph: Mapping[str, set[str]]) -> list[str]:
+    """Imports against the direction of packages and rooms."""
+    found = []
+    for module, targets in graph.items():
+        if module == "draftcache":
+            continue
+        package, room = room_of(module)
+        for target in targets - {"draftcache"}:
+            other, other_room = room_of(target)
+            if other != package:
+                allowed = other in PACKAGES_BELOW[package]
+            else:
+                allowed = other_room == room or ROOMS[package][other_room] < ROOMS[package][room]
+            if not allowed:
+                found.append(f"{module} imports {target}")
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    graph = import_graph()
+    assert sum(map(len, graph.values())) > 500
+    assert not wrong_imports(graph)
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    assert not circles(import_graph())
+
+
+@pytest.mark.parametrize(
+    ("module", "target"),
+    [
+        ("store.format.rows", "store.reader"),
+        ("store.common.files", "capture.job.config"),
+        ("capture.verifier.load", "capture.prepare.job"),
+        ("draft_train.loss.objective", "draft_train.drafts.protocol"),
+        ("draft_train.trainer", "tools.cli"),
+    ],
+)
+def test_an_import_against_the_direction_would_be_noticed(module: str, target: str) -> None:
+    graph = import_graph()
+    graph[f"draftcache.{module}"] = graph[f"draftcache.{module}"] | {f"draftcache.{target}"}
+    assert len(wrong_imports(graph)) == 1
+
+
+def test_a_circle_would_be_noticed_for_type_checking_too() -> None:
+    code = "if TYPE_CHECKING:\n    from draftcache.store import reader\n"
+    graph = import_graph()
+    graph["draftcache.store.layouts.zarr_reader"] |= imported_modules(code, graph)
+    (circle,) = circles(graph)
+    assert {"draftcache.store.layouts.zarr_reader", "draftcache.store.reader"} <= set(circle)
+
+
+def test_files_stay_short() -> None:
+    """What is shipped; the demo's corpus and the benchmarks are scripts."""
+    scripts = ("draftcache.tools.bench.", "draftcache.tools.demo.corpus.")
+    lengths = {
+        name: path.read_text(encoding="utf-8").count("\n")
+        for name, path in module_files().items()
+        if not name.startswith(scripts)
+    }
+    assert not {name: lines for name, lines in lengths.items() if lines > MOST_LINES}
+
+
+def test_every_folder_says_what_it_is() -> None:
+    for package in ROOMS:
+        text = (ROOT / package / "README.md").read_text(encoding="utf-8")
+        rooms = [room for room in ROOMS[package] if (ROOT / package / room).is_dir() and room]
+        assert all(f"{room}/" in text for room in rooms), package
 
 
 def foreign_imports(code: str) -> list[str]:

@@ -12,9 +12,9 @@ import sys
 
 import pytest
 import torch
-from support.paths import ROOT
 
 from draftcache.store.common.triton_launch import INTERPRETED, runs_kernels, tl
+from support.paths import ROOT
 
 FORWARD = "test_capture_forward.py::test_random_weights_equal_the_models_code"
 PARTS = (

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.synthetic import LAYERS, vocab_map, write_store
-from support.training_runs import config
 
 from draftcache.capture.prepare.token_dataset import TokenDataset
 from draftcache.draft_train.checkpoint import load_state, resolve_checkpoint
@@ -18,6 +16,8 @@ from draftcache.draft_train.trainer import Trainer
 from draftcache.store.format.vocab_map import VocabMap
 from draftcache.store.reader import StoreReader
 from draftcache.store.verify import verify_store
+from support.synthetic import LAYERS, vocab_map, write_store
+from support.training_runs import config
 
 ARCHIVE = Path(__file__).parent / "recorded" / "written_by_2f810a2.tar.gz"
 

@@ -10,6 +10,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+
+from draftcache.store.common.errors import InputError, StoreError
+from draftcache.store.format import torch_codecs
+from draftcache.store.format.array_spec import ROWS_AXIS
+from draftcache.store.format.bf16 import bf16_to_float32, float32_to_bf16
+from draftcache.store.format.channel_scales import Calibration, ChannelScales
+from draftcache.store.format.tap_codecs import MODES, tap_codec
 from support.tap_states import (
     EXACT,
     HIDDEN,
@@ -20,13 +27,6 @@ from support.tap_states import (
     nasty_states,
     outlier_states,
 )
-
-from draftcache.store.common.errors import InputError, StoreError
-from draftcache.store.format import torch_codecs
-from draftcache.store.format.array_spec import ROWS_AXIS
-from draftcache.store.format.bf16 import bf16_to_float32, float32_to_bf16
-from draftcache.store.format.channel_scales import Calibration, ChannelScales
-from draftcache.store.format.tap_codecs import MODES, tap_codec
 
 LOSSY = {"int8": 0.008, "fp8": 0.03}
 

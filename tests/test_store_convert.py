@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.synthetic import LAYERS, conversation, manifest, turns, write_files, write_store
 
 from draftcache.store.common.errors import InputError, ManifestMismatchError, StoreError
 from draftcache.store.convert import Conversion
@@ -21,6 +20,7 @@ from draftcache.store.reader import StoreReader
 from draftcache.store.verify import verify_store
 from draftcache.store.writer import StoreWriter
 from draftcache.tools.cli import main
+from support.synthetic import LAYERS, conversation, manifest, turns, write_files, write_store
 
 EXACT = ("bf16", "lossless")
 

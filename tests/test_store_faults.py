@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from support.synthetic import conversation, items_of, manifest, turns, write_files, write_store
 
 from draftcache.store.common.errors import DraftcacheError, ShardDamagedError, StorageError, StoreError
 from draftcache.store.format.commits import committed_shards, read_record, shard_name
@@ -30,6 +29,7 @@ from draftcache.store.storage.base import open_storage
 from draftcache.store.verify import verify_store
 from draftcache.store.writer import StoreWriter
 from draftcache.tools.cli import main
+from support.synthetic import conversation, items_of, manifest, turns, write_files, write_store
 
 SHARDS = 12
 KILLS = 200
@@ -347,3 +347,18 @@ def test_zarr_libraries_that_fill_in_zeros_are_not_believed(tmp_path: Path) -> N
     assert not np.asarray(group["tap_1"][...]).any()  # type: ignore[index, arg-type]
     with pytest.raises(ShardDamagedError, match="found no file"):
         StoreReader(tmp_path).read(0)
+
+
+def test_strangers_below_shards_are_strays(tmp_path: Path) -> None:
+    """A file that no shard's name leads to is reported, and stops neither verify nor repair."""
+    write_store(tmp_path / "s")
+    (tmp_path / "s" / "shards" / "notes").mkdir()
+    (tmp_path / "s" / "shards" / "notes" / "a.txt").write_text("x")
+    (tmp_path / "s" / "shards" / "readme.md").write_text("x")
+    report = verify_store(tmp_path / "s")
+    assert report.damages == []
+    assert report.strays == ["shards/notes/a.txt", "shards/readme.md"]
+    (tmp_path / "s" / "commit" / "00001.json").unlink()
+    repair = repair_store(tmp_path / "s", verify_store(tmp_path / "s"))
+    assert repair.shards == [1]
+    assert (tmp_path / "s" / "shards" / "notes" / "a.txt").is_file()

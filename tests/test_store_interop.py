@@ -13,12 +13,12 @@ import pytest
 import tensorstore
 import zarr
 from numpy.typing import NDArray
-from support.synthetic import write_store
 
 from draftcache.store.common.files import hash_file
 from draftcache.store.common.sealed_json import seal, unseal
 from draftcache.store.format.tap_codecs import MODES
 from draftcache.store.reader import StoreReader
+from support.synthetic import write_store
 
 ZARRS = """
 import sys

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import pytest
 from botocore.exceptions import ClientError
-from support.object_server import BUCKET, CREDENTIALS, KINDS, FlakyProxy, Request, S3Server, SeededPlan, s3_server
-from support.paths import ROOT
 
 from draftcache.store.common.errors import InputError, ShardDamagedError, StorageError, StoreNotFoundError
 from draftcache.store.storage import obstore_module
 from draftcache.store.storage.base import Storage, open_storage
 from draftcache.store.storage.local import LocalStorage
 from draftcache.store.storage.object_store import ObjectStorage
+from support.object_server import BUCKET, CREDENTIALS, KINDS, FlakyProxy, Request, S3Server, SeededPlan, s3_server
+from support.paths import ROOT
 
 MIB = 1 << 20
 Connect = Callable[..., ObjectStorage]

@@ -9,9 +9,9 @@ import sys
 import termios
 
 import pytest
-from support.paths import ROOT
 
 from draftcache.store.common import progress
+from support.paths import ROOT
 
 SCRIPT = """
 from draftcache.store.common.progress import progress_bar

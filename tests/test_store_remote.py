@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.object_server import BUCKET, CREDENTIALS, FlakyProxy, S3Server, SeededPlan, s3_server
-from support.synthetic import conversation, manifest, turns, write_files
 
 from draftcache.store.common.errors import ShardDamagedError, StorageError
 from draftcache.store.convert import Conversion
@@ -25,6 +23,8 @@ from draftcache.store.storage.object_store import ObjectStorage
 from draftcache.store.verify import verify_store
 from draftcache.store.writer import StoreWriter
 from draftcache.tools.cli import main
+from support.object_server import BUCKET, CREDENTIALS, FlakyProxy, S3Server, SeededPlan, s3_server
+from support.synthetic import conversation, manifest, turns, write_files
 
 SHARDS = 3
 EXTRA: dict[str, Any] = {"quarantined": [], "gates": {}}

@@ -14,7 +14,6 @@ import pytest
 import zarr
 from awscrt.checksums import crc32c
 from numcodecs import Zstd
-from support.synthetic import conversation, manifest, turns, write_files, write_store
 
 from draftcache.store.common.errors import (
     InputError,
@@ -30,6 +29,7 @@ from draftcache.store.layouts import tar_shards, zarr_writer
 from draftcache.store.reader import StoreReader
 from draftcache.store.storage.base import open_storage
 from draftcache.store.writer import StoreWriter
+from support.synthetic import conversation, manifest, turns, write_files, write_store
 
 
 @pytest.fixture

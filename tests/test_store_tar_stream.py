@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
-from support.synthetic import conversation, manifest, turns, write_files, write_store
 from zstandard import ZstdDecompressor
 
 from draftcache.store.common.errors import ShardDamagedError, StreamingError
@@ -23,6 +22,7 @@ from draftcache.store.common.sealed_json import seal, unseal
 from draftcache.store.reader import StoreReader
 from draftcache.store.tar_stream import Reader, TarStream
 from draftcache.store.writer import StoreWriter
+from support.synthetic import conversation, manifest, turns, write_files, write_store
 
 COUNTS = (3, 1, 4, 2, 5)
 

@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.synthetic import DRAFT_VOCAB, HIDDEN, VOCAB, manifest
-from support.teacher_stores import OTHER, SUBSET, head, maps, write_teacher_store
 
 from draftcache.store.common.errors import InputError, StoreError, StoreVersionError
 from draftcache.store.convert import Conversion
@@ -34,6 +32,8 @@ from draftcache.tools.cli import main
 from draftcache.tools.commands import size
 from draftcache.tools.reports.inspection import decode_conversation, summarise
 from draftcache.tools.reports.sizes_text import format_sizes
+from support.synthetic import DRAFT_VOCAB, HIDDEN, VOCAB, manifest
+from support.teacher_stores import OTHER, SUBSET, head, maps, write_teacher_store
 
 FURTHER = f"log_z_draft_{OTHER}"
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from support.synthetic import HIDDEN, LAYERS, conversation, manifest, turns, write_files
 
 from draftcache.store.common.errors import InputError
 from draftcache.store.format.rows import start_rows
 from draftcache.store.reader import StoreReader
 from draftcache.store.storage.local import LocalStorage
 from draftcache.store.writer import StoreWriter
+from support.synthetic import HIDDEN, LAYERS, conversation, manifest, turns, write_files
 
 LENGTH, WINDOW = 900, 60
 MASKS = (

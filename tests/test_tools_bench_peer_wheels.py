@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from draftcache.store.common.errors import InputError
-from draftcache.tools.bench.peer_wheels import flash_attention, flash_attention_varlen, unpacked_wheels
+from draftcache.tools.bench.parts.peer_wheels import flash_attention, flash_attention_varlen, unpacked_wheels
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 

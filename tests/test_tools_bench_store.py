@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.synthetic import write_store
 
 from draftcache.store.common.errors import StoreError
 from draftcache.store.format.bf16 import bf16_to_float32
 from draftcache.store.reader import StoreReader
 from draftcache.tools.bench import store as bench
-from draftcache.tools.bench.store_cases import MODES, check, choose_windows, make_cases
-from draftcache.tools.bench.store_content import Content, exponent_entropy, from_store, generate
+from draftcache.tools.bench.parts.store_cases import MODES, check, choose_windows, make_cases
+from draftcache.tools.bench.parts.store_content import Content, exponent_entropy, from_store, generate
+from support.synthetic import write_store
 
 CASES = (
     *(f"ours-{mode}" for mode in MODES),

@@ -12,9 +12,9 @@ import torch
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.reader import StoreReader
-from draftcache.tools.bench.rows import some_of
-from draftcache.tools.bench.train_cases import SHAPE, Case, needed_flops, synthetic_batch
-from draftcache.tools.bench.train_loader import _metrics, _read_through, drop_from_memory, write_store
+from draftcache.tools.bench.parts.rows import some_of
+from draftcache.tools.bench.parts.train_cases import SHAPE, Case, needed_flops, synthetic_batch
+from draftcache.tools.bench.parts.train_loader import _metrics, _read_through, drop_from_memory, write_store
 from draftcache.tools.cli import main
 
 SMALL = replace(

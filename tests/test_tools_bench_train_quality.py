@@ -9,7 +9,7 @@ import pytest
 
 from draftcache.draft_train.config import TrainConfig
 from draftcache.tools.arguments import add_settings, read_settings
-from draftcache.tools.bench.demo_training import DRAFT_FLAGS, rows
+from draftcache.tools.bench.parts.demo_training import DRAFT_FLAGS, rows
 from draftcache.tools.bench.train_quality import RECIPES, pooled
 
 

@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.object_server import BUCKET, CREDENTIALS, s3_server
-from support.synthetic import LAYERS, TOP_K, VOCAB, conversation, manifest, turns, vocab_map, write_files, write_store
 
 from draftcache.store.common.errors import InputError, StoreError, StoreNotFoundError
 from draftcache.store.common.files import hash_bytes
@@ -29,6 +27,8 @@ from draftcache.store.storage.base import open_storage
 from draftcache.store.writer import StoreWriter
 from draftcache.tools.commands import inspect
 from draftcache.tools.reports.inspection import decode_conversation, summarise
+from support.object_server import BUCKET, CREDENTIALS, s3_server
+from support.synthetic import LAYERS, TOP_K, VOCAB, conversation, manifest, turns, vocab_map, write_files, write_store
 
 MASKS = ((40, (6, 16), (22, 37)), (300, (250, 260)), (33, (3, 4)), (700, (10, 60), (500, 600)))
 

@@ -17,8 +17,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.paths import DEMO
-from support.tiny_models import save_model
 from torch import Tensor
 
 from draftcache.capture.verifier.load import load_verifier
@@ -28,6 +26,8 @@ from draftcache.tools.commands import probe
 from draftcache.tools.probe.compare import Comparison, compare_files
 from draftcache.tools.probe.dump import ProbeConfig, dump_states
 from draftcache.tools.probe.files import METADATA_KEY, read_states
+from support.paths import DEMO
+from support.tiny_models import save_model
 
 CPU = torch.device("cpu")
 LAYERS = (2, 5, 10)

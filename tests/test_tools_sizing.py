@@ -12,8 +12,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
-from support.synthetic import DRAFT_VOCAB, LAYERS, TOP_K, VOCAB, conversation, manifest, turns, vocab_map, write_files
-from support.tiny_models import make_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from draftcache.capture.prepare.token_dataset import CONVERSATION_DTYPE, TokenDataset, conversation_hash
@@ -38,6 +36,8 @@ from draftcache.tools.reports.sizing import (
     shard_bytes,
     specs_of,
 )
+from support.synthetic import DRAFT_VOCAB, LAYERS, TOP_K, VOCAB, conversation, manifest, turns, vocab_map, write_files
+from support.tiny_models import make_model
 
 HIDDEN = 256
 WINDOW = 300

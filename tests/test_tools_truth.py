@@ -155,7 +155,7 @@ def test_batched_traces_are_the_plain_greedy_ones(verifier: Verifier, tokenizer:
 
 
 def test_evaluation_stands_beside_its_baselines(trained: Path) -> None:
-    result = evaluate(store=trained / "store", checkpoint=trained / "run", splits=["train"], device_name="cpu")
+    result = evaluate(store=trained / "store", checkpoint=trained / "run", splits=["train"], device="cpu")
     row = result["splits"]["train"]
     assert row["draft"]["kind"] == "teacher-forced"
     assert row["draft"]["acceptance_length"] > row["untrained"]["acceptance_length"]

@@ -8,9 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from support.paths import ROOT
 
 import draftcache
+from support.paths import ROOT
 
 CONSUMER = """\
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Turns a settings dataclass into command-line flags: one flag per field, its help from the field's metadata."""
+"""Turns a settings dataclass into command-line flags: one flag per field, with the help of the field's metadata."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ Settings = TypeVar("Settings")
 def add_settings(
     parser: argparse.ArgumentParser | argparse._ArgumentGroup, settings: type[Any], only: tuple[str, ...] = ()
 ) -> None:
-    """Add a `--kebab-case` flag per field, or those of `only`; without a default it is required, tuples take a,b,c."""
+    """Add one `--kebab-case` flag per field of `settings`, or per field that `only` names.
+
+    The flag of a field without a default is required. The flag of a tuple takes a,b,c.
+    """
     hints = typing.get_type_hints(settings)
     for item in dataclasses.fields(settings):
         if only and item.name not in only:
             continue
         flag = "--" + item.name.replace("_", "-")
         required = item.default is dataclasses.MISSING
-        help_text = item.metadata.get("help", "").replace("%", "%%")  # argparse fills in what follows a single one
+        help_text = item.metadata.get("help", "").replace("%", "%%")  # argparse formats help texts with %
         if hints[item.name] is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=item.default, help=help_text)
             continue
@@ -42,16 +45,16 @@ def add_settings(
 
 
 def read_settings(settings: type[Settings], arguments: argparse.Namespace) -> Settings:
-    """Build the dataclass from parsed flags; its own checks raise InputError."""
+    """Return the dataclass, built from parsed flags. Raises InputError if the dataclass's checks refuse a value."""
     names = [item.name for item in dataclasses.fields(settings)]  # type: ignore[arg-type]
     return settings(**{name: getattr(arguments, name) for name in names})
 
 
 def refuse_renamed(parser: argparse.ArgumentParser, renamed: Mapping[str, str]) -> None:
-    """Refuse flags of former versions, old name -> new name, with an InputError that names the new flag.
+    """Refuse the flags of former versions with an InputError that names the new flag. `renamed` is {old: new}.
 
-    The old flags are not shown by --help. As they are known to the parser, it does not take them for abbreviations of
-    longer flags either (`--shard` for `--shard-tokens`).
+    --help does not show the old flags. Because the parser knows them, it does not take them for abbreviations of longer
+    flags either (`--shard` for `--shard-tokens`).
     """
     for old, new in renamed.items():
         parser.add_argument(old, action=_Refusal, nargs="?", const=new, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)

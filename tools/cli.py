@@ -1,4 +1,4 @@
-"""The `draftcache` command: a table of subcommands, each imported only when it is named.
+"""The `draftcache` command: a table of subcommands, each of which is imported only when it is named.
 
 `draftcache --help` imports nothing but argparse and the error classes, so it answers in well under half a second.
 """
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import draftcache
 
-# name -> (module with add_arguments(parser) and run(arguments) -> exit code, one help line)
+# Each subcommand's name, its module (which has add_arguments(parser) and run(arguments) -> exit code), its help line.
 COMMANDS: dict[str, tuple[str, str]] = {
     "prepare": (
         "draftcache.tools.commands.prepare",
@@ -43,7 +43,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand. Exit code 0: done; 1: done, with rows quarantined or checks failed; 2: refused."""
+    """Run one subcommand of `argv` (default: the process's own arguments) and return the exit code.
+
+    0: done; 1: done, but rows were quarantined or a check failed; 2: refused, with an error on stderr; 130: interrupted
+    by Ctrl-C.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="draftcache", description="Train draft models for speculative decoding from stored verifier outputs."

@@ -1,7 +1,7 @@
-"""Plain greedy speculative decoding with a Hugging Face verifier and our draft: slow, and easy to trust.
+"""Plain greedy speculative decoding with a Hugging Face verifier and our draft: slow, but easy to check by reading.
 
-It shares no code with the unroll: the draft runs one row at a time over lists of its own keys, as an engine's
-cache would hold them, and the verifier runs whole prefixes. `draftcache eval` must count the same verify steps.
+It shares no code with the unroll: the draft runs one row at a time over lists of keys, as an engine's cache would
+hold them, and the verifier runs whole prefixes. `draftcache eval` must count the same number of verify steps.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 
 @dataclass(frozen=True)
 class SpeculativeResult:
-    """Generated ids (end-of-turn included, prompt not) and the number of verify steps after the prefill."""
+    """The generated ids (with the end of turn, without the prompt) and the number of verify steps after the prefill."""
 
     token_ids: list[int]
     verify_steps: int
 
 
 class _DraftCache:
-    """Keys and values of rows 0..t, made from the verifier's states; a chain's own keys are kept apart."""
+    """The draft's keys and values of step-0 rows 0 to t, made from the verifier's taps.
+
+    The diagonal keys of a chain (those of its later steps) are kept apart and dropped with the chain.
+    """
 
     def __init__(self, model: Eagle3Model, embeddings: torch.Tensor) -> None:
         self.model, self.embeddings = model, embeddings
-        self.keys: list[torch.Tensor] = []  # [G, D] of step-0 row j at index j
+        self.keys: list[torch.Tensor] = []  # index j holds the key [G, D] of step-0 row j
         self.values: list[torch.Tensor] = []
 
     def _row(self, token: int, hidden: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -37,26 +40,32 @@ class _DraftCache:
         key, value = layer.self_attn.keys_values(inputs, torch.tensor([position]))
         return inputs, key[:, 0], value[:, 0]
 
-    def extend(self, aux: torch.Tensor, tokens: list[int]) -> None:
-        """Add step-0 rows up to the last whose next token is known; `aux` [rows, taps * H] from row 0 on."""
+    def extend(self, taps: torch.Tensor, tokens: list[int]) -> None:
+        """Add the step-0 rows up to the last row whose next token is known.
+
+        `taps` [rows, taps * H] holds the taps from row 0 on.
+        """
         for row in range(len(self.keys), len(tokens) - 1):
-            base = self.model.fc(aux[row][None].to(self.model.fc.weight.dtype))[0]
+            base = self.model.fc(taps[row][None].to(self.model.fc.weight.dtype))[0]
             _, key, value = self._row(tokens[row + 1], base, row)
             self.keys.append(key)
             self.values.append(value)
 
-    def propose(self, aux: torch.Tensor, tokens: list[int], target_ids: torch.Tensor, count: int) -> list[int]:
-        """Chain of `count` draft tokens from row t = len(tokens) - 2, the last whose next token is known."""
-        self.extend(aux, tokens)
+    def propose(self, taps: torch.Tensor, tokens: list[int], target_ids: torch.Tensor, count: int) -> list[int]:
+        """Return a chain of `count` draft tokens.
+
+        It begins at row t = len(tokens) - 2, the last row whose next token is known.
+        """
+        self.extend(taps, tokens)
         row = len(tokens) - 2
-        hidden = self.model.fc(aux[row][None].to(self.model.fc.weight.dtype))[0]
+        hidden = self.model.fc(taps[row][None].to(self.model.fc.weight.dtype))[0]
         token, proposed = tokens[row + 1], []
-        own: list[tuple[torch.Tensor, torch.Tensor]] = []
+        diagonal: list[tuple[torch.Tensor, torch.Tensor]] = []
         for step in range(count):
             inputs, key, value = self._row(token, hidden, row + step)
             if step:
-                own.append((key, value))
-            hidden = self._attend(inputs, hidden, row, step, own)
+                diagonal.append((key, value))
+            hidden = self._attend(inputs, hidden, row, step, diagonal)
             token = int(target_ids[int(self.model.logits(hidden[None])[0].argmax())])
             proposed.append(token)
         return proposed
@@ -67,13 +76,13 @@ class _DraftCache:
         hidden: torch.Tensor,
         row: int,
         step: int,
-        own: list[tuple[torch.Tensor, torch.Tensor]],
+        diagonal: list[tuple[torch.Tensor, torch.Tensor]],
     ) -> torch.Tensor:
         shape, layer = self.model.shape, self.model.midlayer
         window = shape.sliding_window or row + step + 1
         first = max(0, row + step - window + 1)
-        keys = torch.stack([*self.keys[first : row + 1], *[key for key, _ in own]], dim=1)
-        values = torch.stack([*self.values[first : row + 1], *[value for _, value in own]], dim=1)
+        keys = torch.stack([*self.keys[first : row + 1], *[key for key, _ in diagonal]], dim=1)
+        values = torch.stack([*self.values[first : row + 1], *[value for _, value in diagonal]], dim=1)
         query = layer.self_attn.queries(inputs, torch.tensor([row + step]))
         attended = []
         for head in range(shape.num_attention_heads):
@@ -85,7 +94,7 @@ class _DraftCache:
 
 @torch.inference_mode()
 def plain_greedy(verifier: Any, prompt: list[int], *, max_new_tokens: int, eos_token_id: int) -> list[int]:
-    """Greedy decoding by the verifier alone, one whole-prefix forward per token; ids after the prompt."""
+    """Decode greedily by the verifier alone, one whole-prefix forward per token; return the ids after the prompt."""
     tokens = list(prompt)
     while len(tokens) < len(prompt) + max_new_tokens:
         tokens.append(int(_greedy(verifier, tokens, ())[0][-1]))
@@ -106,22 +115,23 @@ def speculative_greedy(
     max_new_tokens: int,
     eos_token_id: int,
     draft_tokens: int = 5,
-    aux_dtype: torch.dtype = torch.float32,
+    tap_dtype: torch.dtype = torch.float32,
 ) -> SpeculativeResult:
-    """Draft `draft_tokens`, verify them in one forward, keep the agreeing prefix and the verifier's next token.
+    """Decode greedily with a draft: each verify step checks `draft_tokens` proposed tokens in one verifier forward.
 
-    `verifier` is a `draftcache.capture.verifier.load.Verifier`; `aux_dtype` rounds its states as the store that the
-    draft was trained from does.
+    A verify step keeps the proposed tokens that agree with the verifier's choices, up to the first difference, and the
+    verifier's next token. `verifier` is a `draftcache.capture.verifier.load.Verifier`. Its taps are rounded to
+    `tap_dtype`, as the store rounds the taps that the draft was trained on.
     """
     cache = _DraftCache(draft, embeddings)
-    choices, aux = _greedy(verifier, prompt, layers)
+    choices, taps = _greedy(verifier, prompt, layers)
     tokens = [*prompt, int(choices[-1])]
     limit = len(prompt) + max_new_tokens
     steps = 0
     while tokens[-1] != eos_token_id and len(tokens) < limit:
-        proposed = cache.propose(aux.to(aux_dtype), tokens, target_ids, draft_tokens)
+        proposed = cache.propose(taps.to(tap_dtype), tokens, target_ids, draft_tokens)
         known = len(tokens)
-        choices, aux = _greedy(verifier, tokens + proposed, layers)
+        choices, taps = _greedy(verifier, tokens + proposed, layers)
         steps += 1
         for number in range(draft_tokens + 1):
             tokens.append(int(choices[known - 1 + number]))
@@ -132,9 +142,9 @@ def speculative_greedy(
 
 
 def _greedy(verifier: Any, tokens: list[int], layers: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The verifier's argmax after each token [L], and its taps [L, taps * H] in float32."""
+    """Return the verifier's argmax after each token [L] int64, and its taps [L, taps * H] float32, both on the CPU."""
     from draftcache.capture.verifier.load import head_logits
 
     states = verifier.forward(torch.tensor(tokens), layers)
-    aux = torch.cat([states.taps[layer].float() for layer in layers], dim=-1) if layers else torch.empty(0)
-    return head_logits(states.final, verifier.head).argmax(-1).cpu(), aux.cpu()
+    taps = torch.cat([states.taps[layer].float() for layer in layers], dim=-1) if layers else torch.empty(0)
+    return head_logits(states.final, verifier.head).argmax(-1).cpu(), taps.cpu()

@@ -23,7 +23,7 @@ from draftcache.capture.prepare.chunks import Chunk, ChunkResult, ChunkWorker, r
 from draftcache.capture.prepare.conversations import ChatRow, Rejection, read_conversations
 from draftcache.capture.prepare.draft_vocabulary import build_vocab_map, coverage_table
 from draftcache.capture.prepare.template_check import Sample, check_against_transformers, first_template_difference
-from draftcache.capture.prepare.token_dataset import VERSION, VOCAB_MAP, TokenDataset
+from draftcache.capture.prepare.token_dataset import VERSION, TokenDataset
 from draftcache.capture.prepare.token_dataset_writer import DatasetWriter, SplitWriter, check_output, is_dataset
 from draftcache.capture.prepare.tokenizer_files import (
     NO_TEMPLATE,
@@ -35,6 +35,7 @@ from draftcache.capture.prepare.tokenizer_files import (
 from draftcache.store.common.errors import DraftcacheError, InputError
 from draftcache.store.common.files import hash_file, hash_json
 from draftcache.store.common.progress import progress_bar
+from draftcache.store.format.vocab_map import VOCAB_MAP_NAME
 
 # Conversations per file that both templates render, and conversations in all that transformers tokenises as well.
 TEMPLATE_SAMPLE = 64
@@ -198,7 +199,7 @@ def _write_vocab_map(
     counts = {name: splits[name].counts for name in config.splits}
     held_out = {name: splits[name].counts for name in config.held_out}
     vocab_map = build_vocab_map(counts, config.draft_vocab_size)
-    vocab_map.save(dataset.partial / VOCAB_MAP)
+    vocab_map.save(dataset.partial / VOCAB_MAP_NAME)
     rows = coverage_table(counts, vocab_map, held_out)
     return {"size": len(vocab_map), "hash": vocab_map.hash, "coverage": [row.as_json() for row in rows]}
 

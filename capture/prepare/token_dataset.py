@@ -25,7 +25,6 @@ from draftcache.store.common.files import hash_bytes, hash_file, hash_json, read
 FORMAT = "draftcache-prepared"
 VERSION = 1
 MANIFEST = "manifest.json"
-VOCAB_MAP = "vocab_map.safetensors"
 QUARANTINE = "quarantine.jsonl"
 
 CONVERSATION_DTYPE = np.dtype(

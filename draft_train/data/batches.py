@@ -1,8 +1,8 @@
-"""From stored conversations to the tensors of one optimizer step.
+"""Batches: the tensors that a training step reads, made of stored conversations.
 
-Conversations are packed by position: each one's positions are shifted past the last window of the one before it,
-so that the causal sliding window itself keeps them apart, with no segment ids. Rotary angles use the same
-positions; only differences matter there.
+Conversations are packed by position. The positions of each are shifted past the last window of the conversation before
+it, so that the causal sliding window itself keeps them apart and no segment ids are needed. Rotary embeddings use the
+same positions, which is right because only differences of positions matter to them.
 
 Shape legend: R key rows (all rows in reach), S start rows, P teacher positions, K teacher entries, H hidden size of
 the verifier.
@@ -30,18 +30,18 @@ _AS_STORED = TeacherView()
 
 @dataclass(frozen=True, kw_only=True)
 class BatchNeeds:
-    """What a batch for training a draft has to hold, and so which columns of the store are read."""
+    """What a batch for training a draft has to hold. It decides which columns of the store are read."""
 
     steps: int
-    """Tokens that are predicted from each start row, at most."""
+    """The most tokens that are predicted from a start row."""
     window: int | None
-    """Rows farther back than this from every start row are not needed; None needs all that are stored."""
+    """Attention window in positions: rows this far or farther behind every start row are not needed; None needs all."""
     taps: bool = True
-    """Whether the draft reads the verifier's states. Without them `Batch.taps` has a width of 0."""
+    """Whether the draft reads the verifier's taps. If not, `Batch.taps` has a width of 0."""
 
 
 class HostRows(NamedTuple):
-    """What the host knows of a batch's rows, so that it need not wait for a device to learn it: as in `Batch`."""
+    """Host copies of three fields of a `Batch`, so that the host need not wait for a device to read them."""
 
     key_positions: NDArray[Any]
     start_index: NDArray[Any]
@@ -49,26 +49,26 @@ class HostRows(NamedTuple):
 
     @classmethod
     def of(cls, tensors: dict[str, torch.Tensor]) -> Self:
-        """Of tensors on the host, by `Batch` field; their memory is shared."""
+        """Return views of these tensors, which are on the host; `tensors` is by `Batch` field."""
         return cls(*(tensors[name].numpy() for name in cls._fields))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Tensors of one step, on one device."""
+    """The tensors of one micro-batch, on one device."""
 
     taps: torch.Tensor
-    """[R, taps * H] verifier states, in the stored dtype."""
+    """[R, taps * H] taps of each key row, side by side, in the dtype of the store: bf16 or float32."""
     key_tokens: torch.Tensor
-    """[R] int64: x_{t+1} of each key row t."""
+    """[R] int64: token x_{t+1} of each key row t."""
     key_positions: torch.Tensor
-    """[R] int64, ascending, shifted per conversation."""
+    """[R] int64, ascending: positions, shifted for each conversation."""
     start_index: torch.Tensor
-    """[S] int64: which key rows are start rows."""
+    """[S] int64: the key row of each start row."""
     steps: torch.Tensor
-    """[S] int64: loss-carrying steps of each start row, at most `max_steps`; at least 1."""
+    """[S] int64: the steps of each start row that are computed, from 1 to `max_steps`."""
     step_tokens: torch.Tensor
-    """[S, max_steps] int64: x_{t+1+k} consumed at step k (0 where k >= steps)."""
+    """[S, max_steps] int64: token x_{t+1+k}, which step k consumes (0 where k >= steps)."""
     teacher_index: torch.Tensor
     """[S, max_steps] int64: row of the teacher arrays for position t+1+k (0 where k >= steps)."""
     conversation: torch.Tensor
@@ -78,26 +78,29 @@ class Batch:
     teacher_logits: torch.Tensor
     """[P, K] float32; -inf where the id is -1."""
     log_z_full: torch.Tensor
+    """[P] float32: log-sum-exp of the teacher's logits over the verifier's vocabulary."""
     log_z_draft: torch.Tensor
+    """[P] float32: log-sum-exp of the teacher's logits over the draft vocabulary."""
     argmax: torch.Tensor
-    """[P] int64, over the verifier's vocabulary."""
+    """[P] int64: the teacher's most probable token of the verifier's vocabulary."""
     host: HostRows
     conversations: int
     loss_share: float
-    """Weight of one conversation's mean loss: 1 over the conversations of the whole optimizer step."""
+    """Weight of one conversation's mean loss: 1 / (conversations of the whole optimizer step)."""
     tokens: int
+    """Tokens of all conversations, whether or not they have rows."""
     window: int
-    """Attention window that keeps packed conversations apart."""
+    """Attention window, in positions, which keeps packed conversations apart."""
     absent_entries: bool = False
-    """Whether any teacher id is -1: known on the host, so that no loss waits for the device to find out."""
+    """Whether any teacher id is -1. The host knows it, so that no loss has to wait for the device."""
     pair_weight: torch.Tensor | None = None
-    """[S] float32: weight of a start row's loss at any step in its conversation's mean; None: 1 over the step's rows.
-    Where it is given, teacher_index may be -1: no loss at that step."""
+    """[S] float32: weight of a start row's losses in its conversation's mean; None: 1 / (its rows at the step).
+    Only where this is given may teacher_index be -1, which means that the row carries no loss at that step."""
     teacher_hidden: torch.Tensor | None = None
-    """[P, H] final-norm states in the verifier's compute dtype, where the store keeps these instead of entries."""
+    """[P, H] final-norm states in the verifier's compute dtype, where the store keeps states instead of entries."""
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
+        """Return the same batch on another device."""
         moved = {
             item.name: value.to(device, non_blocking=True)
             for item in fields(self)
@@ -107,9 +110,9 @@ class Batch:
 
 
 def stored_taps(conversation: Conversation, codec: TapCodec, device: torch.device) -> torch.Tensor:
-    """[R, taps * H]: the taps, concatenated in ascending order, bf16 or float32 as the codec has it.
+    """Return the taps of a conversation, [R, taps * H] in the codec's dtype (bf16 or float32), in ascending order.
 
-    What is stored goes to `device` as it is, and is decoded there: the smaller form crosses the bus.
+    The encoded arrays are copied to `device` and decoded there, so that the smaller form crosses the bus.
     """
     taps = []
     for layer in codec.layers:
@@ -129,11 +132,11 @@ def build_batch(
     loss_share: float | None = None,
     loss_rows: str = "turns",
 ) -> Batch:
-    """Pack conversations read with `decode=False`, onto `device`.
+    """Return a batch on `device` of conversations that were read with `decode=False`.
 
-    `window` None attends to every earlier row of the same conversation; `teacher` says which draft vocabulary's;
-    `loss_share` None makes these conversations the whole optimizer step; `loss_rows`: see
-    `draftcache.draft_train.data.loss_rows`.
+    With `window` None, a row attends to every earlier row of its conversation. `teacher` is the teacher over the chosen
+    draft vocabulary. With `loss_share` None, these conversations are the whole optimizer step. `loss_rows` names a rule
+    of `draftcache.draft_train.data.loss_rows`. Raises InputError where the store lacks a row that a start row needs.
     """
     columns = pack_columns(conversations, max_steps=max_steps, window=window, teacher=teacher, loss_rows=loss_rows)
     tensors = {name: value.to(device, non_blocking=True) for name, value in columns.tensors.items()}
@@ -143,17 +146,17 @@ def build_batch(
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """A batch without its verifier states, on the host."""
+    """A batch on the host, without its taps. Its fields mean what those of `Batch` do."""
 
     tensors: dict[str, torch.Tensor]
-    """By `Batch` field."""
+    """Tensors by the name of their `Batch` field."""
     conversations: int
     tokens: int
     window: int
     absent_entries: bool
 
     def batch(self, tensors: dict[str, torch.Tensor], loss_share: float | None) -> Batch:
-        """The batch of `tensors`, which are these and `taps` on some device. `loss_share` as in `build_batch`."""
+        """Return the batch of `tensors`: `self.tensors` and taps, on any device. `loss_share`: see `build_batch`."""
         values: dict[str, Any] = {**tensors}
         return Batch(
             **values,
@@ -174,18 +177,21 @@ def pack_columns(
     teacher: TeacherView,
     loss_rows: str = "turns",
 ) -> Columns:
-    """Everything but `taps`; `teacher_hidden` only where it was read. See `build_batch`."""
+    """Return everything of a batch but its taps, for the arguments of `build_batch`.
+
+    `teacher_hidden` is there only if it was read.
+    """
     lengths = [item.arrays["token_ids"].shape[0] for item in conversations]
     reach = window if window is not None else max(lengths) + max_steps
-    parts = [_one(item, max_steps, loss_rows) | teacher.columns(item.arrays) for item in conversations]
+    parts = [_row_columns(item, max_steps, loss_rows) | teacher.columns(item.arrays) for item in conversations]
     absent = teacher.lookup is not None and any(bool((part["teacher_ids"] < 0).any()) for part in parts)
     joined: dict[str, list[torch.Tensor]] = {name: [] for name in parts[0]}
-    position = rows = places = 0
+    position = rows = teacher_rows = 0
     for number, part in enumerate(parts):
-        rows_here, places_here = part["key_positions"].shape[0], part["argmax"].shape[0]
+        rows_here, teacher_rows_here = part["key_positions"].shape[0], part["argmax"].shape[0]
         part["key_positions"] = part["key_positions"] + position
         part["start_index"] = part["start_index"] + rows
-        part["teacher_index"] = torch.where(part["teacher_index"] < 0, -1, part["teacher_index"] + places)
+        part["teacher_index"] = torch.where(part["teacher_index"] < 0, -1, part["teacher_index"] + teacher_rows)
         part["conversation"] = torch.full_like(part["start_index"], number)
         if loss_rows == "unshifted":
             part["pair_weight"] = torch.full(part["start_index"].shape, 1 / max(lengths))
@@ -193,7 +199,7 @@ def pack_columns(
             joined.setdefault(name, []).append(value)
         position += lengths[number] + reach + max_steps
         rows += rows_here
-        places += places_here
+        teacher_rows += teacher_rows_here
     return Columns(
         tensors={name: torch.cat(values) for name, values in joined.items()},
         conversations=len(conversations),
@@ -203,30 +209,32 @@ def pack_columns(
     )
 
 
-def _one(item: Conversation, max_steps: int, loss_rows: str) -> dict[str, torch.Tensor]:
+def _row_columns(item: Conversation, max_steps: int, loss_rows: str) -> dict[str, torch.Tensor]:
+    """Return the columns of one conversation that do not depend on the teacher's values, by `Batch` field."""
     arrays = item.arrays
     token_ids = arrays["token_ids"].astype(np.int64)
     positions = arrays["positions"].astype(np.int64)
     rows = find_loss_rows(loss_rows)(item.loss_mask, max_steps)
     offsets = np.arange(max_steps)
     live = offsets[None, :] < rows.steps[:, None]
-    places = rows.starts[:, None] + 1 + offsets
+    token_positions = rows.starts[:, None] + 1 + offsets  # of x_{t+1+k}, and of its teacher
     teacher_index = np.where(live, -1, 0)
-    teacher_index[rows.carries] = _positions_of(
-        places[rows.carries], arrays["teacher_positions"].astype(np.int64), item, "teacher rows"
+    teacher_index[rows.carries] = _find_rows(
+        token_positions[rows.carries], arrays["teacher_positions"].astype(np.int64), item, "teacher rows"
     )
     values = {
         "key_tokens": token_ids[positions + 1],
         "key_positions": positions,
-        "start_index": _positions_of(rows.starts, positions, item, "rows"),
+        "start_index": _find_rows(rows.starts, positions, item, "rows"),
         "steps": rows.steps,
-        "step_tokens": np.where(live, token_ids[np.where(live, places, 0)], 0),
+        "step_tokens": np.where(live, token_ids[np.where(live, token_positions, 0)], 0),
         "teacher_index": teacher_index,
     }
     return {name: torch.from_numpy(value) for name, value in values.items()}
 
 
-def _positions_of(wanted: np.ndarray[Any, Any], stored: np.ndarray[Any, Any], item: Conversation, what: str) -> Any:
+def _find_rows(wanted: np.ndarray[Any, Any], stored: np.ndarray[Any, Any], item: Conversation, what: str) -> Any:
+    """Return the index of each wanted position among the stored ones. Raises InputError where one is missing."""
     found = np.searchsorted(stored, wanted)
     if wanted.size and (stored.size == 0 or not np.array_equal(stored[np.minimum(found, stored.size - 1)], wanted)):
         raise InputError(

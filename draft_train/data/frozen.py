@@ -1,4 +1,4 @@
-"""The verifier's frozen weights that a draft needs, from the store: no verifier is ever loaded."""
+"""The frozen weights of the verifier that a draft needs. They come from the store; no verifier is ever loaded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from safetensors import safe_open
 
+from draftcache.store.format.frozen import EMBED_TOKENS, NORM
 from draftcache.store.format.teacher import DraftVocab
 from draftcache.store.reader import StoreReader
 
@@ -21,11 +22,11 @@ class FrozenWeights:
 
     @classmethod
     def load(cls, store: StoreReader, device: torch.device, vocab: DraftVocab | None = None) -> FrozenWeights:
-        """Read frozen.safetensors of a store; the head's rows of `vocab`, by default the main one's."""
+        """Read frozen.safetensors of a store, with the head's rows of `vocab` (default: the main draft vocabulary)."""
         head = (vocab or store.manifest.teacher_form.main).head
         with safe_open(store.files.frozen, framework="pt", device=str(device)) as file:
             return cls(
-                embed_tokens=file.get_tensor("embed_tokens"),
-                norm=file.get_tensor("norm"),
+                embed_tokens=file.get_tensor(EMBED_TOKENS),
+                norm=file.get_tensor(NORM),
                 lm_head=file.get_tensor(head),
             )

@@ -1,17 +1,17 @@
-"""Which (row, step) pairs of a conversation carry loss: the rule of `--loss-rows`.
+"""Which (row, step) pairs of a conversation carry loss: the rules of `--loss-rows`.
 
 - `turns`, the default: the pairs that serving meets (`draftcache.store.format.rows`). Row t carries loss while the turn
-  that its x_{t+1} belongs to goes on; a step's loss is the mean over each conversation's rows.
-- `unshifted`: SpecForge 0.2's, for comparison. Its loss mask stays where the tokens are while inputs and targets move,
-  so (t, k) carries loss iff `mask[t+k]`, though the pair predicts x_{t+2+k}. Hence no pair ever predicts a turn's
-  second token, the first that a draft in it proposes; up to two pairs per turn and step are trained on what follows
-  its end; and rows up to k before a turn carry loss at step k, though no draft starts there. A step's loss is
-  the sum over these pairs divided by the batch's size, padding included: conversations x tokens of the longest of those
-  that go through together (`--pack-tokens` large enough for a whole step makes it theirs). Its window-less attention is
-  `--sliding-window 0`, its dropped rows `--out-of-vocab drop`.
+  of its token x_{t+1} goes on. A step's loss is the mean over the rows of each conversation.
+- `unshifted`: the rule of SpecForge 0.2, for comparison. Its loss mask is not shifted when inputs and targets are, so
+  (t, k) carries loss iff `mask[t+k]`, though the pair predicts x_{t+2+k}. Hence no pair ever predicts the second token
+  of a turn, which is the first token that a draft proposes there; up to two pairs per turn and step are trained on
+  tokens after its end; and rows up to k before a turn carry loss at step k, though no draft starts there. A step's loss
+  is the sum over these pairs divided by the padded size of the batch: its conversations x the tokens of the longest
+  conversation that is packed with them (the longest of the step, if `--pack-tokens` holds a whole step). SpecForge's
+  attention without a window is `--sliding-window 0`, and its dropped rows are `--out-of-vocab drop`.
 
-A store has teacher entries where `turns` needs them: at positions p with mask[p] and mask[p+1]. Of what `unshifted`
-wants, those past the end of each turn are therefore missing: they are left out, and `left_out_pairs` counts them.
+A store has teacher entries where `turns` needs them: at positions p with mask[p] and mask[p+1]. It therefore lacks
+those that `unshifted` wants past the end of each turn. These pairs are left out, and `left_out_pairs` counts them.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from draftcache.store.reader import StoreReader
 
 @dataclass(frozen=True)
 class LossRows:
-    """Of one conversation; S rows, ascending."""
+    """The S rows of one conversation that have queries, in ascending order."""
 
     starts: NDArray[np.int64]
-    """[S] rows that have queries."""
+    """[S] row numbers, which are positions in the conversation."""
     steps: NDArray[np.int64]
-    """[S] steps to compute of each, at least 1."""
+    """[S] steps to compute for each row, at least 1."""
     carries: NDArray[np.bool_]
-    """[S, max_steps]: which of these carry loss; never one at or beyond `steps`."""
+    """[S, max_steps]: which steps of a row carry loss. None at or beyond `steps` does."""
 
 
 def turn_rows(loss_mask: NDArray[np.bool_], max_steps: int) -> LossRows:
-    """The pairs of `turns`."""
+    """Return the pairs of the rule `turns`."""
     starts = start_rows(loss_mask)
     steps = np.minimum(tokens_left(loss_mask, starts), max_steps)
     return LossRows(starts, steps, np.arange(max_steps)[None, :] < steps[:, None])
 
 
 def unshifted_rows(loss_mask: NDArray[np.bool_], max_steps: int) -> LossRows:
-    """The pairs of `unshifted` whose teacher, at position t+1+k, is stored."""
+    """Return the pairs of the rule `unshifted` whose teacher, at position t+1+k, is stored."""
     stored = np.zeros(loss_mask.shape[0] + max_steps + 1, np.bool_)
     stored[teacher_positions(loss_mask)] = True
     carries = _wanted(loss_mask, max_steps) & stored[_positions(loss_mask.shape[0], max_steps)]
@@ -57,7 +57,7 @@ def unshifted_rows(loss_mask: NDArray[np.bool_], max_steps: int) -> LossRows:
 
 
 def left_out_pairs(store: StoreReader, members: NDArray[np.int64], max_steps: int) -> tuple[int, int]:
-    """Pairs that `unshifted` wants and the store has no teacher for, and all that it wants, over conversations."""
+    """Return how many pairs of `unshifted` lack a stored teacher, and how many pairs it has, over all `members`."""
     kept = wanted = 0
     for number in members:
         mask = store.read(int(number), ["loss_mask"]).loss_mask
@@ -67,7 +67,7 @@ def left_out_pairs(store: StoreReader, members: NDArray[np.int64], max_steps: in
 
 
 def _positions(length: int, max_steps: int) -> NDArray[np.int64]:
-    """[L, max_steps]: the teacher's position of each pair."""
+    """Return the teacher's position of each pair, [L, max_steps]."""
     return np.arange(length)[:, None] + 1 + np.arange(max_steps)
 
 
@@ -78,13 +78,13 @@ def _wanted(loss_mask: NDArray[np.bool_], max_steps: int) -> NDArray[np.bool_]:
 
 
 LossRowRule = Callable[[NDArray[np.bool_], int], LossRows]
-"""A conversation's loss mask [L] bool and the number of steps -> its loss rows."""
+"""Returns the loss rows of a conversation from its loss mask [L] bool and the number of steps."""
 
 LOSS_ROW_RULES: dict[str, LossRowRule] = {"turns": turn_rows, "unshifted": unshifted_rows}
 
 
 def find_loss_rows(name: str) -> LossRowRule:
-    """The rule of this name. Raises InputError naming those there are."""
+    """Return the rule of this name. Raises InputError, which names all rules, where there is none."""
     if name not in LOSS_ROW_RULES:
         raise InputError(f"--loss-rows: expected one of {list(LOSS_ROW_RULES)}, found {name!r}")
     return LOSS_ROW_RULES[name]

@@ -1,6 +1,6 @@
-"""Which conversations make each optimizer step: a pure function of settings, seed and epoch.
+"""Which conversations make up each optimizer step: a pure function of settings, seed and epoch.
 
-So (epoch, step) is all that a resume needs, and any number of ranks trains on the same batches in the same order.
+A run therefore needs only its step to resume, and any number of ranks trains on the same batches in the same order.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ Numbers: TypeAlias = NDArray[np.int64]
 
 
 def epoch_batches(members: Numbers, tokens: Numbers, *, order: str, seed: int, epoch: int, size: int) -> list[Numbers]:
-    """Conversations `members` of `tokens` tokens each, cut into batches of `size`, of which the last cut is smaller.
+    """Return the conversations `members` [M] in batches of `size`; the batch that is cut last may be smaller.
 
-    "shuffle" permutes the conversations. "bucketed" sorts them by length and permutes only the batches, so that those
-    of one step take ranks the same time, at the price of steps that are less of a sample.
+    `tokens` [M] are their lengths. Order "shuffle" permutes the conversations. Order "bucketed" sorts them by length
+    and permutes only the batches, so that all ranks take the same time for a step, at the price of steps whose
+    conversations are a less random sample.
     """
     draw = np.random.default_rng([seed, epoch])
     if order == "shuffle":
@@ -33,20 +34,21 @@ def _cut(numbers: Numbers, size: int) -> list[Numbers]:
 
 
 def micro_batches(numbers: Numbers, tokens: Numbers, limit: int) -> list[Numbers]:
-    """Pack conversations into micro-batches of at most `limit` tokens, a longer one alone; `limit` 0: each alone.
+    """Pack conversations `numbers` [M] of `tokens` [M] tokens into micro-batches of at most `limit` tokens.
 
-    First fit, longest first. How they are packed changes no gradient but by rounding.
+    A conversation that is longer than `limit` is alone in its micro-batch; with `limit` 0 every one is. The packing is
+    first fit, longest first. It changes gradients only by rounding.
     """
     parts: list[list[int]] = []
     room: list[int] = []
-    for place in np.argsort(-tokens, kind="stable"):
-        length = int(tokens[place])
+    for index in np.argsort(-tokens, kind="stable"):
+        length = int(tokens[index])
         part = next((part for part, free in enumerate(room) if length <= free), None)
         if part is None:
             parts.append([])
             room.append(limit)
             part = len(parts) - 1
-        parts[part].append(int(numbers[place]))
+        parts[part].append(int(numbers[index]))
         room[part] -= length
     return [np.array(part, np.int64) for part in parts]
 
@@ -56,19 +58,19 @@ class StepPlan:
     """One optimizer step."""
 
     conversations: Numbers
-    """Of the whole step, on all ranks."""
+    """Conversations of the whole step, on all ranks."""
     parts: list[Numbers]
-    """This rank's micro-batches; none where the step has fewer conversations than there are ranks."""
+    """This rank's micro-batches. There may be none if the step has fewer conversations than the run has ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """All steps of a run, as one rank sees them: it takes every `world`-th conversation of each step."""
+    """All steps of a run for one of its `world` ranks, which takes every `world`-th conversation of each step."""
 
     members: Numbers
     """Conversations to train on."""
     tokens: Numbers
-    """[all conversations of the store]: their lengths."""
+    """Length of every conversation of the store, in tokens."""
     order: str
     seed: int
     epochs: int
@@ -79,16 +81,16 @@ class Schedule:
 
     @property
     def steps_per_epoch(self) -> int:
-        """The last one may be smaller."""
+        """Steps of one epoch. One of them may hold fewer conversations than the others."""
         return -(-len(self.members) // self.batch_conversations)
 
     @property
     def total_steps(self) -> int:
-        """Of all epochs."""
+        """Steps of all epochs."""
         return self.steps_per_epoch * self.epochs
 
     def steps(self, first: int = 0) -> Iterator[StepPlan]:
-        """Steps `first` .. total_steps-1."""
+        """Yield the steps `first` .. total_steps-1."""
         for epoch in range(first // self.steps_per_epoch, self.epochs):
             batches = epoch_batches(
                 self.members,

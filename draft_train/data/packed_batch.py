@@ -1,7 +1,7 @@
-"""One micro-batch as it lies in host memory: every array in one stretch, so that one copy takes it to a device.
+"""A micro-batch in host memory: all its arrays are in one buffer, so that a single copy moves it to a device.
 
-Verifier states, which are nearly all of it, go from the files straight to their place in that stretch, and are decoded
-on the device.
+The stored taps, nearly all of its bytes, are read from the files straight into that buffer, and are decoded on the
+device.
 """
 
 from __future__ import annotations
@@ -31,59 +31,62 @@ _STATES = "teacher_hidden"
 
 
 @dataclass(frozen=True)
-class _Place:
-    first: int
+class _ArraySlot:
+    """Where an array is in a buffer: its offset in bytes, its shape and its dtype."""
+
+    offset: int
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    def of(self, memory: torch.Tensor) -> torch.Tensor:
+    def view(self, memory: torch.Tensor) -> torch.Tensor:
+        """Return the array as a view of the buffer `memory` [bytes] uint8."""
         size = int(np.prod(self.shape)) * self.dtype.itemsize
-        return memory[self.first : self.first + size].view(self.dtype).view(self.shape)
+        return memory[self.offset : self.offset + size].view(self.dtype).view(self.shape)
 
 
-class _Stretch:
-    """Hands out places in a stretch of bytes, one after the other."""
+class _Arena:
+    """Allocates arrays in a buffer, one after the other, each at an aligned offset."""
 
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory
         self.used = 0
 
-    def place(self, shape: tuple[int, ...], dtype: torch.dtype) -> _Place:
-        place = _Place(self.used, shape, dtype)
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> _ArraySlot:
+        slot = _ArraySlot(self.used, shape, dtype)
         self.used += aligned(int(np.prod(shape)) * dtype.itemsize)
-        return place
+        return slot
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A micro-batch in host memory that belongs to someone else: `unpack` it before that is used again."""
+    """A micro-batch in a buffer that its owner will use again. `unpack` copies it out before that."""
 
     memory: torch.Tensor
     """[bytes] uint8, pinned or not."""
     columns: Columns
-    places: dict[str, _Place]
-    """Of the columns, and of `teacher_hidden` where the store has it, by `Batch` field."""
-    taps: dict[str, _Place]
-    """Of the stored arrays that the codec made of the taps."""
+    slots: dict[str, _ArraySlot]
+    """By `Batch` field: the columns, and `teacher_hidden` where the store has it."""
+    taps: dict[str, _ArraySlot]
+    """By array name of the store: the encoded taps."""
     loss_share: float
 
     def unpack(self, codec: TapCodec, device: torch.device) -> Batch:
-        """The batch on `device`, in memory of its own. On a GPU the copy is not waited for."""
+        """Return the batch on `device`, in newly allocated memory. On a GPU this does not wait for the copy to end."""
         moved = self.memory.to(device, non_blocking=True)
-        # Copies: as views they would keep the states in their stored form, half of a batch, for as long as they live.
-        tensors = {name: place.of(moved).clone() for name, place in self.places.items()}
+        # Views would keep the encoded taps, half of a batch, alive for as long as they live, so these are copies.
+        tensors = {name: slot.view(moved).clone() for name, slot in self.slots.items()}
         if _STATES in tensors and tensors[_STATES].dtype == torch.uint16:
             tensors[_STATES] = tensors[_STATES].view(torch.bfloat16)
         return self.columns.batch(tensors | {"taps": self._decode(codec, moved, device)}, self.loss_share)
 
     def _decode(self, codec: TapCodec, moved: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """[R, taps * H]. One tap is decoded at a time, so that no second copy of all of them is alive."""
+        """Return the taps [R, taps * H]. They are decoded one by one, so that no second copy of all taps is alive."""
         rows = self.columns.tensors["key_tokens"].shape[0]
         if not self.taps:
             return torch.empty(rows, 0, device=device)
         found: torch.Tensor | None = None
         for number, layer in enumerate(codec.layers):
-            parts = {name: self.taps[name].of(moved) for name in codec.specs(layer)}
+            parts = {name: self.taps[name].view(moved) for name in codec.specs(layer)}
             states = torch_codecs.decode(codec, layer, parts)
             width = states.shape[1]
             if found is None:
@@ -94,7 +97,7 @@ class PackedBatch:
 
 
 class BatchLoader:
-    """Reads micro-batches from a store: only what the draft's loss depends on."""
+    """Reads micro-batches from a store, and of each conversation only what the draft's loss depends on."""
 
     def __init__(
         self,
@@ -104,25 +107,25 @@ class BatchLoader:
         teacher: TeacherView,
         loss_rows: str = "turns",
     ) -> None:
-        """`needs` are the draft's, `loss_rows` names a rule. Raises InputError for a rule of another name."""
+        """`needs` says what the draft reads, `loss_rows` names a rule. Raises InputError for an unknown rule."""
         find_loss_rows(loss_rows)
         self.codec = store.codec
         self.needs, self.teacher, self.loss_rows = needs, teacher, loss_rows
         window, kept = needs.window, store.manifest.window
-        # Where capture kept more rows than this draft can see, the others are not read.
+        # Where the store holds more rows than this draft can attend to, the other rows are not read.
         self.read_window = window if window is not None and (kept is None or kept > window) else None
         layers = self.codec.layers if needs.taps else ()
         taps = [name for layer in layers for name in self.codec.specs(layer)]
         hidden = [name for name in (_STATES,) if name in store.specs]
         self.state_names = [*taps, *hidden]
-        self._asked = [*map(tap_name, layers), *hidden]  # a tap's name stands for its parts
+        self._asked = [*map(tap_name, layers), *hidden]  # a tap's name stands for all its arrays
         self.column_names = [name for name in (*_COLUMNS, teacher.log_z) if name in store.specs]
         self._specs = store.specs
         self.bytes = self._bytes(store.index)
-        """[conversations of the store] int64: what each takes at most in host memory."""
+        """[conversations of the store] int64: the most bytes of host memory that each takes."""
 
     def _bytes(self, index: NDArray[Any]) -> NDArray[np.int64]:
-        """What each conversation takes at most, as `read` lays it out. [conversations] int64."""
+        """Return the most bytes that each conversation takes in a buffer of `read`, [conversations] int64."""
         entries = self._specs["teacher_ids"].inner[0] if "teacher_ids" in self._specs else 0
         starts = index["teacher_rows" if self.loss_rows == "turns" else "rows"]
         columns = (
@@ -133,13 +136,16 @@ class BatchLoader:
         return np.asarray(columns + sum(states), np.int64)
 
     def most_bytes(self, numbers: NDArray[np.int64]) -> int:
-        """Memory that `read` may take for these conversations."""
+        """Return the bytes that `read` may need for these conversations, alignment included."""
         return int(self.bytes[numbers].sum()) + ALIGNMENT * (len(self.state_names) + 16)
 
     def read(
         self, store: StoreReader, numbers: NDArray[np.int64], loss_share: float, memory: torch.Tensor
     ) -> PackedBatch:
-        """Read conversations into `memory`, uint8 of at least `most_bytes(numbers)`. Raises what `store.read` does."""
+        """Read conversations into `memory`, uint8 of at least `most_bytes(numbers)`.
+
+        Raises what `store.read` raises, and InputError where the store lacks a row that a start row needs.
+        """
         items = [store.read(int(number), self.column_names, window=self.read_window) for number in numbers]
         columns = pack_columns(
             items,
@@ -148,35 +154,35 @@ class BatchLoader:
             teacher=self.teacher,
             loss_rows=self.loss_rows,
         )
-        stretch = _Stretch(memory)
-        places = {}
+        arena = _Arena(memory)
+        slots = {}
         for name, value in columns.tensors.items():
-            places[name] = stretch.place(tuple(value.shape), value.dtype)
-            places[name].of(memory).copy_(value)
-        states = self._read_states(store, numbers, items, stretch)
+            slots[name] = arena.allocate(tuple(value.shape), value.dtype)
+            slots[name].view(memory).copy_(value)
+        states = self._read_states(store, numbers, items, arena)
         if _STATES in states:
-            places[_STATES] = states.pop(_STATES)
-        return PackedBatch(memory[: stretch.used], columns, places, states, loss_share)
+            slots[_STATES] = states.pop(_STATES)
+        return PackedBatch(memory[: arena.used], columns, slots, states, loss_share)
 
     def _read_states(
-        self, store: StoreReader, numbers: NDArray[np.int64], items: list[Conversation], stretch: _Stretch
-    ) -> dict[str, _Place]:
-        """Each array of all conversations together, every conversation's rows straight to where they belong."""
+        self, store: StoreReader, numbers: NDArray[np.int64], items: list[Conversation], arena: _Arena
+    ) -> dict[str, _ArraySlot]:
+        """Read the taps and final-norm states: one array each for all conversations, filled one after the other."""
         firsts = {
             axis: np.cumsum([0, *(len(item.arrays[name]) for item in items)])
             for axis, name in ((ROWS_AXIS, "positions"), (TEACHER_AXIS, "teacher_positions"))
         }
-        places: dict[str, _Place] = {}
+        slots: dict[str, _ArraySlot] = {}
         views: dict[str, NDArray[Any]] = {}
         for name in self.state_names:
             spec = self._specs[name]
             dtype = torch.from_numpy(np.empty(0, spec.stored_dtype)).dtype
-            places[name] = stretch.place((int(firsts[spec.axis][-1]), *spec.inner), dtype)
-            views[name] = places[name].of(stretch.memory).numpy()
-        for place, number in enumerate(numbers):
+            slots[name] = arena.allocate((int(firsts[spec.axis][-1]), *spec.inner), dtype)
+            views[name] = slots[name].view(arena.memory).numpy()
+        for index, number in enumerate(numbers):
             out = {}
             for name, view in views.items():
                 edges = firsts[self._specs[name].axis]
-                out[name] = view[edges[place] : edges[place + 1]]
+                out[name] = view[edges[index] : edges[index + 1]]
             store.read(int(number), self._asked, window=self.read_window, decode=False, out=out)
-        return places
+        return slots

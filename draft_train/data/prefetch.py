@@ -1,7 +1,7 @@
-"""Reading ahead: threads read micro-batches into host memory while the draft trains, one thread takes them over.
+"""Reading ahead: threads read micro-batches into host memory while the draft trains, and one moves them to the device.
 
-On a GPU the copy and the decoding run on a stream of their own, one micro-batch ahead, so that neither the device nor
-the training loop waits for them; on the CPU the same threads do it without streams.
+On a GPU the copy and the decoding run on a separate stream, one micro-batch ahead, so that neither the device nor the
+training loop waits for them. On the CPU the same threads do this without streams.
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ from draftcache.store.common.pinned_ring import PinnedRing
 from draftcache.store.reader import StoreReader
 
 LOCAL_READERS, REMOTE_READERS = 2, 16
-"""Threads that read. One decompresses 2.5 GB of states a second, and a GPU that trains 100k tokens/s takes 1.6; an
-object store answers late, so many wait for it."""
+"""Threads that read, from a local store and from an object store. One thread decompresses 2.5 GB of taps a second, and
+a GPU that trains 100k tokens/s reads 1.6. An object store has a long latency, which many threads hide."""
 
-_AHEAD_PER_READER = 4  # micro-batches; the memory for them may bound it sooner
+_AHEAD_PER_READER = 4
+"""Micro-batches that are read ahead per thread, unless the memory for them ends before."""
 _AHEAD_ON_DEVICE = 1
 
 Part = tuple[NDArray[np.int64], float]
-"""Conversations of a micro-batch, and the share of each in the step's loss."""
+"""The conversations of a micro-batch [M] int64, and the share of each in the step's loss."""
 
 
 class Prefetcher:
-    """Micro-batches of a store, in order, on `device`. Use as a context manager: threads end with it."""
+    """Provides the micro-batches of a store, in order, on `device`. It is a context manager, which ends its threads."""
 
     def __init__(
         self, store: StoreReader, loader: BatchLoader, parts: Iterable[Part], device: torch.device, *, most_bytes: int
     ) -> None:
-        """`most_bytes` of host memory hold what is read ahead; a micro-batch that takes more is read alone."""
+        """`most_bytes` of host memory hold the micro-batches read ahead; one that needs more is read alone."""
         self._loader, self._parts, self._device = loader, iter(parts), device
         self.waited = 0.0
-        """Seconds that `next_batch` has waited, all calls together."""
+        """Seconds that all calls of `next_batch` together have waited for data."""
         self._memory = PinnedRing(most_bytes, pinned=device.type == "cuda")
         self._readers = _readers(store)
         self._opened = [store.another() for _ in range(self._readers)]
@@ -71,10 +72,10 @@ class Prefetcher:
         self._thread.join()
 
     def next_batch(self) -> Batch:
-        """The next micro-batch. Raises what went wrong in reading it, and EOFError where there is none.
+        """Return the next micro-batch. Raises the error that reading it raised, or EOFError where there is none.
 
-        On a GPU it first waits until all work but the last micro-batch's is done: nothing else keeps the host from
-        queueing passes far ahead, each with a micro-batch in the device's memory.
+        On a GPU this first waits until the device has done all work that was queued before the previous call. Nothing
+        else keeps the host from queueing passes far ahead, each with a micro-batch in the device's memory.
         """
         if self._device.type == "cuda":
             before, self._asked = self._asked, torch.cuda.current_stream(self._device).record_event()
@@ -88,7 +89,7 @@ class Prefetcher:
             raise found
         if self._device.type == "cuda":
             stream = torch.cuda.current_stream(self._device)
-            for item in fields(found):  # made on another stream, whose allocator must not take them back too soon
+            for item in fields(found):  # made on another stream: its allocator must not reuse their memory too soon
                 if isinstance(value := getattr(found, item.name), torch.Tensor):
                     value.record_stream(stream)
         return found
@@ -101,7 +102,7 @@ class Prefetcher:
                 finally:
                     pool.shutdown(wait=False, cancel_futures=True)
             self._ready.put(EOFError("every micro-batch was taken"))
-        except BaseException as exc:  # it is raised where the batch is asked for
+        except BaseException as exc:  # `next_batch` raises it
             self._ready.put(exc)
         finally:
             for opened in self._opened:
@@ -138,7 +139,7 @@ class Prefetcher:
             self._stores.put(store)
 
     def _unpack(self, packed: PackedBatch, stream: torch.cuda.Stream | None) -> Batch:
-        """The batch, complete on the device: this thread waits for the copy, so that no other has to."""
+        """Return the batch, complete on the device. This thread waits for the copy, so that no other thread has to."""
         if stream is None:
             return packed.unpack(self._loader.codec, self._device)
         with torch.cuda.stream(stream):
@@ -152,7 +153,7 @@ def _readers(store: StoreReader) -> int:
 
 
 def ring_bytes(store: StoreReader, loader: BatchLoader, schedule: Schedule, most: int) -> int:
-    """Host memory that reading ahead can use, at most `most`: no more than the data, or than is ever read ahead."""
+    """Return the bytes of host memory for reading ahead: `most`, or less if all that is ever read ahead needs less."""
     sizes = loader.bytes[schedule.members]
     per_token = float((sizes / schedule.tokens[schedule.members]).max())
     alone = int(sizes.max())

@@ -1,8 +1,8 @@
-"""The stored teacher as a draft of one of the store's vocabularies reads it.
+"""The stored teacher over one of the store's draft vocabularies.
 
-Stored ids are of the main draft vocabulary, or with teacher "full" of the verifier's. Entries outside the chosen
-vocabulary are absent: id -1, logit -inf, hence p = 0. The tail mass stays exact, because `log_z_draft` is the chosen
-vocabulary's.
+Stored ids are ids of the main draft vocabulary or, with teacher "full", of the verifier's vocabulary. Entries outside
+the chosen vocabulary are absent: their id is -1 and their logit -inf, hence p = 0. The tail mass stays exact, because
+`log_z_draft` is the log Z of the chosen vocabulary.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from draftcache.store.reader import StoreReader
 
 @dataclass(frozen=True)
 class TeacherView:
-    """The teacher arrays of a store under one draft vocabulary; by default, as a store's main one has them."""
+    """The teacher arrays of a store over one draft vocabulary; by default, over the store's main one."""
 
     log_z: str = "log_z_draft"
-    """Array of the chosen vocabulary's log Z."""
+    """Name of the stored array with the chosen vocabulary's log Z."""
     lookup: NDArray[np.int64] | None = None
-    """The chosen vocabulary's id of each id that may be stored, -1 outside; None where they are the same."""
+    """By stored id, the id in the chosen vocabulary, -1 if it is outside; None where stored ids need no mapping."""
 
     @classmethod
     def of(cls, store: StoreReader, vocab: DraftVocab) -> TeacherView:
-        """Raises InputError where the stored top-k may lack the best entries of this vocabulary."""
+        """Return the view over `vocab`. Raises InputError where the stored top-k may lack its best entries."""
         form = store.manifest.teacher_form
         if form.kind == "hidden" or (form.kind == "draft" and vocab == form.main):
             return cls(log_z=vocab.log_z)
@@ -48,7 +48,7 @@ class TeacherView:
         return cls(log_z=vocab.log_z, lookup=lookup)
 
     def columns(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
-        """The teacher tensors of a `Batch` on the CPU. Where no entries were read, there are 0 of them."""
+        """Return the teacher tensors of a `Batch`, on the CPU. If no entries were read, K is 0."""
         positions = arrays["teacher_positions"].shape[0]
         ids, logits = np.empty((positions, 0), np.int64), np.empty((positions, 0), np.float32)
         if "teacher_ids" in arrays:
@@ -72,9 +72,9 @@ class TeacherView:
 
 
 def exact_probabilities(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """p [T, D] float32 of final-norm states [T, H], over the vocabulary whose rows of the head [D, H] are given.
+    """Return p [T, D] float32 of final-norm states [T, H] over the vocabulary whose head rows [D, H] are given.
 
-    Logits are float32 sums of exact products, as capture makes them; no gradient.
+    Logits are float32 sums of exact products, as in capture. No gradient flows through them.
     """
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         return torch.softmax(float32_product(hidden, head), dim=-1)

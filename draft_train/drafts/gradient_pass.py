@@ -1,4 +1,4 @@
-"""Forward and backward pass of one batch: the part of an optimizer step that a device may do in its own way."""
+"""Gradient passes: forward and backward pass of one batch, of which a device may need its own implementation."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ from torch import nn
 from draftcache.draft_train.data.batches import Batch
 from draftcache.draft_train.loss.objective import ObjectiveResult
 
-Ready = Callable[[list[nn.Parameter]], None]
-"""Called with parameters whose gradients are complete."""
+GradientHook = Callable[[list[nn.Parameter]], None]
+"""A function that is called with parameters whose gradients are complete."""
 
 
 class GradientPass(Protocol):
-    """What the trainer needs of a way to make gradients."""
+    """A way to compute gradients, as the trainer calls it."""
 
-    def __call__(self, batch: Batch, ready: Ready | None = None) -> ObjectiveResult:
+    def __call__(self, batch: Batch, ready: GradientHook | None = None) -> ObjectiveResult:
         """Add the gradients of the batch's loss to every parameter's `.grad` (float32, created if None).
 
-        `ready` is called with parameters whose gradients of this batch are complete, each exactly once, in the order
-        they complete, on whichever thread completes them, with its current stream ordered behind their values.
+        `ready` is called with parameters whose gradients are complete for this batch: once for each parameter, in the
+        order of completion, on the thread that completes them, whose current stream is ordered after their values.
         """
 
 
 class PlainPass:
-    """Autograd over a loss; on a GPU in bf16 by autocast, with float32 weights and gradients. Is a `GradientPass`."""
+    """Autograd over a loss. Implements `GradientPass`. On a GPU it runs in bf16 autocast, with float32 weights and
+    gradients.
+    """
 
     def __init__(self, model: nn.Module, loss: Callable[[Batch], ObjectiveResult]) -> None:
-        """`loss` runs the model's forward pass over a batch."""
+        """`loss` runs the forward pass of `model` over a batch."""
         self.model = model
         self.loss = loss
 
-    def __call__(self, batch: Batch, ready: Ready | None = None) -> ObjectiveResult:
+    def __call__(self, batch: Batch, ready: GradientHook | None = None) -> ObjectiveResult:
         device = batch.taps.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             result = self.loss(batch)
@@ -51,12 +53,12 @@ class PlainPass:
             for parameter in waiting
         ]
         try:
-            if result.loss.requires_grad:  # it does not where no row carries loss
+            if result.loss.requires_grad:  # it does not if no row carries loss
                 result.loss.backward()  # type: ignore[no-untyped-call]
         finally:
             for hook in hooks:
                 hook.remove()
-        for parameter in list(waiting):  # the loss does not depend on these
+        for parameter in list(waiting):  # parameters that the loss does not depend on
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             complete(parameter)

@@ -1,6 +1,6 @@
-"""What the rest of training knows of a draft: the trainer, evaluation, checkpoints, memory estimate and export.
+"""The interface of a draft for the rest of training: trainer, evaluation, checkpoints, memory estimate and export.
 
-An `Architecture` is one way to build drafts, found by its name in `registry`. A `Draft` is one draft of it: a shape,
+An `Architecture` is one way to build drafts, which `registry` finds by its name. A `Draft` is one draft of it: a shape,
 weights, and everything that depends on them. A new architecture is a folder beside `eagle3` with these two classes.
 """
 
@@ -26,7 +26,7 @@ from draftcache.store.reader import StoreReader
 
 
 class Shape(Protocol):
-    """The shape of a draft: a frozen dataclass of JSON values, with at least these fields."""
+    """The shape of a draft: a frozen dataclass of JSON values with at least these fields."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
@@ -36,20 +36,20 @@ class Shape(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Token ids of the verifier."""
+        """Number of token ids of the verifier."""
 
     @property
     def draft_vocab_size(self) -> int:
-        """Token ids that the draft can propose."""
+        """Number of token ids that the draft can propose."""
 
     @property
     def sliding_window(self) -> int | None:
-        """Keys farther back than this, by position, are not attended; None attends to all earlier keys."""
+        """Window in positions: a row attends to keys fewer than this many positions back; None attends to all keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifierShape:
-    """What the shape of a draft takes over from the verifier and its store."""
+    """The part of a draft's shape that the verifier and its store decide."""
 
     hidden_size: int
     taps: int
@@ -60,7 +60,10 @@ class VerifierShape:
 
     @classmethod
     def of(cls, store: StoreReader, draft_vocab_size: int) -> VerifierShape:
-        """Of a store. `draft_vocab_size` 0 is its main draft vocabulary. Raises InputError where it has none such."""
+        """Return the shape for a store. `draft_vocab_size` 0 chooses its main draft vocabulary.
+
+        Raises InputError where the store has no draft vocabulary of this size.
+        """
         manifest = store.manifest
         return cls(
             hidden_size=manifest.hidden_size,
@@ -73,10 +76,10 @@ class VerifierShape:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRows:
-    """How large a micro-batch is, for the memory estimate."""
+    """The size of a micro-batch, for the memory estimate."""
 
     rows: int
-    """Rows whose states are read."""
+    """Key rows, whose taps are read."""
     starts: int
     """Start rows."""
     top_k: int
@@ -85,7 +88,7 @@ class BatchRows:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointState:
-    """What state.json of a checkpoint says, without the format and the hashes of the files beside it."""
+    """The content of a checkpoint's state.json, without the format and the hashes of the files beside it."""
 
     architecture: str
     """Name of the draft's architecture."""
@@ -98,10 +101,11 @@ class CheckpointState:
     store_hash: str
     draft_vocab_hash: str
     verifier: dict[str, Any]
-    """As in the store's manifest."""
+    """The verifier, as the store's manifest describes it."""
     taps: list[dict[str, Any]]
-    """As in the store's manifest."""
+    """The taps, as the store's manifest describes them."""
     metrics: dict[str, Any]
+    """What was logged of the last step."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +113,9 @@ class ServedForm:
     """A draft as an inference engine loads it."""
 
     config: dict[str, Any]
-    """config.json."""
+    """Content of config.json."""
     tensors: dict[str, Tensor]
-    """model.safetensors."""
+    """Content of model.safetensors."""
 
 
 class Draft(ABC):
@@ -126,25 +130,25 @@ class Draft(ABC):
     def initialize(self, seed: int, frozen: FrozenWeights, head_init: str) -> None:
         """Set the weights before the first step. They depend on `seed` alone, not on the device.
 
-        `head_init` "verifier" takes over what the verifier has (its head's rows, its final norm), "random" does not.
+        With `head_init` "verifier", head and norm start as the verifier's head rows and final norm; with "random" not.
         """
 
     @abstractmethod
     def needs(self, config: TrainConfig) -> BatchNeeds:
-        """What a training batch has to hold under these settings."""
+        """Return what a training batch has to hold under these settings."""
 
     @abstractmethod
     def step_outputs(self, frozen: FrozenWeights, batch: Batch, steps: int) -> Iterator[StepOutput]:
-        """The plain forward pass: outputs of steps 0 .. steps-1, as long as any start row is left."""
+        """Run the plain forward pass: yield the outputs of steps 0 .. steps-1, as long as any start row is left."""
 
     @abstractmethod
     def logits(self, output: StepOutput, batch: Batch) -> Tensor:
-        """Draft-vocabulary logits [A, V] of an output's rows."""
+        """Return the draft-vocabulary logits [A, V] of an output's rows."""
 
     def gradient_pass(
         self, config: TrainConfig, objective: Objective, frozen: FrozenWeights, *, say: bool = True
     ) -> GradientPass:
-        """The way to make gradients under these settings. `say` prints why a faster way can't be taken.
+        """Return the gradient pass for these settings. `say` prints why a faster pass can't be used.
 
         Raises InputError for settings that this architecture can't honour. The default is autograd over
         `step_outputs`, for architectures without a hand-written pass.
@@ -161,7 +165,7 @@ class Draft(ABC):
         return self.plain_pass(config, objective, frozen)
 
     def plain_pass(self, config: TrainConfig, objective: Objective, frozen: FrozenWeights) -> PlainPass:
-        """Autograd over `step_outputs`: the plain twin of every other pass."""
+        """Return autograd over `step_outputs`, which is the plain twin of every other pass."""
         steps = self.needs(config).steps
 
         def loss(batch: Batch) -> Any:
@@ -171,7 +175,7 @@ class Draft(ABC):
 
     @torch.inference_mode()
     def propose(self, frozen: FrozenWeights, batch: Batch, count: int) -> Tensor:
-        """[S, count] int64: the draft's greedy choice at each step of each start row, in draft ids; -1 past its steps.
+        """Return the draft's greedy choices [S, count] int64 by start row and step, as draft ids; -1 past its steps.
 
         Step k is fed with the tokens that were realised before it. They equal the draft's own proposals until the first
         proposal that the verifier rejects, and nothing after that one counts, so this serves chains and blocks alike.
@@ -185,36 +189,36 @@ class Draft(ABC):
     def served_form(
         self, state: CheckpointState, vocab_map: VocabMap, *, engine: str, dtype: torch.dtype
     ) -> ServedForm:
-        """The form that `engine` loads, weights in `dtype`. Raises CheckpointError for what can't be served."""
+        """Return the form that `engine` loads, weights in `dtype`. Raises CheckpointError for what can't be served."""
 
 
 class Architecture(ABC):
     """One way to build drafts. It has no state."""
 
     name: str
-    """On the command line, in checkpoints and in exports."""
+    """Name on the command line, in checkpoints and in exports."""
     engines: tuple[str, ...]
     """Inference engines that a draft can be exported for."""
 
     @abstractmethod
     def shape_for(self, config: TrainConfig, verifier: VerifierShape) -> Shape:
-        """The shape of the draft that these settings ask for. Raises InputError where they do not fit together."""
+        """Return the shape of the draft that these settings ask for. Raises InputError for settings that don't fit."""
 
     @abstractmethod
     def read_shape(self, values: dict[str, Any]) -> Shape:
-        """The shape that a checkpoint's state.json holds as JSON values. Raises InputError."""
+        """Return the shape that state.json of a checkpoint holds. Raises InputError where `values` is no such shape."""
 
     @abstractmethod
     def build(self, shape: Shape, device: torch.device) -> Draft:
-        """A draft of this shape on `device`; its weights are not set yet."""
+        """Return a draft of this shape on `device`, whose weights are not set yet."""
 
     @abstractmethod
     def peak_bytes(self, shape: Shape, config: TrainConfig, batch: BatchRows) -> dict[str, int]:
-        """GPU memory of a training step at its worst moment, by kind, in bytes, by arithmetic.
+        """Return the GPU memory of a training step at its peak, in bytes by kind. Nothing runs on a GPU for it.
 
-        It is what PyTorch hands out: CUDA's own context (about half a GB) and fragmentation come on top.
+        It is the memory that PyTorch allocates: CUDA's context (about half a GB) and fragmentation come on top.
         """
 
     @abstractmethod
     def check_served(self, path: Path) -> None:
-        """Read an exported directory back. Raises CheckpointError where it is not what the engine expects."""
+        """Read an exported directory back. Raises CheckpointError where it is not what engines expect."""

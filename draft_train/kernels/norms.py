@@ -1,6 +1,7 @@
 """RMS norm and its gradients.
 
-Shape suffixes: T rows, H hidden; P rows of which T are `kept` [T] int64, distinct; all of them where that is None.
+Shape suffixes: H hidden, P rows of the input, T rows of the output. `kept` [T] int64 names the T input rows that are
+normalized, each once; with `kept` None these are all P rows.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from torch import Tensor
 from draftcache.store.common.triton_launch import jit, power_of_two, runs_kernels, tl
 
 _PROGRAMS = 264
-"""Programs that share a backward pass's rows: each sums the weight's gradient over its own."""
+"""Most programs of a backward pass. Each takes a share of the rows and sums the weight's gradient over them."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, kept: Tensor | None = None) -> Tensor:
-    """`weight * x / sqrt(mean(x^2) + eps)` [T, H], computed in float32 and rounded once.
+    """Return `weight * x / sqrt(mean(x^2) + eps)` [T, H] in x's dtype, computed in float32 and rounded once.
 
     x [P, H] contiguous, weight [H].
     """
@@ -32,7 +33,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, kept: Tensor | None = None) 
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, kept: Tensor | None = None) -> Tensor:
-    """See `rms_norm`."""
+    """Plain twin of `rms_norm`. It computes in float64 if x is float64."""
     values = (x if kept is None else x[kept]).to(torch.promote_types(x.dtype, torch.float32))
     return (weight * (values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps))).to(x.dtype)
 
@@ -46,10 +47,10 @@ def rms_norm_backward(
     residual: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """Gradient [P, H] of x, plus `residual` [T, H] where it is given; adds to `weight_gradient` [H] in its dtype.
+    """Return the gradient [P, H] of x, plus `residual` [T, H] if given; add the weight's to `weight_gradient` [H].
 
-    `upstream` [T, H]; rows that are not kept have gradient 0. With r = 1 / rms(x) and g = upstream * weight:
-    `r (g - x r^2 mean(g x))`.
+    `upstream` [T, H] is the gradient of the output. Rows that are not kept have gradient 0. With r = 1 / rms(x) and
+    g = upstream * weight, the gradient of a row is `r (g - x r^2 mean(g x))`.
     """
     if not runs_kernels(x):
         return rms_norm_backward_reference(upstream, x, weight, eps, weight_gradient, residual, kept)
@@ -76,7 +77,7 @@ def rms_norm_backward_reference(
     residual: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """See `rms_norm_backward`."""
+    """Plain twin of `rms_norm_backward`. It computes in float64 if x is float64."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     values, given = (x if kept is None else x[kept]).to(dtype), upstream.to(dtype)
     scale = torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
@@ -91,12 +92,12 @@ def rms_norm_backward_reference(
 def _rms_norm_kernel(x, weight, kept, out, width, eps, CHOOSE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     start = row * width
-    place = start
+    x_start = start
     if CHOOSE:
-        place = tl.load(kept + row) * width
+        x_start = tl.load(kept + row) * width
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    values = tl.load(x + place + columns, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(x + x_start + columns, mask=inside, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(values * values, 0) / width + eps)
     factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + start + columns, (factor * (values * scale)).to(out.dtype.element_ty), mask=inside)
@@ -114,10 +115,10 @@ def _rms_norm_gradient_kernel(
     sums = tl.zeros((BLOCK,), tl.float32)
     for row in range(program, rows, programs):
         start = tl.cast(row, tl.int64) * width
-        place = start
+        x_start = start
         if CHOOSE:
-            place = tl.load(kept + row) * width
-        values = tl.load(x + place + columns, mask=inside, other=0.0).to(tl.float32)
+            x_start = tl.load(kept + row) * width
+        values = tl.load(x + x_start + columns, mask=inside, other=0.0).to(tl.float32)
         given = tl.load(upstream + start + columns, mask=inside, other=0.0).to(tl.float32)
         scale = 1.0 / tl.sqrt(tl.sum(values * values, 0) / width + eps)
         normed = values * scale
@@ -126,5 +127,5 @@ def _rms_norm_gradient_kernel(
         gradient = scale * (weighted - normed * (tl.sum(weighted * normed, 0) / width))
         if ADD:
             gradient += tl.load(residual + start + columns, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + place + columns, gradient.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + x_start + columns, gradient.to(out.dtype.element_ty), mask=inside)
     tl.store(partial + program.to(tl.int64) * width + columns, sums, mask=inside)

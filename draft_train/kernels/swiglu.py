@@ -1,4 +1,4 @@
-"""SwiGLU over gate and up side by side, and its gradients.
+"""SwiGLU over rows that hold gate and up side by side, and its gradients.
 
 Shape suffixes: T rows, I intermediate.
 """
@@ -15,7 +15,7 @@ _BLOCK = 1024
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """`silu(gate) * up` [T, I] of [T, 2I], gate first; computed in float32 and rounded once."""
+    """Return `silu(gate) * up` [T, I] of `gate_up` [T, 2I], gate first, computed in float32 and rounded once."""
     if not runs_kernels(gate_up):
         return swiglu_reference(gate_up)
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
@@ -26,15 +26,16 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
-    """See `swiglu`."""
+    """Plain twin of `swiglu`. It computes in float64 if `gate_up` is float64."""
     gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
 def swiglu_backward_(upstream: Tensor, gate_up: Tensor) -> Tensor:
-    """Write the gradient over `gate_up` [T, 2I], and `swiglu(gate_up)` over `upstream` [T, I]; returns the latter.
+    """Overwrite `gate_up` [T, 2I] with its gradient and `upstream` [T, I] with `swiglu(gate_up)`; return the latter.
 
-    Both are what the weights' gradients need next, and the two tensors are the largest of a training step.
+    The weights' gradients need both results next. They take the memory of the operands because these two tensors are
+    the largest of a training step.
     """
     if not runs_kernels(gate_up):
         return swiglu_backward_reference_(upstream, gate_up)
@@ -45,7 +46,7 @@ def swiglu_backward_(upstream: Tensor, gate_up: Tensor) -> Tensor:
 
 
 def swiglu_backward_reference_(upstream: Tensor, gate_up: Tensor) -> Tensor:
-    """See `swiglu_backward_`."""
+    """Plain twin of `swiglu_backward_`. It computes in float64 if `gate_up` is float64."""
     dtype = torch.promote_types(gate_up.dtype, torch.float32)
     given, (gate, up) = upstream.to(dtype), gate_up.to(dtype).chunk(2, dim=-1)
     sigmoid = torch.sigmoid(gate)
@@ -69,13 +70,13 @@ def _swiglu_gradient_kernel(upstream, gate_up, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    place = gate_up + row * 2 * width + columns
+    pointer = gate_up + row * 2 * width + columns
     dtype = gate_up.dtype.element_ty
     given = tl.load(upstream + row * width + columns, mask=inside).to(tl.float32)
-    gate = tl.load(place, mask=inside).to(tl.float32)
-    up = tl.load(place + width, mask=inside).to(tl.float32)
+    gate = tl.load(pointer, mask=inside).to(tl.float32)
+    up = tl.load(pointer + width, mask=inside).to(tl.float32)
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     silu = gate * sigmoid
-    tl.store(place, (given * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))).to(dtype), mask=inside)
-    tl.store(place + width, (given * silu).to(dtype), mask=inside)
+    tl.store(pointer, (given * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))).to(dtype), mask=inside)
+    tl.store(pointer + width, (given * silu).to(dtype), mask=inside)
     tl.store(upstream + row * width + columns, (silu * up).to(dtype), mask=inside)

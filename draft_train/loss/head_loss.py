@@ -1,4 +1,4 @@
-"""Norm, head and loss of a hand-written backward pass: a slice of rows at a time, gradients at once, no logits kept.
+"""Norm, head and loss for a hand-written backward pass: slice by slice, with gradients at once and no logits kept.
 
 Shape suffixes: T rows of a step, H hidden, V draft vocabulary.
 """
@@ -16,7 +16,7 @@ from draftcache.draft_train.loss.objective import Objective, row_weights, teache
 from draftcache.store.common.products import add_product, float32_product
 
 _PLAIN_SHARE = 8
-"""Losses without a kernel hold about this many copies of a slice's logits."""
+"""Losses without a kernel hold about this many copies of a slice's logits, so their slices are that much smaller."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,17 @@ class LossRows:
     teacher_rows: Tensor
     """[T] int64 rows of the batch's teacher arrays."""
     weight: Tensor
-    """[T] float32 weight of each row's loss in the batch's."""
+    """[T] float32 weight of each row's loss in the loss of the batch."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """The norm and the head that are read, and the memory that their gradients are added to."""
+    """The weights of norm and head, and the buffers that their gradients are added to."""
 
     matrix: Tensor
-    """[V, H] in the dtype of the products."""
+    """[V, H] weight of the head, in the dtype of the matrix products."""
     norm: Tensor
-    """[H] float32 weight of the RMS norm before it."""
+    """[H] float32 weight of the RMS norm before the head."""
     eps: float
     matrix_gradient: Tensor
     """[V, H] float32."""
@@ -45,15 +45,15 @@ class Head:
 
 
 class HeadLoss:
-    """The objective's loss, and its gradient for un-normed outputs of a step."""
+    """Computes the objective's loss, and its gradient, from the un-normed outputs of a step."""
 
     def __init__(self, objective: Objective, slice_rows: int) -> None:
-        """`slice_rows`: rows whose logits exist at once."""
+        """`slice_rows` is the number of rows whose logits exist at once."""
         self.objective = objective
         self.slice_rows = slice_rows
 
     def rows_of(self, batch: Batch, number: int, rows: Tensor) -> LossRows:
-        """Teacher rows and weights of the start rows [T] of step `number`."""
+        """Return teacher rows and weights of the start rows `rows` [T] int64 at step `number`."""
         objective = self.objective
         teacher_rows = batch.teacher_index[rows, number]
         conversation = batch.conversation[rows]
@@ -66,9 +66,9 @@ class HeadLoss:
     def backward(
         self, batch: Batch, chosen: LossRows, hidden: Tensor, residual: Tensor | None, head: Head
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradient [T, H] of `hidden` plus `residual`, losses [T] float32 and hits [T] bool.
+        """Return the gradient [T, H] of `hidden` [T, H] plus `residual`, losses [T] float32 and hits [T] bool.
 
-        The gradients of norm and head are added to the memory that `head` names.
+        The gradients of norm and head are added to the buffers of `head`.
         """
         losses, hits, upstream = [], [], torch.empty_like(hidden)
         size = self.slice_rows if self._uses_kernel(batch) else max(1, self.slice_rows // _PLAIN_SHARE)
@@ -92,7 +92,7 @@ class HeadLoss:
     def _slice(
         self, batch: Batch, normed: Tensor, head: Tensor, teacher_rows: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses [T], hits [T], and the weighted gradient of the logits [T, V] in the products' dtype."""
+        """Return losses [T], hits [T], and the weighted gradient of the logits [T, V] in the products' dtype."""
         logits = float32_product(normed, head)
         if self._uses_kernel(batch):
             assert self.objective.loss.kernel is not None

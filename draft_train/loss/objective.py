@@ -1,7 +1,7 @@
 """The loss of a batch: how the losses of rows are weighted and averaged, whatever draft made the logits.
 
 A draft gives a `StepOutput` for each of its steps (an unroll step of a chain, a slot of a block) and logits for the
-rows of an output. `row_losses` has the loss of one row.
+rows of an output. The loss of one row is in `row_losses`.
 
 The teacher over the draft vocabulary D is `p_i = exp(z_i - log_z_draft)` for the stored entries, and the tail mass
 `tau = 1 - sum p_i`, which is exact because log_z_draft is. Where a store holds final-norm states, p is known over all
@@ -25,7 +25,7 @@ from draftcache.draft_train.loss.row_losses import RowTeacher, find_loss
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a draft leaves at step `number`: which start rows took part, and the states that its head reads."""
+    """The output of a draft at step `number`: which start rows took part, and the states that its head reads."""
 
     number: int
     rows: Tensor
@@ -34,32 +34,32 @@ class StepOutput:
     """[A, H]."""
 
     def take(self, chosen: Tensor | slice) -> StepOutput:
-        """The same for some of its rows."""
+        """Return the output of some of these rows."""
         return StepOutput(self.number, self.rows[chosen], self.hidden[chosen])
 
 
 Logits = Callable[[StepOutput], Tensor]
-"""The draft-vocabulary logits [A, V] of an output's rows."""
+"""Returns the draft-vocabulary logits [A, V] of an output's rows."""
 
 
 def teacher_probabilities(teacher_logits: Tensor, log_z_draft: Tensor) -> tuple[Tensor, Tensor]:
-    """p [T, K] and tau [T] of stored logits [T, K] and log_z_draft [T]. tau is clipped at 0 against rounding.
+    """Return p [T, K] and tau [T] for stored logits [T, K] and log_z_draft [T].
 
-    The logit of an absent entry is -inf, and its p is 0.
+    Rounding may make tau negative, so it is clipped at 0. The logit of an absent entry is -inf, and its p is 0.
     """
     p = torch.exp(teacher_logits - log_z_draft[:, None])
     return p, (1.0 - p.sum(-1)).clamp(min=0.0)
 
 
 def draft_mass(batch: Batch, teacher_rows: Tensor) -> Tensor:
-    """p(D) = exp(log_z_draft - log_z_full) [T]: the verifier's probability of the whole draft vocabulary."""
+    """Return p(D) = exp(log_z_draft - log_z_full) [T], the verifier's probability of the whole draft vocabulary."""
     return torch.exp(batch.log_z_draft[teacher_rows] - batch.log_z_full[teacher_rows]).clamp(max=1.0)
 
 
 def row_weights(mode: str, batch: Batch, teacher_rows: Tensor, in_draft: Tensor) -> Tensor:
-    """Weight [T] float32 of each row's loss, for rows with the teacher rows [T] int64.
+    """Return the weight [T] float32 of each row's loss, for rows with the teacher rows [T] int64, by `mode`.
 
-    "weight": p(D), all the probability that the draft can win there.
+    "weight": p(D), the most probability that the draft can win there.
     "drop": 0 where the verifier's argmax is outside D (`in_draft` [V] bool), else 1.
     "keep": 1.
     """
@@ -71,7 +71,7 @@ def row_weights(mode: str, batch: Batch, teacher_rows: Tensor, in_draft: Tensor)
 
 
 def row_means(batch: Batch, rows: Tensor) -> Tensor:
-    """Weight [T] float32 of the start rows `rows` [T] int64 of one step in the means of their conversations."""
+    """Return the weight [T] float32 of each start row `rows` [T] int64 of one step in its conversation's mean."""
     if batch.pair_weight is not None:
         return batch.pair_weight[rows]
     conversation = batch.conversation[rows]
@@ -80,9 +80,9 @@ def row_means(batch: Batch, rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ObjectiveResult:
-    """The loss of a batch and what is logged of it. All are sums, so that micro-batches and ranks add up.
+    """The loss of a batch and the figures that are logged. All are sums, so that micro-batches and ranks add up.
 
-    Nothing here waits for the device.
+    No method waits for the device.
     """
 
     loss: Tensor
@@ -100,22 +100,22 @@ class ObjectiveResult:
 
     @classmethod
     def zeros(cls, steps: int, device: torch.device) -> ObjectiveResult:
-        """The result of no batch at all."""
+        """Return the result of no batch at all."""
         return cls.unpack(torch.zeros(3 * steps + 3, dtype=torch.float64, device=device))
 
     @classmethod
     def unpack(cls, values: Tensor) -> ObjectiveResult:
-        """The result that `packed` made `values` of."""
+        """Return the result whose `packed()` is `values`."""
         rows, losses, hits = values[3:].view(3, -1)
         return cls(loss=values[0], tail_mass=values[1], tail_positions=values[2], rows=rows, losses=losses, hits=hits)
 
     def packed(self) -> Tensor:
-        """[3 * steps + 3] float64, detached: one tensor to add up or to copy."""
+        """Return all values as one tensor [3 * steps + 3] float64, detached, to add up or to copy."""
         scalars = torch.stack([value.detach().double() for value in (self.loss, self.tail_mass, self.tail_positions)])
         return torch.cat([scalars, *(value.detach().double() for value in (self.rows, self.losses, self.hits))])
 
     def __add__(self, other: ObjectiveResult) -> ObjectiveResult:
-        """Sums over both, detached."""
+        """Return the sums of both results, detached."""
         return self.unpack(self.packed() + other.packed())
 
 
@@ -167,10 +167,10 @@ class Objective:
         )
 
     def _rows(self, logits: Logits, batch: Batch, output: StepOutput, teacher_rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss [T] and hits [T] in slices of `loss_chunk` rows.
+        """Return losses [T] and hits [T] bool, computed in slices of `loss_chunk` rows.
 
-        With several slices, logits (the verifier's too) are made again in the backward pass, so that at most one slice
-        of them is alive.
+        With several slices, logits (the verifier's too) are recomputed in the backward pass, so that at most one
+        slice of them is alive.
         """
 
         def one(hidden: Tensor, rows: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,13 +187,13 @@ class Objective:
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
     def row_losses(self, logits: Tensor, batch: Batch, teacher_rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss [T] and hits [T] bool of draft logits [T, V] for the teacher rows [T] int64."""
+        """Return losses [T] and hits [T] bool of draft logits [T, V] for the teacher rows [T] int64."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         hits = self.target_ids[logits.detach().argmax(-1)] == batch.argmax[teacher_rows]
         return self.loss.function(logits, self.row_teacher(batch, teacher_rows)), hits
 
     def row_teacher(self, batch: Batch, teacher_rows: Tensor) -> RowTeacher:
-        """The teacher of the teacher rows [T] int64 over the draft vocabulary."""
+        """Return the teacher over the draft vocabulary in the teacher rows [T] int64."""
         mass = draft_mass(batch, teacher_rows)
         if batch.teacher_hidden is not None:
             assert self.verifier_head is not None, "the trainer gives it where a store holds states"
@@ -205,7 +205,7 @@ class Objective:
 
 
 def tail_sums(batch: Batch) -> tuple[Tensor, Tensor]:
-    """The sum of tau over the batch's teacher positions, and their number, both [] float64."""
+    """Return the sum of tau over the batch's teacher positions, and the number of these, both [] float64."""
     positions = torch.full((), batch.argmax.shape[0], dtype=torch.float64, device=batch.argmax.device)
     if batch.teacher_hidden is not None:
         return torch.zeros_like(positions), positions

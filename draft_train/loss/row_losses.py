@@ -1,7 +1,7 @@
-"""Losses of one row over the draft vocabulary D, of draft logits against a teacher of which entries are stored.
+"""Losses of one row: draft logits over the draft vocabulary D against a teacher whose largest entries are stored.
 
 The teacher is `p_i` for the stored entries S, and the tail mass `tau = 1 - sum_S p_i`, which is exact because log Z is
-stored. The draft is `q = softmax(logits)`, with a tail `1 - sum_S q_i` of its own. S and the tail are |S| + 1 outcomes.
+stored. The draft is `q = softmax(logits)`, and its tail is `1 - sum_S q_i`. S and the tail are |S| + 1 outcomes.
 
 - `tail-kl`, the default: `-sum_S p_i log q_i - tau log(1 - sum_S q_i)`, cross entropy over these outcomes. The head and
   the total tail are exact; only the shape inside the tail is not, so the gradient is off by at most 2 tau in L1. The
@@ -15,12 +15,12 @@ stored. The draft is `q = softmax(logits)`, with a tail `1 - sum_S q_i` of its o
 - `lk`: `lambda KL + (1 - lambda)(1 - alpha)` with `lambda = exp(-3 alpha)`, through which no gradient flows, and the
   KL over D of `tail-kl`: the hybrid of Samarin et al., "LK Losses", arXiv 2602.23881, sections 4.2 and 4.4, with the
   rate that they found best. KL leads while the draft is far off, where the gradient of alpha vanishes. The paper takes
-  lambda from the mean alpha of an unroll step's rows; here it is the row's own, so that a row's loss depends on no
-  other row, whichever slice, pack or rank that row is in.
+  lambda from the mean alpha of an unroll step's rows; here it is the alpha of the row itself, so that a row's loss
+  depends on no other row, whichever slice, pack or rank that row is in.
 - `lk-alpha`: `-log alpha`, the same paper's likelihood of acceptance: the gradient is that of `tv`, times 1 / alpha.
 
 Entries that are absent (id -1) are not in S. Where S is empty, tau = 1 and nothing has a gradient; where S is all of D,
-there is no tail, and tau counts as 0, whatever rounding left. Where p is known over all of D, S is D.
+there is no tail, and tau counts as 0, whatever rounding made of it. Where p is known over all of D, S is D.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ Kernel = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     tuple[torch.Tensor, torch.Tensor],
 ]
-"""Float32 logits [T, V], ids, p, tau, weights [T] and the memory [T, V] that the weighted gradient of the logits is
-written to -> losses [T] and argmax [T] int64; as `kernels.tail_kl`."""
+"""Takes float32 logits [T, V], ids, p, tau, weights [T] and a buffer [T, V] for the weighted gradient of the logits.
+Returns losses [T] and argmax [T] int64, as `kernels.tail_kl` does."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,18 @@ class Loss:
     function: Callable[[torch.Tensor, RowTeacher], torch.Tensor]
     """Float32 draft logits [T, V] and their teacher -> losses [T]. Only the logits get a gradient."""
     kernel: Kernel | None = None
-    """Makes losses and gradients in one pass, for teachers with ids; None: autograd goes through `function`."""
+    """Computes losses and gradients in one pass, for teachers with ids; None: autograd goes through `function`."""
 
 
 def find_loss(name: str) -> Loss:
-    """The loss of this name. Raises InputError naming those there are."""
+    """Return the loss of this name. Raises InputError, which names all losses, where there is none."""
     if name not in LOSSES:
         raise InputError(f"--loss: expected one of {list(LOSSES)}, found {name!r}")
     return LOSSES[name]
 
 
 def tail_kl_loss(logits: torch.Tensor, teacher: RowTeacher) -> torch.Tensor:
-    """`tail-kl` [T]. Without ids it is the cross entropy over the whole draft vocabulary."""
+    """Return the loss `tail-kl` [T]. Without ids it is the cross entropy over the whole draft vocabulary."""
     if teacher.ids is None:
         return F.cross_entropy(logits, teacher.p.to(logits.dtype), reduction="none")
     assert teacher.tau is not None, "stored entries come with their tail"
@@ -90,7 +90,7 @@ def tail_kl_loss(logits: torch.Tensor, teacher: RowTeacher) -> torch.Tensor:
 
 
 def renormalized_loss(logits: torch.Tensor, teacher: RowTeacher) -> torch.Tensor:
-    """`renormalized-kl` [T]: cross entropy to the stored entries, scaled up to sum 1; 0 where none is stored."""
+    """Return the loss `renormalized-kl` [T]: cross entropy to the stored entries, scaled to sum 1; 0 if none exist."""
     p = teacher.p
     p = p / p.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
     if teacher.ids is None:
@@ -99,12 +99,12 @@ def renormalized_loss(logits: torch.Tensor, teacher: RowTeacher) -> torch.Tensor
 
 
 def tv_loss(logits: torch.Tensor, teacher: RowTeacher) -> torch.Tensor:
-    """`tv` [T]."""
+    """Return the loss `tv` [T]."""
     return 1.0 - acceptance(logits, teacher)
 
 
 def lk_loss(logits: torch.Tensor, teacher: RowTeacher) -> torch.Tensor:
-    """`lk` [T]."""
+    """Return the loss `lk` [T]."""
     alpha = acceptance(logits, teacher)
     kl = tail_kl_loss(logits, teacher) + _negative_entropy(teacher)
     blend = torch.exp(-LK_DECAY * alpha.detach())
@@ -112,13 +112,13 @@ def lk_loss(logits: torch.Tensor, teacher: RowTeacher) -> torch.Tensor:
 
 
 def lk_alpha_loss(logits: torch.Tensor, teacher: RowTeacher) -> torch.Tensor:
-    """`lk-alpha` [T]. Below the smallest normal number alpha has no digits left, nor a usable gradient."""
+    """Return the loss `lk-alpha` [T]. Below the smallest normal number alpha has no digits, and its gradient no use."""
     alpha = acceptance(logits, teacher)
     return -alpha.clamp(min=torch.finfo(alpha.dtype).tiny).log()
 
 
 def acceptance(logits: torch.Tensor, teacher: RowTeacher) -> torch.Tensor:
-    """alpha [T] of draft logits [T, V], with the tail as one outcome."""
+    """Return alpha [T] of draft logits [T, V], with the tail as one outcome."""
     q = torch.softmax(logits, dim=-1)
     mass = logits.new_ones(len(logits)) if teacher.mass is None else teacher.mass.to(q.dtype)
     scaled = teacher.p.to(q.dtype) * mass[:, None]

@@ -11,12 +11,13 @@ from typing import Any
 from draftcache.store.common.errors import StoreError
 from draftcache.store.common.files import hash_json
 
-_SEAL = "xxh3_128"
+SEAL = "xxh3_128"
+"""The key under which a file holds the hash of its other values."""
 
 
 def seal(value: dict[str, Any]) -> bytes:
     """Return a file's bytes, which hold `value` and the xxh3-128 of its canonical JSON."""
-    return _text({**value, _SEAL: hash_json(value)})
+    return _text({**value, SEAL: hash_json(value)})
 
 
 def unseal(data: bytes, where: str) -> dict[str, Any]:
@@ -25,13 +26,13 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
         value = json.loads(data)
     except ValueError as exc:
         raise StoreError(f"{where}: expected JSON, found something else ({exc})") from exc
-    if not isinstance(value, dict) or _SEAL not in value:
-        raise StoreError(f"{where}: expected a JSON object with its hash in {_SEAL!r}, found none")
-    content = {name: item for name, item in value.items() if name != _SEAL}
+    if not isinstance(value, dict) or SEAL not in value:
+        raise StoreError(f"{where}: expected a JSON object with its hash in {SEAL!r}, found none")
+    content = {name: item for name, item in value.items() if name != SEAL}
     # The bytes are compared too: a change of white space leaves the values alone, yet the file has changed.
-    if value[_SEAL] != hash_json(content) or _text(value) != data:
+    if value[SEAL] != hash_json(content) or _text(value) != data:
         raise StoreError(
-            f"{where}: expected values that hash to {value[_SEAL]!r}, found {hash_json(content)}; "
+            f"{where}: expected values that hash to {value[SEAL]!r}, found {hash_json(content)}; "
             "it was edited or damaged"
         )
     return content

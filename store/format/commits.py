@@ -28,6 +28,15 @@ def shard_name(shard: int) -> str:
     return f"{shard:05d}"
 
 
+def shard_number(name: str) -> int | None:
+    """The shard that a file or directory below `shards/` belongs to by its name; None where the name is no shard's.
+
+    A shard's directory is called by its five digits, in an object store with `-` and the attempt's name behind them.
+    """
+    number = name.split("/")[1].partition("-")[0]
+    return int(number) if number.isdecimal() and number.isascii() else None
+
+
 def record_name(name: str) -> str:
     """Return the file name, in the store, of the commit record `name`: a shard's name or a top-level file's stem."""
     return f"{COMMIT_DIRECTORY}/{name}.json"

@@ -8,7 +8,7 @@ import torch
 
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.data.batches import Batch
-from draftcache.draft_train.drafts.eagle3.fused_state import PassSettings
+from draftcache.draft_train.drafts.eagle3.fused_state import FusedPassSettings
 from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 from draftcache.draft_train.drafts.eagle3.unroll import unroll
 from draftcache.draft_train.drafts.gradient_pass import GradientPass, PlainPass
@@ -16,7 +16,7 @@ from draftcache.draft_train.loss.objective import Objective, ObjectiveResult
 from support.draft_models import STEPS
 from support.synthetic import vocab_map
 
-SMALL = PassSettings(rows=7, mlp_rows=5)
+SMALL = FusedPassSettings(rows=7, mlp_rows=5)
 """Slices of the fused pass that divide no batch evenly."""
 
 

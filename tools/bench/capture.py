@@ -1,15 +1,17 @@
 """Capture at the 30B verifier's shape: the model's own forward, ours, and whole capture to disk, in one run.
 
 `python -m draftcache.tools.bench.capture [--output FILE]` needs one GPU of 80 GB and mamba-ssm. Weights are random and
-made on the GPU, so that times are right and values mean nothing. `hf-forward-32k` is the model's own code with the same
-scan kernels; `forward-32k` and `prefill-256k` are ours without head, teacher and copies; `capture-32k` and
-`capture-mixed` are what `draftcache capture` does from token ids to committed shards, lossless; `-int8` in that mode;
-and `-memory` into memory (--memory), which shows what the disk costs.
+made on the GPU, so that times are right and values mean nothing. The case `hf-forward-32k` is the model's own code with
+the same scan kernels. `forward-32k` and `prefill-256k` are our forward without head, teacher and copies. `capture-32k`
+and `capture-mixed` are the work of `draftcache capture` from token ids to committed shards, in mode lossless; names
+with `-int8` are in that mode, and names with `-memory` write into memory (--memory), which shows what the disk costs.
 
-- `tok_s`: tokens over wall time, medians of several runs after one that is not counted; captures run once, after a
-  shorter one whose kernels are traced for `gpu_idle_share`.
-- `matmul_share`: the matrix products' and attention's operations per second over a bf16 product's, measured first.
-- `gpu_idle_share`: wall time in which no kernel ran, in the captures. `gb_s`: bytes of the committed shards per second.
+- `tok_s` is tokens over wall time: the median of several runs after one that is not counted. Captures run once, after
+  a shorter one whose kernels are traced for `gpu_idle_share`.
+- `matmul_share` is the operations per second of matrix products and attention over those of a bf16 product, which is
+  measured first.
+- `gpu_idle_share` is the share of a capture's wall time in which no kernel ran, `gb_s` the bytes of the committed
+  shards per second.
 - Mixed lengths are 30 to 32,768 tokens, 14k in the mean; 48 % of the tokens carry loss.
 """
 
@@ -33,9 +35,9 @@ from draftcache.capture.verifier.load import Verifier, find_modules
 from draftcache.capture.verifier.ssm_precision import mamba_mixers, scan_implementation
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.files import write_json
-from draftcache.tools.bench.capture_job import CaptureRun, run_capture
-from draftcache.tools.bench.rows import report, result_row, some_of
-from draftcache.tools.bench.verifier_shape import LAYERS, random_verifier, verifier_config
+from draftcache.tools.bench.parts.capture_job import CaptureRun, run_capture
+from draftcache.tools.bench.parts.rows import report, result_row, some_of
+from draftcache.tools.bench.parts.verifier_shape import LAYERS, random_verifier, verifier_config
 
 LONG = 32_768
 CASES = (
@@ -44,7 +46,7 @@ CASES = (
 )  # fmt: skip
 _TRACED = 20 * LONG
 _BODY_FLOPS, _ATTENTION_FLOPS_PER_TOKEN, _HEAD_FLOPS = 5.75e9 + 0.08e9, 49_152.0, 0.70e9
-"""Per token; attention's grow with the length: see `matmul_flops`."""
+"""Operations per token; attention's grow with the length, as `matmul_flops` computes."""
 UNITS = {
     "tok_s": "tok/s",
     "peak_gb": "GB",
@@ -57,7 +59,7 @@ Metrics = dict[str, float]
 
 
 def main() -> None:
-    """Run the cases that were asked for and report them."""
+    """Run the chosen cases and report their results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, metavar="FILE")
     parser.add_argument("--cases", type=some_of(CASES), default=",".join(CASES), help="(%(default)s)")
@@ -77,13 +79,13 @@ def main() -> None:
     for case, metrics in measure(verifier, ceiling, arguments):
         print(case, {key: round(value, 3) for key, value in metrics.items()}, flush=True)
         rows += [result_row(case, metric, value, UNITS[metric], name) for metric, value in metrics.items()]
-        if arguments.output:  # a run that is cut short leaves the cases it came to
+        if arguments.output:  # a run that is cut short leaves the results of its finished cases
             write_json(arguments.output, rows)
     report(rows, arguments.output)
 
 
 def measure(verifier: Verifier, ceiling: float, arguments: argparse.Namespace) -> Iterator[tuple[str, Metrics]]:
-    """Each case's metrics, as they are measured."""
+    """Yield each case's name and metrics, as they are measured. `ceiling` is the FLOP/s of a bf16 product."""
     ids = torch.randint(0, verifier.vocab_size, (1, 8 * LONG), device=verifier.device)
     kernel_seconds: dict[str, float] = {}
     for name in arguments.cases:
@@ -99,7 +101,7 @@ def measure(verifier: Verifier, ceiling: float, arguments: argparse.Namespace) -
             mode = "int8" if "int8" in name else "lossless"
             with TemporaryDirectory(dir=arguments.memory if name.endswith("-memory") else arguments.work) as root:
                 kind = name.removesuffix("-memory")
-                if kind not in kernel_seconds:  # where it is written changes nothing of what kernels do
+                if kind not in kernel_seconds:  # the kernels do the same wherever the store is written
                     traced = run_capture(verifier, lengths(_TRACED), Path(root) / "traced", mode, trace=True)
                     rmtree(Path(root) / "traced")
                     kernel_seconds[kind] = traced.kernel_seconds / sum(traced.lengths)
@@ -108,12 +110,12 @@ def measure(verifier: Verifier, ceiling: float, arguments: argparse.Namespace) -
 
 
 def fixed_lengths(tokens: int) -> list[int]:
-    """As many conversations of 32,768 tokens."""
+    """Return the lengths of conversations of 32,768 tokens each, about `tokens` in all and at least one."""
     return [LONG] * max(1, tokens // LONG)
 
 
 def mixed_lengths(tokens: int) -> list[int]:
-    """30 to 32,768 tokens, 14k in the mean."""
+    """Return random lengths of 30 to 32,768 tokens, 14k in the mean, at least `tokens` in all."""
     rng = np.random.default_rng(0)
     lengths: list[int] = []
     while sum(lengths) < tokens:
@@ -122,12 +124,12 @@ def mixed_lengths(tokens: int) -> list[int]:
 
 
 def matmul_flops(length: float) -> float:
-    """Operations per token of a causal forward of `length` tokens, head left out."""
+    """Return the operations per token of a causal forward of `length` tokens, without the head."""
     return _BODY_FLOPS + _ATTENTION_FLOPS_PER_TOKEN * length
 
 
 def forward_metrics(forward: Forward, ids: Tensor, ceiling: float, runs: int) -> Metrics:
-    """Tokens per second of one conversation, nothing kept."""
+    """Measure the forward of one conversation (ids [1, L]) that keeps none of the states."""
 
     def once() -> None:
         for _ in forward.prefill(ids, LAYERS, LONG):
@@ -145,7 +147,10 @@ def forward_metrics(forward: Forward, ids: Tensor, ceiling: float, runs: int) ->
 
 
 def capture_metrics(run: CaptureRun, kernel_seconds_per_token: float, ceiling: float) -> Metrics:
-    """Of a capture that was run; kernels' seconds of a short one like it that was traced, which slows it a little."""
+    """Return the metrics of a capture.
+
+    `kernel_seconds_per_token` comes from a shorter, traced capture of the same kind, because tracing slows a capture.
+    """
     lengths = np.array(run.lengths, np.float64)
     flops = float((lengths * [matmul_flops(length) for length in lengths]).sum()) + _HEAD_FLOPS * run.teacher_rows
     return {
@@ -158,7 +163,7 @@ def capture_metrics(run: CaptureRun, kernel_seconds_per_token: float, ceiling: f
 
 
 def matmul_ceiling(device: torch.device) -> float:
-    """FLOP/s of a bf16 product of 8192-square matrices of random numbers."""
+    """Return the FLOP/s of a bf16 product of random 8192 x 8192 matrices."""
     left, right = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(5):
         left @ right
@@ -168,7 +173,7 @@ def matmul_ceiling(device: torch.device) -> float:
 
 
 def timed(function: Callable[[], Any]) -> float:
-    """Seconds, the device's work included."""
+    """Return the seconds that `function` takes, with the work that it leaves to the device."""
     started = time.perf_counter()
     function()
     torch.cuda.synchronize()

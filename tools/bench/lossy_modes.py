@@ -1,10 +1,10 @@
 """What training on rounded states costs: acceptance of drafts trained on int8 and fp8 stores beside lossless ones.
 
 `python -m draftcache.tools.bench.lossy_modes --demo runs/demo [--output FILE]` takes the traces of a finished
-`draftcache demo`, converts their store to each mode, and trains a draft from scratch per mode and seed: same order,
-same steps. Every draft is evaluated on the exact states, which are what it meets when it is served. `acceptance_length`
-is the mean over seeds; `difference` is the mean of the paired differences to `lossless`, `difference_ci95` the
-half-width of its 95 % interval by Student's t over the seeds.
+`draftcache demo`, converts their store to each mode, and trains a draft from scratch per mode and seed, in the same
+order and for the same steps. Every draft is evaluated on the exact states, because a served draft reads exact states.
+`acceptance_length` is the mean over seeds; `difference` is the mean of the paired differences to `lossless`,
+`difference_ci95` the half-width of its 95 % interval by Student's t over the seeds.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from draftcache.tools.bench import demo_training
-from draftcache.tools.bench.rows import cpu_name, report
+from draftcache.tools.bench.parts import demo_training
+from draftcache.tools.bench.parts.rows import cpu_name, report
 
 MODES = ("lossless", "int8", "fp8")
 
 
 def main() -> None:
-    """Convert, train, evaluate; finished parts are taken as they are."""
+    """Convert the stores, train and evaluate the drafts, and report. Finished parts are not repeated."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--demo", type=Path, required=True, metavar="DIRECTORY", help="output of `draftcache demo`")
     parser.add_argument("--output", type=Path, metavar="FILE")
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def acceptance(arguments: argparse.Namespace, mode: str, seed: int) -> dict[str, float]:
-    """Acceptance length per split of one draft."""
+    """Return the acceptance length of one draft by split."""
     exact = arguments.demo / "stores" / "traces"
     directory = arguments.demo / "lossy_modes"
     store = exact if mode == "lossless" else directory / f"store-{mode}"

@@ -1,11 +1,11 @@
 """Prepare's throughput beside the bare tokenizer's, on the same texts and cores.
 
-`python -m draftcache.tools.bench.prepare [--output FILE]`. The text is this Python's own standard library, cut into
-conversations of two to eight turns; the tokenizer is a byte-level BPE trained on it. `encode-batch` is
-`Tokenizer.encode_batch` over the rendered texts with its own threads on every core: no files, no JSON, no
-template, no masks. `prepare` is the whole job from JSONL to a committed dataset, start of its workers
-included; a cold command adds the import of transformers, about two seconds once.
-Wall time misleads where other programs share the cores, so tokens per CPU second stand beside it.
+`python -m draftcache.tools.bench.prepare [--output FILE]` measures both. The text is this Python's standard library,
+cut into conversations of two to eight turns; the tokenizer is a byte-level BPE trained on it. The case `encode-batch`
+is `Tokenizer.encode_batch` over the rendered texts with its threads on every core: no files, no JSON, no template, no
+masks. `prepare` is the whole job from JSONL to a committed dataset, with the start of its workers; a cold command adds
+the import of transformers, about two seconds once. Wall time misleads if other programs share the cores, so tokens per
+CPU second are reported too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from draftcache.tools.bench.rows import cpu_name, report, result_row
+from draftcache.tools.bench.parts.rows import cpu_name, report, result_row
 
 _TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}"
@@ -30,7 +30,7 @@ _TEMPLATE = (
 
 
 def main() -> None:
-    """Run both, alternating, and report the best of each and their ratio."""
+    """Run both cases, alternating, and report the best of each and their ratio."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, metavar="FILE")
     parser.add_argument("--megabytes", type=float, default=64.0, help="conversation text (%(default)s)")
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def measure(directory: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows for both, best of the repeats, and prepare's share of encode_batch."""
+    """Return result rows: the best repeat of both cases, and prepare's share of encode_batch."""
     train_tokenizer(directory / "tokenizer", arguments.vocab_size)
     conversations = list(python_conversations(int(arguments.megabytes * 1e6)))
     with (directory / "rows.jsonl").open("w", encoding="utf-8") as file:
@@ -65,7 +65,7 @@ def measure(directory: Path, arguments: argparse.Namespace) -> list[dict[str, An
 
 
 def python_conversations(characters: int) -> Iterator[list[dict[str, str]]]:
-    """Conversations of 2 to 8 turns and 1 to 30 thousand characters, repeating the library's text as needed."""
+    """Yield conversations of 2 to 8 turns and 1 to 30 thousand characters. The library's text repeats as needed."""
     text = "".join(python_texts())
     position, total, number = 0, 0, 0
     while total < characters:
@@ -81,13 +81,13 @@ def python_conversations(characters: int) -> Iterator[list[dict[str, str]]]:
 
 
 def python_texts() -> Iterator[str]:
-    """Sources of this Python's standard library, in a fixed order."""
+    """Yield the sources of this Python's standard library, in a fixed order."""
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         yield path.read_text(encoding="utf-8", errors="replace")
 
 
 def train_tokenizer(directory: Path, vocab_size: int) -> None:
-    """A byte-level BPE with ChatML tokens and a template with generation tags."""
+    """Train and save a byte-level BPE with ChatML tokens and a template with generation tags."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -107,7 +107,7 @@ def train_tokenizer(directory: Path, vocab_size: int) -> None:
 
 
 def encode_batch_speed(directory: Path, conversations: list[list[dict[str, str]]]) -> tuple[float, float]:
-    """Tokens per second and per CPU second of `encode_batch`, threads on every core, texts rendered beforehand."""
+    """Return tokens per second and per CPU second of `encode_batch` on every core, with texts rendered beforehand."""
     from tokenizers import Tokenizer
 
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
@@ -124,7 +124,7 @@ def encode_batch_speed(directory: Path, conversations: list[list[dict[str, str]]
 
 
 def prepare_speed(directory: Path) -> tuple[float, float]:
-    """Tokens per second and per CPU second of the whole job, one process per core, workers' CPU time included."""
+    """Return tokens per second and per CPU second of the whole job, with one process per core and its CPU time."""
     from draftcache.capture.prepare.job import PrepareConfig, prepare
 
     config = PrepareConfig(
@@ -141,13 +141,13 @@ def prepare_speed(directory: Path) -> tuple[float, float]:
 
 
 class Clock:
-    """Wall and CPU time since it was made; CPU time counts child processes that have ended."""
+    """Measures wall and CPU time since it was made. CPU time includes child processes that have ended."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter(), sum(os.times()[:4])
 
     def speeds(self, tokens: int) -> tuple[float, float]:
-        """Tokens per second, tokens per CPU second."""
+        """Return tokens per second and tokens per CPU second."""
         wall, cpu = self.started
         return tokens / (time.perf_counter() - wall), tokens / (sum(os.times()[:4]) - cpu)
 

@@ -1,17 +1,19 @@
 """The store beside other formats: the same content written and read through each, bit-compared.
 
-`python -m draftcache.tools.bench.store [--output FILE]` measures sizes, CPU seconds and speeds on made-up states with
+`python -m draftcache.tools.bench.store [--output FILE]` measures sizes, CPU seconds and speeds on generated states with
 real statistics; `--store PATH` takes an existing store's conversations and reports sizes only.
 
 - GB is 1e9 logical bytes (bf16 taps and all other arrays), the same number for every case, however small its files.
-- Cases take turns, round by round; medians, the first round is dropped. Writes end with fsync, reads come from a warm
-  page cache, and every byte that is read ends in the process's own memory. CPU seconds are user and system of this
-  process (threads and children included); torch has one thread. Encoding to a mode is part of its write.
-- Reads go conversation by conversation; windows are 4096 tokens at random places, and only what training needs.
-- Our taps are read as they are stored, ready to be decoded on the device; `decoded_cpu_s_per_gb` reads and decodes on
-  the CPU. `decode_cpu_s_per_gb` is zstd alone, from memory.
-- The cases hold the same arrays, so that formats are compared. What peers store in theirs (all rows, one more state
-  instead of a teacher) are the cases `specforge`, `speculators` and `speculators-fp8`: sizes only.
+- Cases run in turn, round by round. Results are medians, without the first round. Writes end with fsync, reads come
+  from a warm page cache, and every byte that is read ends in the process's own memory. CPU seconds are user and system
+  time of this process with its threads and children; torch has one thread. Encoding to a mode is part of its write.
+- Reads go conversation by conversation. Windows are 4096 tokens from random positions, and only the arrays that
+  training needs.
+- Our taps are read in the form in which they are stored, ready to be decoded on the device; `decoded_cpu_s_per_gb`
+  reads and decodes on the CPU. `decode_cpu_s_per_gb` is zstd alone, from memory.
+- The cases hold the same arrays, so that formats are compared. The cases `specforge`, `speculators` and
+  `speculators-fp8` are the files that these projects write (all rows, one more state instead of a teacher): only
+  their sizes are reported.
 """
 
 from __future__ import annotations
@@ -32,17 +34,17 @@ from numcodecs import Zstd
 
 from draftcache.store.common.errors import StoreError
 from draftcache.store.format.array_spec import CHUNK_ROWS, TOKENS_AXIS
-from draftcache.tools.bench.rows import cpu_name, report, result_row
-from draftcache.tools.bench.store_cases import Ours, check, choose_windows, expected_window, make_cases
-from draftcache.tools.bench.store_content import exponent_entropy, from_store, generate, generate_tiny, peer_bytes
-from draftcache.tools.bench.store_formats import Case, Window
-from draftcache.tools.bench.store_picture import draw, table
+from draftcache.tools.bench.parts.rows import cpu_name, report, result_row
+from draftcache.tools.bench.parts.store_cases import Ours, check, choose_windows, expected_window, make_cases
+from draftcache.tools.bench.parts.store_content import exponent_entropy, from_store, generate, generate_tiny, peer_bytes
+from draftcache.tools.bench.parts.store_formats import Case, Window
+from draftcache.tools.bench.parts.store_picture import draw, table
 
 WINDOW_TOKENS = 4096
-_OPEN_SECONDS = 30.0  # a case whose openings took longer than this together is not opened again
+_OPEN_SECONDS = 30.0  # a case is not opened again once its openings have taken longer than this in all
 
 Samples = dict[tuple[str, str], list[float]]
-"""Per case and metric: one value per round."""
+"""One value per round, by case and metric."""
 
 UNITS = {
     "bytes_per_token": "bytes/token",
@@ -62,7 +64,7 @@ UNITS = {
 
 
 def main() -> None:
-    """Measure, print rows and a table, and write `--output` as JSON with a picture beside it."""
+    """Measure, print the result rows and a table, and write `--output` as JSON with a picture beside it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON rows; the picture takes the suffix .png")
     parser.add_argument("--gb", type=float, default=0.65, help="logical gigabytes of content (%(default)s)")
@@ -81,7 +83,7 @@ def main() -> None:
 
 
 def measure(directory: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of every case and metric."""
+    """Return the result rows of every case and metric."""
     content = generate(arguments.gb) if arguments.store is None else from_store(arguments.store)
     samples: Samples = defaultdict(list)
     samples["content", "exponent_bits"].append(exponent_entropy(content))
@@ -114,13 +116,16 @@ def measure(directory: Path, arguments: argparse.Namespace) -> list[dict[str, An
 
 
 class Clock:
-    """Wall and CPU seconds since it was made; CPU in microseconds, threads and ended children included."""
+    """Measures wall and CPU seconds since it was made. CPU time has a resolution of a microsecond.
+
+    It includes the process's threads and its children that have ended.
+    """
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), _cpu_seconds()
 
     def read(self) -> tuple[float, float]:
-        """Wall and CPU seconds."""
+        """Return wall and CPU seconds."""
         return time.perf_counter() - self._wall, _cpu_seconds() - self._cpu
 
 
@@ -130,7 +135,7 @@ def _cpu_seconds() -> float:
 
 
 def measure_writes(cases: Sequence[Case], samples: Samples, rounds: int) -> None:
-    """Write every case `rounds` times and once before that; the last files stay."""
+    """Write every case once uncounted and then `rounds` times; the files of the last round stay."""
     for number in range(rounds + 1):
         for case in cases:
             if case.root.exists():
@@ -141,7 +146,7 @@ def measure_writes(cases: Sequence[Case], samples: Samples, rounds: int) -> None
 
 
 def measure_reads(cases: Sequence[Case], windows: Sequence[Window], samples: Samples, rounds: int) -> None:
-    """Read every open case, whole and in windows, `rounds` times and once before that."""
+    """Read every open case, whole and in windows, once uncounted and then `rounds` times."""
     plain = next(case for case in cases if case.name == "raw-preadv")
     window_bytes = sum(sum(values.nbytes for values in expected_window(plain, window).values()) for window in windows)
     for number in range(rounds + 1):
@@ -168,7 +173,7 @@ def _exhaust(items: Iterable[object]) -> None:
 
 
 def measure_sizes(cases: Sequence[Case], samples: Samples) -> None:
-    """Bytes per token of what was written; of our modes also how many times smaller than bf16 they are."""
+    """Add the bytes per token of every case's files and, for our modes, how many times smaller than bf16 they are."""
     for case in cases:
         samples[case.name, "bytes_per_token"].append(case.bytes() / case.content.tokens)
     (plain,) = samples["ours-bf16", "bytes_per_token"]
@@ -178,7 +183,7 @@ def measure_sizes(cases: Sequence[Case], samples: Samples) -> None:
 
 
 def measure_decoding(cases: Sequence[Case], samples: Samples, rounds: int) -> None:
-    """What the CPU pays where it decodes the taps itself, and zstd's part of the lossless mode, from memory."""
+    """Add the CPU time of reading with taps decoded on the CPU, and of zstd alone for mode lossless, from memory."""
     ours = [case for case in cases if isinstance(case, Ours)]
     lossless = next(case for case in ours if case.name == "ours-lossless")
     zstd = Zstd(level=1)
@@ -204,7 +209,10 @@ def measure_decoding(cases: Sequence[Case], samples: Samples, rounds: int) -> No
 
 
 def measure_opening(directory: Path, conversations: int, rounds: int, samples: Samples) -> None:
-    """Open tiny conversations' sets until every length is known; slow cases in fewer rounds, the slowest once."""
+    """Add the time to open a set of tiny conversations until every length is known.
+
+    Slow cases are opened in fewer rounds, and the slowest ones once. Raises StoreError for a wrong length.
+    """
     content = generate_tiny(conversations)
     cases = make_cases(directory, content, durable=False)
     for case in cases:

@@ -1,20 +1,20 @@
-"""Draft training at the seed's shape: hidden 2688, 32 / 2 heads, 32k of 131k words, window 4096, 6 unroll steps.
+"""Draft training for the 30B verifier: hidden 2688, 32 / 2 heads, 32k of 131k tokens, window 4096, 6 unroll steps.
 
-`python -m draftcache.tools.bench.train [--output FILE]` needs one GPU of 80 GB; `torchrun --nproc-per-node N -m
-tools.bench.train` measures N GPUs beside one (case ddpN-32k, one conversation of 32k on each). Batches are synthetic
-store rows; one step is forward, backward, clipping and AdamW, as `draftcache train` does them; weights are float32,
-products bf16.
+`python -m draftcache.tools.bench.train [--output FILE]` needs one GPU of 80 GB. `torchrun --nproc-per-node N -m
+draftcache.tools.bench.train` compares N GPUs with one (case ddpN-32k, with one conversation of 32k on each GPU).
+Batches are synthetic store rows. One step is forward, backward, clipping and AdamW, as in `draftcache train`; weights
+are float32, products bf16.
 
-- `tok_s`: tokens of the batch over the median of several steps, after two that are not counted.
-- `peak_gib`: most memory that PyTorch held at once in those steps.
-- `matmul_share`: the needed matrix products' and attention's operations per second (what is made again for memory's
-  sake not counted) over a bf16 product's, measured first.
-- `matmul_ms` and others in ms, with --profile: one more step by kind of kernel.
+- `tok_s` is the batch's tokens over the median of several steps, after two that are not counted.
+- `peak_gib` is the most memory that PyTorch held at once in these steps.
+- `matmul_share` is the operations per second of the needed matrix products and attention (without recomputation that
+  saves memory) over those of a bf16 product, which is measured first.
+- `matmul_ms` and the other times in ms, with --profile, are one more step's by kind of kernel.
 
-Case `loader-32k` trains from a lossless store that it writes and reads from disk; `loader-32k-in-memory` is its second
-epoch. `of_synthetic` compares with `train-32k` of the same run; `disk_gb_s` is what reading the store's files alone
-gives. Of `--attention triton,flash` each case is measured
-with both, one after the other; names of the latter end in -flash.
+The case `loader-32k` trains from a lossless store that it writes to disk; `loader-32k-in-memory` is its second epoch.
+`of_synthetic` is its rate as a share of `train-32k` of the same run; `disk_gb_s` is the rate of reading the store's
+files without training. With `--attention triton,flash` each case is measured with both, one after the other; names of
+the second kind end in -flash.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ from draftcache.draft_train.ranks import GradientSums, Ranks, joined_ranks
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.files import write_json
 from draftcache.tools.bench.capture import matmul_ceiling, timed
-from draftcache.tools.bench.rows import report, result_row, some_of
-from draftcache.tools.bench.stages import IDLE, REST, STAGES, stage_times
-from draftcache.tools.bench.train_cases import CASES, SHAPE, needed_flops, synthetic_batch
-from draftcache.tools.bench.train_loader import loader_metrics, write_store
+from draftcache.tools.bench.parts.rows import report, result_row, some_of
+from draftcache.tools.bench.parts.stages import IDLE, REST, STAGES, stage_times
+from draftcache.tools.bench.parts.train_cases import CASES, SHAPE, needed_flops, synthetic_batch
+from draftcache.tools.bench.parts.train_loader import loader_metrics, write_store
 
 LONG = 32_768
 LOADER, LOADED = "loader-32k", 12
-"""The case that reads a store, and its conversations."""
+"""The name of the case that reads a store, and the number of its conversations."""
 UNITS = {
     "tok_s": "tok/s", "median_tok_s": "tok/s", "peak_gib": "GiB", "matmul_share": "of bf16 matmul",
     "data_wait_share": "of wall time", "gb_s": "GB/s", "disk_gb_s": "GB/s", "of_synthetic": "of train-32k",
@@ -63,7 +63,7 @@ Metrics = dict[str, float]
 
 
 def main() -> None:
-    """Run the cases that were asked for and report them."""
+    """Run the chosen cases and report their results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, metavar="FILE")
     names = (*CASES, LOADER)
@@ -80,7 +80,7 @@ def main() -> None:
     if "WORLD_SIZE" in os.environ:
         measure_ranks(arguments)
         return
-    rows = peer_rows(arguments.peer_wheels)  # before this process takes any of the GPU's memory
+    rows = peer_rows(arguments.peer_wheels)  # the peers run before this process takes any of the GPU's memory
     device = torch.device("cuda")
     ceiling = matmul_ceiling(device)
     print(f"bf16 matmul {ceiling / 1e12:.0f} TFLOP/s", flush=True)
@@ -88,13 +88,16 @@ def main() -> None:
         print(case, {key: round(value, 3) for key, value in metrics.items()}, flush=True)
         name = torch.cuda.get_device_name(device)
         rows += [result_row(case, metric, value, UNITS[metric], name) for metric, value in metrics.items()]
-        if arguments.output:  # a run that is cut short leaves the cases it came to
+        if arguments.output:  # a run that is cut short leaves the results of its finished cases
             write_json(arguments.output, rows)
     report(rows, arguments.output)
 
 
 def peer_rows(wheels: Path | None) -> list[dict[str, Any]]:
-    """Rows of `train_peers`, in a process of its own, because importing the peers changes torch's settings."""
+    """Return the result rows of `train_peers`, which runs in another process.
+
+    Importing the peers would change torch's settings in this one.
+    """
     if wheels is None:
         return []
     with tempfile.TemporaryDirectory() as root:
@@ -114,7 +117,7 @@ def peer_rows(wheels: Path | None) -> list[dict[str, Any]]:
 
 
 def measure(arguments: argparse.Namespace, device: torch.device, ceiling: float) -> Iterator[tuple[str, Metrics]]:
-    """Each case's metrics, as they are measured."""
+    """Yield each case's name and metrics, as they are measured. `ceiling` is the FLOP/s of a bf16 product."""
     synthetic: Metrics = {}
     for name in arguments.cases:
         if name == LOADER:
@@ -143,7 +146,10 @@ def measure(arguments: argparse.Namespace, device: torch.device, ceiling: float)
 
 
 def measure_loader(arguments: argparse.Namespace, synthetic: Metrics) -> Iterator[tuple[str, Metrics]]:
-    """The same of training from a store, which is written once. `synthetic`: tok/s of train-32k by attention."""
+    """Yield the metrics of training from a store, which is written once.
+
+    `synthetic` holds the tok/s of train-32k by attention, if it was measured.
+    """
     with tempfile.TemporaryDirectory(dir=arguments.directory) as root:
         store = Path(root) / "store"
         write_store(store, SHAPE, LONG, LOADED, torch.device("cuda"))
@@ -156,12 +162,12 @@ def measure_loader(arguments: argparse.Namespace, synthetic: Metrics) -> Iterato
 
 
 def case_ending(attention: str) -> str:
-    """What the names of cases end in."""
+    """Return the ending of a case's name for an attention."""
     return "" if attention == ATTENTION[0] else f"-{attention}"
 
 
 def measure_ranks(arguments: argparse.Namespace) -> None:
-    """Case ddp<N>-32k under torchrun, and ddp1-32k, the same on each GPU by itself, in one run."""
+    """Measure, under torchrun, case ddp1-32k on each GPU by itself and ddp<N>-32k on all of them, in one run."""
     with joined_ranks("cuda") as ranks:
         batch, rows = synthetic_batch(CASES["train-32k"], ranks.device), []
         name = torch.cuda.get_device_name(ranks.device)
@@ -184,7 +190,7 @@ def measure_ranks(arguments: argparse.Namespace) -> None:
 def optimizer_step(
     device: torch.device, ranks: Ranks | None = None, *, lean: bool = False, attention: str = "triton"
 ) -> Callable[[Batch], Any]:
-    """A fresh draft, and a function that trains it by one batch; with `ranks`, by one batch of each."""
+    """Make a fresh draft and return a function that trains it by one batch; with `ranks`, by one batch of each rank."""
     with torch.device(device):
         model = Eagle3Model(SHAPE)
         embeddings = torch.randn(SHAPE.vocab_size, SHAPE.hidden_size, dtype=torch.bfloat16)
@@ -211,7 +217,7 @@ def optimizer_step(
 
 
 def timed_steps(step: Callable[[], Any], runs: int = 5) -> tuple[float, int]:
-    """Median seconds of a step, and the most bytes held."""
+    """Return the median seconds of a step, and the most bytes that PyTorch held in the steps."""
     for _ in range(2):
         step()
     torch.cuda.synchronize()

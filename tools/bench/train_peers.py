@@ -1,21 +1,21 @@
-"""Training steps of SpecForge and NeMo Automodel at the seed draft's shape, from their own published wheels.
+"""Training steps of SpecForge and NeMo Automodel for the 30B verifier's draft, from their published wheels.
 
     pip download --no-deps --dest WHEELS specforge==0.2.0 nemo-automodel==0.7.0
     python -m draftcache.tools.bench.train_peers --peer-wheels WHEELS [--length 32768] [--output FILE]
 
-needs one GPU of 80 GB, torch with triton, and transformers. What is timed is each project's trainer core as its own
-offline recipe runs it: forward, backward and optimizer step of one conversation whose every row carries loss, on
-random states and weights, with no data loader and nothing to copy to the GPU. Neither has a window.
+This needs one GPU of 80 GB, torch with triton, and transformers. It times each project's trainer core as the project's
+offline recipe runs it: forward, backward and optimizer step of one conversation with loss on every row, on random
+states and weights, with no data loader and nothing to copy to the GPU. Neither project has a window.
 
 - SpecForge: `OnlineEagle3Model` with flex attention and the compact teacher, which computes the verifier's
   probabilities from its last hidden states inside the step; AdamW over float32 master weights.
-- Automodel: `Eagle3TrainerModule` on probabilities over the draft vocabulary that its cache holds ready-made in
-  bf16; AdamW on bf16 weights. Its FlashAttention-2 comes from torch, which contains the same kernels as the
-  flash-attn package. Its input forms are tried in turn (a padded batch, a packed one, and that with its `compile`
-  option), and the fastest one is reported.
+- Automodel: `Eagle3TrainerModule` on probabilities over the draft vocabulary, which its cache holds in bf16; AdamW on
+  bf16 weights. Its FlashAttention-2 comes from torch, which contains the same kernels as the flash-attn package. Its
+  input forms are tried in turn (a padded batch, a packed batch, and a packed batch with its `compile` option), and the
+  fastest form is reported.
 
-`tok_s` is tokens over the median of 3 steps after 2 that are not counted; `peak_gib` is the most that torch allocated
-in the counted ones. Importing SpecForge raises torch's recompile limit for the whole process.
+`tok_s` is tokens over the median of 3 steps after 2 that are not counted; `peak_gib` is the most memory that torch
+allocated in the counted steps. Importing SpecForge raises torch's recompile limit for the whole process.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ import torch
 
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.files import write_json
-from draftcache.tools.bench.peer_wheels import automodel_modules, unpacked_wheels
-from draftcache.tools.bench.rows import report, result_row
+from draftcache.tools.bench.parts.peer_wheels import automodel_modules, unpacked_wheels
+from draftcache.tools.bench.parts.rows import report, result_row
 
 UNITS = {"tok_s": "tok/s", "peak_gib": "GiB"}
 WARM_UP, TIMED = 2, 3
@@ -46,7 +46,7 @@ Step = Callable[[], Any]
 
 @dataclass(frozen=True)
 class PeerShape:
-    """The draft, the verifier's vocabulary, and how far the draft is unrolled; by default the seed's."""
+    """The draft's shape, the verifier's vocabulary, and the number of unroll steps; by default for the 30B verifier."""
 
     hidden: int = 2688
     intermediate: int = 8064
@@ -59,7 +59,7 @@ class PeerShape:
 
 
 def main() -> None:
-    """Time both and report them."""
+    """Time both projects and report the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--peer-wheels", type=Path, required=True, metavar="DIRECTORY", help="holds both wheels")
     parser.add_argument("--length", type=int, default=32_768, help="tokens of the conversation (%(default)s)")
@@ -70,7 +70,7 @@ def main() -> None:
     name, rows = torch.cuda.get_device_name(), []
     for case, metrics in peer_cases(torch.device("cuda"), arguments.length, arguments.peer_wheels):
         rows += [result_row(case, metric, value, UNITS[metric], name) for metric, value in metrics.items()]
-        if arguments.output:  # a run that is cut short leaves the case it came to
+        if arguments.output:  # a run that is cut short leaves the results of its finished cases
             write_json(arguments.output, rows)
     report(rows, arguments.output)
 
@@ -78,9 +78,10 @@ def main() -> None:
 def peer_cases(
     device: torch.device, length: int, wheels: Path, shape: PeerShape | None = None
 ) -> Iterator[tuple[str, Metrics]]:
-    """`specforge-32k` and `automodel-32k` (or whatever `length` is) with `tok_s` and `peak_gib`, one after the other.
+    """Yield the cases `specforge-32k` and `automodel-32k` (named after `length`), with `tok_s` and `peak_gib`.
 
-    All that one has allocated is freed before the next. Raises InputError where a wheel is missing.
+    The memory of one case is freed before the next. Raises InputError if a wheel is missing or no form of Automodel's
+    input runs.
     """
     shape = shape or PeerShape()
     suffix = f"{length // 1024}k" if length >= 1024 else str(length)
@@ -91,7 +92,7 @@ def peer_cases(
             try:
                 forms[form] = _timed_case(lambda form=form: automodel_step(shape, length, device, form), length, device)  # type: ignore[misc]
                 print(f"automodel, {form}:", forms[form], flush=True)
-            except RuntimeError as exc:  # one form that does not fit or compile leaves the others
+            except RuntimeError as exc:  # a form that does not fit or compile is left out
                 print(f"automodel, {form}: left out: {type(exc).__name__}: {str(exc)[:200]}", flush=True)
         if not forms:
             raise InputError("automodel: expected one of its input forms to run, found none that does")
@@ -99,7 +100,7 @@ def peer_cases(
 
 
 def _timed_case(build: Callable[[], Step], length: int, device: torch.device) -> Metrics:
-    """Speed and memory of the step that `build` makes; nothing of it outlives the call."""
+    """Return the speed and memory of the step that `build` makes. All of its memory is freed at the end."""
     try:
         step = build()
         for _ in range(WARM_UP):
@@ -110,7 +111,7 @@ def _timed_case(build: Callable[[], Step], length: int, device: torch.device) ->
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         return {"tok_s": length / seconds, "peak_gib": peak / 2**30}
     finally:
-        step = None  # type: ignore[assignment]  # what it closes over goes before the cache is emptied
+        step = None  # type: ignore[assignment]  # frees the tensors it closes over before the cache is emptied
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -127,12 +128,12 @@ def _seconds(step: Step, device: torch.device) -> float:
 
 
 def draft_ids(shape: PeerShape, device: torch.device) -> torch.Tensor:
-    """[D] ascending ids of the draft vocabulary, spread over the verifier's."""
+    """Return the ascending ids [D] int64 of the draft vocabulary, spread over the verifier's vocabulary."""
     return torch.arange(shape.draft_vocab, device=device) * shape.vocab // shape.draft_vocab
 
 
 def llama_settings(shape: PeerShape, length: int) -> dict[str, Any]:
-    """Both projects' drafts are built from a Llama configuration."""
+    """Return the settings of a Llama configuration, from which both projects build their drafts."""
     return {
         "hidden_size": shape.hidden,
         "intermediate_size": shape.intermediate,
@@ -160,7 +161,7 @@ def _inputs(shape: PeerShape, length: int, device: torch.device) -> dict[str, to
 
 
 def specforge_step(shape: PeerShape, length: int, device: torch.device) -> Step:
-    """One optimizer step of SpecForge's Eagle3 trainer."""
+    """Return a function that runs one optimizer step of SpecForge's Eagle3 trainer."""
     config = importlib.import_module("transformers").LlamaConfig(**llama_settings(shape, length))
     draft_module = importlib.import_module("specforge.modeling.draft.llama3_eagle")
     with torch.device(device):
@@ -174,7 +175,8 @@ def specforge_step(shape: PeerShape, length: int, device: torch.device) -> Step:
     )
     optimizer = importlib.import_module("specforge.optimizer").BF16Optimizer(draft, lr=1e-4)
     head = torch.zeros(shape.vocab, shape.hidden, device=device, dtype=torch.bfloat16)
-    head[ids] = _random(device, shape.draft_vocab, shape.hidden)  # every argmax in the draft vocabulary: all rows count
+    # All other rows are zero, so every argmax is in the draft vocabulary, and all rows of the batch carry loss.
+    head[ids] = _random(device, shape.draft_vocab, shape.hidden)
     inputs = _inputs(shape, length, device)
     aux, last = _random(device, 1, length, 3 * shape.hidden), _random(device, 1, length, shape.hidden)
 
@@ -194,7 +196,10 @@ def specforge_step(shape: PeerShape, length: int, device: torch.device) -> Step:
 
 
 def automodel_step(shape: PeerShape, length: int, device: torch.device, form: str) -> Step:
-    """One optimizer step of Automodel's Eagle3 trainer; `form` is "padded", "packed" or "packed, compiled"."""
+    """Return a function that runs one optimizer step of Automodel's Eagle3 trainer.
+
+    `form` is "padded", "packed" or "packed, compiled".
+    """
     draft_module, core_module = automodel_modules()
     config = importlib.import_module("transformers").LlamaConfig(**llama_settings(shape, length))
     config.attn_implementation = "flash_attention_2"  # the draft reads this attribute, not transformers' own
@@ -215,7 +220,7 @@ def automodel_step(shape: PeerShape, length: int, device: torch.device, form: st
     inputs["position_mask"] = torch.ones(1, length, 1, device=device, dtype=torch.bool)
     inputs["aux_hidden_states"] = _random(device, 1, length, 3 * shape.hidden)
     inputs["target_probs"] = torch.softmax(_random(device, 1, length, shape.draft_vocab), dim=-1)
-    if form.startswith("packed"):  # one document that fills the pack; `doc_remaining` would only cut its last rows
+    if form.startswith("packed"):  # the pack is one document; `doc_remaining` would only cut the document's last rows
         inputs["position_ids"] = torch.arange(length, device=device)[None]
         inputs["seq_lens"] = torch.tensor([[length]], device=device)
         inputs["doc_remaining"] = torch.arange(length, 0, -1, device=device)[None] - 1

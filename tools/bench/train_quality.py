@@ -1,17 +1,17 @@
 """What the objective is worth: acceptance of drafts trained by our default beside other recipes, at equal steps.
 
 `python -m draftcache.tools.bench.train_quality --demo runs/demo [--recipes draftcache,specforge] [--output FILE]` takes
-the traces of a finished `draftcache demo` and trains a draft from scratch per recipe and seed: same store, initial
-weights, order, optimizer and steps. About 100 s per draft on two cores, so 10 minutes for the default two recipes and
-three seeds.
+the traces of a finished `draftcache demo` and trains a draft from scratch per recipe and seed, with the same store,
+initial weights, order, optimizer and steps. A draft takes about 100 s on two cores, so the default two recipes and
+three seeds take 10 minutes. The recipes are:
 
 - `draftcache`: the defaults.
 - `specforge`: SpecForge 0.2's objective: its unshifted loss mask, its mean over all positions, and no loss where the
   verifier's argmax is outside the draft vocabulary. Its target is the verifier's softmax over the draft vocabulary, of
-  which the store has the best 64 and the mass of the rest: `tail-kl` is the nearest to it. Not compared are its
-  optimizer, its random initial head and its attention without a window, which have nothing to do with the objective.
-- `renormalized`: the defaults but for the loss, which takes the stored top-k for the whole distribution.
-- `tv`, `lk`, `lk-alpha`: the defaults but for these losses.
+  which the store has the best 64 entries and the mass of the rest, so `tail-kl` is the nearest loss. Its optimizer, its
+  random initial head and its attention without a window are not compared, because they don't belong to the objective.
+- `renormalized`: the defaults, except for the loss, which treats the stored top-k as the whole distribution.
+- `tv`, `lk`, `lk-alpha`: the defaults, except for the loss, which is the one of this name.
 
 Cases are `quality-RECIPE`, over all tokens of the held-out splits, and `quality-RECIPE/SPLIT`. `acceptance_length` is
 the mean over seeds, `acceptance_length_std` their standard deviation; `difference` is the mean of the paired
@@ -24,8 +24,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from draftcache.tools.bench import demo_training
-from draftcache.tools.bench.rows import cpu_name, report
+from draftcache.tools.bench.parts import demo_training
+from draftcache.tools.bench.parts.rows import cpu_name, report
 
 RECIPES: dict[str, tuple[str, ...]] = {
     "draftcache": (),
@@ -38,7 +38,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
 
 
 def main() -> None:
-    """Train, evaluate, report; finished drafts are taken as they are."""
+    """Train and evaluate the drafts, and report. Finished drafts are not trained again."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--demo", type=Path, required=True, metavar="DIRECTORY", help="output of `draftcache demo`")
     parser.add_argument("--recipes", default="draftcache,specforge", help=f"of {', '.join(RECIPES)} (%(default)s)")
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def quality(arguments: argparse.Namespace, recipe: str, seed: int) -> dict[str, float]:
-    """Acceptance length of one draft over all held-out tokens (under the name ""), and per split."""
+    """Return the acceptance length of one draft over all held-out tokens (under the name "") and by split."""
     store = arguments.demo / "stores" / "traces"
     found = demo_training.acceptance(
         store,
@@ -73,7 +73,7 @@ def quality(arguments: argparse.Namespace, recipe: str, seed: int) -> dict[str, 
 
 
 def pooled(found: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Tokens per verify step over all splits, under the name ""."""
+    """Return the tokens per verify step over all splits together, under the name ""."""
     tokens, steps = (sum(int(figures[name]) for figures in found.values()) for name in ("tokens", "verify_steps"))
     return {"": tokens / steps}
 

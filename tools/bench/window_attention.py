@@ -1,9 +1,9 @@
 """The draft's own attention kernels beside flex attention, on what both can do: step 0, causal, a window of 4,096.
 
-`python -m draftcache.tools.bench.window_attention [--lengths 8192,32768] [--output FILE]` needs a CUDA device. 32 query
-heads, 2 key-value heads of width 128, bf16. Cases `kernels-LENGTH` and `flex-LENGTH` (compiled, block mask made
-beforehand); `forward_ms` and `backward_ms` are medians, `error` is the largest relative difference, in the 2-norm, of
-output and the three gradients to the plain reference in float32, at 5,120 tokens.
+`python -m draftcache.tools.bench.window_attention [--lengths 8192,32768] [--output FILE]` needs a CUDA device. There
+are 32 query heads and 2 key-value heads of width 128, in bf16. The cases are `kernels-LENGTH` and `flex-LENGTH`, which
+is compiled and has its block mask made beforehand. `forward_ms` and `backward_ms` are medians. `error` is the largest
+relative difference, in the 2-norm, of the output and the gradients to the plain reference in float32, at 5,120 tokens.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from draftcache.draft_train.drafts.eagle3.kernels.attention import (
     attend_backward_reference,
     attend_reference,
 )
-from draftcache.draft_train.drafts.eagle3.kernels.sight import Attended, Sight
+from draftcache.draft_train.drafts.eagle3.kernels.attention_result import AttentionResult
+from draftcache.draft_train.drafts.eagle3.kernels.step_mask import StepMask
 from draftcache.store.common.errors import InputError
-from draftcache.tools.bench.rows import report, result_row
+from draftcache.tools.bench.parts.rows import report, result_row
 
 HEADS, GROUPS, WIDTH, WINDOW, CHECKED = 32, 2, 128, 4096, 5120
 UNITS = {"forward_ms": "ms", "backward_ms": "ms", "error": "relative"}
 
 Case = tuple[Callable[[], Any], Callable[[Any], tuple[Tensor, Tensor]]]
-"""Forward, and from what it returns the gradients of q [L, N, D] and kv [L, 2, G, D]."""
+"""The forward, and the backward from the forward's result to the gradients of q [L, N, D] and kv [L, 2, G, D]."""
 
 
 def main() -> None:
-    """Check and time both at every length."""
+    """Check and time both kinds of attention at every length."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--lengths", default="8192,32768", help="(%(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE")
@@ -50,33 +51,33 @@ def main() -> None:
 
 
 def operands(length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q [L, N, D], kv [L, 2, G, D] and the output's gradient [L, N, D]."""
+    """Return random q [L, N, D], kv [L, 2, G, D] and the output's gradient [L, N, D], all bf16."""
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = ((length, HEADS, WIDTH), (length, 2, GROUPS, WIDTH), (length, HEADS, WIDTH))
     q, kv, given = (torch.randn(shape, device="cuda", generator=generator).bfloat16() for shape in shapes)
     return q, kv, given
 
 
-def sight_of(length: int) -> Sight:
-    """Every row, step 0."""
+def mask_of(length: int) -> StepMask:
+    """Return the mask of every row at step 0."""
     every = torch.arange(length, device="cuda")
-    return Sight(every, every.int(), every.int(), 0, WINDOW)
+    return StepMask(every, every.int(), every.int(), 0, WINDOW)
 
 
 def kernels_case(q: Tensor, kv: Tensor, given: Tensor) -> Case:
-    """Ours."""
-    sight, own = sight_of(q.shape[0]), q.new_empty(0, q.shape[0], 2, GROUPS, WIDTH)
+    """Return the forward and backward of our kernels."""
+    mask, own = mask_of(q.shape[0]), q.new_empty(0, q.shape[0], 2, GROUPS, WIDTH)
 
-    def backward(held: Attended) -> tuple[Tensor, Tensor]:
+    def backward(held: AttentionResult) -> tuple[Tensor, Tensor]:
         kv_gradient = torch.zeros_like(kv, dtype=torch.float32)
         q_gradient = attend_backward(given, held, kv_gradient, torch.zeros_like(own, dtype=torch.float32))
         return q_gradient, kv_gradient
 
-    return lambda: attend(q, kv, own, sight), backward
+    return lambda: attend(q, kv, own, mask), backward
 
 
 def flex_case(q: Tensor, kv: Tensor, given: Tensor) -> Case:
-    """PyTorch's, in the layout that it takes; the copies into it are not timed."""
+    """Return the forward and backward of PyTorch's flex attention. The copies into its layout are not timed."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def seen(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ def flex_case(q: Tensor, kv: Tensor, given: Tensor) -> Case:
 
 
 def timed_case(build: Callable[..., Case], length: int) -> dict[str, float]:
-    """Median milliseconds of both directions."""
+    """Return the median milliseconds of the forward and of the backward."""
     from triton.testing import do_bench
 
     forward, backward = build(*operands(length))
@@ -109,15 +110,15 @@ def timed_case(build: Callable[..., Case], length: int) -> dict[str, float]:
 
 
 def error(build: Callable[..., Case]) -> float:
-    """Of what `build` makes, at a length whose scores all fit into memory."""
+    """Return the error of the case that `build` makes, at a length whose scores all fit into memory."""
     q, kv, given = operands(CHECKED)
     forward, backward = build(q, kv, given)
     held = forward()
-    out = held.out.clone() if isinstance(held, Attended) else held[0].transpose(0, 1)
+    out = held.out.clone() if isinstance(held, AttentionResult) else held[0].transpose(0, 1)
     found = (out, *backward(held))
     wide_q, wide_kv = q.float(), kv.float()
     own = wide_q.new_empty(0, CHECKED, 2, GROUPS, WIDTH)
-    reference = attend_reference(wide_q, wide_kv, own, sight_of(CHECKED))
+    reference = attend_reference(wide_q, wide_kv, own, mask_of(CHECKED))
     kv_gradient = torch.zeros_like(wide_kv)
     q_gradient = attend_backward_reference(given.float(), reference, kv_gradient, torch.zeros_like(own))
     expected = (reference.out, q_gradient, kv_gradient)

@@ -10,13 +10,16 @@ from draftcache.tools.arguments import add_settings, read_settings, refuse_renam
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One flag per field of CaptureConfig."""
+    """Add one flag per field of CaptureConfig."""
     add_settings(parser, CaptureConfig)
     refuse_renamed(parser, {"--shard": "--tensor-parallel", "--engine": "--launcher"})
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 1 when the store has quarantined conversations, of any job; 143 after SIGTERM, 130 after SIGINT."""
+    """Capture and print a summary.
+
+    Returns 1 if the store has quarantined conversations, of any job, 143 after SIGTERM, 130 after SIGINT, else 0.
+    """
     config = read_settings(CaptureConfig, arguments)
 
     from draftcache.capture.job.launch import capture

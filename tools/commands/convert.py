@@ -1,4 +1,4 @@
-"""`draftcache convert`: copy a store into another layout, mode or shard size; what was written is read back."""
+"""`draftcache convert`: copy a store into another layout, mode or shard size, and compare the copy with the source."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `draftcache.store.convert.Conversion`."""
+    """Add the flags, which are the settings of `draftcache.store.convert.Conversion`."""
     parser.add_argument("source", help="directory, file://, s3:// or gs:// URL of a finished store")
     parser.add_argument("target", help="the same, of the store to create or to go on with")
     parser.add_argument("--layout", help="zarr or webdataset (default: the source's)")
@@ -17,7 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 0: the target is finished and, unless told otherwise, compared."""
+    """Convert the store and print a summary. Returns 0: the target is finished and, without --no-check, was compared.
+
+    Raises InputError for an unknown layout or mode.
+    """
     from draftcache.store.common.errors import InputError
     from draftcache.store.common.progress import progress_bar
     from draftcache.store.convert import Conversion

@@ -7,14 +7,17 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the demo."""
+    """Add the demo's one flag."""
     parser.add_argument(
         "--output", type=Path, default=Path("runs/demo"), help="directory of the run (default: runs/demo)"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 1 where speculative decoding was not lossless or offline and online counts differ."""
+    """Run the demo and print its table.
+
+    Returns 1 if speculative decoding was not lossless, or if the offline and online counts of verify steps differ.
+    """
     from draftcache.tools.demo.pipeline import Demo, DemoSize
     from draftcache.tools.demo.report import format_summary
 

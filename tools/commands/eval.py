@@ -1,4 +1,4 @@
-"""`draftcache eval`: offline acceptance length of a draft from a store, beside two baselines."""
+"""`draftcache eval`: the offline acceptance length of a draft, measured on a store, beside two baselines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the evaluation."""
+    """Add the evaluation's flags."""
     parser.add_argument("--store", required=True, help="store to evaluate on")
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="checkpoint, or a training --output (its newest)"
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print a table: split, draft, untrained draft, bigram."""
+    """Evaluate and print a table: per split, the draft, the untrained draft and the bigram baseline. Returns 0."""
     from draftcache.draft_train.evaluate import evaluate
     from draftcache.store.common.files import write_json
 
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """Acceptance lengths per split, then the draft's conditional acceptance per draft token."""
+    """Format the figures of `evaluate`: acceptance lengths per split, then the draft's conditional acceptance."""
     lines = [
         f"{'split':<20} {'draft':>8} {'untrained':>10} {'bigram':>8}  kind, conditional acceptance per draft token"
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the export."""
+    """Add the export's flags."""
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="checkpoint, or a training --output (its newest)"
     )
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write config.json and model.safetensors."""
+    """Write config.json and model.safetensors into the output directory. Returns 0."""
     from draftcache.draft_train.export import export
 
     path = export(arguments.checkpoint, arguments.output, engine=arguments.engine, dtype=arguments.dtype)

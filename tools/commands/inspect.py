@@ -1,4 +1,4 @@
-"""`draftcache inspect`: what a store holds, in a second; or one conversation of it, decoded token by token."""
+"""`draftcache inspect`: what a store holds, in a second; or one of its conversations, decoded token by token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _BAR = 40
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which store, and which conversation of it if any."""
+    """Add the flags that choose a store and, optionally, one of its conversations."""
     parser.add_argument("store", help="directory, file://, s3:// or gs:// URL of a store")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--conversation", type=int, metavar="N", help="decode the conversation N of the store's index")
@@ -24,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 0. Raises InputError for flags that do not go together."""
+    """Print a summary of the store, or the chosen conversation. Returns 0.
+
+    Raises InputError for flags that do not go together.
+    """
     from draftcache.store.common.errors import InputError
     from draftcache.tools.reports.inspection import summarise
 
@@ -59,7 +62,7 @@ def _conversation(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_rows(text: str) -> tuple[int, int]:
-    """`A,B` as two numbers. Raises InputError."""
+    """Parse `A,B` into two numbers of tokens. Raises InputError for any other text."""
     from draftcache.store.common.errors import InputError
 
     first, comma, last = text.partition(",")
@@ -69,7 +72,7 @@ def parse_rows(text: str) -> tuple[int, int]:
 
 
 def format_summary(found: dict[str, Any]) -> str:
-    """Of `draftcache.tools.reports.inspection.summarise`."""
+    """Format what `draftcache.tools.reports.inspection.summarise` returns."""
     verifier, sizes = found["verifier"], found["bytes"]
     lines = [
         f"store       {found['store']}",
@@ -158,7 +161,10 @@ def _format_tail(tail: dict[str, Any] | None, teacher: str) -> str:
 
 
 def format_conversation(found: dict[str, Any]) -> str:
-    """Of `inspection.decode_conversation`. Teacher columns are about the token that follows."""
+    """Format what `draftcache.tools.reports.inspection.decode_conversation` returns, one line per token.
+
+    The teacher's columns of a line describe the token that follows.
+    """
     first, last = found["shown"]
     layers = [str(layer) for layer in found["layers"]]
     with_text = any(row["text"] is not None for row in found["table"])
@@ -192,6 +198,6 @@ def _format_teacher(teacher: dict[str, Any] | None) -> str:
 
 
 def _shown(text: str) -> str:
-    """Line breaks and other control characters escaped, cut to a cell."""
+    """Return `text` in quotes, with control characters escaped, cut to the width of a table cell."""
     escaped = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     return f"'{escaped if len(escaped) <= 14 else escaped[:13] + '…'}'"

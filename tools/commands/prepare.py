@@ -1,4 +1,4 @@
-"""`draftcache prepare`: conversations -> token ids, loss masks, token counts and the draft vocabulary."""
+"""`draftcache prepare`: turn conversations into token ids, loss masks, token counts and the draft vocabulary."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 from draftcache.store.common.errors import InputError
 
-# A split's name becomes a directory beside manifest.json and a row beside `union`.
+# A split's name becomes the name of a directory beside manifest.json, and of a table row beside the row `union`.
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _RESERVED = ("manifest.json", "vocab_map.safetensors", "union")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add prepare's flags."""
+    """Add the flags, which are the settings of `draftcache.capture.prepare.job.PrepareConfig`."""
     parser.add_argument(
         "inputs",
         nargs="+",
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run prepare. Exit code 1 where rows were quarantined."""
+    """Prepare the dataset and print its tables. Returns 1 if rows were quarantined, else 0."""
     from draftcache.capture.prepare.job import PrepareConfig, prepare
     from draftcache.capture.prepare.token_dataset import QUARANTINE
 
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read_splits(pairs: list[str]) -> dict[str, list[Path]]:
-    """Parse NAME=FILE pairs, in order. Raises InputError."""
+    """Parse NAME=FILE pairs into {name: files}, in order. Raises InputError for any other text or a reserved name."""
     splits: dict[str, list[Path]] = {}
     for pair in pairs:
         name, equals, file = pair.partition("=")

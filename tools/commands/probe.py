@@ -16,7 +16,7 @@ _COMPARE_ONLY = ("ids", "axis", "tolerance", "json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Two uses: --verifier dumps, --compare compares. Flags of the other use are refused."""
+    """Add the flags of both uses: --verifier dumps states, --compare compares them. `run` refuses to mix the two."""
     use = parser.add_mutually_exclusive_group(required=True)
     use.add_argument("--verifier", type=Path, metavar="DIR", help="dump: directory of a Hugging Face causal LM")
     use.add_argument(
@@ -58,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 1 where no single offset fits every state. Raises InputError for flags that do not go together."""
+    """Dump or compare states. Returns 1 if a comparison found no single offset that fits every state, else 0.
+
+    Raises InputError for flags that do not go together.
+    """
     from draftcache.store.common.errors import InputError
 
     unused = _COMPARE_ONLY if arguments.compare is None else _DUMP_ONLY
@@ -118,7 +121,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def parse_numbers(flag: str, text: str) -> tuple[int, ...]:
-    """`A,B,C` as numbers >= 0. Raises InputError."""
+    """Parse `A,B,C` into numbers >= 0. Raises InputError, which names `flag`, for any other text."""
     from draftcache.store.common.errors import InputError
 
     parts = [part.strip() for part in text.split(",")]
@@ -128,7 +131,7 @@ def parse_numbers(flag: str, text: str) -> tuple[int, ...]:
 
 
 def format_comparison(found: Comparison) -> str:
-    """Of `draftcache.tools.probe.compare.compare_files`: a row per state of OTHER, then the verdict."""
+    """Format what `draftcache.tools.probe.compare.compare_files` returns: a line per state of OTHER, then a verdict."""
     lines = [
         f"{'other':<20} {'id':>5} {'is':<12} {'difference':>10} {'cosine':>9} {'next nearest':<12} {'difference':>10} "
         f"{'id - block':>10}",

@@ -1,4 +1,4 @@
-"""`draftcache repair`: take damaged shards out of a store, so that the capture command makes just those again."""
+"""`draftcache repair`: take damaged shards out of a store, so that the capture command makes only these again."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of verify and repair."""
+    """Add the flags: which store, and how thoroughly it is searched for damage."""
     parser.add_argument("store", help="directory, file://, s3:// or gs:// URL of a store")
     parser.add_argument("--quick", action="store_true", help="look for missing and cut files only")
     parser.add_argument("--workers", type=int, help="processes for the search (default: one per CPU)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 0: nothing was damaged, or the store is whole again; 1: capture has shards to make again."""
+    """Search for damage, move damaged shards aside and print what was done.
+
+    Returns 0 if nothing was damaged or the store is whole again, and 1 if capture has shards to make again.
+    """
     from draftcache.store.common.progress import progress_bar
     from draftcache.store.repair import repair_store
     from draftcache.store.verify import verify_store

@@ -19,7 +19,7 @@ _DRAFT_VOCAB = 32_000
 
 
 def _count(text: str) -> int:
-    return int(float(text))  # 450e6 is easier to read than its zeros
+    return int(float(text))  # accepts 450e6, which is easier to read than 450000000
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -27,7 +27,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What would be captured, of which verifier, how it would be stored, and on what it would run."""
+    """Add the flags: the conversations, the verifier, the store's settings, and the hardware."""
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dataset", type=Path, help="prepared dataset: counts are its own")
     what.add_argument("--tokens", type=_count, help="tokens, for a guess without a dataset (450e6): needs the next")
@@ -59,7 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 0. Raises InputError for values that do not fit together."""
+    """Print the sizes of a store, or with --train the memory of training. Returns 0.
+
+    Raises InputError for values that do not fit together.
+    """
     if arguments.train:
         from draftcache.tools.reports.training_memory import format_training_memory, training_memory
 
@@ -74,7 +77,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def size(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Counts, compute time, bytes and times per mode, and peers' bytes, as JSON values."""
+    """Return the counts, compute time, bytes and times per mode, and peers' bytes of a store, as JSON values.
+
+    Keys: `counts` (`Counts.to_json`), `settings`, `compute` (seconds and tokens per second of the verifier's forwards;
+    None if unknown), `frozen_bytes`, `modes` ({mode: bytes by array, total, seconds to write, wall seconds and what
+    limits them}) and `peers` ({project: bytes in total and per token}). Raises InputError for missing or wrong flags.
+    """
     from draftcache.store.common.errors import InputError
     from draftcache.store.format.tap_codecs import MODES
     from draftcache.tools.reports.sizing import count_dataset, frozen_bytes, guess_counts, peer_bytes
@@ -135,7 +143,10 @@ def size(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _config(verifier: Path | None) -> dict[str, Any]:
-    """The verifier's config.json, that of its text part where it has several; empty without a verifier."""
+    """Return the verifier's config.json (its `text_config` if it has one), or an empty dict without a verifier.
+
+    Raises InputError if the file holds no config with a hidden_size.
+    """
     from draftcache.store.common.errors import InputError
     from draftcache.store.common.files import read_json
 
@@ -193,7 +204,7 @@ def _require_teacher(arguments: argparse.Namespace, sizes: tuple[int, ...], voca
 def _specs(
     arguments: argparse.Namespace, mode: str, hidden: int, sizes: tuple[int, ...], vocab_size: int | None
 ) -> dict[str, ArraySpec]:
-    """Arrays of a shard in a mode. States of teacher "hidden" are float32 where the taps are, else bf16."""
+    """Return the arrays of a shard in a mode. The states of teacher "hidden" are float32 in mode float32, else bf16."""
     from draftcache.store.format.teacher import DraftVocab, TeacherForm
     from draftcache.tools.reports.sizing import specs_of
 
@@ -210,14 +221,13 @@ def _specs(
 
 
 def _dataset_draft_vocab(dataset: Path) -> int:
-    from draftcache.capture.prepare.token_dataset import VOCAB_MAP
-    from draftcache.store.format.vocab_map import VocabMap
+    from draftcache.store.format.vocab_map import VOCAB_MAP_NAME, VocabMap
 
-    return len(VocabMap.load(dataset / VOCAB_MAP)) if (dataset / VOCAB_MAP).is_file() else _DRAFT_VOCAB
+    return len(VocabMap.load(dataset / VOCAB_MAP_NAME)) if (dataset / VOCAB_MAP_NAME).is_file() else _DRAFT_VOCAB
 
 
 def _compute(arguments: argparse.Namespace, config: Mapping[str, Any], counts: Counts) -> dict[str, Any] | None:
-    """Seconds of the verifier's forward passes, by the rate given or by FLOPs; None where neither is known."""
+    """Return the seconds of the verifier's forwards, from the given rate or from FLOPs; None if both are unknown."""
     from draftcache.capture.verifier.family_flops import verifier_flops
     from draftcache.tools.reports.sizing import FORWARD_SHARE, GPU_TFLOPS
 
@@ -253,7 +263,7 @@ def _mode(
 
     arrays = shard_bytes(counts, specs, arguments.layout)
     shards = sum(arrays.values())
-    total = shards + frozen + arrays["index.npy"]  # the whole store's index repeats the shards'
+    total = shards + frozen + arrays["index.npy"]  # the store's index repeats the entries of the shards' indices
     write = total / (arguments.disk_gb_s * 1e9)
     seconds = None if compute is None else max(write, compute["seconds"])
     return {

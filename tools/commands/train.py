@@ -12,12 +12,15 @@ from draftcache.tools.arguments import add_settings, read_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One flag per field of TrainConfig."""
+    """Add one flag per field of TrainConfig."""
     add_settings(parser, TrainConfig)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train, or resume, to the end."""
+    """Train, or resume training, to the last step. Returns the exit code: 0, or the code of the signal that stopped it.
+
+    With several ranks (WORLD_SIZE above 1) the process ends here, and errors are printed instead of raised.
+    """
     config = read_settings(TrainConfig, arguments)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return _train(config)
@@ -26,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     except DraftcacheError as exc:
         print(f"draftcache train: error: {exc}", file=sys.stderr)
         code = 2
-    # Not by way of the interpreter's end: threads of torch's process group may abort there, or wait for lost ranks.
+    # The interpreter's shutdown is skipped: threads of torch's process group may abort in it, or wait for lost ranks.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

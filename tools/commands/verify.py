@@ -1,4 +1,4 @@
-"""`draftcache verify`: is a store what was committed? Names what is damaged, down to the conversation."""
+"""`draftcache verify`: check that a store is what was committed, and name what is damaged, down to the conversation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `draftcache.store.verify.verify_store`."""
+    """Add the flags, which are the settings of `draftcache.store.verify.verify_store`."""
     parser.add_argument("store", help="directory, file://, s3:// or gs:// URL of a store")
     parser.add_argument("--quick", action="store_true", help="only commit records and file sizes; reads no array")
     parser.add_argument("--allow-partial", action="store_true", help="accept a store whose capture has not finished")
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 1 for a store that is damaged, or unfinished without --allow-partial."""
+    """Verify the store and print the report. Returns 1 if it is damaged, or unfinished without --allow-partial."""
     from draftcache.store.common.progress import progress_bar
     from draftcache.store.verify import verify_store
 

@@ -1,4 +1,4 @@
-"""`draftcache vocab`: one draft-vocabulary map over several prepared datasets."""
+"""`draftcache vocab`: build one draft-vocabulary map over several prepared datasets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add vocab's flags."""
+    """Add the flags: the prepared datasets, the size of the vocabulary and the file to write."""
     parser.add_argument(
         "inputs",
         nargs="+",
@@ -26,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Build the map from the union of the inputs' token counts, print what it covers."""
+    """Build the map from the union of the inputs' token counts, print what it covers and write it. Returns 0.
+
+    Raises InputError if another map exists at --output and --overwrite was not given.
+    """
     from draftcache.capture.prepare.draft_vocabulary import build_vocab_map, coverage_table
     from draftcache.store.format.vocab_map import VocabMap
     from draftcache.tools.reports.accounting import coverage_text
@@ -48,7 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read_counts(inputs: list[str]) -> dict[str, np.ndarray]:
-    """Loss-masked counts, int64 [V], by `directory:split`. Raises where tokenizers differ or a split is named twice."""
+    """Return the counts of loss-masked tokens, int64 [V], by `directory:split`.
+
+    Raises ManifestMismatchError if the tokenizers differ, and InputError if a split is named twice.
+    """
     from draftcache.capture.prepare.token_dataset import TokenDataset
 
     counts: dict[str, np.ndarray] = {}
@@ -74,7 +80,7 @@ def read_counts(inputs: list[str]) -> dict[str, np.ndarray]:
 
 
 def _path_and_split(text: str) -> tuple[Path, str]:
-    if Path(text).exists():  # a directory whose own name has a colon
+    if Path(text).exists():  # a directory's name may hold a colon
         return Path(text), ""
     path, _, split = text.rpartition(":")
     return (Path(path), split) if path else (Path(text), "")

@@ -10,7 +10,7 @@ from draftcache.store.common.files import atomic_path
 
 
 def draw_curves(metrics: dict[str, Path], summary: dict[str, Any], output: Path) -> None:
-    """Write a PNG of three panels. `metrics`: metrics.jsonl by stage, in order."""
+    """Write a PNG of three panels. `metrics` holds the path of metrics.jsonl by stage, in the order of training."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -38,9 +38,9 @@ def draw_curves(metrics: dict[str, Path], summary: dict[str, Any], output: Path)
     }
     splits = list(summary["kind"])
     for number, (name, values) in enumerate(bars.items()):
-        places = [place + 0.2 * number for place in range(len(splits))]
-        split_axis.bar(places, [values[split] for split in splits], width=0.18, label=name)
-    split_axis.set_xticks([place + 0.3 for place in range(len(splits))], splits)
+        centers = [index + 0.2 * number for index in range(len(splits))]
+        split_axis.bar(centers, [values[split] for split in splits], width=0.18, label=name)
+    split_axis.set_xticks([index + 0.3 for index in range(len(splits))], splits)
     split_axis.set(title="acceptance length by split (1 = no gain)")
     split_axis.set_ylim(bottom=0.9)
     for axis in (loss_axis, acceptance_axis, split_axis):

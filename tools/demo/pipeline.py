@@ -2,8 +2,8 @@
 
 Real conversations -> prepare -> capture -> stage 1; the verifier's own greedy traces -> prepare -> capture ->
 stage 2 from stage 1's checkpoint under the same vocabulary map; acceptance before and after; export; truth check.
-Every stage is the command that a user would type, it is printed before it runs, and finished stages are skipped
-when the demo is run again. It stays on the CPU where there is a GPU too, so that every machine makes the same run.
+Every stage is the command that a user would type. It is printed before it runs, and finished stages are skipped when
+the demo runs again. The demo uses the CPU even if there is a GPU, so that every machine makes the same run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from draftcache.store.common.files import read_json, write_json
 ASSETS = Path(__file__).parent / "assets"
 VERIFIER = ASSETS / "verifier"
 LAYERS = (2, 5, 10)
-"""Early Mamba, middle attention and late Mamba blocks, as 2/26/48 are of the 30B verifier's 52."""
+"""An early Mamba block, a middle attention block and a late Mamba block, as 2/26/48 of the 30B verifier's 52 blocks."""
 
 TRACE_SPLITS = ("val_traces", "mt_bench", "humaneval")
 IN_DOMAIN = "val_traces"
@@ -38,7 +38,7 @@ IN_DOMAIN = "val_traces"
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSize:
-    """How much of the shipped text one demo run uses."""
+    """The settings of one demo run: how much of the shipped text it uses, and how it trains."""
 
     train_conversations: int = 1000
     val_conversations: int = 60
@@ -52,22 +52,22 @@ class DemoSize:
     stage2_epochs: int = 2
     batch_conversations: int = 2
     stage1_ttt_steps: int = 3
-    """Stage 1 only has to learn the language, so a short unroll will do, at half the cost."""
+    """Stage 1 only has to learn the language, so a short unroll is enough, at half the cost."""
     stage2_ttt_steps: int = 5
-    """As many as the draft tokens that are proposed and evaluated."""
+    """The number of draft tokens that are proposed and evaluated."""
     truth_prompts: int = 8
     truth_tokens: int = 64
 
 
 def read_conversations(path: Path, first: int, count: int) -> list[dict[str, Any]]:
-    """Rows `first .. first + count` of a shipped JSONL.gz."""
+    """Return the rows `first` to `first + count - 1` of a shipped JSONL.gz file."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         rows = [line for number, line in enumerate(file) if first <= number < first + count]
     return [json.loads(line) for line in rows]
 
 
 def load_demo_verifier() -> Verifier:
-    """The shipped verifier in float32 on the CPU, its dt limit lifted and its carry proved."""
+    """Load the shipped verifier in float32 on the CPU, with its dt limit lifted and its float32 carry proved."""
     import torch
 
     from draftcache.capture.verifier.load import load_verifier
@@ -79,7 +79,7 @@ def load_demo_verifier() -> Verifier:
 
 
 def _peak_memory_gib() -> float:
-    """Of this process so far. Linux counts ru_maxrss in KiB."""
+    """Return the peak memory of this process so far, in GiB. Linux counts ru_maxrss in KiB."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
 
@@ -101,7 +101,7 @@ def _answer(prompts: list[list[int]], *, max_new_tokens: int, eos_token_id: int)
 
 
 class Demo:
-    """One run in a directory."""
+    """One run of the demo in a directory."""
 
     def __init__(self, output: Path, size: DemoSize) -> None:
         self.output = output
@@ -110,11 +110,11 @@ class Demo:
         self.memory: dict[str, float] = {}
 
     def path(self, *parts: str) -> Path:
-        """A path below the run's directory."""
+        """Return a path below the run's directory."""
         return self.output.joinpath(*parts)
 
     def command(self, *arguments: object) -> None:
-        """Print and run one `draftcache` command. Raises DraftcacheError where it fails."""
+        """Print and run one `draftcache` command. Raises DraftcacheError if it fails."""
         from draftcache.tools.cli import main
 
         words = [str(argument) for argument in arguments]
@@ -126,7 +126,7 @@ class Demo:
             raise DraftcacheError(f"draftcache {words[0]} ended with exit code {code}; see its message above")
 
     def run(self) -> dict[str, Any]:
-        """Run every stage; returns the summary that is also written to summary.json."""
+        """Run every stage; return the summary (`report.summarize`, sizes, seconds), as written to summary.json."""
         started = time.monotonic()
         self.output.mkdir(parents=True, exist_ok=True)
         self._write_conversations()
@@ -160,7 +160,7 @@ class Demo:
             path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
     def _write_traces(self) -> None:
-        """Greedy answers of the verifier: to train prompts that stage 1 does not see, and to held-out prompts."""
+        """Write the verifier's greedy answers to train prompts that stage 1 does not see and to held-out prompts."""
         from transformers import AutoTokenizer
 
         from draftcache.tools.demo.traces import prompt_of, write_traces
@@ -179,7 +179,7 @@ class Demo:
             return
         started = time.monotonic()
         tokenizer = AutoTokenizer.from_pretrained(VERIFIER)
-        # One single-threaded process per core: on models this small a second thread gains nothing.
+        # There is one single-threaded process per core: on models this small a second thread gains nothing.
         with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=_start_worker) as pool:
             answer = partial(_answer, max_new_tokens=size.max_new_tokens, eos_token_id=int(tokenizer.eos_token_id))
             for split, (name, first, count) in sources.items():

@@ -1,4 +1,4 @@
-"""The demo's summary and its table."""
+"""The demo's summary as JSON values, and its table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from draftcache.tools.demo.truth import TruthResult
 
 
 def store_totals(path: Path) -> dict[str, float]:
-    """Tokens, bytes and teacher positions of one store, with the summed tail mass."""
+    """Return the `tokens`, `bytes` and teacher `positions` of one store, and the `tail` mass summed over positions."""
     store = StoreReader(path)
     tails = [record["tail_mass"] for record in store.records()]
     return {
@@ -22,7 +22,12 @@ def store_totals(path: Path) -> dict[str, float]:
 
 
 def summarize(stores: list[Path], evaluations: dict[str, dict[str, Any]], truth: TruthResult) -> dict[str, Any]:
-    """summary.json, without timings. `evaluations`: stage -> split -> draft, untrained, bigram figures."""
+    """Return the content of summary.json without timings, as JSON values.
+
+    It has the stores' totals; `acceptance_length` by stage and split; by split, for stage 2, the baselines,
+    `conditional_acceptance`, `greedy_agreement` and `kind`; and the result of the truth check. `evaluations` holds
+    {stage: {split: figures of the draft, the untrained draft and the bigram baseline}}.
+    """
     totals = [store_totals(path) for path in stores]
     total = {name: sum(part[name] for part in totals) for name in totals[0]}
     last = evaluations["stage2"]
@@ -52,7 +57,7 @@ def summarize(stores: list[Path], evaluations: dict[str, dict[str, Any]], truth:
 
 
 def format_summary(summary: dict[str, Any]) -> str:
-    """The table that the demo prints last."""
+    """Return the table that the demo prints last."""
     stages = summary["acceptance_length"]
     lines = [
         f"{summary['tokens']:,} tokens stored, {summary['bytes_per_token']:,.0f} bytes/token, "

@@ -1,6 +1,6 @@
-"""Traces: the verifier's own greedy answers to prompts, kept as token ids so that they are never re-tokenised.
+"""Traces: the verifier's own greedy answers to prompts, kept as token ids so that they are never tokenised again.
 
-On such traces the realised tokens are the verifier's argmaxes, so offline acceptance is exact.
+In such traces the realised tokens are the verifier's argmaxes, so offline acceptance is exact.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Message = dict[str, Any]
 
 
 def prompt_of(messages: Sequence[Message]) -> list[Message]:
-    """The messages before the first assistant turn."""
+    """Return the messages before the first assistant turn."""
     turn = next((number for number, item in enumerate(messages) if item["role"] == "assistant"), len(messages))
     return list(messages[:turn])
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[Sequence[Message]]) -> list[list[int]]:
-    """Token ids of each prompt with the header of the assistant's turn."""
+    """Return the token ids of each prompt, which end with the header of the assistant's turn."""
     return [
         tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)["input_ids"]
         for prompt in prompts
@@ -36,10 +36,10 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Sequence[Message]]) -> list
 def generate_batch(
     model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, eos_token_id: int
 ) -> list[list[int]]:
-    """Greedy answers (ids with the end of turn) to a batch of prompts.
+    """Return the greedy answers to a batch of prompts, as token ids with the end of turn.
 
-    Prompts are padded on the left under an attention mask, which zeroes padded Mamba inputs: an exact no-op on a
-    state that starts at zero.
+    Prompts are padded on the left under an attention mask. The mask zeroes the padded inputs of Mamba blocks, which
+    changes nothing, because their state starts at zero.
     """
     width = max(len(prompt) for prompt in prompts)
     ids = torch.zeros(len(prompts), width, dtype=torch.int64)
@@ -68,10 +68,11 @@ def write_traces(
     max_prompt_tokens: int,
     batch_size: int = 64,
 ) -> None:
-    """Write one JSONL row per prompt of at most `max_prompt_tokens`, atomically. An existing file is left as it is.
+    """Write one JSONL row per prompt of at most `max_prompt_tokens`, atomically. An existing file is left unchanged.
 
-    `generate` maps batches of prompts (ids) to their answers, in order: `generate_batch` here or in worker processes.
-    Rows hold `messages` for readers, and `token_ids` with `loss_mask`, which `draftcache prepare` takes as they are.
+    `generate` maps batches of prompts (ids) to their answers, in order: it runs `generate_batch`, in this process or in
+    worker processes. A row holds `messages` for human readers, and `token_ids` with `loss_mask`, which
+    `draftcache prepare` takes unchanged.
     """
     if output.exists():
         return

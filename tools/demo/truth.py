@@ -1,4 +1,4 @@
-"""The truth check: offline acceptance against real greedy speculative decoding with the same draft.
+"""The truth check: compare offline acceptance with real greedy speculative decoding by the same draft.
 
 Traces are written by plain greedy decoding, captured in float32 (bf16 rounding could flip a near-tie between two
 ways of computing the same state), evaluated offline, and decoded again speculatively. The text must be equal token
@@ -28,7 +28,7 @@ from draftcache.tools.speculative_decode import plain_greedy, speculative_greedy
 
 @dataclass(frozen=True)
 class TruthResult:
-    """Counts behind the two statements."""
+    """The counts of the truth check, from which `lossless` and `offline_equals_online` follow."""
 
     traces: int
     tokens: int
@@ -38,7 +38,7 @@ class TruthResult:
 
     @property
     def offline_equals_online(self) -> bool:
-        """The offline figure is the number of verify steps that serving makes."""
+        """Whether the offline number of verify steps is the number that speculative decoding made."""
         return self.offline_steps == self.online_steps
 
 
@@ -55,7 +55,7 @@ def truth_check(
     directory: Path,
     draft_tokens: int = 5,
 ) -> TruthResult:
-    """Run the check on `prompts` (token ids), leaving its files in `directory`."""
+    """Run the check on `prompts` (token ids); its files stay in `directory`."""
     traces = [
         plain_greedy(verifier, list(prompt), max_new_tokens=max_new_tokens, eos_token_id=eos_token_id)
         for prompt in prompts
@@ -91,7 +91,7 @@ def _capture_traces(
     layers: tuple[int, ...],
     directory: Path,
 ) -> StoreReader:
-    """Prepare and capture (prompt, answer) pairs of ids in float32, every row kept."""
+    """Prepare and capture (prompt, answer) pairs of token ids in float32, and keep every row."""
     directory.mkdir(parents=True, exist_ok=True)
     rows = directory / "traces.jsonl"
     rows.write_text(

@@ -1,8 +1,8 @@
-"""Which block of one forward each state of another forward is, and the one offset between their numberings.
+"""Find the block of one forward that each state of another forward is, and the one offset between their numberings.
 
-A state b fits the block whose output a has the smallest |a - b| / |b| (Frobenius norms, float32), if that is within
-the tolerance. One row with massive activations can outweigh all others in that norm, so the mean of the rows' cosines
-has to agree: it counts every row alike.
+A state b fits the block whose output a has the smallest |a - b| / |b| (Frobenius norms, float32), if this difference
+is within the tolerance. One row with massive activations can outweigh all others in that norm, so the mean of the
+rows' cosines, which counts every row alike, has to agree.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from draftcache.tools.probe.files import (
 TOLERANCE = 0.05
 """The demo's verifier in bfloat16 is 0.004 to 0.008 from float32, and neighbouring blocks are 0.15 to 0.5 apart."""
 
-_COSINE_SLACK = 1e-4  # blocks that the cosine can't tell apart in float32 and bfloat16 rounding
+_COSINE_SLACK = 1e-4  # smaller differences of cosines are float32 and bfloat16 rounding, and tell no blocks apart
 
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """What one state of OTHER is."""
+    """The block that one state of OTHER is, or the problem with it."""
 
     name: str
     number: int | None
-    """Its id in OTHER's convention."""
+    """The state's id in OTHER's convention."""
     best: str | None = None
-    """The nearest of our states; None where the state is no state at all."""
+    """The nearest of our states; None if the values are no states, such as zeros or NaN."""
     block: int | None = None
-    """Its block: -1 for the embeddings, None for the final norm."""
+    """The block of the nearest state: -1 for the embeddings, None for the final norm."""
     difference: float | None = None
     cosine: float | None = None
     second: str | None = None
@@ -49,7 +49,7 @@ class Match:
 
     @property
     def offset(self) -> int | None:
-        """id - block, for a state that fits a block."""
+        """The state's id minus its block, or None if it fits no block."""
         if self.problem or self.number is None or self.block is None:
             return None
         return self.number - self.block
@@ -57,20 +57,20 @@ class Match:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The answer: `fits` where every state of OTHER is one of ours and one offset numbers all of them."""
+    """The result: `fits` if every state of OTHER is one of our states and one offset holds for all of their ids."""
 
     matches: list[Match]
     rows: int
-    """Tokens that were compared."""
+    """Number of tokens that were compared."""
     offset: int | None
     taps: dict[int, int]
-    """Our taps of interest by block number: their ids in OTHER's convention. Empty without an offset."""
+    """The ids of our taps of interest in OTHER's convention, by block number. Empty without an offset."""
     fits: bool
     verdict: str
     notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as JSON values."""
+        """Return all fields as JSON values, each match with its `offset`."""
         return asdict(self) | {"matches": [asdict(match) | {"offset": match.offset} for match in self.matches]}
 
 
@@ -82,9 +82,9 @@ def compare_files(
     layer_axis: int | None = None,
     tolerance: float = TOLERANCE,
 ) -> Comparison:
-    """Compare a dump with another file of states; see `probe_files.read_states`.
+    """Compare a dump with another file of states; `files.read_states` explains `ids` and `layer_axis`.
 
-    Raises InputError where the two can't be compared: other token ids, another hidden size, files of another form.
+    Raises InputError if the two can't be compared: other token ids, another hidden size, files of another form.
     """
     if not 0 < tolerance < 1:
         raise InputError(f"--tolerance: expected a number between 0 and 1, found {tolerance}")
@@ -100,7 +100,11 @@ def compare_files(
 
 
 def _common_rows(mine: StateFile, theirs: StateFile) -> tuple[int, list[str]]:
-    """How many tokens both have states of; a causal model's states don't depend on what follows."""
+    """Return the number of leading tokens that both files have states of, and notes about it.
+
+    Comparing a prefix is sound, because a causal model's states don't depend on the tokens that follow. Raises
+    InputError if the token ids differ.
+    """
     common = min(len(mine.token_ids), len(theirs.token_ids))
     differing = np.flatnonzero(mine.token_ids[:common] != theirs.token_ids[:common])
     if differing.size:
@@ -140,7 +144,7 @@ def _match(state: StateTensor, ours: Sequence[StateTensor], rows: int, tolerance
 
 
 def _broken(values: NDArray[np.float32]) -> str | None:
-    """Why these rows are no states: engines have shipped captures of zeros and of NaN."""
+    """Return why these rows are no states, or None if they are. Engines have shipped captures of zeros and of NaN."""
     if bad := int((~np.isfinite(values)).any(axis=1).sum()):
         return f"NaN or infinity in {bad} of {len(values)} rows"
     zero = int((values == 0).all(axis=1).sum())
@@ -150,7 +154,7 @@ def _broken(values: NDArray[np.float32]) -> str | None:
 
 
 def _distance(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> tuple[float, float]:
-    """|a - b| / |b| and the mean cosine of the rows."""
+    """Return |a - b| / |b| and the mean cosine of the rows."""
     difference = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
     norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
     cosines = np.einsum("ij,ij->i", ours, theirs) / np.maximum(norms, np.finfo(np.float32).tiny)
@@ -164,7 +168,7 @@ def _label(state: StateTensor) -> str:
 
 
 def _judge(mine: StateFile, theirs: StateFile, matches: list[Match], rows: int, notes: list[str]) -> Comparison:
-    """Weigh all matches together."""
+    """Judge all matches together: find the one offset, and whether it holds for every state."""
     offsets = sorted({match.offset for match in matches if match.offset is not None})
     offset = offsets[0] if len(offsets) == 1 else None
     details = mine.details or {}
@@ -175,17 +179,20 @@ def _judge(mine: StateFile, theirs: StateFile, matches: list[Match], rows: int, 
     if missing := [block for block in range(blocks) if block not in held]:
         notes = [*notes, f"ours holds no output of block {', '.join(map(str, missing))}: nothing can match those"]
     taps = {} if offset is None else {int(layer): int(layer) + offset for layer in details["layers"]}
-    # Places in a stack are ids only where it holds every state, from block 0 or the embeddings on.
-    places_only = theirs.by_position and (offset not in (0, 1) or len(matches) < blocks)
-    fits = offset is not None and not bad and not places_only
-    if places_only:
+    # Indices in a stack are ids only if the stack holds every state, from block 0 or the embeddings on.
+    ids_unknown = theirs.by_position and (offset not in (0, 1) or len(matches) < blocks)
+    fits = offset is not None and not bad and not ids_unknown
+    if ids_unknown:
         taps = {}
-    verdict = _verdict(matches, offsets, len(bad), "place" if theirs.by_position else "engine id", places_only)
+    verdict = _verdict(matches, offsets, len(bad), "place" if theirs.by_position else "engine id", ids_unknown)
     return Comparison(matches=matches, rows=rows, offset=offset, taps=taps, fits=fits, verdict=verdict, notes=notes)
 
 
 def _with_final_norm_judged(match: Match, offset: int | None, last_block: int) -> Match:
-    """The final norm's output has its place after the last block or, as with Hugging Face, instead of it."""
+    """Return the match, with a problem if it is the final norm's output under a block's id, or the other way round.
+
+    The final norm's output comes after the last block's output or, as with Hugging Face, instead of it.
+    """
     if match.problem or match.best is None:
         return match
     if match.block is not None:
@@ -199,10 +206,10 @@ def _with_final_norm_judged(match: Match, offset: int | None, last_block: int) -
     return match
 
 
-def _verdict(matches: list[Match], offsets: list[int], bad: int, number: str, places_only: bool) -> str:
+def _verdict(matches: list[Match], offsets: list[int], bad: int, number: str, ids_unknown: bool) -> str:
     if not offsets:
         return f"does not fit: none of the {len(matches)} states is the output of one of our blocks"
-    if places_only:
+    if ids_unknown:
         blocks = [match.block for match in matches if match.offset is not None]
         return f"does not fit: expected the ids of the stacked states, found only places; give --ids. Blocks: {blocks}"
     if len(offsets) > 1:

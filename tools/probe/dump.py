@@ -1,6 +1,6 @@
-"""Dump of one forward of the verifier over a fixed input, with the numbers of its states in several conventions.
+"""Dumps the states of one verifier forward over a fixed input, with their numbers in several conventions.
 
-It is the reference for porting a draft to another engine: run the engine on the dump's `token_ids`, and
+The dump is the reference for porting a draft to an engine: run the engine on the dump's `token_ids`, and
 `draftcache probe --compare` names the offset between the engine's layer ids and our block numbers.
 """
 
@@ -79,11 +79,12 @@ class ProbeConfig:
 
 
 def dump_states(config: ProbeConfig) -> dict[str, Any]:
-    """Run the forward and write `config.output` atomically; returns the details of the file's metadata.
+    """Run the forward and write `config.output` atomically; return the file's metadata and `tokens`, as JSON values.
 
     The file holds `token_ids` [L] int64 and, in the compute dtype [L, H]: `embeddings`, `hidden_states.K` after block
-    K, and `final_norm`. Raises InputError, PrecisionError where the float32 contract of Mamba states is not met, and
-    GateError for states that are not finite.
+    K, and `final_norm`. The metadata holds, among others, `layers`, `tensors` ({name: `conventions`}), `dtype`,
+    `forward`, `verifier` and `ssm`. Raises InputError, PrecisionError if the float32 contract of Mamba states is not
+    met, and GateError for states that are not finite.
     """
     token_ids = _input_ids(config)
     device = choose_device(config.device)
@@ -122,7 +123,10 @@ def dump_states(config: ProbeConfig) -> dict[str, Any]:
 
 
 def conventions(name: str, blocks: int) -> dict[str, Any]:
-    """Numbers of a dump's tensor in several conventions, for a verifier of `blocks` blocks; None where it has none."""
+    """Return the numbers of a dump's tensor in several conventions, for a verifier of `blocks` blocks, as JSON values.
+
+    The keys are `layer`, `point`, `hf_hidden_states_index` and `vllm_aux_id`; a convention without a number has None.
+    """
     if name == EMBEDDINGS:
         return {"layer": None, "point": "input of block 0", "hf_hidden_states_index": 0, "vllm_aux_id": 0}
     if name == FINAL_NORM:
@@ -134,7 +138,7 @@ def conventions(name: str, blocks: int) -> dict[str, Any]:
 
 
 def _input_ids(config: ProbeConfig) -> Tensor:
-    """The input's token ids [L] int64. Raises InputError where there are none."""
+    """Return the input's token ids [L] int64. Raises InputError if there are none."""
     if config.token_ids is not None:
         ids = list(config.token_ids)
     else:
@@ -161,7 +165,7 @@ def _require_in_range(config: ProbeConfig, token_ids: Tensor, verifier: Verifier
 
 @torch.inference_mode()
 def _own_states(verifier: Verifier, token_ids: Tensor) -> dict[str, Tensor]:
-    """All states [L, H] by name, from the forward that capture runs."""
+    """Return all states [L, H] by name, from the forward that capture runs."""
     entered: list[Tensor] = []
 
     def keep(_block: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -172,7 +176,7 @@ def _own_states(verifier: Verifier, token_ids: Tensor) -> dict[str, Tensor]:
         found = verifier.forward(token_ids, tuple(range(len(verifier.blocks))))
     finally:
         handle.remove()
-    # Our own forwards call no block and begin with the table's rows; the code of other models may scale those.
+    # Our forwards call no block module and begin with the embedding table's rows, which other models' code may scale.
     embeddings = entered[0] if entered else verifier.embeddings(token_ids.to(verifier.device))
     blocks = {block_tensor(layer): tap for layer, tap in sorted(found.taps.items())}
     return {EMBEDDINGS: embeddings, **blocks, FINAL_NORM: found.final}
@@ -180,9 +184,9 @@ def _own_states(verifier: Verifier, token_ids: Tensor) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def _model_states(verifier: Verifier, token_ids: Tensor) -> dict[str, Tensor]:
-    """States [L, H] by name from the model's own `output_hidden_states`, which lacks the last block's output.
+    """Return states [L, H] by name from the model's own `output_hidden_states`, which lacks the last block's output.
 
-    Raises InputError where the model returns another number of states.
+    Raises InputError if the model returns another number of states than blocks + 1.
     """
     ids = token_ids[None].to(verifier.device)
     output = verifier.body(input_ids=ids, use_cache=False, output_hidden_states=True)

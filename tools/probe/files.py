@@ -1,19 +1,20 @@
-"""Files of hidden states: the dump of `draftcache probe`, Hugging Face's states, what vLLM extracts.
+"""Files of hidden states: dumps of `draftcache probe`, Hugging Face's states, and the states that vLLM extracts.
 
-Only safetensors are read, without torch, and widened to float32 row by row as they are compared.
+Only safetensors files are read, without torch. Their values become float32 when they are compared.
 
-What vLLM writes, by its source and documentation (`extract_hidden_states` as the speculative method, with the
+The files that vLLM writes, by its source and documentation (`extract_hidden_states` as the speculative method, with the
 ExampleHiddenStatesConnector: v1/spec_decode/extract_hidden_states.py,
 distributed/kv_transfer/kv_connector/v1/example_hidden_states_connector.py,
 docs/features/speculative_decoding/extract_hidden_states.md; release blog and PRs 33736, 46301):
 
-- One file per request, `hidden_states` [L, N, H] in the model's dtype (stacked with dim=1: tokens first) and
-  `token_ids` [L] int64. No layer ids and no metadata: they are known only from the engine's configuration.
-- `token_ids` are the prompt's; with `include_output_tokens` also those generated, without the last one, which no
+- There is one file per request. It holds `hidden_states` [L, N, H] in the model's dtype (stacked with dim=1: tokens
+  first) and `token_ids` [L] int64. It has no layer ids and no metadata: the ids are known only from the engine's
+  configuration.
+- `token_ids` are the prompt's; with `include_output_tokens` the generated ids follow, without the last one, which no
   forward has read.
-- Ids are `eagle_aux_hidden_state_layer_ids`: 0 is the embeddings, k the residual stream after k blocks, so the output
-  of block i is i + 1, and the last block's output, before the final norm, is num_hidden_layers. (EagleModelMixin;
-  patched builds of NemotronH have used the block's own number instead.)
+- The layer ids are `eagle_aux_hidden_state_layer_ids`: 0 is the embeddings, k the residual stream after k blocks, so
+  the output of block i is i + 1, and the last block's output, before the final norm, is num_hidden_layers.
+  (EagleModelMixin; patched builds of NemotronH have used the block's own number instead.)
 - Entries come in the order of the blocks, in whatever order the ids were configured.
 - Hybrid verifiers gave all-zero files before PR 46301.
 """
@@ -34,12 +35,12 @@ from safetensors import SafetensorError, safe_open
 from draftcache.store.common.errors import InputError
 
 METADATA_KEY = "draftcache_probe"
-"""One key of safetensors metadata with all details as JSON: several would be written in an order that changes."""
+"""The one key of safetensors metadata, with all details as JSON: several keys would be written in a changing order."""
 
 VERSION = 1
 EMBEDDINGS, FINAL_NORM = "embeddings", "final_norm"
 EMBEDDINGS_BLOCK = -1
-"""The state before block 0 counts as the output of a block -1: every convention's offset holds for it too."""
+"""The state before block 0 counts as the output of a block -1, so that every convention's offset holds for it too."""
 
 _NUMBERED = re.compile(r"hidden_states[._](\d+)")
 _STACKED = "hidden_states"
@@ -47,13 +48,13 @@ _DTYPES = ("BF16", "F16", "F32", "F64", "I64", "I32")
 
 
 def block_tensor(block: int) -> str:
-    """Name of the tensor that holds a block's output in a dump."""
+    """Return the name of the tensor that holds a block's output in a dump."""
     return f"hidden_states.{block}"
 
 
 @dataclass(frozen=True)
 class StateTensor:
-    """States [L, H] of one layer, as they lie in the file."""
+    """The states [L, H] of one layer, in the file's dtype."""
 
     name: str
     number: int | None
@@ -62,25 +63,25 @@ class StateTensor:
     """bfloat16, float16, float32 or float64 [L, H]."""
 
     def rows(self, count: int) -> NDArray[np.float32]:
-        """The first `count` rows as float32."""
+        """Return the first `count` rows as float32 [count, H]."""
         return self.values[:count].astype(np.float32)
 
 
 @dataclass(frozen=True)
 class StateFile:
-    """One forward's states."""
+    """The states of one forward, and the token ids that it read."""
 
     path: Path
     token_ids: NDArray[np.int64]
     states: list[StateTensor]
     details: dict[str, Any] | None
-    """What a draftcache dump says of itself; None for files of others."""
+    """The metadata of a draftcache dump; None for a file that another program wrote."""
     by_position: bool = False
-    """Whether the states were numbered 0, 1, .. for want of ids."""
+    """Whether the states were numbered 0, 1, .. because no ids were given."""
 
     @property
     def hidden_size(self) -> int:
-        """H."""
+        """The hidden size H."""
         return int(self.states[0].values.shape[1])
 
 
@@ -96,10 +97,10 @@ def read_dump(path: Path) -> StateFile:
 
 
 def read_states(path: Path, *, ids: tuple[int, ...] | None = None, layer_axis: int | None = None) -> StateFile:
-    """Read states of any of the module's forms.
+    """Read states in any of the forms that this module describes.
 
-    `ids` are those of the entries of a stacked tensor, in its order (default: 0, 1, ..); `layer_axis` is its axis of
-    layers, needed where shapes leave it open. Raises InputError naming what was expected.
+    `ids` are the ids of a stacked tensor's entries, in order (default: 0, 1, ..); `layer_axis` is the tensor's axis of
+    layers, which is needed if the shapes leave it open. Raises InputError, which names what was expected.
     """
     tensors, metadata = _load_safetensors(path)
     details = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
@@ -125,10 +126,10 @@ def read_states(path: Path, *, ids: tuple[int, ...] | None = None, layer_axis: i
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """Every tensor of numbers, and the metadata."""
+    """Return every tensor of numbers by name, and the metadata. Raises InputError for other files."""
     try:
         with safe_open(path, framework="np") as file:
-            # Masks and the like are left where they are.
+            # Tensors of other dtypes, such as masks, are not read.
             names = [name for name in file.keys() if file.get_slice(name).get_dtype() in _DTYPES]  # noqa: SIM118
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except FileNotFoundError as exc:
@@ -162,7 +163,7 @@ def _token_ids(path: Path, tensors: dict[str, NDArray[Any]]) -> NDArray[np.int64
 
 
 def _named(path: Path, tensors: dict[str, NDArray[Any]], *, is_dump: bool) -> list[StateTensor]:
-    """States that are tensors of their own, by ascending id."""
+    """Return the states of a file with one tensor per layer, by ascending id."""
     states = []
     for name, values in tensors.items():
         if match := _NUMBERED.fullmatch(name):
@@ -183,7 +184,7 @@ def _named(path: Path, tensors: dict[str, NDArray[Any]], *, is_dump: bool) -> li
 def _unstack(
     path: Path, values: NDArray[Any], length: int, ids: tuple[int, ...] | None, layer_axis: int | None
 ) -> list[StateTensor]:
-    """Entries of one tensor [N, L, H] or [L, N, H], a batch axis of 1 left out."""
+    """Return the entries of one tensor [N, L, H] or [L, N, H]. A batch axis of size 1 is dropped."""
     if values.ndim == 4 and 1 in values.shape[:2]:
         values = values[:, 0] if values.shape[1] == 1 else values[0]
     if values.ndim != 3:
@@ -200,7 +201,10 @@ def _unstack(
 
 
 def _layer_axis(path: Path, shape: tuple[int, ...], length: int, ids: tuple[int, ...] | None, given: int | None) -> int:
-    """Which of the first two axes counts layers: the other one has as many entries as there are tokens, or one less."""
+    """Return which of the first two axes counts layers; the other has as many entries as there are tokens, or one less.
+
+    Raises InputError if no axis or either axis may be it.
+    """
     if given is not None:
         return given
     possible = [axis for axis in (0, 1) if shape[1 - axis] in (length, length - 1)]
@@ -216,7 +220,7 @@ def _layer_axis(path: Path, shape: tuple[int, ...], length: int, ids: tuple[int,
 
 def _require_rows(path: Path, state: StateTensor, length: int) -> None:
     shape = state.values.shape
-    # Some engines leave the last token out; fewer rows than that belong to another input.
+    # Some engines leave the last token out. States with fewer rows belong to another input.
     if len(shape) != 2 or shape[0] not in (length, length - 1) or not all(shape) or state.values.dtype.kind == "i":
         raise InputError(
             f"{path}: {state.name}: expected states [L, H] in floating point with L = {length} as token_ids (or one "

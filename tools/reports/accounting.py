@@ -1,4 +1,4 @@
-"""Prepare's tables as text: what became of every token, and what the draft vocabulary covers."""
+"""The tables that prepare prints: what became of every token, and what the draft vocabulary covers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SPLIT_ROWS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
 
 
 def accounting_table(manifest: Mapping[str, Any]) -> str:
-    """One column per split of a prepared dataset's manifest."""
+    """Return a table with one column per split of a prepared dataset's manifest."""
     splits = manifest["splits"]
     header = [f"Metric (max_length {manifest['max_length']:,})"]
     header += [f"{name} (held out)" if record["held_out"] else name for name, record in splits.items()]
@@ -31,7 +31,10 @@ def accounting_table(manifest: Mapping[str, Any]) -> str:
 
 
 def coverage_text(coverage: Sequence[Mapping[str, Any]], size: int) -> str:
-    """One row per input, then their union, then held-out inputs: `Coverage.as_json` records."""
+    """Return a table of `Coverage.as_json` records: one row per input, then their union, then the held-out inputs.
+
+    `size` is the number of ids in the draft vocabulary.
+    """
     header = ["Input", "Loss-masked tokens", "Unique ids", f"Coverage by top {size:,}"]
     header += ["Tokens lost", "Unique in vocab"]
     rows = [
@@ -49,7 +52,7 @@ def coverage_text(coverage: Sequence[Mapping[str, Any]], size: int) -> str:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it reads well in a terminal: first column left, the others right."""
+    """Return a Markdown table, padded so that it reads well in a terminal: first column left, the others right."""
     widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:

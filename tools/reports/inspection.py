@@ -1,12 +1,8 @@
-"""What a store holds, as JSON values: the whole of it without reading an array, or one conversation decoded."""
+"""What a store holds, as JSON values: figures of the whole store, read from no array, or one decoded conversation."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,132 +10,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from draftcache.store.common.errors import InputError
-from draftcache.store.common.files import hash_json
 from draftcache.store.format.array_spec import tap_name
 from draftcache.store.format.bf16 import bf16_to_float32
-from draftcache.store.format.commits import COMMIT_DIRECTORY, Record, record_name, require_record
-from draftcache.store.format.norm_band import NormBand
 from draftcache.store.format.schema import Conversation
 from draftcache.store.reader import StoreReader
-from draftcache.store.storage.base import Location, Storage
+from draftcache.store.storage.base import Location
+from draftcache.tools.reports.record_totals import RecordTotals, commit_records, ratio
 from draftcache.tools.reports.shown_teacher import shown_teacher
 
 DEFAULT_ROWS = 64
-_REMOTE_READS = 16  # records that are fetched at once from an object store
-_SEAL = "xxh3_128"  # as `draftcache.store.common.sealed_json` writes it
 
 Summary = dict[str, Any]
 
 
 def summarise(location: Location, *, allow_partial: bool = False) -> Summary:
-    """Figures of a store from its manifest, commit records and index alone.
+    """Return the figures of a store as JSON values, from its manifest, its commit records and its index alone.
 
-    Raises StoreError where it is unfinished (unless `allow_partial`) or a record is damaged. Bytes are those that the
-    commit records name; `verify` compares them with the files.
+    From the manifest: `store`, `manifest_hash`, `verifier`, `taps`, `mode`, `layout` and the other settings, and
+    `shards_planned`. From the index: `conversations`, `tokens`, `loss_tokens`, `loss_fraction`, `rows`, `reach_saved`
+    (the share of the tokens without a row), `teacher_positions`, `splits` and `lengths`. From the commit records: the
+    keys of `RecordTotals.figures`. Bytes are the sizes that the commit records name; `verify` compares them with the
+    files. Raises StoreError if the store is unfinished (unless `allow_partial`) or a record is damaged.
     """
     reader = StoreReader(location, allow_partial=allow_partial)
     try:
-        totals = _Totals()
-        for name, record in _records(reader.storage):
+        totals = RecordTotals()
+        for name, record in commit_records(reader.storage):
             totals.add(name, record)
         return _manifest_figures(reader) | _index_figures(reader) | totals.figures(int(reader.index["tokens"].sum()))
     finally:
         reader.close()
-
-
-def _records(storage: Storage) -> Iterator[tuple[str, Record]]:
-    """Stem and content of every commit record, in the order of their names."""
-    stems = [name.rpartition("/")[2].removesuffix(".json") for name in storage.list(COMMIT_DIRECTORY)]
-    if storage.local_root is not None:
-        yield from ((stem, _record(storage, stem)) for stem in stems)
-        return
-    with ThreadPoolExecutor(_REMOTE_READS) as pool:
-        yield from zip(stems, pool.map(lambda stem: _record(storage, stem), stems), strict=True)
-
-
-def _record(storage: Storage, stem: str) -> Record:
-    """A commit record, the hash of its values checked: comparing the text too would take 4 times as long."""
-    try:
-        value = json.loads(storage.read(record_name(stem)))
-        if value.pop(_SEAL) == hash_json(value) and isinstance(value["files"], dict):
-            return dict(value)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        pass
-    return require_record(storage, stem)  # says what is wrong with it
-
-
-@dataclass
-class _Totals:
-    """Sums over commit records."""
-
-    shards: int = 0
-    file_bytes: dict[str, int] = field(default_factory=dict)
-    """By name within the shard, over all shards."""
-    other_bytes: dict[str, int] = field(default_factory=dict)
-    tails: list[dict[str, Any]] = field(default_factory=list)
-    norms: dict[str, NormBand] = field(default_factory=dict)
-    quarantined: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(self, name: str, record: Record) -> None:
-        """Count one record."""
-        if not name.isdigit():
-            self.other_bytes |= {file: int(entry["bytes"]) for file, entry in record["files"].items()}
-            return
-        self.shards += 1
-        prefix, sums = len(record["directory"]) + 1, self.file_bytes
-        for file, entry in record["files"].items():
-            inside = file[prefix:]
-            sums[inside] = sums.get(inside, 0) + entry["bytes"]
-        if record.get("tail_mass", {}).get("count"):
-            self.tails.append(record["tail_mass"])
-        for layer, values in record.get("gates", {}).items():
-            self.norms.setdefault(layer, NormBand()).join(NormBand(int(values[0]), *values[1:]))
-        self.quarantined += record.get("quarantined", [])
-
-    def figures(self, tokens: int) -> Summary:
-        """Bytes by array (by file where an array has none of its own), tail mass, norms and what was set aside."""
-        arrays: dict[str, int] = {}
-        for file, size in self.file_bytes.items():
-            # Arrays of a zarr shard are directories: ARRAY/c.0.0 and ARRAY/zarr.json. Tar shards have files only.
-            key = file.partition("/")[0] if "/" in file else file
-            arrays[key] = arrays.get(key, 0) + size
-        shard_bytes = sum(arrays.values())
-        return {
-            "shards_committed": self.shards,
-            "bytes": {
-                "total": shard_bytes + sum(self.other_bytes.values()),
-                "shards": shard_bytes,
-                "per_token": _ratio(shard_bytes, tokens),
-                "arrays": {
-                    name: {"bytes": size, "per_token": _ratio(size, tokens)}
-                    for name, size in sorted(arrays.items(), key=lambda item: -item[1])
-                },
-                "files": self.other_bytes,
-            },
-            "tail_mass": self._tail_mass(),
-            "tap_norms": self._tap_norms(),
-            "quarantined": self.quarantined,
-        }
-
-    def _tail_mass(self) -> Summary | None:
-        count = sum(item["count"] for item in self.tails)
-        if not count:
-            return None
-        return {
-            "count": count,
-            "mean": sum(item["count"] * item["mean"] for item in self.tails) / count,
-            "max_p99": max(item["p99"] for item in self.tails),
-        }
-
-    def _tap_norms(self) -> dict[str, Summary]:
-        """Geometric mean and spread of conversations' rms: the gates add up its logarithm shard by shard."""
-        norms = {}
-        for layer, band in self.norms.items():
-            if band.count:
-                mean = band.total / band.count
-                sigma = math.sqrt(max(band.squares / band.count - mean * mean, 0.0))
-                norms[layer] = {"conversations": band.count, "rms": math.exp(mean), "log_sigma": sigma}
-        return norms
 
 
 def _manifest_figures(reader: StoreReader) -> Summary:
@@ -175,7 +75,7 @@ def _index_figures(reader: StoreReader) -> Summary:
         "conversations": len(index),
         "tokens": tokens,
         "loss_tokens": int(index["loss_tokens"].sum()),
-        "loss_fraction": _ratio(int(index["loss_tokens"].sum()), tokens),
+        "loss_fraction": ratio(int(index["loss_tokens"].sum()), tokens),
         "rows": rows,
         "reach_saved": 1 - rows / tokens if tokens else 0.0,
         "teacher_positions": int(index["teacher_rows"].sum()),
@@ -185,7 +85,7 @@ def _index_figures(reader: StoreReader) -> Summary:
 
 
 def _lengths(tokens: NDArray[np.int64]) -> Summary:
-    """Of conversations, in tokens: quantiles, and counts in bins [2^n, 2^(n+1))."""
+    """Return quantiles of the conversations' lengths [N] in tokens, and counts of lengths in bins [2^n, 2^(n+1))."""
     if not len(tokens):
         return {"bins": []}
     p50, p90 = np.quantile(tokens, [0.5, 0.9])
@@ -205,7 +105,10 @@ def _lengths(tokens: NDArray[np.int64]) -> Summary:
 
 
 def find_conversation(reader: StoreReader, split: str, dataset_index: int) -> int:
-    """Number in the store's index of a conversation of the prepared dataset. Raises InputError with what there is."""
+    """Return the index in the store of the conversation with number `dataset_index` in a split of the prepared dataset.
+
+    Raises InputError, which names the numbers that are stored, if the store does not hold it.
+    """
     members = reader.members(split)
     numbers = reader.index["dataset_index"][members]
     found = members[numbers == dataset_index]
@@ -226,10 +129,12 @@ def decode_conversation(
     rows: tuple[int, int] | None = None,
     text: Callable[[int], str] | None = None,
 ) -> Summary:
-    """Tokens `rows` (a, b), default the first 64, of conversation `number` with all that is stored at each.
+    """Return conversation `number` as JSON values, with all that is stored at each of the tokens `rows` (a, b).
 
-    `text` gives a token id's text. A token's `taps` is None where its row was out of reach; `teacher` is None where
-    the position carries no loss, and is about the token that follows. Raises InputError naming the valid range.
+    By default these are the first 64 tokens. Beside the conversation's identity and counts, `table` holds per token
+    `position`, `token_id`, `text` (from the function `text`), `loss`, `taps` ({layer: rms}, or None if the token has no
+    row because it was out of reach) and `teacher` (as `shown_teacher` describes the token that follows, or None if
+    nothing is stored at the position). Raises InputError, which names the valid range, for numbers outside it.
     """
     if not 0 <= number < len(reader):
         raise InputError(f"{reader.location}: expected a conversation in 0 .. {len(reader) - 1}, found {number}")
@@ -269,7 +174,7 @@ def decode_conversation(
 
 
 def _tap_rms(reader: StoreReader, item: Conversation) -> dict[int, dict[str, float]]:
-    """{position: {layer: rms over the hidden size}} of the rows that are stored."""
+    """Return {position: {layer: rms over the hidden size}} of the stored rows."""
     columns = {}
     for layer in reader.manifest.layers:
         states = item.arrays[tap_name(layer)]
@@ -280,10 +185,13 @@ def _tap_rms(reader: StoreReader, item: Conversation) -> dict[int, dict[str, flo
 
 
 def token_text(directory: Path) -> Callable[[int], str]:
-    """Text of single token ids by the tokenizer in a directory. Raises InputError where there is none."""
+    """Return a function from a token id to its text, by the tokenizer in a directory.
+
+    Raises InputError if the directory holds no tokenizer that can be loaded.
+    """
     if not directory.is_dir():
         raise InputError(f"{directory}: expected a directory with a tokenizer, found none")
-    if (directory / "tokenizer.json").is_file():  # without transformers: a second faster
+    if (directory / "tokenizer.json").is_file():  # loading it without transformers is a second faster
         from tokenizers import Tokenizer
 
         backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
@@ -295,7 +203,3 @@ def token_text(directory: Path) -> Callable[[int], str]:
     except (OSError, ValueError) as exc:
         raise InputError(f"{directory}: expected a tokenizer, could not load one ({exc})") from exc
     return lambda token_id: str(tokenizer.decode([token_id], skip_special_tokens=False))
-
-
-def _ratio(value: int, total: int) -> float:
-    return value / total if total else 0.0

@@ -1,4 +1,4 @@
-"""The stored teacher of a conversation in words and numbers, whatever its form."""
+"""The stored teacher of a conversation as tokens and probabilities, for every form of the teacher."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ TOP_CHOICES = 3
 def shown_teacher(
     reader: StoreReader, item: Conversation, text: Callable[[int], str] | None
 ) -> dict[int, dict[str, Any]]:
-    """{position: the verifier's distribution over the next token}, probabilities over its whole vocabulary.
+    """Return {position: the verifier's distribution over the next token}, as JSON values.
 
-    Choices are the best of what is stored: of the draft vocabulary, or with teacher "full" of the verifier's.
-    `tail_mass` is None for teacher "hidden".
+    The keys of a distribution are `choices` (`token_id`, `text` and `probability` of the TOP_CHOICES best stored
+    tokens, which are of the draft vocabulary, or of the verifier's with teacher "full"), `argmax`,
+    `next_token_probability`, `draft_vocab_probability` and `tail_mass` (None for teacher "hidden"). Probabilities are
+    over the verifier's whole vocabulary.
     """
     arrays, form = item.arrays, reader.manifest.teacher_form
     log_z = arrays["log_z_full"].astype(np.float64)
@@ -50,7 +52,7 @@ def shown_teacher(
 
 
 def _choices(reader: StoreReader, item: Conversation) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Verifier ids [P, n] of the largest logits, largest first, and these logits."""
+    """Return the verifier ids [P, n] int64 of the largest logits, largest first, and these logits [P, n] float64."""
     arrays, form = item.arrays, reader.manifest.teacher_form
     target_ids = reader.vocab_map().target_ids
     if form.kind == "hidden":

@@ -1,4 +1,4 @@
-"""What `draftcache size` prints of a store."""
+"""The text that `draftcache size` prints about a store."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _UNITS = ((86400, "d"), (3600, "h"), (60, "min"))
 
 
 def format_sizes(found: dict[str, Any]) -> str:
-    """Of `size`."""
+    """Format what `draftcache.tools.commands.size.size` returns."""
     counts, settings, compute = found["counts"], found["settings"], found["compute"]
     spec_forge = found["peers"]["SpecForge"]["bytes"]
     saved = 1 - counts["rows"] / counts["tokens"]
@@ -67,7 +67,7 @@ def _format_compute(compute: dict[str, Any] | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In the largest unit that gives at least 1."""
+    """Format seconds in the largest unit (d, h, min, s) that gives at least 1."""
     for size_s, unit in _UNITS:
         if seconds >= size_s:
             return f"{seconds / size_s:.1f} {unit}"
@@ -75,7 +75,7 @@ def duration(seconds: float) -> str:
 
 
 def byte_text(size_bytes: float) -> str:
-    """In decimal units."""
+    """Format bytes in decimal units: 1 kB is 1000 B."""
     for size_b, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if size_bytes >= size_b:
             return f"{size_bytes / size_b:.2f} {unit}"

@@ -1,4 +1,4 @@
-"""Bytes of a store and a GPU's rate, before anything runs: counts x the schema's row bytes.
+"""The bytes of a store and the rate of a GPU, computed before anything runs from counts and the schema's row bytes.
 
 Counts of a prepared dataset are exact, and so are the bytes of uncompressed arrays, to the chunk. The bytes of
 compressed arrays are estimated by ratios, which are measured on the dataset where it holds the arrays' values.
@@ -42,7 +42,7 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Per conversation [N]: its tokens, rows in reach and teacher positions, and the number of its shard."""
+    """The tokens, rows in reach, teacher positions and shard number of each conversation, all [N]."""
 
     tokens: FloatArray
     rows: FloatArray
@@ -59,15 +59,18 @@ class Counts:
         return int(self.shard[-1]) + 1
 
     def of(self, axis: str) -> FloatArray:
-        """Per conversation, its length [N] on an axis of the schema."""
+        """Return the length of each conversation on an axis of the schema, [N] float64."""
         return {TOKENS_AXIS: self.tokens, ROWS_AXIS: self.rows, TEACHER_AXIS: self.teacher}[axis]
 
     def per_shard(self, axis: str) -> FloatArray:
-        """Per shard, the sum of `of(axis)` over its conversations."""
+        """Return the sum of `of(axis)` over the conversations of each shard, [shards] float64."""
         return np.bincount(self.shard, weights=self.of(axis), minlength=self.shards).astype(np.float64)
 
     def to_json(self) -> dict[str, Any]:
-        """Sums over all conversations, rounded to whole rows."""
+        """Return the sums over all conversations, rounded to whole rows, as JSON values.
+
+        The keys are `conversations`, `tokens`, `loss_tokens`, `rows`, `teacher_positions`, `shards` and `basis`.
+        """
         return {
             "conversations": len(self.tokens),
             "tokens": round(self.tokens.sum()),
@@ -80,7 +83,7 @@ class Counts:
 
 
 def guess_counts(tokens: int, loss_fraction: float, mean_length: int, shard_tokens: int) -> Counts:
-    """Counts without a dataset: equal lengths, every row kept, a teacher at every loss token (an upper bound).
+    """Return counts without a dataset: equal lengths, every row kept, a teacher at every loss token (an upper bound).
 
     Raises InputError for values out of range.
     """
@@ -103,7 +106,7 @@ def guess_counts(tokens: int, loss_fraction: float, mean_length: int, shard_toke
 
 
 def count_dataset(dataset: TokenDataset, window: int | None, shard_tokens: int) -> Counts:
-    """Exact counts of a prepared dataset; every mask is read (450 M tokens in 30,000 conversations take 4 s).
+    """Return the exact counts of a prepared dataset. Every mask is read: 450 M tokens in 30,000 conversations take 4 s.
 
     Raises InputError for a dataset without conversations.
     """
@@ -161,7 +164,10 @@ class _MeasuredRatios:
 
 
 def _shard_numbers(splits: Iterable[FloatArray], shard_tokens: int) -> NDArray[np.int64]:
-    """The shard of each conversation, by capture's rule: shards are filled in order, and none spans two splits."""
+    """Return the shard of each conversation, by capture's rule: shards are filled in order, and none spans two splits.
+
+    The result is [N] int64.
+    """
     numbers, shard = [], 0
     for lengths in splits:
         filled = 0.0
@@ -175,14 +181,14 @@ def _shard_numbers(splits: Iterable[FloatArray], shard_tokens: int) -> NDArray[n
 
 
 def specs_of(mode: str, *, layers: Sequence[int], hidden_size: int, teacher: TeacherForm) -> dict[str, ArraySpec]:
-    """The arrays of a shard by name; int8's channel scales do not matter to sizes."""
+    """Return the arrays of a shard by name. int8's channel scales are placeholders: they do not affect sizes."""
     scales = ChannelScales({layer: np.ones(hidden_size, np.float32) for layer in layers})
     codec = tap_codec(mode, layers=layers, hidden_size=hidden_size, channel_scales=scales)
     return array_specs(codec=codec, teacher=teacher)
 
 
 def shard_bytes(counts: Counts, specs: Mapping[str, ArraySpec], layout: str) -> dict[str, float]:
-    """Bytes of all shards' files: per array with its overhead, then `index.npy` and the files that a layout adds."""
+    """Return the bytes of all shards' files: each array with its overhead, `index.npy`, the layout's other files."""
     measure = _zarr_bytes if layout == "zarr" else _tar_bytes
     found = {name: measure(counts, name, spec) for name, spec in specs.items()}
     found["index.npy"] = float(counts.shards * _NPY_HEADER + len(counts.tokens) * INDEX_DTYPE.itemsize)
@@ -207,7 +213,7 @@ def _zarr_bytes(counts: Counts, name: str, spec: ArraySpec) -> float:
 
 
 def _tar_bytes(counts: Counts, name: str, spec: ArraySpec) -> float:
-    """Bytes of an array's tar members: each has a header block and the .npy file, padded to whole blocks."""
+    """Return the bytes of an array's tar members: each has a header block and the .npy file, padded to whole blocks."""
     members = _NPY_HEADER + counts.of(spec.axis) * spec.row_bytes
     if spec.compress:
         members = members * _ratio(counts, name)
@@ -215,13 +221,19 @@ def _tar_bytes(counts: Counts, name: str, spec: ArraySpec) -> float:
 
 
 def frozen_bytes(hidden_size: int, vocab_size: int, draft_vocab_sizes: Sequence[int]) -> int:
-    """Bytes of frozen bf16 weights (embeddings, final norm, each draft vocabulary's head rows) and vocabulary maps."""
+    """Return the bytes of the frozen bf16 weights and the vocabulary maps.
+
+    The weights are the embeddings, the final norm and each draft vocabulary's rows of the head.
+    """
     maps = sum(2 * hidden_size * size + 8 * size + vocab_size for size in draft_vocab_sizes)
     return 2 * hidden_size * (vocab_size + 1) + maps
 
 
 def peer_bytes(tokens: int, taps: int, hidden_size: int) -> dict[str, int]:
-    """Bytes of other projects' stores: taps and last state in bf16 at every row, int64 ids, and SpecForge's mask."""
+    """Return the bytes of other projects' stores by project, from the formulas of their formats.
+
+    They hold taps and last state in bf16 for every token, int64 ids, and in SpecForge's case an int64 mask.
+    """
     states = 2 * (taps + 1) * hidden_size
     return {"SpecForge": tokens * (states + 16), "speculators": tokens * (states + 8)}
 

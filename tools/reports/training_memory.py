@@ -1,4 +1,4 @@
-"""`draftcache size --train`: GPU memory of training, before a GPU is there."""
+"""`draftcache size --train`: the GPU memory of training, computed without a GPU."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ from draftcache.store.common.errors import InputError
 
 CARDS_GIB = (24, 40, 80)
 USABLE = 0.94
-"""Of a card: the rest is CUDA's context, and what fragmentation takes."""
+"""Share of a card's memory that training may fill; CUDA's context and fragmentation take the rest."""
 SETTINGS_SHOWN: dict[str, dict[str, Any]] = {
     "default": {},
     "--attention flash": {"attention": "flash"},
     "--recompute-mlp": {"recompute_mlp": True},
 }
-"""Flags of `draftcache train` that decide its memory, and their settings."""
+"""Flags of `draftcache train` that decide its memory, with the settings that they stand for; one column each."""
 _GIB = 2**30
 _LONGEST = 1 << 24
 
 Batch = tuple[int, BatchRows]
-"""Tokens of a micro-batch, and its rows."""
+"""The tokens of a micro-batch, and its rows."""
 
 
 def training_memory(arguments: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
-    """Peaks of each of SETTINGS_SHOWN, and the longest conversations that fit on cards, as JSON values.
+    """Return the peaks of each of SETTINGS_SHOWN and the longest conversations that fit on cards, as JSON values.
 
-    `config`: the verifier's, empty without one. Raises InputError where what is given does not make a draft.
+    `draft` holds the draft's shape. `settings` holds per setting `bytes` (by kind, at the peak), `total`, `tokens` (of
+    the largest micro-batch) and `longest` ({card in GiB: tokens}). `config` is the verifier's config, empty without
+    one. Raises InputError if the flags do not determine a draft.
     """
     if arguments.dataset is not None or arguments.tokens is not None:
         raise InputError("--train: expected --store or --length, found --dataset or --tokens, which are for a capture")
@@ -72,7 +74,10 @@ def _train_config(arguments: argparse.Namespace) -> TrainConfig:
 def _of_store(
     arguments: argparse.Namespace, train: TrainConfig, _config: dict[str, Any]
 ) -> tuple[VerifierShape, Sequence[Batch]]:
-    """The conversation that takes most memory, and a pack of such conversations where steps have several."""
+    """Return the verifier's shape and two batches: the conversation that takes most memory, and a full pack.
+
+    The pack has the largest row shares of any conversation, and no tokens if a step has a single conversation.
+    """
     from draftcache.store.reader import StoreReader
 
     store = StoreReader(arguments.store)
@@ -80,7 +85,7 @@ def _of_store(
     index, top_k = store.index, store.manifest.top_k
     if not len(index):
         raise InputError(f"{arguments.store}: expected conversations, found none")
-    taken = index["rows"] * shape.taps + 12 * index["teacher_rows"]  # in hidden states
+    taken = index["rows"] * shape.taps + 12 * index["teacher_rows"]  # memory in units of one hidden state
     largest = index[int(taken.argmax())]
     rows = BatchRows(rows=int(largest["rows"]), starts=int(largest["teacher_rows"]), top_k=top_k)
     batches = [(int(largest["tokens"]), rows)]
@@ -122,7 +127,10 @@ def _of_lengths(
 
 
 def _longest(architecture: Architecture, shape: Shape, settings: TrainConfig, like: Batch, limit: float) -> int:
-    """Tokens of the longest conversation that takes at most `limit` bytes, with the row shares of `like`; 0: none."""
+    """Return the tokens of the longest conversation, with the row shares of `like`, that takes at most `limit` bytes.
+
+    The result is 0 if no conversation fits.
+    """
     tokens, rows = like
 
     def fits(length: int) -> bool:
@@ -137,7 +145,7 @@ def _longest(architecture: Architecture, shape: Shape, settings: TrainConfig, li
 
 
 def format_training_memory(found: dict[str, Any]) -> str:
-    """Of `training_memory`."""
+    """Format what `training_memory` returns."""
     settings = found["settings"]
     tokens = next(iter(settings.values()))["tokens"]
     lines = [

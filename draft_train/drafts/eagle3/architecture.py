@@ -1,4 +1,4 @@
-"""Eagle3 behind the draft protocol: a one-layer Llama, unrolled over its own outputs."""
+"""Eagle3 as an implementation of the draft protocol: a one-layer Llama, unrolled over its own outputs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from draftcache.store.format.vocab_map import VocabMap
 
 
 class Eagle3Draft(Draft):
-    """One Eagle3 draft."""
+    """One Eagle3 draft. Implements `Draft`."""
 
     shape: Eagle3Shape
     model: Eagle3Model
@@ -68,7 +68,7 @@ class Eagle3Draft(Draft):
 
 
 class Eagle3(Architecture):
-    """Builds Eagle3 drafts."""
+    """Builds Eagle3 drafts. Implements `Architecture`."""
 
     name = "eagle3"
     engines = served.ENGINES

@@ -1,4 +1,4 @@
-"""Which gradient pass trains a draft here, and why."""
+"""Chooses the gradient pass of an Eagle3 draft, and its settings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.drafts.eagle3.fused_pass import FusedPass
-from draftcache.draft_train.drafts.eagle3.fused_state import PassSettings
+from draftcache.draft_train.drafts.eagle3.fused_state import FusedPassSettings
 from draftcache.draft_train.drafts.eagle3.kernels.flash_attention import why_not_flash
 from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 from draftcache.draft_train.loss.objective import Objective
@@ -16,14 +16,15 @@ from draftcache.store.common.errors import InputError
 from draftcache.store.common.triton_launch import tl
 
 _LEAN_ROWS = 4096
+"""Most rows of a slice where memory is to be spared."""
 _MLP_SLICES = 4
-"""Slices of the head in one of the MLP, whose rows take that much less memory."""
+"""Slices of the head that make one slice of the MLP, whose rows take that much less memory."""
 
 
 def choose_pass(
     config: TrainConfig, model: Eagle3Model, objective: Objective, embeddings: torch.Tensor, *, say: bool = True
 ) -> FusedPass | None:
-    """The fused pass where --compute asks for it or, with auto, where it can run; None where the plain pass is to run.
+    """Return the fused pass if --compute asks for it or, with auto, if it can run; None for the plain pass.
 
     `say` prints why the plain pass runs on a GPU. Raises InputError where --compute fused, --recompute-mlp or
     --attention flash can't be honoured.
@@ -45,11 +46,11 @@ def choose_pass(
     return None
 
 
-def pass_settings(config: TrainConfig) -> PassSettings:
-    """Of the fused pass. Where memory is to be spared, slices are smaller too."""
+def pass_settings(config: TrainConfig) -> FusedPassSettings:
+    """Return the settings of the fused pass. If memory is to be spared, slices are smaller too."""
     lean = config.recompute_mlp
     rows = min(_LEAN_ROWS, config.loss_chunk) if lean else config.loss_chunk
-    return PassSettings(
+    return FusedPassSettings(
         rows=rows,
         mlp_rows=rows if lean else rows * _MLP_SLICES,
         recompute_mlp=lean,
@@ -58,7 +59,7 @@ def pass_settings(config: TrainConfig) -> PassSettings:
 
 
 def why_not_fused(config: TrainConfig, model: Eagle3Model, device: torch.device) -> str | None:
-    """What keeps the fused pass from running; None where nothing does."""
+    """Return the reason why the fused pass can't run; None if it can."""
     width = model.shape.head_dim
     if device.type != "cuda":
         return f"device {device}: its kernels need a GPU"

@@ -1,14 +1,14 @@
-"""Forward and backward pass of the unroll by hand, for GPUs: the same loss and gradients as `unroll` and autograd.
+"""Hand-written forward and backward pass of the unroll, for GPUs: the loss and gradients of `unroll` with autograd.
 
-Only needed work is done. Queries, output projections, MLP and head run on the rows of each step that carry loss;
-other rows give step-0 keys and values. The embeddings' half of the attention input, `input_layernorm(emb(x))`, is the
-same for row t at step k as for row t + k at step 0, so its projection is made once, not once per step (5 % of all
-matrix work), and so is its gradient's. Head and loss run in the backward sweep, a slice of rows at a time, and give
-the gradient at once: no logits are kept.
+It does no work that is not needed. Queries, output projections, MLP and head run on the rows of each step that carry
+loss; other rows only provide step-0 keys and values. The embeddings' half of the attention input,
+`input_layernorm(emb(x))`, is the same for row t at step k as for row t + k at step 0. So its projection is computed
+once, not once per step (5 % of all matrix work), and so is the gradient of that projection. Head and loss run in the
+backward pass, a slice of rows at a time, and compute the gradient at once, so that no logits are kept.
 
-Matrix products are bf16 with float32 accumulation; weight gradients are float32 from the first addition on.
-Kept per row and step: the layer's output, queries, attention output, the MLP's input and (unless `recompute_mlp`)
-its gate and up: 29,696 values at the seed's shape, 13,568 with recomputation.
+Matrix products are bf16 with float32 accumulation, and weight gradients are float32 from the first addition on. Kept
+per row and step are the layer's output, queries, attention output, the MLP's input and (unless `recompute_mlp`) its
+gate and up: 29,696 values at the seed's shape, 13,568 with recomputation.
 
 Shape suffixes: R key rows, S start rows, T rows of a step, H hidden, N query heads, G key-value heads, D head width.
 """
@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from draftcache.draft_train.data.batches import Batch
-from draftcache.draft_train.drafts.eagle3.fused_state import BaseRows, KeyGradients, PassSettings, StepState
+from draftcache.draft_train.drafts.eagle3.fused_state import BaseRows, FusedPassSettings, KeyGradients, StepState
 from draftcache.draft_train.drafts.eagle3.fused_weights import FusedWeights
 from draftcache.draft_train.drafts.eagle3.kernels.attention import attend, attend_backward
 from draftcache.draft_train.drafts.eagle3.kernels.runs import find_runs
-from draftcache.draft_train.drafts.eagle3.kernels.sight import Sight
+from draftcache.draft_train.drafts.eagle3.kernels.step_mask import StepMask
 from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
-from draftcache.draft_train.drafts.gradient_pass import Ready
+from draftcache.draft_train.drafts.gradient_pass import GradientHook
 from draftcache.draft_train.kernels.norms import rms_norm, rms_norm_backward
 from draftcache.draft_train.kernels.rotary import join_heads, rotary_table, split_heads
 from draftcache.draft_train.kernels.swiglu import swiglu, swiglu_backward_
@@ -38,21 +38,21 @@ from draftcache.store.common.products import add_product
 
 
 class FusedPass:
-    """A `GradientPass` for the draft on one GPU; on the CPU it runs the kernels' plain twins, for tests."""
+    """The gradient pass on one GPU. Implements `GradientPass`. On the CPU the kernels' plain twins run, for tests."""
 
     def __init__(
         self,
         model: Eagle3Model,
         objective: Objective,
         embeddings: Tensor,
-        settings: PassSettings | None = None,
+        settings: FusedPassSettings | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        """`embeddings` [V, H]: the verifier's frozen table; `dtype`: of the matrix products."""
+        """`embeddings` [V, H] is the verifier's frozen table, `dtype` the dtype of the matrix products."""
         self.model, self.layer = model, model.midlayer
         self.shape, self.eps = model.shape, model.shape.rms_norm_eps
         self.embeddings = embeddings
-        self.settings = settings or PassSettings()
+        self.settings = settings or FusedPassSettings()
         self.head_loss = HeadLoss(objective, self.settings.rows)
         self.weights = FusedWeights(model, dtype)
         self.matrices, self.gradients = self.weights.matrices, self.weights.gradients
@@ -60,21 +60,20 @@ class FusedPass:
         self.head = Head(self.matrices.head, norm, self.eps, self.gradients.head, self.gradients.vectors[norm])
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, ready: Ready | None = None) -> ObjectiveResult:
-        """See `GradientPass`. `ready` hears of gradients in the order: head, MLP, attention and fc."""
+    def __call__(self, batch: Batch, ready: GradientHook | None = None) -> ObjectiveResult:
+        """Gradients are complete, and `ready` is called, in this order: head and norm, MLP, attention and fc."""
         self.weights.refresh()
         self.weights.attach()
         base = self._base(batch)
         steps: list[StepState] = []
-        for sight, starts, kept in self._sights(batch, base):
-            steps.append(self._forward_step(base, sight, starts, kept, steps[-1] if steps else None))
+        for mask, starts, kept in self._step_masks(batch, base):
+            steps.append(self._forward_step(base, mask, starts, kept, steps[-1] if steps else None))
         return self._backward(batch, base, steps, ready or (lambda _: None))
 
-    def _sights(self, batch: Batch, base: BaseRows) -> Iterator[tuple[Sight, Tensor, Tensor | None]]:
-        """Of each step: what its rows see, [T] int64 the key rows they start at, and which rows of the step before they
-        are (None: all).
+    def _step_masks(self, batch: Batch, base: BaseRows) -> Iterator[tuple[StepMask, Tensor, Tensor | None]]:
+        """Yield for each step: its attention mask, the key row [T] int64 of each start row, and `StepState.kept`.
 
-        The device is asked for nothing, and a step's runs are found while it does the step before.
+        The host does not wait for the device here, and finds a step's runs while the device computes the step before.
         """
         host = batch.host
         rows = torch.arange(batch.steps.shape[0], device=batch.steps.device)
@@ -84,7 +83,7 @@ class FusedPass:
             if number == 0:
                 return
             kept = None
-            if number < rows.shape[0]:  # not by `nonzero`, which waits for the device to say how many there are
+            if number < rows.shape[0]:  # `nonzero` would wait for the device to count them
                 kept = torch.sort(batch.steps[rows] <= step, stable=True).indices[:number]
                 rows = rows[kept]
             runs = None
@@ -92,9 +91,10 @@ class FusedPass:
                 positions = host.key_positions[host.start_index[live]]
                 runs = find_runs(positions, host.key_positions, step, batch.window, rows.device)
             starts = batch.start_index[rows]
-            yield Sight(rows, base.positions[starts], base.positions, step, batch.window, runs), starts, kept
+            yield StepMask(rows, base.positions[starts], base.positions, step, batch.window, runs), starts, kept
 
     def _base(self, batch: Batch) -> BaseRows:
+        """Compute fc, the projections of all tokens, and step-0 keys and values."""
         shape, matrices, dtype = self.shape, self.matrices, self.weights.dtype
         projected = self._tokens(batch) @ matrices.qkv_tokens.t()
         hidden = batch.taps.to(dtype) @ matrices.fc.t()
@@ -117,33 +117,33 @@ class FusedPass:
         return F.embedding(batch.key_tokens, self.embeddings).to(self.weights.dtype)
 
     def _tokens(self, batch: Batch) -> Tensor:
-        """[R, H]: normed embeddings."""
+        """Return the normed embeddings [R, H]."""
         return rms_norm(self._embedded(batch), self.layer.input_layernorm.weight, self.eps)
 
     def _forward_step(
-        self, base: BaseRows, sight: Sight, starts: Tensor, kept: Tensor | None, previous: StepState | None
+        self, base: BaseRows, mask: StepMask, starts: Tensor, kept: Tensor | None, previous: StepState | None
     ) -> StepState:
-        number, rows = sight.step, sight.rows
+        number, rows = mask.step, mask.rows
         hidden, chosen = (base.hidden, starts) if previous is None else (previous.result, kept)
         if chosen is not None:
             hidden = hidden[chosen]
         normed = rms_norm(hidden, self.layer.hidden_norm.weight, self.eps)
-        # Row t + k is a start row too, k places on: the turn goes on at least that far, or step k had no loss.
-        places = starts + number
+        # Row t + k is a start row too, k rows after row t: the turn goes on that far, or step k would carry no loss.
+        key_rows = starts + number
         states = self.matrices.qkv_states[: self.weights.queries if number == 0 else None]
         projected = normed @ states.t()
         kv = base.diagonal[number - 1] if number else base.kv[:, :, :0]
         shared = base.projected[:, : states.shape[0]]
-        q = split_heads(projected, base.table, places, self.shape.num_attention_heads, kv, rows, shared)
+        q = split_heads(projected, base.table, key_rows, self.shape.num_attention_heads, kv, rows, shared)
         del projected, normed
-        attended = attend(q, base.kv, base.diagonal, sight)
-        out = None if chosen is None else hidden  # which is a copy then
-        after = torch.addmm(hidden, attended.out.flatten(1), self.matrices.output.t(), out=out)
+        attention = attend(q, base.kv, base.diagonal, mask)
+        out = None if chosen is None else hidden  # it is a copy then
+        after = torch.addmm(hidden, attention.out.flatten(1), self.matrices.output.t(), out=out)
         result, gate_up = self._mlp(after)
-        return StepState(number, rows, places, kept, attended, after, gate_up, result)
+        return StepState(number, rows, key_rows, kept, attention, after, gate_up, result)
 
     def _mlp(self, after: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Residual included; keeps gate and up of every slice unless they are to be made again."""
+        """Return the MLP's output [T, H], residual included, and gate and up by slice unless they are recomputed."""
         result, held = torch.empty_like(after), []
         for rows in self._slices(after):
             gate_up = self._mlp_input(after[rows]) @ self.matrices.gate_up.t()
@@ -159,11 +159,11 @@ class FusedPass:
         size = self.settings.mlp_rows
         return [slice(first, min(first + size, len(rows))) for first in range(0, len(rows), size)]
 
-    def _backward(self, batch: Batch, base: BaseRows, steps: list[StepState], ready: Ready) -> ObjectiveResult:
+    def _backward(self, batch: Batch, base: BaseRows, steps: list[StepState], ready: GradientHook) -> ObjectiveResult:
         wide = self.weights.wide
         keys: KeyGradients | None = None
         result = ObjectiveResult.zeros(batch.step_tokens.shape[1], batch.taps.device)
-        total = base.projected.zero_()  # no step reads it any more
+        total = base.projected.zero_()  # no step reads the projections any more
         carried: Tensor | None = None
         while steps:
             step = steps.pop()
@@ -180,12 +180,12 @@ class FusedPass:
             if step.number == 0:
                 ready(self.weights.mlp_parameters)
             del upstream
-            given = (after @ self.matrices.output).view_as(step.attended.out)
-            add_product(self.gradients.output, after, step.attended.out.flatten(1))
-            if keys is None:  # not before: the memory is scarcest in the last step's head and MLP
+            given = (after @ self.matrices.output).view_as(step.attention.out)
+            add_product(self.gradients.output, after, step.attention.out.flatten(1))
+            if keys is None:  # not before, as memory is scarcest in the last step's head and MLP
                 keys = KeyGradients(*(torch.zeros_like(held, dtype=wide) for held in (base.kv, base.diagonal)))
-            q_gradient = attend_backward(given, step.attended, keys.kv, keys.diagonal)
-            del given, step.attended
+            q_gradient = attend_backward(given, step.attention, keys.kv, keys.diagonal)
+            del given, step.attention
             if step.number:
                 carried = self._inputs_backward(base, step, steps[-1], q_gradient, keys, total, after)
                 del q_gradient, after
@@ -197,7 +197,7 @@ class FusedPass:
         return result
 
     def _mlp_backward(self, step: StepState, upstream: Tensor) -> Tensor:
-        """Gradient [T, H] of the MLP's input from that of its output, residual included."""
+        """Return the gradient [T, H] of the MLP's input for `upstream` [T, H], the gradient of its output."""
         gradients, weight = self.gradients, self.layer.post_attention_layernorm.weight
         out = torch.empty_like(upstream)
         for number, rows in enumerate(self._slices(upstream)):
@@ -224,11 +224,12 @@ class FusedPass:
         total: Tensor,
         after: Tensor,
     ) -> Tensor:
-        """Gradient of the previous step's result, from a later step's `after` [T, H] on; that of its tokens'
-        projections is added to `total`.
+        """Return the gradient of the previous step's result; `after` [T, H] is the gradient of this step's `after`.
+
+        The gradient of the tokens' projections is added to `total` [R, (N + 2G) D].
         """
         gradients, weight, hidden = self.gradients, self.layer.hidden_norm.weight, previous.result
-        projected = join_heads(q_gradient, keys.diagonal[step.number - 1], base.table, step.places, step.rows, total)
+        projected = join_heads(q_gradient, keys.diagonal[step.number - 1], base.table, step.key_rows, step.rows, total)
         add_product(gradients.qkv_states, projected, rms_norm(hidden, weight, self.eps, step.kept))
         given = projected @ self.matrices.qkv_states
         del projected
@@ -244,9 +245,9 @@ class FusedPass:
         total: Tensor,
         after: Tensor,
     ) -> None:
-        """Step 0's inputs, the tokens' projections of all steps, and fc."""
+        """Add the gradients of the weights that step 0 reads, of the tokens' projections of all steps, and of fc."""
         gradients, matrices, queries = self.gradients, self.matrices, self.weights.queries
-        rows, every = step.places, torch.arange(base.hidden.shape[0], device=total.device)
+        rows, every = step.key_rows, torch.arange(base.hidden.shape[0], device=total.device)
         asked = join_heads(q_gradient, keys.kv[:, :, :0], base.table, rows, rows, total[:, :queries])
         no_queries = q_gradient.new_empty(base.hidden.shape[0], 0, q_gradient.shape[-1])
         shared = join_heads(no_queries, keys.kv, base.table, every, every, total[:, queries:])

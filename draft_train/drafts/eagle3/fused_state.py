@@ -1,6 +1,7 @@
-"""What the fused pass keeps between its forward and its backward pass, and the settings that trade memory for time.
+"""The settings of the fused pass, and the tensors that it keeps between its forward and its backward pass.
 
-Shape suffixes: R key rows, S start rows, T rows of a step, H hidden, N query heads, G key-value heads, D head width.
+Shape suffixes: R key rows, S start rows, T rows of a step, H hidden, N query heads, G key-value heads, D head width,
+I intermediate.
 """
 
 from __future__ import annotations
@@ -9,61 +10,64 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from draftcache.draft_train.drafts.eagle3.kernels.sight import Attended
+from draftcache.draft_train.drafts.eagle3.kernels.attention_result import AttentionResult
 
 
 @dataclass(frozen=True)
-class PassSettings:
-    """What trades memory for time."""
+class FusedPassSettings:
+    """Settings that trade memory for time."""
 
     rows: int = 8192
-    """Rows whose logits are there at once."""
+    """Rows whose logits exist at once."""
     mlp_rows: int = 8192
-    """Rows of the MLP at a time. Its weights' gradients go through memory for every slice."""
+    """Rows that the MLP computes at once. Every such slice reads and writes the gradients of the MLP's weights."""
     recompute_mlp: bool = False
-    """Make gate and up again in the backward pass instead of keeping them."""
+    """Whether gate and up are recomputed in the backward pass instead of kept."""
     flash_attention: bool = False
-    """FlashAttention 4 instead of the attention kernels of our own: faster, for more memory."""
+    """Whether FlashAttention 4 runs instead of the kernels here: faster, for more memory."""
 
 
 @dataclass
 class BaseRows:
-    """What every step shares."""
+    """The tensors that every step shares."""
 
     projected: Tensor
-    """[R, (N + 2G) D]: the tokens' part of queries, keys and values."""
+    """[R, (N + 2G) D]: the part of queries, keys and values that comes from the embeddings."""
     hidden: Tensor
     """[R, H]: fc's output, un-normed."""
     table: Tensor
+    """[2, R, D/2]: the rotary table of the key rows' positions."""
     kv: Tensor
-    """[R, 2, G, D]."""
+    """[R, 2, G, D]: step-0 keys and values."""
     diagonal: Tensor
-    """[steps - 1, S, 2, G, D]."""
+    """[steps - 1, S, 2, G, D]: diagonal keys and values of steps 1 and later."""
     positions: Tensor
-    """[R] int32."""
+    """[R] int32: positions of the key rows."""
 
 
 @dataclass
 class StepState:
-    """What one step keeps for the backward pass; T rows."""
+    """The tensors that one step of T rows keeps for the backward pass."""
 
     number: int
     rows: Tensor
     """[T] int64 start rows."""
-    places: Tensor
-    """[T] int64: the key row whose token this step consumes."""
+    key_rows: Tensor
+    """[T] int64: the key row whose token each row consumes at this step."""
     kept: Tensor | None
-    """[T] int64: which rows of the previous step these are; None where all."""
-    attended: Attended
+    """[T] int64: the row of the previous step that each row was; None if they are all rows of it."""
+    attention: AttentionResult
     after: Tensor
-    """[T, H]: what the MLP reads, un-normed."""
+    """[T, H]: the state after attention, un-normed, which the MLP reads."""
     gate_up: list[Tensor]
+    """[slice, 2I] for each slice of the MLP; no slices if they are recomputed."""
     result: Tensor
+    """[T, H]: the layer's output, un-normed."""
 
 
 @dataclass
 class KeyGradients:
-    """Of what all steps attend to, added up in float32 at least."""
+    """Gradients of all keys and values, added up over the steps in float32 at least. Shapes are those of `BaseRows`."""
 
     kv: Tensor
     diagonal: Tensor

@@ -1,7 +1,7 @@
-"""The draft's matrices as the fused pass multiplies them, and float32 memory for their gradients.
+"""The draft's matrices as the fused pass multiplies them, and float32 buffers for their gradients.
 
-Matrices that read the same input lie side by side: queries, keys and values; gate and up.
-Shape suffixes as in `fused_pass`; C = (N + 2G) D, I intermediate, V draft vocabulary.
+Matrices that read the same input are concatenated: those of queries, keys and values, and those of gate and up.
+Shape suffixes are those of `fused_pass`, with C = (N + 2G) D, I intermediate, V draft vocabulary.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 
 @dataclass(frozen=True)
 class Matrices:
-    """One set of them: the weights, or their gradients."""
+    """One set of matrices: the weights, or their gradients."""
 
     fc: Tensor
     """[H, taps * H]."""
     qkv: Tensor
-    """[C, 2H]: columns of the tokens, then of the states."""
+    """[C, 2H]: columns that read the embeddings, then columns that read the states."""
     output: Tensor
     """[H, N D]."""
     gate_up: Tensor
@@ -32,28 +32,28 @@ class Matrices:
     head: Tensor
     """[V, H]."""
     vectors: dict[nn.Parameter, Tensor] = field(default_factory=dict)
-    """The norms' gradients [H] by parameter."""
+    """Gradients [H] of the norms, by parameter; empty for the weights."""
 
     @property
     def qkv_tokens(self) -> Tensor:
-        """[C, H], rows 2H apart."""
+        """The columns [C, H] that read the embeddings, as a view with row stride 2H."""
         return self.qkv[:, : self.qkv.shape[1] // 2]
 
     @property
     def qkv_states(self) -> Tensor:
-        """[C, H], rows 2H apart."""
+        """The columns [C, H] that read the states, as a view with row stride 2H."""
         return self.qkv[:, self.qkv.shape[1] // 2 :]
 
 
 class FusedWeights:
-    """Copies of a draft's matrices in the dtype of the products, and where its gradients are added up."""
+    """Copies of a draft's matrices in the dtype of the products, and the buffers where its gradients are added up."""
 
     def __init__(self, model: Eagle3Model, dtype: torch.dtype) -> None:
         layer = model.midlayer
         attention, mlp = layer.self_attn, layer.mlp
         self.dtype, self.wide = dtype, model.fc.weight.dtype
         self.queries = attention.q_proj.weight.shape[0]
-        """N D: rows of qkv that make queries."""
+        """N D: the number of rows of qkv that make queries."""
         self.head_parameters = _weights(model.lm_head, model.norm)
         self.mlp_parameters = _weights(mlp.gate_proj, mlp.up_proj, mlp.down_proj, layer.post_attention_layernorm)
         held = {id(value) for value in (*self.head_parameters, *self.mlp_parameters)}
@@ -69,7 +69,7 @@ class FusedWeights:
         }
         self.matrices = self._memory(dtype)
         self.gradients = self._memory(self.wide)
-        """Views of these are the parameters' `.grad`, after `attach`."""
+        """After `attach`, each parameter's `.grad` is a view of these."""
         self.gradients.vectors.update({value: torch.zeros_like(value) for value in self._parameters if value.ndim == 1})
 
     def _memory(self, dtype: torch.dtype) -> Matrices:
@@ -80,16 +80,17 @@ class FusedWeights:
         return Matrices(**tensors)
 
     def refresh(self) -> None:
-        """Copy the parameters, 6 bytes of traffic for each: 1.3 GB at the seed's shape.
+        """Copy the parameters: 6 bytes of memory traffic for each, 1.3 GB at the seed's shape.
 
-        Every time: nothing tells whether they were written since. Fused AdamW does not raise a tensor's version.
+        They are copied in every pass, because nothing tells whether they were written since the last one: fused AdamW
+        does not raise a tensor's version.
         """
         for name, group in self._groups.items():
             for target, value in zip(_parts(getattr(self.matrices, name), group), group, strict=True):
                 target.copy_(value.detach())
 
     def attach(self) -> None:
-        """Put `gradients` behind every parameter's `.grad`: zero where that was None, as it is where there is one."""
+        """Make every parameter's `.grad` a view of `gradients`: zeros where it was None, else its present values."""
         for name, group in self._groups.items():
             for part, value in zip(_parts(getattr(self.gradients, name), group), group, strict=True):
                 _attach(value, part)
@@ -109,5 +110,5 @@ def _attach(parameter: nn.Parameter, memory: Tensor) -> None:
     held = parameter.grad
     if held is None:
         parameter.grad = memory.zero_()
-    elif held.data_ptr() != memory.data_ptr():  # made by someone else: it counts too
+    elif held.data_ptr() != memory.data_ptr():  # another pass made it, and its values count too
         parameter.grad = memory.copy_(held)

@@ -1,9 +1,10 @@
-"""GPU memory of training with the fused pass, before anything runs: its allocations in their order, by arithmetic.
+"""The GPU memory of training with the fused pass, computed before anything runs from its allocations in their order.
 
-Follows `fused_pass` and `head_loss` line by line; what is smaller than a row's few numbers is left out. The sizes are
-those that PyTorch hands out: CUDA's own context (about half a GB) and fragmentation come on top.
+This follows `fused_pass` and `head_loss` line by line, and leaves out tensors with only a few numbers per row. The
+result is what PyTorch allocates: CUDA's context (about half a GB) and fragmentation come on top.
 
-Shape suffixes as in `fused_pass`: R key rows, S start rows, H hidden, N query heads, G key-value heads, D head width.
+Shape suffixes are those of `fused_pass`: R key rows, S start rows, H hidden, N query heads, G key-value heads, D head
+width.
 """
 
 from __future__ import annotations
@@ -14,32 +15,32 @@ from draftcache.draft_train.drafts.eagle3.shape import Eagle3Shape
 
 BF16, FLOAT32, INT64 = 2, 4, 8
 MOST_COPIES = 4
-"""Keys of all runs of rows together, over the keys that there are: beyond it, copying them costs more than it saves."""
+"""Most keys of all runs of rows together, as a multiple of R. Copying more keys costs more than it saves."""
 KINDS = ("weights and optimizer", "frozen weights", "micro-batch", "next micro-batch", "kept for backward", "working")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """One micro-batch, and what trades memory for time."""
+    """The size of a micro-batch, and the settings that trade memory for time."""
 
     rows: int
     """R."""
     starts: int
-    """S; every unroll step is taken to have as many rows."""
+    """S. Every unroll step is assumed to have this many rows."""
     steps: int
     top_k: int
     """Teacher entries per start row; 0 where the store has final-norm states instead."""
     slice_rows: int
     mlp_rows: int
-    """As `rows` and `mlp_rows` of PassSettings."""
+    """This and `slice_rows` are `mlp_rows` and `rows` of `FusedPassSettings`."""
     recompute_mlp: bool = False
     flash_attention: bool = False
     prefetched: bool = True
-    """Whether the next micro-batch is on the device too, as it is in `draftcache train`."""
+    """Whether the next micro-batch is already on the device, as in `draftcache train`."""
 
 
 def peak_bytes(shape: Eagle3Shape, work: Work) -> dict[str, int]:
-    """Bytes by kind (`KINDS`) at the moment when they are most."""
+    """Return the bytes of each kind (`KINDS`) at the moment when their sum is largest."""
     memory = _Memory()
     weights = parameters(shape)
     # Parameter, gradient and two moments in float32, and a bf16 copy for the products.
@@ -54,7 +55,7 @@ def peak_bytes(shape: Eagle3Shape, work: Work) -> dict[str, int]:
 
 
 def parameters(shape: Eagle3Shape) -> int:
-    """Trained numbers of the draft."""
+    """Return the number of trained parameters of the draft."""
     hidden, heads = shape.hidden_size, _widths(shape)
     attention = hidden * (2 * heads.projected + heads.queries)
     mlp = 3 * hidden * shape.intermediate_size
@@ -62,7 +63,7 @@ def parameters(shape: Eagle3Shape) -> int:
 
 
 def batch_bytes(shape: Eagle3Shape, work: Work) -> int:
-    """Of a `Batch` on the device."""
+    """Return the bytes of a `Batch` on the device."""
     per_row = shape.taps * shape.hidden_size * BF16 + 2 * INT64
     per_start = (3 + 2 * work.steps) * INT64
     states = 0 if work.top_k else shape.hidden_size * BF16
@@ -71,7 +72,10 @@ def batch_bytes(shape: Eagle3Shape, work: Work) -> int:
 
 
 def kept_bytes(shape: Eagle3Shape, work: Work) -> int:
-    """Of one unroll step, until its backward pass: queries, attention's output, MLP input, result, gate and up."""
+    """Return the bytes that a step keeps until its backward pass.
+
+    These are queries, attention output, log-sum-exps, the MLP's input, the result, and gate and up unless recomputed.
+    """
     heads, gate_up = _widths(shape), 0 if work.recompute_mlp else 2 * shape.intermediate_size
     wide = 2 * heads.queries + 2 * shape.hidden_size + gate_up
     return work.starts * (wide * BF16 + shape.num_attention_heads * FLOAT32 + 2 * INT64)
@@ -79,10 +83,12 @@ def kept_bytes(shape: Eagle3Shape, work: Work) -> int:
 
 @dataclass(frozen=True)
 class _Widths:
+    """Widths of a projected row."""
+
     queries: int
     """N D."""
     keys: int
-    """2 G D."""
+    """2 G D: keys and values."""
 
     @property
     def projected(self) -> int:
@@ -94,13 +100,14 @@ def _widths(shape: Eagle3Shape) -> _Widths:
 
 
 class _Memory:
-    """What is alive, and a copy of that when it was most."""
+    """The tensors that are alive, in bytes by kind and name, and a copy of that table at its peak."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, str], int] = {}
         self.most: dict[tuple[str, str], int] = {}
 
     def take(self, kind: str, name: str, size: int) -> None:
+        """Allocate `size` bytes, in place of the tensor that has this kind and name already."""
         self._held[kind, name] = size
         if sum(self._held.values()) > sum(self.most.values()):
             self.most = dict(self._held)
@@ -110,7 +117,7 @@ class _Memory:
             del self._held[kind, name]
 
     def working(self, **sizes: int) -> None:
-        """Take these, one after the other."""
+        """Allocate these working tensors, one after the other."""
         for name, size in sizes.items():
             self.take("working", name, size)
 
@@ -152,7 +159,7 @@ def _backward(memory: _Memory, shape: Eagle3Shape, work: Work) -> None:
         memory.done("loss")
         memory.working(upstream=states)
         memory.done("normed_gradient")
-        rest = kept_bytes(shape, work) - states  # without the step's result
+        rest = kept_bytes(shape, work) - states  # the step's result is freed
         memory.take("kept for backward", kept, rest)
         memory.working(after=states, mlp=of_mlp * (again + shape.intermediate_size * BF16 + 3 * hidden))
         memory.done("mlp", "upstream")
@@ -163,14 +170,14 @@ def _backward(memory: _Memory, shape: Eagle3Shape, work: Work) -> None:
             memory.take("working", "gradients of keys", numbers * heads.keys * FLOAT32)
         memory.working(delta=work.starts * shape.num_attention_heads * FLOAT32)
         if work.flash_attention:
-            # Queries' gradient apart from the output, its float32 sums; keys, and their gradients in both.
+            # The queries' gradient, which is not in the output's memory, and its sums in float32; the runs' keys, and
+            # their gradients in bf16 and float32.
             sums = queries * FLOAT32 // BF16 + MOST_COPIES * work.rows * heads.keys * (FLOAT32 + 2 * BF16)
             memory.working(of_queries=queries, sums=sums)
             memory.done("of_queries", "sums")
         memory.done("delta", "given")
-        memory.take(
-            "kept for backward", kept, states + queries
-        )  # the MLP's input, and in attention's output q's gradient
+        # What is left is the MLP's input, and the queries' gradient in the memory of the attention output.
+        memory.take("kept for backward", kept, states + queries)
         if step:
             memory.working(projected=work.starts * heads.projected * BF16, normed=states)
             memory.done("normed")

@@ -1,6 +1,7 @@
-"""The draft: one Llama layer over `cat(embedding, verifier state)`, in the classic Eagle3 form.
+"""The draft model: one Llama layer over `cat(embedding, verifier state)`, in the classic Eagle3 form.
 
-Parameter names are those of the exported checkpoint. Embeddings are the verifier's, frozen, and no parameter.
+Parameter names equal those of the exported checkpoint. The embeddings are the verifier's; they are frozen and are no
+parameter here.
 Shape suffixes: T rows, H hidden, N query heads, G key-value heads, D head width, V draft vocabulary.
 """
 
@@ -15,7 +16,7 @@ from draftcache.draft_train.kernels.rotary import rotary_table, rotate
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in the weight's dtype (float32) whatever the autocast dtype."""
+    """Computes x / rms(x) * weight in the dtype of the weight (float32), whatever the autocast dtype."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -23,7 +24,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., H] -> [..., H], in the input's dtype."""
+        """Return the norm [..., H] of `hidden` [..., H], in its dtype."""
         return F.rms_norm(hidden.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(hidden.dtype)
 
 
@@ -32,7 +33,7 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 class Attention(nn.Module):
-    """Projections only: which keys a row sees is the unroll's business."""
+    """The projections of attention. The unroll decides which keys a row sees, and calls `window_attention`."""
 
     def __init__(self, shape: Eagle3Shape) -> None:
         super().__init__()
@@ -44,19 +45,19 @@ class Attention(nn.Module):
         self.o_proj = _linear(queries, shape.hidden_size)
 
     def queries(self, inputs: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """[T, 2H] at int64 positions [T] -> rotated queries [N, T, D]."""
+        """Return rotated queries [N, T, D] for inputs [T, 2H] at int64 positions [T]."""
         return self._rotated(self.q_proj(inputs), positions)
 
     def keys_values(self, inputs: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T, 2H] at int64 positions [T] -> rotated keys and values, each [G, T, D]."""
+        """Return rotated keys, and values, each [G, T, D], for inputs [T, 2H] at int64 positions [T]."""
         return self._rotated(self.k_proj(inputs), positions), self._heads(self.v_proj(inputs))
 
     def output(self, attended: torch.Tensor) -> torch.Tensor:
-        """[N, T, D] -> [T, H]."""
+        """Project the attention output [N, T, D] to [T, H]."""
         return self.o_proj(attended.transpose(0, 1).flatten(1))  # type: ignore[no-any-return]
 
     def _rotated(self, projected: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Angles are float64 from integer positions, the rotation is float32."""
+        """Return rotated heads. Angles are computed in float64 from integer positions, the rotation in float32."""
         table = rotary_table(positions, self.shape.head_dim, self.shape.rope_theta, projected.dtype)
         return rotate(self._heads(projected), table)
 
@@ -65,7 +66,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU."""
+    """The MLP of the layer: `down(silu(gate(x)) * up(x))`."""
 
     def __init__(self, shape: Eagle3Shape) -> None:
         super().__init__()
@@ -74,12 +75,12 @@ class MLP(nn.Module):
         self.down_proj = _linear(shape.intermediate_size, shape.hidden_size)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[T, H] -> [T, H]."""
+        """Return the output [T, H] for `hidden` [T, H]."""
         return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))  # type: ignore[no-any-return]
 
 
 class DraftLayer(nn.Module):
-    """The decoder layer: its attention reads 2H inputs, its residual is the un-normed state."""
+    """The decoder layer. Its attention reads inputs of width 2H, and its residual is the un-normed state."""
 
     def __init__(self, shape: Eagle3Shape) -> None:
         super().__init__()
@@ -90,17 +91,17 @@ class DraftLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
 
     def attention_input(self, embedding: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """`cat(input_layernorm(emb), hidden_norm(h))`: [T, H] and [T, H] -> [T, 2H]."""
+        """Return `cat(input_layernorm(emb), hidden_norm(h))` [T, 2H] for `embedding` [T, H] and `hidden` [T, H]."""
         return torch.cat((self.input_layernorm(embedding), self.hidden_norm(hidden)), dim=-1)
 
     def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """Residual, then MLP: un-normed `hidden` [T, H] and attention output [N, T, D] -> un-normed output [T, H]."""
+        """Return the layer's un-normed output [T, H] for un-normed `hidden` [T, H] and attention output [N, T, D]."""
         hidden = hidden + self.self_attn.output(attended)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
 
 
 class Eagle3Model(nn.Module):
-    """`fc`, one layer, `norm`, `lm_head`: the tensors that an engine loads."""
+    """The weights that an engine loads: `fc`, one layer, `norm` and `lm_head`."""
 
     def __init__(self, shape: Eagle3Shape) -> None:
         super().__init__()
@@ -112,7 +113,10 @@ class Eagle3Model(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int, head: torch.Tensor | None = None, norm: torch.Tensor | None = None) -> None:
-        """Normal(0, 0.02) matrices from `seed`, the same on every device; the head's rows and the norm if given."""
+        """Set matrices to Normal(0, 0.02) from `seed`, the same on every device, and norms to 1.
+
+        The weights of lm_head and norm are `head` [V, H] and `norm` [H] instead where these are given.
+        """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
@@ -124,5 +128,5 @@ class Eagle3Model(nn.Module):
                 )
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Un-normed layer output [T, H] -> draft-vocabulary logits [T, V]."""
+        """Return draft-vocabulary logits [T, V] for the layer's un-normed output [T, H]."""
         return self.lm_head(self.norm(hidden))  # type: ignore[no-any-return]

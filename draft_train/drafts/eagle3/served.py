@@ -25,10 +25,10 @@ ENGINES = ("vllm", "sglang")
 
 
 def tap_ids(taps: list[dict[str, Any]], engine: str) -> list[int]:
-    """The ids by which an engine knows the taps, which are outputs of blocks as the store's manifest lists them.
+    """Return the ids by which an engine knows the taps, which are block outputs as the store's manifest lists them.
 
-    vLLM's id k is the state before its layer k, so the output of block i is i + 1. SGLang's classic loader adds one
-    itself, so there it is i. Raises InputError for another engine, CheckpointError for taps that have no id.
+    vLLM's id k is the state before its layer k, so the output of block i has id i + 1. SGLang's classic loader adds
+    one itself, so there the id is i. Raises InputError for another engine, CheckpointError for taps that have no id.
     """
     if engine not in ENGINES:
         raise InputError(f"--engine: expected one of {ENGINES}, found {engine!r}")
@@ -42,7 +42,7 @@ def tap_ids(taps: list[dict[str, Any]], engine: str) -> list[int]:
 
 
 def served_config(shape: Eagle3Shape, state: CheckpointState, engine: str, dtype: str) -> dict[str, Any]:
-    """config.json of the exported draft. `dtype` is the name of its weights' dtype."""
+    """Return config.json of the exported draft. `dtype` is the name of its weights' dtype."""
     verifier = state.verifier
     ids = tap_ids(state.taps, engine)
     return {
@@ -74,7 +74,7 @@ def served_config(shape: Eagle3Shape, state: CheckpointState, engine: str, dtype
         "norm_before_residual": False,
         "eagle_aux_hidden_state_layer_ids": ids,
         "eagle_config": {"eagle_aux_hidden_state_layer_ids": ids, "use_aux_hidden_state": True},
-        # For readers; no engine was found that reads it: outputs of these blocks, counted from 0.
+        # Information for people: outputs of these blocks, counted from 0. No engine was found that reads this field.
         "target_hidden_state_indices": [tap["layer"] for tap in state.taps],
         "draftcache": {
             "engine": engine,
@@ -97,14 +97,14 @@ def served_form(
     engine: str,
     dtype: torch.dtype,
 ) -> ServedForm:
-    """config.json, and the model's tensors in `dtype` with d2t int64 [D] and t2d bool [V] beside them."""
+    """Return config.json, and the model's tensors in `dtype` with d2t int64 [D] and t2d bool [V] beside them."""
     config = served_config(shape, state, engine, str(dtype).removeprefix("torch."))
     tensors = {name: value.to(dtype).contiguous() for name, value in model.state_dict().items()}
     return ServedForm(config, tensors | _vocab_tensors(shape, vocab_map))
 
 
 def _vocab_tensors(shape: Eagle3Shape, vocab_map: VocabMap) -> dict[str, torch.Tensor]:
-    """d2t and t2d. t2d is widened to the verifier's head, which may have padding rows beyond the tokenizer's ids."""
+    """Return d2t and t2d. t2d is as long as the verifier's head, which may have padding rows after the tokenizer's."""
     if len(vocab_map) != shape.draft_vocab_size or vocab_map.vocab_size > shape.vocab_size:
         raise CheckpointError(
             f"expected a map of {shape.draft_vocab_size} of at most {shape.vocab_size} ids, "

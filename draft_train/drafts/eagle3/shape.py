@@ -1,4 +1,4 @@
-"""The shape of an Eagle3 draft. No torch is needed to know it."""
+"""The shape of an Eagle3 draft. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from draftcache.store.common.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Eagle3Shape:
-    """A one-layer Llama draft in the classic Eagle3 form."""
+    """The shape of a one-layer Llama draft in the classic Eagle3 form. Raises InputError for an impossible shape."""
 
     hidden_size: int
-    """Equals the verifier's: the draft reads its embeddings and states."""
+    """Equals the verifier's hidden size, because the draft reads its embeddings and states."""
     taps: int
-    """Verifier states concatenated into the input of `fc`."""
+    """Number of taps that are concatenated into the input of `fc`."""
     intermediate_size: int
     num_attention_heads: int
     num_key_value_heads: int
@@ -22,7 +22,7 @@ class Eagle3Shape:
     vocab_size: int
     draft_vocab_size: int
     sliding_window: int | None
-    """Keys farther back than this, by position, are not attended; None attends to all."""
+    """Window in positions: a row attends to keys fewer than this many positions back; None attends to all keys."""
     rope_theta: float
     rms_norm_eps: float
 

@@ -1,8 +1,8 @@
-"""Training-time test: the draft unrolled on its own outputs, as it will run when it is served.
+"""Training-time test: the draft is unrolled on its own outputs, as it runs when it is served.
 
-Row t at step 0 consumes `(aux_t, emb(x_{t+1}))`; at step k its own un-normed output of step k-1 and
-`emb(x_{t+1+k})`. Its position is t + k, for the query and for the new key of its own. Rows that are no start rows
-give step-0 keys and values and nothing else; a row whose turn has ended drops out of later steps.
+At step 0, row t consumes its taps and `emb(x_{t+1})`; at step k, its un-normed output of step k-1 and `emb(x_{t+1+k})`.
+Its position at step k is t + k, for the query and for the new diagonal key. Rows that are not start rows only provide
+step-0 keys and values. A row whose turn has ended takes no part in later steps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from draftcache.draft_train.loss.objective import StepOutput
 
 
 def unroll(model: Eagle3Model, embeddings: torch.Tensor, batch: Batch, steps: int) -> Iterator[StepOutput]:
-    """Yield steps 0 .. steps-1 while any row is left. `embeddings` [V, H]: the verifier's frozen table."""
+    """Yield the outputs of steps 0 .. steps-1 while any row is left. `embeddings` [V, H] are the verifier's."""
     dtype = _compute_dtype(model)
     layer, attention = model.midlayer, model.midlayer.self_attn
     base = model.fc(batch.taps.to(dtype))
@@ -61,6 +61,7 @@ def unroll(model: Eagle3Model, embeddings: torch.Tensor, batch: Batch, steps: in
 
 
 def _compute_dtype(model: Eagle3Model) -> torch.dtype:
+    """Return the autocast dtype where autocast is on, else the dtype of the weights."""
     device = model.fc.weight.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

@@ -1,7 +1,8 @@
-"""Attention of the unrolled draft: step-0 keys inside a sliding window, plus each row's own later keys.
+"""Attention of the unrolled draft: step-0 keys inside a sliding window, and each row's diagonal keys.
 
-At step k, the row at position t sees the step-0 keys of positions j with `j <= t` and `t + k - j < window`
-(the served window counts the draft's own keys, so it slides with the step), and its own keys of steps 1..k.
+At step k, the row at position t sees the step-0 keys of positions j with `j <= t` and `t + k - j < window`, and its
+diagonal keys: those that it made itself at steps 1..k. The window slides with the step, because the window of a served
+draft counts the keys of drafted tokens too.
 
 Shape suffixes: Q query rows, R key rows, N query heads, G key-value heads, D head width, K diagonal keys.
 """
@@ -14,10 +15,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 QUERY_BLOCK = 256
-"""Queries per block: its keys are those in its window, so packed conversations do not pay for one another."""
+"""Queries per block. A block reads only the keys in its window, so packed conversations cost each other nothing."""
 
 KEPT_SCORES = 1 << 26
-"""Scores (256 MiB in float32) that one call may keep for the backward pass; above it they are recomputed."""
+"""Most scores (256 MiB in float32) that one call keeps for the backward pass. If there are more, it recomputes them."""
 
 
 def dense_window_attention(
@@ -32,9 +33,10 @@ def dense_window_attention(
     step: int,
     window: int,
 ) -> torch.Tensor:
-    """The definition, with every score in one [N, Q, R + K] tensor. Returns [N, Q, D]. The reference twin.
+    """Plain twin of `window_attention`: the definition, with all scores in one tensor [N, Q, R + K].
 
-    `diagonal_keys` and `diagonal_values`: one [G, Q, D] per step 1..k. Positions are int64, ascending.
+    Returns the attention output [N, Q, D]. `diagonal_keys` and `diagonal_values` hold one [G, Q, D] for each of the
+    steps 1..k. Positions are int64, ascending.
     """
     group = query_NQD.shape[0] // key_GRD.shape[0]
     scale = 1.0 / math.sqrt(query_NQD.shape[-1])
@@ -63,10 +65,10 @@ def window_attention(
     step: int,
     window: int,
 ) -> torch.Tensor:
-    """The same values and gradients in blocks of 256 queries, each over the keys that its window can reach.
+    """Return what `dense_window_attention` returns, in blocks of 256 queries over the keys that their windows reach.
 
-    Work is Q x (window + block) instead of Q x R. Where all blocks' scores would take too much memory, each block's
-    are recomputed in the backward pass, and only one block's are alive at a time.
+    The work is Q x (window + block) instead of Q x R. If the scores of all blocks would take too much memory, the
+    backward pass recomputes them block by block, and only one block's scores are alive at a time.
     """
     queries = query_NQD.shape[1]
     firsts = torch.arange(0, queries, QUERY_BLOCK, device=query_positions.device)

@@ -1,4 +1,4 @@
-"""The tail-bucket loss of rows of logits and its gradient, reading the logits once.
+"""A kernel for the tail-bucket loss of rows of logits and its gradient. It reads the logits once.
 
 Shape suffixes: T rows, V draft vocabulary, K teacher entries. The formulas are those of `loss.tail_bucket`.
 """
@@ -12,14 +12,15 @@ from draftcache.draft_train.loss.tail_bucket import fused_tail_bucket_loss
 from draftcache.store.common.triton_launch import jit, power_of_two, runs_kernels, tl
 
 _MOST_IN_REGISTERS = 32_768
-"""Logits of one row: 64 per thread."""
+"""Most logits of a row that a program keeps in registers: 64 per thread."""
 
 
 def tail_kl(logits: Tensor, ids: Tensor, p: Tensor, tau: Tensor, weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss [T] float32 and argmax [T] int64 of float32 logits [T, V]; `weight * d loss / d logits` into `out` [T, V].
+    """Return losses [T] float32 and argmax [T] int64 of float32 logits [T, V]; write the weighted gradient to `out`.
 
-    `ids` [T, K] int64, -1 where absent, `p` [T, K] float32, `tau` and `weight` [T] float32. The logits are overwritten
-    at the teacher's entries. Below `tiny` the tail has no digits left and counts as `tiny`.
+    `ids` [T, K] int64, -1 where absent, `p` [T, K] float32, `tau` and `weight` [T] float32; `out` [T, V] receives
+    `weight * d loss / d logits` in its dtype. The logits are overwritten at the teacher's entries. A tail below `tiny`,
+    float32's smallest normal number, has no digits left and counts as `tiny`.
     """
     if not runs_kernels(logits):
         return tail_kl_reference(logits, ids, p, tau, weight, out)
@@ -42,7 +43,7 @@ def tail_kl(logits: Tensor, ids: Tensor, p: Tensor, tau: Tensor, weight: Tensor,
 def tail_kl_reference(
     logits: Tensor, ids: Tensor, p: Tensor, tau: Tensor, weight: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Plain twin of `tail_kl`, by autograd."""
+    """Plain twin of `tail_kl`, by autograd over `fused_tail_bucket_loss`. It leaves the logits as they are."""
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
         losses = fused_tail_bucket_loss(leaf, ids, p, tau, absent=bool((ids < 0).any()))
@@ -53,15 +54,15 @@ def tail_kl_reference(
 
 @jit
 def _take_entries_kernel(logits, ids, inside, width, entries, ENTRIES: tl.constexpr):
-    """Move the teacher's entries out of each row: what is left is summed by itself, as 1 - sum of q would cancel."""
+    """Move the teacher's entries out of each row, to sum the tail without them: 1 - sum q would cancel."""
     row = tl.program_id(0).to(tl.int64)
     entry = tl.arange(0, ENTRIES)
     named = tl.load(ids + row * entries + entry, mask=entry < entries, other=-1)
     present = named >= 0
-    place = logits + row * width + named
-    tl.store(inside + row * entries + entry, tl.load(place, mask=present, other=float("-inf")), mask=entry < entries)
+    pointer = logits + row * width + named
+    tl.store(inside + row * entries + entry, tl.load(pointer, mask=present, other=float("-inf")), mask=entry < entries)
     tl.debug_barrier()
-    tl.store(place, float("-inf"), mask=present)
+    tl.store(pointer, float("-inf"), mask=present)
 
 
 @jit
@@ -69,7 +70,7 @@ def _tail_kl_kernel(
     logits, ids, taken, p, tau, weight, out, losses, argmax, rows, width, entries, tiny,
     BLOCK: tl.constexpr, ENTRIES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One program per processor, which has a row's exponentials in registers; a row wider than BLOCK is read twice."""
+    """One program per processor keeps a row's exponentials in registers. A row wider than BLOCK is read twice."""
     column, entry = tl.arange(0, BLOCK), tl.arange(0, ENTRIES)
     for number in range(tl.program_id(0), rows, tl.num_programs(0)):
         row = tl.cast(number, tl.int64)
@@ -80,8 +81,8 @@ def _tail_kl_kernel(
         teacher = tl.load(p + row * entries + entry, mask=present, other=0.0)
         inside = tl.load(taken + row * entries + entry, mask=present, other=float("-inf"))
         tail = tl.where(tl.sum(present.to(tl.int32), 0) == width, 0.0, tl.load(tau + row))
-        largest = tl.maximum(tl.max(value, 0), -1.0e38)  # finite, where the entries are all that there is
-        place = tl.min(tl.where(value == largest, column, width), 0)
+        largest = tl.maximum(tl.max(value, 0), -1.0e38)  # finite even if the entries are the whole row
+        largest_column = tl.min(tl.where(value == largest, column, width), 0)
         value = tl.exp(value - largest)
         rest = tl.sum(value, 0)
         if not WHOLE:
@@ -89,13 +90,13 @@ def _tail_kl_kernel(
                 further = tl.load(row_logits + first + column, mask=first + column < width, other=float("-inf"))
                 above = tl.maximum(largest, tl.max(further, 0))
                 found = tl.min(tl.where(further == above, first + column, width), 0)
-                place = tl.where(above > largest, found, place)
+                largest_column = tl.where(above > largest, found, largest_column)
                 rest = rest * tl.exp(largest - above) + tl.sum(tl.exp(further - above), 0)
                 largest = above
         best_inside = tl.max(inside, 0)
         best = tl.maximum(best_inside, largest)
         first_inside = tl.min(tl.where(present & (inside == best), named, width), 0)
-        tl.store(argmax + row, tl.minimum(first_inside, tl.where(largest == best, place, width).to(tl.int64)))
+        tl.store(argmax + row, tl.minimum(first_inside, tl.where(largest == best, largest_column, width).to(tl.int64)))
         raised_inside = tl.exp(inside - best)
         shrink = tl.exp(largest - best)
         rest = tl.maximum(rest * shrink, tiny)

@@ -1,9 +1,9 @@
 """Build the demo's conversations: `python -m draftcache.tools.demo.corpus.build_corpus --sources DIR --corpus DIR`.
 
-Every conversation of every source goes to `--corpus` (scratch: what the verifier trains on); a fair sample,
-the prompts and the licence texts go to `--assets` (shipped). Both splits are decided by a hash of the source
-item (module or page, play, block of words), and held-out conversations that share more than 10 % of their
-8-word shingles with the train split are left out. Run it with Python 3.11, whose library it reads.
+Every conversation of every source goes to `--corpus`, a scratch directory with the text that the verifier trains on.
+A fair sample, the prompts and the licence texts go to `--assets`, which is shipped. A hash of the source item (module
+or page, play, block of words) decides the split, and held-out conversations that share more than 10 % of their 8-word
+shingles with the train split are left out. Run it with Python 3.11, because it reads that interpreter's library.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ VAL_SHARES = {"python": 0.04, "play": 0.06, "words": 0.01}
 SHIPPED_TRAIN_CHARACTERS = 7_500_000
 SHIPPED_VAL = 480
 MAX_CHARACTERS = 3400
-"""Longest conversation, in characters: about 1,000 tokens."""
+"""Characters of the longest conversation that is kept: about 1,000 tokens."""
 SHIPPED_MIX = {
     "docs-api": 0.2,
     "docs-faq": 0.02,
@@ -47,7 +47,7 @@ SHIPPED_MIX = {
 
 
 def build_splits(sources: Sources) -> dict[str, list[Conversation]]:
-    """All conversations of all sources, each split shuffled by a fixed seed."""
+    """Return all conversations of all sources by split, each split shuffled by a fixed seed."""
     splits: dict[str, list[Conversation]] = {"train": [], "val": []}
     seen: set[str] = set()
     for makers in (
@@ -74,9 +74,9 @@ def _usable(conversation: Conversation) -> bool:
 
 
 def sample(rows: list[Conversation], budget: float, *, by_count: bool) -> list[Conversation]:
-    """The first rows of each source up to its share of `budget` (conversations or characters).
+    """Return the first rows of each source, up to its share of `budget` (conversations or characters).
 
-    Shuffled again: otherwise a source with a small share would stand wholly at the front.
+    They are shuffled again: otherwise all rows of a source with a small share would be at the front.
     """
     left = {source: share * budget for source, share in SHIPPED_MIX.items()}
     kept: list[Conversation] = []
@@ -89,7 +89,7 @@ def sample(rows: list[Conversation], budget: float, *, by_count: bool) -> list[C
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, object]]) -> int:
-    """Write gzipped JSON lines with no time stamp, so that equal rows give equal bytes. Returns the size."""
+    """Write gzipped JSON lines without a time stamp, so that equal rows give equal bytes. Returns the size in bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_bytes(gzip.compress(text.encode(), compresslevel=9, mtime=0))
@@ -97,7 +97,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, object]]) -> int:
 
 
 def write_prompts(sources: Sources, directory: Path) -> None:
-    """MT-Bench (80 two-turn questions) and HumanEval (164 functions) as conversations with user turns only."""
+    """Write MT-Bench (80 two-turn questions) and HumanEval (164 functions) as conversations with user turns only."""
     questions = [json.loads(line) for line in sources.mt_bench.read_text(encoding="utf-8").splitlines()]
     write_rows(
         directory / "mt_bench.jsonl.gz",
@@ -133,7 +133,7 @@ def write_prompts(sources: Sources, directory: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Fetch, convert, split, write; prints one line per split and source."""
+    """Fetch the sources, convert and split them, write all files and print the summary as JSON."""
     parser = argparse.ArgumentParser(description="Build the demo's corpus and shipped conversations.")
     parser.add_argument("--sources", type=Path, required=True, help="where downloads are kept")
     parser.add_argument("--corpus", type=Path, required=True, help="where the whole corpus is written (scratch)")

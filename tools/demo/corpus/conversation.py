@@ -1,4 +1,4 @@
-"""The demo's unit of text: one conversation, its source item, and the split that its item falls into."""
+"""The demo's unit of text: one conversation, its source item, and the split that the item belongs to."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ _SHINGLE_WORDS = 8
 
 @dataclass(frozen=True)
 class Conversation:
-    """Alternating turns, user first, and where they came from."""
+    """Alternating turns, with the user's first, and their source."""
 
     id: str
     source: str
     item: str
-    """What is held out as a whole: a module (its pages, docstrings and functions), a play, a block of words."""
+    """What is held out together: a module (its pages, docstrings and functions), a play, or a block of words."""
     turns: tuple[str, ...]
 
     def row(self) -> dict[str, object]:
-        """The OpenAI `messages` form."""
+        """Return the conversation in OpenAI's `messages` form, with `id` and `source`."""
         roles = ("user", "assistant")
         messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(self.turns)]
         return {"id": self.id, "source": self.source, "messages": messages}
 
     @property
     def characters(self) -> int:
-        """Length of all turns, in characters."""
+        """Number of characters in all turns."""
         return sum(map(len, self.turns))
 
 
 def make(source: str, item: str, name: str, turns: Iterable[str]) -> Conversation:
-    """A conversation whose id is its source and a hash of its item, name and text."""
+    """Return a conversation whose id is its source and a hash of its item, name and text."""
     kept = tuple(text.strip() for text in turns)
     digest = hashlib.sha256("\0".join((item, name, *kept)).encode()).hexdigest()[:16]
     return Conversation(id=f"{source}-{digest}", source=source, item=item, turns=kept)
 
 
 def rng_for(*key: str) -> random.Random:
-    """A generator seeded by a text key, so that one item's wording never depends on another item."""
+    """Return a generator seeded by a text key, so that one item's wording never depends on another item."""
     return random.Random(int.from_bytes(hashlib.sha256("\0".join(key).encode()).digest()[:8], "big"))
 
 
 def split_of(item: str, val_share: float) -> str:
-    """`train` or `val`, from a hash of the source item alone."""
+    """Return `train` or `val`, from a hash of the source item alone."""
     value = int.from_bytes(hashlib.sha256(f"split3\0{item}".encode()).digest()[:8], "big") / 2**64
     return "val" if value < val_share else "train"
 
@@ -91,7 +91,7 @@ def _shingles(conversation: Conversation) -> set[int]:
 def drop_near_duplicates(
     val: list[Conversation], train: Iterable[Conversation], limit: float = 0.1
 ) -> list[Conversation]:
-    """Keep the held-out conversations with at most `limit` of their answers' 8-word shingles in the train split."""
+    """Return the held-out conversations with at most a share `limit` of their answers' 8-word shingles in `train`."""
     wanted = [_shingles(conversation) for conversation in val]
     universe = set().union(*wanted) if wanted else set()
     seen: set[int] = set()

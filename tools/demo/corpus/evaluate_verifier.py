@@ -1,4 +1,4 @@
-"""Held-out loss of the demo's verifier: every conversation alone, from a fresh state, as it is served."""
+"""The held-out loss of the demo's verifier: every conversation runs alone, from a fresh state, as in serving."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SPANS = ("all", "assistant")
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Padded held-out conversations, longest first: ids, assistant mask and validity, each [N, L]."""
+    """Padded held-out conversations: ids int64, assistant mask and validity mask bool, each [N, L]."""
 
     ids: Tensor
     assistant: Tensor
@@ -48,7 +48,7 @@ class HeldOut:
 
 @torch.no_grad()
 def _sums(model: nn.Module, held_out: HeldOut, limit: int, batch: int) -> dict[str, dict[str, Tensor]]:
-    """Per source: summed loss (nats) and token counts, over all tokens and over the assistant's."""
+    """Return per source the summed loss (nats) and the token count, over all tokens and over the assistant's."""
     totals: dict[str, dict[str, Tensor]] = {}
     order = torch.randperm(len(held_out.ids), generator=torch.Generator().manual_seed(0))[:limit]
     device = held_out.ids.device
@@ -71,7 +71,7 @@ def _sums(model: nn.Module, held_out: HeldOut, limit: int, batch: int) -> dict[s
 
 
 def held_out_losses(model: nn.Module, held_out: HeldOut, *, limit: int, batch: int = 64) -> dict[str, float]:
-    """Mean loss per assistant token (nats) for each source, on the first `limit` conversations of a fixed order."""
+    """Return the mean loss per assistant token (nats) by source, on the first `limit` rows of a fixed order."""
     model.eval()
     totals = _sums(model, held_out, limit, batch)
     model.train()
@@ -79,7 +79,7 @@ def held_out_losses(model: nn.Module, held_out: HeldOut, *, limit: int, batch: i
 
 
 def perplexities(model: nn.Module, held_out: HeldOut, batch: int = 64) -> dict[str, dict[str, Any]]:
-    """Perplexity per source and over all of them, on the assistant's tokens and on all tokens."""
+    """Return perplexities and token counts by source and in `total`, for the assistant's tokens and for all tokens."""
     model.eval()
     totals = _sums(model, held_out, len(held_out.ids), batch)
     together = {key: torch.stack([sums[key] for sums in totals.values()]).sum(0) for key in _SPANS}

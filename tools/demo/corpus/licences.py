@@ -1,4 +1,4 @@
-"""Copy each source's own licence text beside the data that is derived from it."""
+"""Copy each source's licence text into the directory beside the data that is derived from it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["write_licences"]
 
 
 def write_licences(sources: Sources, directory: Path) -> None:
-    """Write one file per licence; the README that maps data to licences is kept by hand beside them."""
+    """Write one file per licence. The README beside them, which maps data to licences, is written by hand."""
     directory.mkdir(parents=True, exist_ok=True)
     texts = {
         "Python-documentation-PSF-2.0.txt": sources.docs / "license.rst.txt",

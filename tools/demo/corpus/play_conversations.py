@@ -22,7 +22,7 @@ _OPENINGS = (
 
 
 def play_conversations(directory: Path) -> Iterator[Conversation]:
-    """Windows of about 2,200 characters (600 tokens) of consecutive speeches, each turn headed by its speaker."""
+    """Yield windows of about 2,200 characters (600 tokens) of consecutive speeches, each turn headed by its speaker."""
     for path in sorted(directory.glob("*/*.md")):
         title, scenes = _read_play(path.read_text(encoding="utf-8"))
         for act, scene, speeches in scenes:
@@ -33,7 +33,7 @@ def play_conversations(directory: Path) -> Iterator[Conversation]:
 
 
 def _read_play(text: str) -> tuple[str, list[tuple[str, str, list[str]]]]:
-    """The title, and (act, scene, speeches) for each scene. Stage directions are left out."""
+    """Return the title, and (act, scene, speeches) for each scene. Stage directions are left out."""
     title, act = "", ""
     scenes: list[tuple[str, str, list[str]]] = []
     speaker = ""
@@ -65,7 +65,10 @@ def _read_play(text: str) -> tuple[str, list[tuple[str, str, list[str]]]]:
 
 
 def _windows(speeches: list[str]) -> Iterator[list[str]]:
-    """Split a scene into even runs of turns; the parity is the one whose assistant turns say more."""
+    """Split a scene into runs of an even number of turns.
+
+    Whether a run begins at this speech or the next one is chosen so that the assistant's turns are the longer ones.
+    """
     start = 0
     while start < len(speeches) - 1:
         odd = sum(map(len, speeches[start + 1 : start + 9 : 2]))

@@ -1,4 +1,4 @@
-"""Question-and-answer conversations from the Python documentation and the standard library's own source."""
+"""Question-and-answer conversations from the Python documentation and the standard library's source."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _CODE_QUESTIONS = (
 
 
 def docs_conversations(directory: Path) -> Iterator[Conversation]:
-    """API entries, FAQ answers and sections of every page; the held-out item is the module or page."""
+    """Yield the API entries, FAQ answers and sections of every page; the held-out item is the module or page."""
     for path in sorted(directory.rglob("*.rst.txt")):
         name = path.relative_to(directory).as_posix().removesuffix(".rst.txt")
         if name.startswith(("whatsnew/changelog", "contents", "license")):
@@ -62,7 +62,7 @@ def _item(stem: str) -> str:
 
 
 def _entry_conversation(page: str, item: str, module: str, entry: Entry) -> Iterator[Conversation]:
-    """One question about one documented name. Entries below 60 characters say too little."""
+    """Yield one question about one documented name. Entries below 60 characters say too little and are skipped."""
     if len(entry.text) < 60:
         return
     named = entry.name
@@ -79,7 +79,7 @@ def _entry_conversation(page: str, item: str, module: str, entry: Entry) -> Iter
 
 
 def _section_conversations(page: str, item: str, title: str, text: str) -> Iterator[Conversation]:
-    """A section in pieces of 1,000 characters, three to a conversation; FAQ headings are the question itself."""
+    """Yield a section in pieces of 1,000 characters, three to a conversation. An FAQ's heading is the question."""
     if len(text) < 120 or not title:
         return
     source = "docs-faq" if page.startswith("faq/") else "docs-text"
@@ -96,7 +96,7 @@ def _section_conversations(page: str, item: str, title: str, text: str) -> Itera
 
 
 def library_conversations() -> Iterator[Conversation]:
-    """Docstrings ("what does X do") and function bodies ("complete this") of this interpreter's library."""
+    """Yield docstrings ("what does X do") and function bodies ("complete this") of this interpreter's library."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -141,7 +141,7 @@ def _docstring_conversation(
 def _function_conversation(
     node: ast.FunctionDef | ast.AsyncFunctionDef, name: str, item: str, lines: list[str]
 ) -> Iterator[Conversation]:
-    """The head (signature, docstring if short) as the question, the whole function as the answer."""
+    """Yield the head (signature, docstring if short) as the question and the whole function as the answer."""
     first, last = node.lineno - 1, node.end_lineno or node.lineno
     documented = ast.get_docstring(node) is not None and len(node.body) > 1
     head_end = (node.body[0].end_lineno or first + 1) if documented else node.body[0].lineno - 1

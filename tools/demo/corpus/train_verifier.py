@@ -2,14 +2,14 @@
 
     python -m draftcache.tools.demo.corpus.train_verifier --corpus DIR --output DIR --epochs N
 
-Causal language modelling on whole conversations in the chat template. The loss is on all tokens, not on the
-assistant's alone: the user's turns are as much real text as the answers, and a model this small learns the
-language from both. Windows of 1,024 tokens start at a conversation boundary; conversations are reshuffled and
-repacked every epoch, separated by <|endoftext|>, and the one that did not fit opens the next window.
+The task is causal language modelling on whole conversations in the chat template. The loss is on all tokens, not on
+the assistant's alone: the user's turns are as much real text as the answers, and a model this small learns the
+language from both. Windows of 1,024 tokens start at a conversation boundary. Conversations are shuffled and packed
+anew every epoch, separated by <|endoftext|>, and a conversation that did not fit opens the next window.
 
-AdamW on fp32 master weights under bf16 autocast; warmup, then a cosine over the epochs. Expert load is
-balanced without an auxiliary loss: after each step every expert's selection bias moves by 1e-3 towards the mean
-load (DeepSeek-V3, section 2.1.2). The weights with the lowest held-out loss are kept.
+The optimizer is AdamW on fp32 master weights under bf16 autocast; the learning rate warms up and then follows a cosine
+over the epochs. Expert load is balanced without an auxiliary loss: after each step every expert's selection bias moves
+by 1e-3 towards the mean load (DeepSeek-V3, section 2.1.2). The weights with the lowest held-out loss are kept.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _FUNCTIONS = ("mamba2_chunk_scan", "causal_conv1d_fn", "mamba2_split_conv1d_scan
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """What decides the run."""
+    """The settings of a run."""
 
     epochs: float
     """Passes over the corpus. Held-out loss is lowest at about 15; more passes overfit."""
@@ -54,11 +54,11 @@ class TrainingPlan:
     """Tokens per window; a multiple of the scan's chunk."""
     learning_rate: float = 2.5e-3
     final_share: float = 0.02
-    """Learning rate at the end, as a share of the peak."""
+    """The learning rate at the end, as a share of the peak."""
     warmup_steps: int = 150
     weight_decay: float = 0.1
     dropout: float = 0.1
-    """On every block's output while training."""
+    """Dropout rate on every block's output while training."""
     balance_rate: float = 1e-3
     evaluations: int = 10
     seed: int = 20250
@@ -67,7 +67,7 @@ class TrainingPlan:
 
 @dataclass
 class _Record:
-    """What is written to training_log.json."""
+    """The held-out losses so far, for training_log.json."""
 
     curve: list[dict[str, float]] = field(default_factory=list)
     best: float = math.inf
@@ -77,7 +77,7 @@ class _Record:
 def packed_windows(
     tokens: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any], window: int, rng: np.random.Generator
 ) -> Iterator[np.ndarray[Any, Any]]:
-    """Windows of `window + 1` ids (inputs and shifted targets) of one epoch, conversations in random order."""
+    """Yield one epoch's windows of `window + 1` ids (inputs and shifted targets), conversations in random order."""
     ends = np.cumsum(lengths)
     filled: list[np.ndarray[Any, Any]] = []
     size, end_of_text = 0, np.zeros(1, tokens.dtype)
@@ -92,7 +92,7 @@ def packed_windows(
 
 
 def batches(corpus: Path, plan: TrainingPlan, device: torch.device) -> Iterator[tuple[float, Tensor]]:
-    """(epochs so far, ids [batch, window + 1]) without end."""
+    """Yield (epochs so far, ids [batch, window + 1] int64 on `device`) without end."""
     with np.load(corpus / "tokens.npz", allow_pickle=False) as arrays:
         tokens, lengths = arrays["train_tokens"], arrays["train_lengths"]
     rng = np.random.default_rng(plan.seed)
@@ -110,7 +110,7 @@ def batches(corpus: Path, plan: TrainingPlan, device: torch.device) -> Iterator[
 
 
 def _drop_outputs(model: nn.Module, share: float) -> None:
-    """Dropout on what each block adds to the residual stream; inactive in eval mode."""
+    """Add dropout to each block's contribution to the residual stream. It is inactive in eval mode."""
 
     def hook(module: nn.Module, _: Any, output: Any) -> Any:
         if isinstance(output, tuple):
@@ -122,7 +122,7 @@ def _drop_outputs(model: nn.Module, share: float) -> None:
 
 
 def _optimizer(model: nn.Module, plan: TrainingPlan, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW; vectors (norms, A_log, D, biases) and the convolution are not decayed."""
+    """Return an AdamW that does not decay vectors (norms, A_log, D, biases) and the convolution."""
     decayed = [p for name, p in model.named_parameters() if p.dim() >= 2 and "conv1d" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() < 2 or "conv1d" in name]
     groups = [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -141,7 +141,10 @@ def _head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def _balance(model: nn.Module, rate: float, totals: Tensor) -> None:
-    """One aux-loss-free step: raise the selection bias of experts below the mean load, lower the others."""
+    """Balance the experts' load: raise the selection bias of experts below the mean load, and lower the others.
+
+    `totals` [MoE blocks, 4] gathers the loads with a decay of 0.99 per step.
+    """
     moes = [m for m in model.modules() if hasattr(m, "shared_experts")]
     for row, moe in enumerate(moes):
         counts = moe.get_buffer("experts.expert_counts")
@@ -151,14 +154,14 @@ def _balance(model: nn.Module, rate: float, totals: Tensor) -> None:
 
 
 def _forget_counts(model: nn.Module) -> None:
-    """Zero the expert counts: an evaluation's padded tokens must not steer the balance."""
+    """Zero the expert counts, because an evaluation's padded tokens must not influence the balance."""
     for name, buffer in model.named_buffers():
         if name.endswith("expert_counts"):
             buffer.zero_()
 
 
 def train(corpus: Path, output: Path, plan: TrainingPlan) -> dict[str, Any]:
-    """Train, keep the best weights in `output`, and return the log (loss in nats per token)."""
+    """Train, keep the best weights in `output`, and return the log as JSON values (loss in nats per token)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     held_out = HeldOut.read(corpus, device)
@@ -244,7 +247,7 @@ def _log(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train; then reload what was saved with the unmodified model code and measure it."""
+    """Train, then load the saved weights with the unmodified model code and measure their held-out perplexity."""
     parser = argparse.ArgumentParser(description="Train the demo's verifier.")
     parser.add_argument("--corpus", type=Path, required=True, help="holds tokens.npz and tokenizer/")
     parser.add_argument("--output", type=Path, required=True)

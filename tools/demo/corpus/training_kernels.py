@@ -1,7 +1,7 @@
-"""Plain-torch stand-ins that make the Hugging Face NemotronH cheap to train and easy to compile.
+"""Plain-torch replacements that make the Hugging Face NemotronH cheap to train and easy to compile.
 
-Three functions of the model are replaced while it trains, each equal to the original up to rounding (tested
-against it): the chunked state-space scan (matrix products in the activations' dtype, decays in fp32, no
+Three functions of the model are replaced while it trains, each equal to the original up to rounding (tests compare
+them): the chunked state-space scan (matrix products in the activations' dtype, decays in fp32, no
 [chunk, chunk, heads, state] product), the causal depthwise convolution (shifted multiply-adds, which fuse),
 and the routed experts (dense over 4 experts: no data-dependent shapes, twice the arithmetic of top-2).
 """
@@ -29,7 +29,7 @@ def chunked_scan(
     dt_limit: tuple[float, float],
     **_: Any,
 ) -> Tensor:
-    """Mamba-2's state-space dual form (Dao and Gu 2024, listing 1), from a zero state.
+    """Compute Mamba-2's state-space dual form (Dao and Gu 2024, listing 1), from a zero state.
 
     Shapes: hidden_states [b, L, h, p], dt [b, L, h], A [h], B and C [b, L, g, n], D and dt_bias [h]; L is a
     multiple of `chunk_size`. Returns [b, L, h, p] in fp32. Decays and carried states are fp32.
@@ -55,7 +55,7 @@ def chunked_scan(
     to_end = (decay[..., -1:] - decay).exp().permute(0, 1, 4, 2, 3)  # [b, c, l, g, r]
     added = torch.einsum("bclgn,bclgrp->bcgrpn", B, (scaled.float() * to_end[..., None]).to(dtype)).float()
     total = decay[..., -1].cumsum(1)  # [b, c, g, r]: log decay from the start to the end of each chunk
-    before = F.pad(total, (0, 0, 0, 0, 1, -1))  # ... to the start of each chunk
+    before = F.pad(total, (0, 0, 0, 0, 1, -1))  # [b, c, g, r]: log decay from the start to the start of each chunk
     earlier = torch.ones(chunks, chunks, dtype=torch.bool, device=x.device).tril(-1)[..., None, None]
     across = (before[:, :, None] - total[:, None, :]).masked_fill(~earlier, float("-inf")).exp()
     with torch.autocast(x.device.type, enabled=False):
@@ -69,7 +69,10 @@ def chunked_scan(
 def causal_conv(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any
 ) -> Tensor:
-    """Depthwise causal convolution and SiLU; hidden_states [b, d, L], weight [d, k]."""
+    """Apply a depthwise causal convolution and SiLU; hidden_states [b, d, L], weight [d, k].
+
+    Raises ValueError for another activation than SiLU or None.
+    """
     if activation not in ("silu", None):
         raise ValueError(f"expected activation 'silu' or None, found {activation!r}")
     length, taps = hidden_states.shape[-1], weight.shape[-1]
@@ -84,9 +87,9 @@ def causal_conv(
 
 
 def dense_experts(experts: nn.Module, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """All experts on all tokens, weighted by the router's sparse weights; hidden [T, D], indices [T, k].
+    """Run all experts on all tokens, weighted by the router's sparse weights; hidden [T, D], indices [T, k].
 
-    Adds the number of tokens that chose each expert to `experts.expert_counts`.
+    The number of tokens that chose each expert is added to `experts.expert_counts`.
     """
     up, down = experts.get_parameter("up_proj"), experts.get_parameter("down_proj")
     gates = torch.zeros(len(hidden), len(up), device=hidden.device).scatter(1, indices, weights.float())

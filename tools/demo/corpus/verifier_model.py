@@ -1,4 +1,4 @@
-"""The demo's verifier: shape, initialisation, loading, and saving of a 12-block NemotronH."""
+"""The demo's verifier: the shape, initialisation, loading and saving of a 12-block NemotronH."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ _CONFIG: dict[str, Any] = {
 
 
 def build_model(seed: int) -> NemotronHForCausalLM:
-    """A fresh fp32 model. A in U[1, 16] and dt log-uniform in [1e-3, 1e-1], as Mamba-2 initialises them."""
+    """Return a fresh fp32 model. A is in U[1, 16] and dt log-uniform in [1e-3, 1e-1], as Mamba-2 initialises them."""
     torch.manual_seed(seed)
     fields = {key: value for key, value in _CONFIG.items() if key not in ("architectures", "model_type", "dtype")}
     model = NemotronHForCausalLM(NemotronHConfig(**fields))
@@ -94,7 +94,7 @@ def build_model(seed: int) -> NemotronHForCausalLM:
 
 
 def set_time_step_limit(model: nn.Module) -> None:
-    """Clamp dt to (0, inf) on every Mamba block, as the vendor's code does and Hugging Face's does not."""
+    """Clamp dt to (0, inf) on every Mamba block, as the vendor's code does and Hugging Face's code does not."""
     for module in model.modules():
         if hasattr(module, "time_step_limit"):
             module.time_step_limit = (0.0, float("inf"))  # type: ignore[assignment]
@@ -110,7 +110,7 @@ def load_model(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Nemotron
 def save_model(model: nn.Module, directory: Path) -> None:
     """Write config, generation config and bf16 weights (A_log, D, dt_bias and router biases in fp32).
 
-    Names are those of the published NemotronH checkpoints (`backbone.*`, one tensor per expert), which
+    Tensors are named as in the published NemotronH checkpoints (`backbone.*`, one tensor per expert), which
     transformers and vLLM both read.
     """
     directory.mkdir(parents=True, exist_ok=True)

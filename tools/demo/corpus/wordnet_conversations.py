@@ -1,4 +1,4 @@
-"""Define-this-word conversations from WordNet 3.0's data files."""
+"""Conversations that ask for the meaning of words, from WordNet 3.0's data files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["wordnet_conversations"]
 
 _PARTS = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
 _BLOCK = 40
-"""Groups that are neighbours in WordNet's order are related; a block of 40 is held out as a whole."""
+"""Words that are neighbours in WordNet's order are related, so a block of 40 is held out as a whole."""
 _FIRST = (
     "Define {words}.",
     "What does {words} mean?",
@@ -34,7 +34,7 @@ class _Synset:
 
 
 def wordnet_conversations(directory: Path) -> Iterator[Conversation]:
-    """Every synset once, under its first word; two to five neighbouring words make one conversation."""
+    """Yield every synset once, under its first word. Two to five neighbouring words make one conversation."""
     for part, label in _PARTS.items():
         synsets = _read(directory / f"data.{part}", part)
         groups: dict[str, list[_Synset]] = {}
@@ -77,7 +77,7 @@ def _entry(word: str, label: str, senses: list[_Synset], synsets: dict[tuple[str
 
 
 def _read(path: Path, part: str) -> dict[tuple[str, str], _Synset]:
-    """Parse one data file (format: WordNet's wndb manual page): offset, words, pointers, gloss."""
+    """Parse one data file (its format is in WordNet's wndb manual page) into synsets by (part's letter, offset)."""
     letter = {"noun": "n", "verb": "v", "adj": "a", "adv": "r"}[part]
     synsets: dict[tuple[str, str], _Synset] = {}
     for line in path.read_text(encoding="utf-8").splitlines():

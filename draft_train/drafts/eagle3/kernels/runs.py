@@ -1,6 +1,6 @@
-"""Rows of an unroll step that follow one another without a gap, and the keys that each such run sees.
+"""Runs: rows of an unroll step at consecutive positions, with the keys that each run sees.
 
-Shape suffixes as in `attention`; B runs, M their keys, one run's behind the other's.
+Shape suffixes are those of `attention`, with B runs and M keys of all runs, concatenated.
 """
 
 from __future__ import annotations
@@ -18,26 +18,29 @@ from draftcache.draft_train.drafts.eagle3.memory import MOST_COPIES
 
 @dataclass(frozen=True)
 class Runs:
-    """Which rows are neighbours, and which keys every run of them sees."""
+    """The runs of one unroll step. Several runs may see one key, which the M keys then contain several times."""
 
     rows: Tensor
-    """[B + 1] int32: where the runs of queries begin and end."""
+    """[B + 1] int32: cumulative numbers of rows, so that run b has the query rows rows[b] .. rows[b + 1] - 1."""
     keys: Tensor
-    """[B + 1] int32: where their keys do, among M."""
+    """[B + 1] int32: cumulative numbers of keys, so that run b has the keys keys[b] .. keys[b + 1] - 1 of M."""
     first: Tensor
-    """[B] int64: the first key of each, among R."""
+    """[B] int64: the first of the R step-0 keys that each run sees."""
     last: Tensor
-    """[B] int64: the key behind the last."""
+    """[B] int64: the step-0 key after the last one that each run sees."""
     total_keys: int
+    """M."""
     longest_rows: int
+    """Most rows of a run."""
     longest_keys: int
+    """Most keys of a run."""
     copies: int
-    """Runs that see one and the same key, at most."""
+    """The most runs that see the same key."""
     every: bool
-    """Whether there is one run, which sees all keys."""
+    """Whether there is only one run, and it sees all keys."""
 
     def taken(self) -> Tensor:
-        """[M] int64: which of the R keys."""
+        """Return which of the R step-0 keys each of the M keys is, [M] int64."""
         lengths = self.last - self.first
         number = torch.arange(self.total_keys, device=self.first.device)
         return number + torch.repeat_interleave(
@@ -45,7 +48,7 @@ class Runs:
         )
 
     def add(self, total: Tensor, gradient: Tensor) -> None:
-        """Add gradients [M, ...] of the runs' keys to those of all, [R, ...], in the order of the runs."""
+        """Add the gradients [M, ...] of the runs' keys to `total` [R, ...], in the order of the runs."""
         if self.every:
             total += gradient
             return
@@ -54,9 +57,9 @@ class Runs:
         behind = torch.searchsorted(self.first, key, right=True)
         for _ in range(self.copies):
             near = run.clamp(max=self.first.shape[0] - 1)
-            place = (self.keys[near] + key - self.first[near]).clamp(0, self.total_keys - 1)
+            index = (self.keys[near] + key - self.first[near]).clamp(0, self.total_keys - 1)
             seen = (run < behind).view(-1, *[1] * (total.dim() - 1))
-            total += torch.where(seen, gradient[place], 0.0)
+            total += torch.where(seen, gradient[index], 0.0)
             run = run + 1
 
 
@@ -68,10 +71,11 @@ def find_runs(
     device: torch.device,
     most_copies: int = MOST_COPIES,
 ) -> Runs | None:
-    """Runs of rows at `positions` [T] over keys at `key_positions` [R], both ascending, as `Sight` has them.
+    """Return the runs of rows at `positions` [T] over keys at `key_positions` [R], both ascending as in `StepMask`.
 
-    None where `attention_kernels` should do the step: rows see none of these keys, a key is missing between others that
-    a run sees (flash counts places), or many short runs would see more than `most_copies` times the keys there are.
+    The result is None if `attention_kernels` should compute the step: rows see none of these keys; the positions of a
+    run's keys have a gap (FlashAttention counts its window in keys); or many short runs together would see more than
+    `most_copies` times R keys.
     """
     if window <= step:
         return None
@@ -85,15 +89,15 @@ def find_runs(
     if not gapless or lengths.sum() > most_copies * key_positions.size:
         return None
 
-    def there(values: NDArray[Any], dtype: type) -> Tensor:
+    def to_device(values: NDArray[Any], dtype: type) -> Tensor:
         made = torch.from_numpy(np.ascontiguousarray(values, dtype))
         return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
 
     return Runs(
-        rows=there(rows, np.int32),
-        keys=there(np.concatenate(([0], np.cumsum(lengths))), np.int32),
-        first=there(first, np.int64),
-        last=there(last, np.int64),
+        rows=to_device(rows, np.int32),
+        keys=to_device(np.concatenate(([0], np.cumsum(lengths))), np.int32),
+        first=to_device(first, np.int64),
+        last=to_device(last, np.int64),
         total_keys=int(lengths.sum()),
         longest_rows=int(np.diff(rows).max()),
         longest_keys=int(lengths.max()),

@@ -1,9 +1,8 @@
-"""What every format of the store benchmark offers, and the two that pack conversations: flat files and zarr-python.
+"""The interface of every format in the store benchmark, and the formats that pack conversations: flat files and zarr.
 
-Each is used in the best way that we know for it.
-
-All write the same arrays of the same conversations and give the same values back, in memory that the process owns.
-Where a format can fill memory that is there already, it does: `Buffers` holds it, as a training loop would.
+Each format is used in the best way that we know for it. All of them write the same arrays of the same conversations
+and return the same values, in memory that the process owns. A format that can fill existing memory does so: `Buffers`
+holds this memory, as a training loop would.
 """
 
 from __future__ import annotations
@@ -26,39 +25,43 @@ from draftcache.store.format.array_spec import ROWS_AXIS, TEACHER_AXIS, TOKENS_A
 from draftcache.store.format.schema import array_specs
 from draftcache.store.format.tap_codecs import tap_codec
 from draftcache.store.format.teacher import draft_teacher
-from draftcache.tools.bench.store_content import Content
+from draftcache.tools.bench.parts.store_content import Content
 
 Arrays = dict[str, NDArray[Any]]
 Window = tuple[int, int, int]
-"""Conversation, first token, tokens."""
+"""The number of a conversation, the position of the first token, and the number of tokens."""
 Span = tuple[int, int]
+"""The first row of a slice, and the row after its last."""
 
 _AXES = (TOKENS_AXIS, ROWS_AXIS, TEACHER_AXIS)
 _INDEX_NAME = "index"
 
 
 class Buffers:
-    """Memory for the longest conversation's arrays, made once and shared by all cases."""
+    """Memory for the longest conversation's arrays, allocated once and shared by all cases."""
 
     def __init__(self, content: Content) -> None:
         self._rows = int(content.lengths(TOKENS_AXIS).max())
         self._memory: dict[tuple[str, str], NDArray[Any]] = {}
 
     def take(self, name: str, spec: ArraySpec, rows: int | None = None) -> NDArray[Any]:
-        """Room for `rows` rows of an array, or for as many as there can be; the next `take` gives the same memory."""
+        """Return memory for `rows` rows of an array (default: as many as fit). The next call returns it again."""
         key = name, spec.dtype
         if key not in self._memory:
-            self._memory[key] = np.ones((self._rows, *spec.inner), spec.stored_dtype)  # ones, so that pages exist
+            # Ones instead of zeros make the kernel allocate the pages now.
+            self._memory[key] = np.ones((self._rows, *spec.inner), spec.stored_dtype)
         return self._memory[key][:rows]
 
 
 class Case(ABC):
-    """One format: writes a content below `root`, reads it whole and in windows, opens it."""
+    """One format: it writes a content below `root`, opens it, and reads it whole and in windows.
+
+    `durable` False leaves out fsync, for the case of many files whose writing is not measured.
+    """
 
     name: str
 
     def __init__(self, root: Path, content: Content, buffers: Buffers, *, durable: bool = True) -> None:
-        """`durable` False leaves out fsync, where the files are many and writing is not what is measured."""
         self.root, self.content, self.buffers, self.durable = root, content, buffers, durable
         self.codec = tap_codec("bf16", layers=content.layers, hidden_size=content.hidden_size)
         teacher = draft_teacher(draft_vocab_size=content.draft_vocab_size, top_k=content.top_k)
@@ -66,55 +69,58 @@ class Case(ABC):
 
     @abstractmethod
     def write(self) -> None:
-        """Write all conversations, durably, where nothing is yet."""
+        """Write all conversations durably. `root` does not exist yet."""
 
     @abstractmethod
     def open(self) -> NDArray[np.int64]:
-        """Get ready to read any conversation, as the reads below need it; returns the tokens of each."""
+        """Do what reading any conversation requires beforehand; return the number of tokens of each, [N] int64."""
 
     @abstractmethod
     def read(self, number: int) -> Arrays:
-        """All arrays of one conversation, in memory that stays as it is until the next read."""
+        """Return all arrays of one conversation, in memory that stays unchanged until the next read."""
 
     @abstractmethod
     def read_window(self, number: int, first: int, count: int) -> Arrays:
-        """`window_names` of the tokens first .. first + count, the rows and teacher positions among them."""
+        """Return the arrays `window_names` of `count` tokens from `first`, with their rows and teacher positions."""
 
     def read_all(self) -> Iterator[Arrays]:
-        """Every conversation, in order."""
+        """Yield every conversation, in order."""
         for number in range(len(self.content.conversations)):
             yield self.read(number)
 
     def read_windows(self, windows: Sequence[Window]) -> Iterator[Arrays]:
-        """Every window, in order."""
+        """Yield every window, in order."""
         for number, first, count in windows:
             yield self.read_window(number, first, count)
 
     def expected(self, number: int) -> Arrays:
-        """What `read` has to give for a conversation."""
+        """Return the arrays that `read` has to return for a conversation."""
         return self.content.conversations[number].arrays
 
     @property
     def window_names(self) -> list[str]:
-        """What a training step reads: all but the logit of the next token."""
+        """The arrays that a training step reads: all but the logit of the next token."""
         return [name for name in self.specs if name != "next_token_logit"]
 
     def bytes(self) -> int:
-        """Bytes of all files."""
+        """Return the bytes of all files."""
         return sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
 
     def close(self) -> None:  # noqa: B027  (most formats keep nothing open)
-        """Let go of files."""
+        """Close the files that `open` and the reads opened."""
 
     def _into(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
-        """A copy in the buffers: what is mapped only is read by this."""
+        """Return a copy of `values` in the buffers. Copying is what reads the pages of a mapped file."""
         out = self.buffers.take(name, self.specs[name], values.shape[0])
         np.copyto(out, values)
         return out
 
 
 def window_spans(first: int, count: int, whole: Callable[[str], NDArray[Any]]) -> dict[str, Span]:
-    """Per axis, what of a conversation lies in first .. first + count; `whole` reads one of its small arrays."""
+    """Return by axis the span of a conversation's rows in a window of `count` tokens from `first`.
+
+    `whole` reads one of the conversation's small arrays by name.
+    """
     spans = {TOKENS_AXIS: (first, first + count)}
     for axis, name in ((ROWS_AXIS, "positions"), (TEACHER_AXIS, "teacher_positions")):
         low, high = np.searchsorted(whole(name), (first, first + count))
@@ -123,25 +129,23 @@ def window_spans(first: int, count: int, whole: Callable[[str], NDArray[Any]]) -
 
 
 class _Packed(Case):
-    """Arrays of all conversations one after the other, and a table of where each one's slices are."""
+    """A format that concatenates the arrays of all conversations and keeps a table of each conversation's slices."""
 
     _slices: NDArray[np.int64]  # [conversations, 3 axes, (first, count)]
 
     def table(self) -> NDArray[np.int64]:
-        """First row and rows of every conversation on every axis."""
+        """Return the first row and the number of rows of every conversation on every axis, [N, 3, 2]."""
         counts = np.stack([self.content.lengths(axis) for axis in _AXES], axis=1)
         return np.stack([np.cumsum(counts, axis=0) - counts, counts], axis=2)
 
     @abstractmethod
     def rows(self, name: str, first: int, count: int) -> NDArray[Any]:
-        """Rows of a packed array."""
+        """Read `count` rows of a concatenated array, from row `first` on."""
 
     def read(self, number: int) -> Arrays:
-        """See Case."""
         return {name: self._part(number, name) for name in self.specs}
 
     def read_window(self, number: int, first: int, count: int) -> Arrays:
-        """See Case."""
         spans = window_spans(first, count, partial(self._part, number))
         return {name: self._part(number, name, spans[self.specs[name].axis]) for name in self.window_names}
 
@@ -152,7 +156,10 @@ class _Packed(Case):
 
 
 class RawPreadv(_Packed):
-    """One flat file per array, writev and preadv, nothing checked: the limit."""
+    """Implements `Case` by one flat file per array, written by writev and read by preadv without any check.
+
+    It shows the limit of the disk and the memory.
+    """
 
     name = "raw-preadv"
 
@@ -161,7 +168,6 @@ class RawPreadv(_Packed):
         self._files: dict[str, int] = {}
 
     def write(self) -> None:
-        """See Case."""
         self.root.mkdir(parents=True)
         for name in self.specs:
             pieces = [_bytes(item.arrays[name]) for item in self.content.conversations]
@@ -175,13 +181,11 @@ class RawPreadv(_Packed):
         fsync_directory(self.root)
 
     def open(self) -> NDArray[np.int64]:
-        """See Case."""
         self._slices = np.load(self.root / _INDEX_NAME)
         lengths: NDArray[np.int64] = self._slices[:, 0, 1]
         return lengths
 
     def rows(self, name: str, first: int, count: int) -> NDArray[Any]:
-        """See _Packed."""
         if name not in self._files:
             self._files[name] = os.open(self.root / name, os.O_RDONLY)
         spec = self.specs[name]
@@ -195,18 +199,20 @@ class RawPreadv(_Packed):
         return out
 
     def close(self) -> None:
-        """See Case."""
         while self._files:
             os.close(self._files.popitem()[1])
 
 
 class ZarrPython(_Packed):
-    """zarr-python's own sharding codec, with the chunks, checksums and compression of our layout; one shard."""
+    """Implements `Case` by zarr-python's sharding codec, with our layout's chunks, checksums and compression.
+
+    The store has one shard.
+    """
 
     name = "zarr-python"
 
     def write(self) -> None:
-        """See Case. A shard is written by one assignment: in pieces it would be written anew for each."""
+        """Write each shard by one assignment, because every further assignment would write the whole shard again."""
         group = zarr.create_group(self.root)
         for name, spec in self.specs.items():
             values = self.content.packed(name)
@@ -227,7 +233,6 @@ class ZarrPython(_Packed):
             fsync_tree(self.root)
 
     def open(self) -> NDArray[np.int64]:
-        """See Case."""
         self._group = zarr.open_group(self.root, mode="r")
         self._arrays: dict[str, zarr.Array[Any]] = {}
         self._slices = np.asarray(self._array(_INDEX_NAME)[...])
@@ -235,7 +240,6 @@ class ZarrPython(_Packed):
         return lengths
 
     def rows(self, name: str, first: int, count: int) -> NDArray[Any]:
-        """See _Packed."""
         out = self.buffers.take(name, self.specs[name], count)
         if count:
             self._array(name).get_basic_selection(slice(first, first + count), out=NDBuffer.from_numpy_array(out))
@@ -254,7 +258,7 @@ def _bytes(values: NDArray[Any]) -> memoryview:
 
 
 def sync(file: Any, durable: bool) -> None:
-    """fsync, unless told that durability is not wanted."""
+    """Flush and fsync a file, unless `durable` is False."""
     if durable:
         file.flush()
         os.fsync(file.fileno())

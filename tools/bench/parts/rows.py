@@ -1,4 +1,4 @@
-"""One form for every benchmark result: JSON rows that say what, how much, on what, when and how to repeat it."""
+"""The form of every benchmark result: JSON rows with the case, the metric, the value, the device, date and command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from draftcache.store.common.files import write_json
 
 
 def cpu_name() -> str:
-    """The processor and how many cores this process may use."""
+    """Return the name of the processor and the number of cores that this process may use."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -26,7 +26,7 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with `+` where tracked files differ from it; `unknown` outside a checkout."""
+    """Return the checkout's commit, with a `+` if tracked files differ from it; `unknown` outside a checkout."""
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
         return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
@@ -35,10 +35,13 @@ def commit() -> str:
 
 
 def result_row(case: str, metric: str, value: float, unit: str, device: str) -> dict[str, Any]:
-    """One result, stamped with date, commit and the command that is running."""
+    """Return one result as JSON values.
+
+    Its keys are `case`, `metric`, `value`, `unit`, `device`, today's `date`, the `commit` and the running `command`.
+    """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"-m {spec.name}" if spec else Path(sys.argv[0]).name
-    ranks = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's
+    ranks = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun sets it
     program = f"torchrun --nproc-per-node {ranks} {program}" if ranks else f"python {program}"
     return {
         "case": case,
@@ -53,7 +56,7 @@ def result_row(case: str, metric: str, value: float, unit: str, device: str) -> 
 
 
 def report(rows: Sequence[dict[str, Any]], output: Path | None) -> None:
-    """Print rows, and write them as one JSON array where `output` is given."""
+    """Print rows, and write them as one JSON array if `output` is given."""
     for row in rows:
         print(f"{row['case']:<24} {row['metric']:<12} {row['value']:>16,.4g} {row['unit']}")
     if output is not None:
@@ -61,7 +64,7 @@ def report(rows: Sequence[dict[str, Any]], output: Path | None) -> None:
 
 
 def some_of(choices: Iterable[str]) -> Callable[[str], list[str]]:
-    """An argument's type for argparse: several of these, with commas between."""
+    """Return an argument type for argparse: a comma-separated list of some of `choices`."""
     names = tuple(choices)
 
     def parse(text: str) -> list[str]:

@@ -23,10 +23,6 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from support.capture_jobs import config, flags, prepare_rows, write_rows
-from support.object_server import BUCKET, CREDENTIALS, s3_server
-from support.processes import ONE_THREAD, children, wait_for
-from support.tiny_models import save_model
 
 from draftcache.capture.job import worker_job as batch_job
 from draftcache.capture.job.calibration import StoreCalibration
@@ -40,6 +36,10 @@ from draftcache.store.reader import StoreReader
 from draftcache.store.storage.base import open_storage
 from draftcache.store.verify import verify_store
 from draftcache.tools.cli import main
+from support.capture_jobs import config, flags, prepare_rows, write_rows
+from support.object_server import BUCKET, CREDENTIALS, s3_server
+from support.processes import ONE_THREAD, children, wait_for
+from support.tiny_models import save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 DEADLINE_S = 90
@@ -119,7 +119,7 @@ class Command:
 
     def __init__(self, settings: CaptureConfig, output: Path, *more: str) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["test_capture_engines"])
+        context.set_forkserver_preload(["test_capture_launch"])
         arguments = ["capture", *flags(replace(settings, output=output)), *more]
         self.log = Path(tempfile.mkstemp(dir=output.parent, suffix=".log")[1])
         self.process = context.Process(target=in_one_thread, args=(arguments, self.log))

@@ -1,8 +1,8 @@
-"""Training from a store on disk at the seed's shape, for `draftcache.tools.bench.train`: does the GPU wait for data?
+"""Training from a store on disk, for `draftcache.tools.bench.train`, to see whether the GPU waits for data.
 
-A lossless store of conversations of 32k tokens, every row with loss, random states and teacher, is written once and
-trained on by `Trainer`, as `draftcache train` does it, with each attention. First with none of its files in the
-machine's memory, then again with what the first pass has left there.
+A lossless store of conversations of 32k tokens, with loss on every row and random states and teacher, is written once.
+`Trainer` trains on it as `draftcache train` does, with each attention: the first epoch begins with none of the store's
+files in the machine's memory, the second with what the first has left in memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from draftcache.draft_train.drafts.eagle3.shape import Eagle3Shape
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.files import hash_bytes
 from draftcache.store.format.array_spec import tap_name
-from draftcache.store.format.frozen import FROZEN_NAME
+from draftcache.store.format.frozen import EMBED_TOKENS, FROZEN_NAME, NORM
 from draftcache.store.format.manifest import StoreManifest, Tap
 from draftcache.store.format.rows import rows_in_reach, teacher_positions
 from draftcache.store.format.schema import Conversation
@@ -40,7 +40,10 @@ _PER_SHARD = 2
 
 
 def loader_metrics(store: Path, output: Path, shape: Eagle3Shape, attention: str) -> dict[str, dict[str, float]]:
-    """Metrics of an epoch read from disk and of one read from memory, the first steps left out."""
+    """Return the metrics of an epoch from disk (key "") and of one from memory (key "-in-memory").
+
+    The first steps are left out. `disk_gb_s` is measured before training.
+    """
     reader = StoreReader(store)
     conversations, tokens = len(reader), int(reader.index["tokens"].sum())
     drop_from_memory(store)
@@ -65,7 +68,7 @@ def loader_metrics(store: Path, output: Path, shape: Eagle3Shape, attention: str
 
 
 def _metrics(steps: list[dict[str, Any]], bytes_per_token: float) -> dict[str, float]:
-    """Of the epoch as a whole: a step that waits makes up for others that did not."""
+    """Return the metrics of an epoch as a whole, because one step's wait can belong to the data of other steps."""
     seconds = sum(step["tokens"] / step["tokens_per_second"] for step in steps)
     rate = sum(step["tokens"] for step in steps) / seconds
     waits = sum(step["data_wait_share"] * step["tokens"] / step["tokens_per_second"] for step in steps)
@@ -78,12 +81,12 @@ def _metrics(steps: list[dict[str, Any]], bytes_per_token: float) -> dict[str, f
 
 
 def write_store(root: Path, shape: Eagle3Shape, length: int, conversations: int, device: torch.device) -> None:
-    """A finished store of these conversations."""
+    """Write a finished store of `conversations` random conversations of `length` tokens."""
     words = VocabMap(target_ids=np.arange(shape.draft_vocab_size, dtype=np.int64), vocab_size=shape.vocab_size)
     made = _manifest(shape, words, length, -(-conversations // _PER_SHARD))
 
     def write_files(directory: Path) -> list[Path]:
-        rows = {"embed_tokens": shape.vocab_size, "norm": 0, "lm_head": shape.draft_vocab_size}
+        rows = {EMBED_TOKENS: shape.vocab_size, NORM: 0, "lm_head": shape.draft_vocab_size}
         tensors = {
             name: torch.randn(*([count] if count else []), shape.hidden_size, device=device).bfloat16().cpu() * 0.02
             for name, count in rows.items()
@@ -145,7 +148,7 @@ def _conversation(shape: Eagle3Shape, length: int, number: int, device: torch.de
 
 
 def reading_rate(root: Path) -> float:
-    """GB/s of reading the files and doing nothing with them, with as many threads as training reads with."""
+    """Return the GB/s of reading the files without using their content, with as many threads as training reads with."""
     paths = [path for path in root.rglob("*") if path.is_file()]
     started = time.monotonic()
     with ThreadPoolExecutor(LOCAL_READERS) as pool:
@@ -154,7 +157,7 @@ def reading_rate(root: Path) -> float:
 
 
 def _read_through(path: Path) -> int:
-    """Bytes of a file, all of them read."""
+    """Read a whole file and return its bytes."""
     block, read = bytearray(1 << 20), 0
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(block):
@@ -163,7 +166,7 @@ def _read_through(path: Path) -> int:
 
 
 def drop_from_memory(root: Path) -> None:
-    """Make the next reading of these files come from the disk."""
+    """Drop these files from the page cache, so that the next reads come from the disk."""
     for path in root.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)

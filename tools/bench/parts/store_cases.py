@@ -1,4 +1,4 @@
-"""The cases of the store benchmark: ours in every mode and the formats beside it; their content compared bit by bit."""
+"""The cases of the store benchmark: our store in every mode and the other formats, compared bit by bit."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ from draftcache.store.format.manifest import StoreManifest, Tap
 from draftcache.store.format.vocab_map import VOCAB_MAP_NAME
 from draftcache.store.reader import StoreReader
 from draftcache.store.writer import StoreWriter
-from draftcache.tools.bench.store_content import Content
-from draftcache.tools.bench.store_formats import Arrays, Buffers, Case, RawPreadv, Window, ZarrPython
-from draftcache.tools.bench.store_sample_formats import Safetensors, TorchSave, Webdataset
+from draftcache.tools.bench.parts.store_content import Content
+from draftcache.tools.bench.parts.store_formats import Arrays, Buffers, Case, RawPreadv, Window, ZarrPython
+from draftcache.tools.bench.parts.store_sample_formats import Safetensors, TorchSave, Webdataset
 
 MODES = ("bf16", "lossless", "int8", "fp8")
 
 
 class Ours(Case):
-    """A store of one shard, every chunk's crc32c checked; taps come as the codec's parts, decoded where they go."""
+    """Implements `Case` by a store of one shard. Every chunk's crc32c is checked.
+
+    Taps are read as the codec's parts, which training decodes on its device. int8's calibration is part of the
+    constructor, because it is a pass of the capture job, not of the writer.
+    """
 
     def __init__(self, mode: str, root: Path, content: Content, buffers: Buffers, *, durable: bool = True) -> None:
-        """int8's calibration happens here: it is a pass of the capture job, not of the writer."""
         super().__init__(root, content, buffers, durable=durable)
         self.name = f"ours-{mode}"
         self.manifest = _manifest(mode, content)
         self.codec, self.specs = self.manifest.codec, self.manifest.array_specs()
 
     def write(self) -> None:
-        """See Case."""
         with StoreWriter(self.root, self.manifest, _top_level_files) as writer:
             shard = writer.shard(0)
             assert shard is not None
@@ -46,40 +48,36 @@ class Ours(Case):
             writer.finish()
 
     def open(self) -> NDArray[np.int64]:
-        """See Case."""
         self.reader = StoreReader(self.root)
         lengths: NDArray[np.int64] = self.reader.index[COUNT_FIELD[TOKENS_AXIS]]
         return lengths
 
     def read(self, number: int) -> Arrays:
-        """See Case."""
         return self.reader.read(number, decode=False, out=self._out()).arrays
 
     def read_window(self, number: int, first: int, count: int) -> Arrays:
-        """See Case."""
         tokens = first, first + count
         return self.reader.read(number, self.window_names, tokens=tokens, decode=False, out=self._out()).arrays
 
     def read_decoded(self) -> Iterator[Arrays]:
-        """Every conversation, taps as bf16 states, merged or dequantised on the CPU."""
+        """Yield every conversation, with taps as bf16 states that are merged or dequantised on the CPU."""
         states = ArraySpec(axis=ROWS_AXIS, dtype="uint16", inner=(self.content.hidden_size,))
         out = self._out() | {name: self.buffers.take(name, states) for name in self.content.taps}
         for number in range(len(self.content.conversations)):
             yield self.reader.read(number, out=out).arrays
 
     def expected(self, number: int) -> Arrays:
-        """See Case: the parts, made of the content by the codec itself."""
+        """Return the codec's parts, which are encoded from the content here."""
         arrays = dict(self.content.conversations[number].arrays)
         for layer in self.content.layers:
             arrays |= self.codec.encode(layer, arrays.pop(tap_name(layer)))
         return arrays
 
     def bytes(self) -> int:
-        """See Case; without what stands in for weights and vocabulary map, which every format needs beside it."""
+        """Exclude the placeholders of weights and vocabulary map, which every format would need beside it."""
         return super().bytes() - sum((self.root / name).stat().st_size for name in (FROZEN_NAME, VOCAB_MAP_NAME))
 
     def close(self) -> None:
-        """See Case."""
         self.reader.close()
 
     def _out(self) -> Arrays:
@@ -122,7 +120,7 @@ def _top_level_files(directory: Path) -> list[Path]:
 
 
 def make_cases(root: Path, content: Content, *, durable: bool = True) -> list[Case]:
-    """Every case, each in a directory of its name below `root`."""
+    """Return every case, each in a directory of its name below `root`."""
     buffers = Buffers(content)
     ours = [Ours(mode, root / f"ours-{mode}", content, buffers, durable=durable) for mode in MODES]
     others = (ZarrPython, Webdataset, TorchSave, Safetensors, RawPreadv)
@@ -130,7 +128,10 @@ def make_cases(root: Path, content: Content, *, durable: bool = True) -> list[Ca
 
 
 def choose_windows(content: Content, tokens: int, *, seed: int = 1) -> list[Window]:
-    """Random windows of `tokens` tokens (or of the longest conversation's), together about as long as the content."""
+    """Return random windows, together about as long as the content.
+
+    Each has `tokens` tokens, or the length of the longest conversation if that is shorter.
+    """
     lengths = content.lengths(TOKENS_AXIS)
     tokens = min(tokens, int(lengths.max()))
     rng = np.random.default_rng(seed)
@@ -142,7 +143,7 @@ def choose_windows(content: Content, tokens: int, *, seed: int = 1) -> list[Wind
 
 
 def check(case: Case, windows: Sequence[Window]) -> None:
-    """Raise StoreError unless all that is read, whole and in windows, is bit by bit what it should be."""
+    """Raise StoreError unless whole conversations and windows are read bit by bit as expected."""
     case.open()
     count = 0
     for number, found in enumerate(case.read_all()):
@@ -150,14 +151,14 @@ def check(case: Case, windows: Sequence[Window]) -> None:
         count += 1
     if count != len(case.content.conversations):
         raise StoreError(f"{case.name}: expected {len(case.content.conversations)} conversations, found {count}")
-    # In the order of the content: a stream can give them in no other.
+    # The windows are in the order of the content, because a stream can give them in no other order.
     ordered = sorted(windows)
     for window, found in zip(ordered, case.read_windows(ordered), strict=True):
         require_equal(case.name, f"window {window}", found, expected_window(case, window))
 
 
 def expected_window(case: Case, window: Window) -> Arrays:
-    """The window's rows of `case.expected`, found by comparing positions one by one."""
+    """Return the window's rows of `case.expected`, found by comparing positions one by one."""
     number, first, count = window
     arrays = case.expected(number)
     picked: Arrays = {}
@@ -171,7 +172,7 @@ def expected_window(case: Case, window: Window) -> Arrays:
 
 
 def require_equal(case: str, what: str, found: Arrays, expected: Arrays) -> None:
-    """Raise StoreError naming the first array that differs in shape, dtype or any bit."""
+    """Raise StoreError, which names the first array that differs in shape, dtype or any bit."""
     if found.keys() != expected.keys():
         raise StoreError(f"{case}, {what}: expected the arrays {sorted(expected)}, found {sorted(found)}")
     for name, values in expected.items():

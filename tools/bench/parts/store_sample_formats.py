@@ -1,4 +1,4 @@
-"""Formats of the store benchmark that keep each conversation by itself: in one tar, or one file for each."""
+"""Formats of the store benchmark that keep conversations apart: as samples of one tar, or as one file each."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ from safetensors.numpy import save_file
 from webdataset import tariterators
 
 from draftcache.store.common.files import fsync_directory
-from draftcache.tools.bench.store_formats import Arrays, Case, Window, sync, window_spans
+from draftcache.tools.bench.parts.store_formats import Arrays, Case, Window, sync, window_spans
 
 _NPY_HEADER = 128  # numpy pads a small array's header to this
 
 
 class Webdataset(Case):
-    """One tar of .npy members, written and read by the library. It has no random access, so windows cost one pass."""
+    """Implements `Case` by one tar of .npy members, written and read by the webdataset library.
+
+    The library has no random access. So `read` passes over all conversations before the one that is read, and
+    `read_windows` yields windows in the order of the tar, in one pass that decodes only conversations with windows.
+    """
 
     name = "webdataset"
 
     def write(self) -> None:
-        """See Case."""
         self.root.mkdir(parents=True)
         with self._path.open("wb") as file:
             with webdataset.TarWriter(file) as tar:
@@ -40,7 +43,7 @@ class Webdataset(Case):
         fsync_directory(self.root)
 
     def open(self) -> NDArray[np.int64]:
-        """See Case. Lengths are in the members' tar headers, found by hopping from one to the next."""
+        """Compute lengths from the sizes in the members' tar headers, skipping from one header to the next."""
         lengths = []
         with tarfile.open(self._path) as tar:
             for member in tar:
@@ -49,21 +52,17 @@ class Webdataset(Case):
         return np.array(lengths, np.int64)
 
     def read(self, number: int) -> Arrays:
-        """See Case: a pass up to the conversation."""
-        return next(arrays for place, arrays in enumerate(self.read_all()) if place == number)
+        return next(arrays for index, arrays in enumerate(self.read_all()) if index == number)
 
     def read_window(self, number: int, first: int, count: int) -> Arrays:
-        """See Case."""
         return next(self.read_windows([(number, first, count)]))
 
     def read_all(self) -> Iterator[Arrays]:
-        """See Case."""
         with self._path.open("rb") as file:
             for sample in webdataset.DataPipeline(lambda: _samples(file), webdataset.decode()):
                 yield {name: sample[f"{name}.npy"] for name in self.specs}
 
     def read_windows(self, windows: Sequence[Window]) -> Iterator[Arrays]:
-        """See Case, but in the order of the tar: only members of conversations that are asked for are decoded."""
         wanted: dict[int, list[Window]] = {}
         for window in windows:
             wanted.setdefault(window[0], []).append(window)
@@ -82,27 +81,26 @@ class Webdataset(Case):
 
 
 def _samples(file: BinaryIO) -> Iterator[dict[str, Any]]:
-    """The stages of webdataset.WebDataset, over a file that is ours to close: WebDataset leaves it open."""
+    """Run the stages of webdataset.WebDataset over an open file, which the caller closes: WebDataset leaves it open."""
     streams = [{"url": file.name, "stream": file}]
     samples: Iterator[dict[str, Any]] = tariterators.group_by_keys(tariterators.tar_file_expander(streams))
     return samples
 
 
 class _PerConversation(Case):
-    """One file per conversation."""
+    """A format with one file per conversation."""
 
     suffix: ClassVar[str]
 
     @abstractmethod
     def save(self, arrays: Arrays, path: Path) -> None:
-        """Write one conversation's file; fsync is left to the caller."""
+        """Write one conversation's file, without fsync."""
 
     @abstractmethod
     def length(self, path: Path) -> int:
-        """Tokens of a conversation, from as little of its file as the format allows."""
+        """Return the number of tokens of a conversation, from as little of its file as the format allows."""
 
     def write(self) -> None:
-        """See Case."""
         self.root.mkdir(parents=True)
         for number, item in enumerate(self.content.conversations):
             path = self._path(number)
@@ -113,7 +111,7 @@ class _PerConversation(Case):
         fsync_directory(self.root)
 
     def open(self) -> NDArray[np.int64]:
-        """See Case: every file has to be opened."""
+        """Open every file, because only the file holds its conversation's length."""
         paths = sorted(entry.path for entry in os.scandir(self.root))
         return np.array([self.length(Path(path)) for path in paths], np.int64)
 
@@ -122,26 +120,25 @@ class _PerConversation(Case):
 
 
 class TorchSave(_PerConversation):
-    """One torch.save of a dict per conversation, mapped when it is read: SpecForge's form, with our arrays in it."""
+    """Implements `Case` by torch.save of one dict per conversation, memory-mapped by reads.
+
+    This is SpecForge's form, with our arrays in it.
+    """
 
     name = "torch-save"
     suffix = "pt"
 
     def save(self, arrays: Arrays, path: Path) -> None:
-        """See _PerConversation."""
         with path.open("wb") as file:
             torch.save({name: torch.from_numpy(values) for name, values in arrays.items()}, file)
 
     def length(self, path: Path) -> int:
-        """See _PerConversation."""
         return len(self._load(path)["token_ids"])
 
     def read(self, number: int) -> Arrays:
-        """See Case."""
         return {name: self._into(name, values.numpy()) for name, values in self._load(self._path(number)).items()}
 
     def read_window(self, number: int, first: int, count: int) -> Arrays:
-        """See Case."""
         mapped = {name: values.numpy() for name, values in self._load(self._path(number)).items()}
         spans = window_spans(first, count, mapped.__getitem__)
         return {
@@ -154,27 +151,23 @@ class TorchSave(_PerConversation):
 
 
 class Safetensors(_PerConversation):
-    """One safetensors file per conversation, mapped when it is read."""
+    """Implements `Case` by one safetensors file per conversation, memory-mapped by reads."""
 
     name = "safetensors"
     suffix = "safetensors"
 
     def save(self, arrays: Arrays, path: Path) -> None:
-        """See _PerConversation."""
         save_file(arrays, path)
 
     def length(self, path: Path) -> int:
-        """See _PerConversation."""
         with safe_open(path, "pt") as file:
             return int(file.get_slice("token_ids").get_shape()[0])
 
     def read(self, number: int) -> Arrays:
-        """See Case."""
         with safe_open(self._path(number), "pt") as file:
             return {name: self._into(name, file.get_tensor(name).numpy()) for name in self.specs}
 
     def read_window(self, number: int, first: int, count: int) -> Arrays:
-        """See Case."""
         with safe_open(self._path(number), "pt") as file:
             spans = window_spans(first, count, lambda name: file.get_tensor(name).numpy())
             slices = {name: slice(*spans[self.specs[name].axis]) for name in self.window_names}

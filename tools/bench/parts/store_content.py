@@ -1,8 +1,9 @@
-"""What the store benchmark writes: conversations with the statistics of a real residual stream, or a store's own.
+"""The content of the store benchmark: conversations with the statistics of a real residual stream, or from a store.
 
-Real states compress to 1.44-1.49 of their bf16 bytes because the exponent holds 2.8-3.1 bits and the rest is noise.
-What makes them so is copied: log-normal scales per channel, a few massive channels (100-1000 times the others),
-a heavy token now and then (the first one most of all), and neighbours and taps that resemble each other.
+Real states compress by a factor of 1.44 to 1.49 against bf16, because the exponent holds 2.8 to 3.1 bits and the rest
+is noise. The generated states copy the causes of this: log-normal scales per channel, a few massive channels (100 to
+1000 times the others), tokens of different weight (the first one is by far the heaviest), and neighbouring tokens and
+taps that resemble each other.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ TOP_K = 64
 MEAN_TOKENS = 4096
 LONGEST = 16384
 _LOSS_SHARE = 0.64
-_LENGTH_SIGMA = 0.8  # of log tokens: most are short, some four times the mean
+_LENGTH_SIGMA = 0.8  # sigma of log tokens: most conversations are short, some have four times the mean
 _NOISE_ROWS = 4096
-_NEIGHBOUR_SHARE = 0.4  # of a state that its left neighbour has too
-_CHANNEL_SIGMA = 0.55  # of log scale: with the rest it gives the exponents 2.9 bits
-_TOKEN_SIGMA = 0.15
-_MASSIVE_SHARE = 0.002  # of the channels: 5 of 2688
-_KEPT = 0.7  # of a tap that comes from the tap before it
-_TAP_RMS = 3.0  # each tap over the one before it
+_NEIGHBOUR_SHARE = 0.4  # share of a state that its left neighbour has too
+_CHANNEL_SIGMA = 0.55  # sigma of a channel's log scale: with the other parts it gives the exponents 2.9 bits
+_TOKEN_SIGMA = 0.15  # sigma of a token's log scale
+_MASSIVE_SHARE = 0.002  # share of massive channels: 5 of 2688
+_KEPT = 0.7  # share of a tap that comes from the tap before it
+_TAP_RMS = 3.0  # ratio of a tap's rms to the rms of the tap before it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """Conversations in memory, taps as bf16 bit patterns, and what a manifest has to say of them."""
+    """Conversations in memory, with taps as bf16 bit patterns, and the settings of them that a manifest holds."""
 
     conversations: list[Conversation]
     layers: tuple[int, ...]
@@ -59,7 +60,7 @@ class Content:
 
     @property
     def axes(self) -> dict[str, str]:
-        """Axis of every array, by name."""
+        """The axis of every array, by the array's name."""
         return {
             **dict.fromkeys(TOKEN_ARRAYS, TOKENS_AXIS),
             "positions": ROWS_AXIS,
@@ -71,43 +72,46 @@ class Content:
 
     @property
     def taps(self) -> tuple[str, ...]:
-        """Names of the tap arrays."""
+        """The names of the tap arrays."""
         return tuple(tap_name(layer) for layer in self.layers)
 
     @property
     def bytes(self) -> int:
-        """Logical bytes, as `gigabytes` are counted for every case: bf16 taps and all other arrays."""
+        """Logical bytes, by which GB are counted for every case: bf16 taps and all other arrays."""
         return sum(array.nbytes for item in self.conversations for array in item.arrays.values())
 
     @property
     def tokens(self) -> int:
-        """Tokens of all conversations, whether a state is kept for them or not."""
+        """Number of tokens of all conversations, with or without a row of states."""
         return int(self.lengths(TOKENS_AXIS).sum())
 
     def lengths(self, axis: str) -> NDArray[np.int64]:
-        """Length of every conversation's slice on an axis."""
+        """Return the length of every conversation's slice on an axis, [N] int64."""
         return np.array([item.arrays[LENGTH_ARRAY[axis]].shape[0] for item in self.conversations], np.int64)
 
     def packed(self, name: str) -> NDArray[Any]:
-        """One array of all conversations, one after the other."""
+        """Return one array of all conversations, concatenated in order."""
         return np.concatenate([item.arrays[name] for item in self.conversations])
 
 
 def generate(gigabytes: float, *, seed: int = 0) -> Content:
-    """Conversations of `gigabytes` * 1e9 logical bytes, of 4k tokens on average and up to 16k; at least three."""
+    """Generate `gigabytes` * 1e9 logical bytes in at least three conversations, 4k tokens on average, 16k at most."""
     row_bytes = len(LAYERS) * 2 * HIDDEN_SIZE + 9 + _LOSS_SHARE * (4 * TOP_K + 24)
     tokens = gigabytes * 1e9 / row_bytes
     return _generate(_lengths(tokens, max(3, round(tokens / MEAN_TOKENS))), HIDDEN_SIZE, TOP_K, seed)
 
 
 def generate_tiny(count: int, *, seed: int = 0) -> Content:
-    """`count` conversations of 8 to 16 tokens, 128 channels, 4 teacher entries: for the time that opening takes."""
+    """Generate `count` conversations of 8 to 16 tokens, 128 channels and 4 teacher entries, to time how stores open."""
     lengths = np.random.default_rng(seed).integers(8, 17, count)
     return _generate(lengths.tolist(), 128, 4, seed)
 
 
 def from_store(root: Path) -> Content:
-    """A store's conversations, decoded; float32 taps are rounded to bf16. Raises InputError for another teacher."""
+    """Read and decode a store's conversations; float32 taps are rounded to bf16.
+
+    Raises InputError unless the store has teacher "draft" and one draft vocabulary.
+    """
     reader = StoreReader(root)
     manifest = reader.manifest
     if manifest.teacher != "draft" or manifest.more_draft_vocabs:
@@ -130,7 +134,7 @@ def from_store(root: Path) -> Content:
 
 
 def exponent_entropy(content: Content) -> float:
-    """Bits that the exponents of the taps hold, each tap by itself, on average over the taps."""
+    """Return the entropy of the taps' exponents in bits, measured per tap and averaged over the taps."""
     entropies = []
     for name in content.taps:
         counts = np.zeros(256, np.int64)
@@ -142,7 +146,10 @@ def exponent_entropy(content: Content) -> float:
 
 
 def _lengths(tokens: float, count: int) -> list[int]:
-    """Even quantiles of a log-normal law, so that even a small set has its long conversations; then shuffled."""
+    """Return `count` lengths: evenly spaced quantiles of a log-normal distribution, shuffled.
+
+    So even a small set has long conversations.
+    """
     ranks = (np.arange(count) + 0.5) / count
     shape = np.exp([_LENGTH_SIGMA * NormalDist().inv_cdf(float(rank)) for rank in ranks])
     lengths = np.clip(np.round(shape * tokens / shape.sum()), 16, LONGEST).astype(int)
@@ -183,7 +190,7 @@ def _generate(lengths: Sequence[int], hidden_size: int, top_k: int, seed: int) -
 
 
 class _States:
-    """States mixed from one block of noise: drawing noise anew would cost more than everything else together."""
+    """Makes states from one block of noise: drawing new noise would cost more than everything else together."""
 
     def __init__(self, rng: np.random.Generator, hidden_size: int) -> None:
         noise = rng.standard_normal((_NOISE_ROWS + 1, hidden_size), np.float32)
@@ -195,7 +202,7 @@ class _States:
         self._scales *= np.float32(0.05) * np.float32(_TAP_RMS) ** np.arange(len(LAYERS), dtype=np.float32)[:, None]
 
     def draw(self, rng: np.random.Generator, rows: int) -> Iterator[NDArray[np.uint16]]:
-        """[rows, H] bf16 bit patterns, tap by tap, each with something of the one before it."""
+        """Yield the bf16 bit patterns [rows, H] uint16 of each tap, which holds a share of the tap before it."""
         heavy = rng.lognormal(0, _TOKEN_SIGMA, (rows, 1)).astype(np.float32)
         heavy[:1] *= 20
         stream = self._rows(rng, rows)
@@ -211,7 +218,7 @@ class _States:
 
 
 def _loss_mask(rng: np.random.Generator, length: int) -> NDArray[np.bool_]:
-    """A few turns of user and assistant, the assistant's about 64 % of the tokens."""
+    """Return the mask [L] of a few turns of user and assistant; the assistant writes about 64 % of the tokens."""
     turns = int(np.clip(length // 600, 1, 6))
     shares = rng.dirichlet(np.full(turns, 4.0))
     mask = np.zeros(length, np.bool_)
@@ -223,7 +230,7 @@ def _loss_mask(rng: np.random.Generator, length: int) -> NDArray[np.bool_]:
 
 
 def _teacher(rng: np.random.Generator, positions: NDArray[np.int64], top_k: int) -> dict[str, NDArray[Any]]:
-    """Arrays of the schema's form and order; the numbers stand in for logits of a verifier."""
+    """Return the teacher's arrays in the schema's form and order, with random numbers in place of logits."""
     count = positions.size
     ids = rng.choice(DRAFT_VOCAB_SIZE, top_k, replace=False) + rng.integers(DRAFT_VOCAB_SIZE, size=(count, 1))
     gaps = np.cumsum(rng.exponential(0.3, (count, top_k)).astype(np.float32), axis=1)
@@ -241,13 +248,13 @@ def _teacher(rng: np.random.Generator, positions: NDArray[np.int64], top_k: int)
 
 
 def peer_bytes(content: Content, directory: Path) -> dict[str, int]:
-    """File bytes of the same conversations as peers store them: a row per token, pruned nowhere, no teacher.
+    """Return the file bytes of the same conversations as peers store them: a row for every token, and no teacher.
 
     - `specforge`: torch.save of {input_ids, loss_mask: int64 [L], hidden_state: bf16 [1, L, H], aux_hidden_state:
       bf16 [1, L, taps * H]};
     - `speculators`: safetensors of {token_ids: int64 [L], hidden_states: bf16 [L, taps + 1, H]}, masks elsewhere;
     - `speculators-fp8`: the same as e4m3, with one float32 scale [L, 1, 1].
-    None compresses, so only shapes count: states are zeros.
+    None of them compresses, so only shapes matter, and the states are zeros.
     """
     directory.mkdir(parents=True)
     path = directory / "sample"

@@ -1,4 +1,4 @@
-"""The 30B verifier's shape with random weights, made on the GPU: for timing, not for numbers."""
+"""A verifier of the 30B model's shape with random weights, made on the GPU: its times are real, its values are not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DRAFT_VOCAB = 32_000
 
 
 def verifier_config(pattern: str = PATTERN) -> Any:
-    """Nemotron-3-Nano-30B-A3B's architecture; another `pattern` of blocks makes it shorter."""
+    """Return the config of Nemotron-3-Nano-30B-A3B; another `pattern` of blocks makes the model shorter."""
     from transformers import NemotronHConfig
 
     return NemotronHConfig(
@@ -31,7 +31,7 @@ def verifier_config(pattern: str = PATTERN) -> Any:
 
 @torch.no_grad()
 def random_verifier(config: Any, device: torch.device, seed: int = 0) -> Any:
-    """A NemotronH in bf16 with small random weights, never in host memory; its dt limit is lifted."""
+    """Return a NemotronH in bf16 with small random weights, which never are in host memory; its dt limit is lifted."""
     stand_in_for_extension()
     from transformers import NemotronHForCausalLM
 
@@ -61,5 +61,5 @@ def random_verifier(config: Any, device: torch.device, seed: int = 0) -> Any:
 
 
 def save_random_verifier(path: Path, config: Any, device: torch.device) -> None:
-    """As a model directory, for commands that load one."""
+    """Save a random verifier as a model directory, for commands that load one."""
     random_verifier(config, device).save_pretrained(path)

@@ -13,10 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.capture_jobs import config, flags, prepare_rows, write_rows
-from support.paths import DEMO
-from support.processes import ONE_THREAD, children, wait_for
-from support.tiny_models import KINDS, save_model
 
 from draftcache.capture.job import tensor_parallel
 from draftcache.capture.job.config import CaptureConfig
@@ -30,6 +26,10 @@ from draftcache.store.format.commits import committed_shards
 from draftcache.store.reader import StoreReader
 from draftcache.store.storage.base import open_storage
 from draftcache.store.verify import verify_store
+from support.capture_jobs import config, flags, prepare_rows, write_rows
+from support.paths import DEMO
+from support.processes import ONE_THREAD, children, wait_for
+from support.tiny_models import KINDS, save_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),

@@ -1,4 +1,4 @@
-"""Drafts trained on a finished demo's traces under several recipes and seeds, and their acceptance side by side."""
+"""Train drafts on a finished demo's traces under several recipes and seeds, and compare their acceptance."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from typing import Any
 import numpy as np
 
 from draftcache.store.common.files import read_json
-from draftcache.tools.bench.rows import result_row
+from draftcache.tools.bench.parts.rows import result_row
 from draftcache.tools.demo.pipeline import TRACE_SPLITS
 
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""Student's t, 97.5 %, by degrees of freedom."""
+"""The 97.5 % quantile of Student's t by degrees of freedom."""
 
 DRAFT_FLAGS = (
     "--learning-rate", 2e-3, "--weight-decay", 0.3, "--beta2", 0.99, "--batch-conversations", 2,
     "--sliding-window", 512, "--intermediate-size", 512, "--num-attention-heads", 4, "--num-key-value-heads", 2,
     "--head-dim", 64, "--ttt-steps", 5,
 )  # fmt: skip
-"""The demo's stage 2, from scratch."""
+"""The settings of the demo's stage 2, for training from scratch."""
 
 
 def acceptance(
     store: Path, exact: Path, run: Path, flags: Sequence[object], *, seed: int, epochs: int, device: str
 ) -> dict[str, Any]:
-    """Train on `store` into `run`, evaluate on the states of `exact`; what is finished is taken as it is.
+    """Train a draft on `store` in the directory `run`, and evaluate it on the states of the store `exact`.
 
-    Returns the draft's figures by split.
+    A finished training or evaluation is not repeated. Returns the draft's figures, as `draftcache eval` writes them,
+    by split. Raises CalledProcessError if a command fails.
     """
     draftcache(
         "train", "--store", store, "--splits", "traces", "--output", run, "--seed", seed, "--epochs", epochs,
@@ -46,7 +47,10 @@ def acceptance(
 
 
 def rows(figures: Mapping[str, Sequence[Mapping[str, float]]], device: str, *, spread: bool) -> list[dict[str, Any]]:
-    """Means over seeds, their standard deviation where `spread`, and paired differences to the first recipe."""
+    """Return result rows: means over seeds, standard deviations if `spread`, paired differences to the first recipe.
+
+    `figures` holds, by recipe, one {split: acceptance length} per seed; the split "" stands for all splits together.
+    """
     first = next(iter(figures))
     found = []
     for recipe, by_seed in figures.items():
@@ -65,7 +69,7 @@ def rows(figures: Mapping[str, Sequence[Mapping[str, float]]], device: str, *, s
 
 
 def draftcache(*words: object) -> None:
-    """Print and run one `draftcache` command. Raises CalledProcessError where it fails."""
+    """Print and run one `draftcache` command. Raises CalledProcessError if it fails."""
     command = [sys.executable, "-m", "draftcache.tools.cli", *map(str, words)]
     print("$ draftcache", *words, flush=True)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""The store benchmark's table and picture, from its rows alone."""
+"""The store benchmark's table and picture, made from its result rows alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Rows = Sequence[dict[str, Any]]
 
 
 def table(rows: Rows) -> str:
-    """A Markdown table, a line per case; columns that nothing was measured for are left out."""
+    """Return a Markdown table with a line per case, without columns that no case was measured for."""
     values = _values(rows)
     columns = [column for column in _COLUMNS if any(column[0] in of_case for of_case in values.values())]
     lines = [
@@ -39,7 +39,7 @@ def table(rows: Rows) -> str:
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Bars of size and CPU time per case, ours in another colour, as a PNG."""
+    """Write a PNG with bars of size and CPU time per case, ours in another colour."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -64,7 +64,7 @@ def draw(rows: Rows, path: Path) -> None:
 
 
 def _values(rows: Rows) -> dict[str, dict[str, float]]:
-    """{case: {metric: value}} of the cases that have a size, in the rows' order."""
+    """Return {case: {metric: value}} of the cases that have a size, in the order of the rows."""
     found: dict[str, dict[str, float]] = {}
     for row in rows:
         found.setdefault(row["case"], {})[row["metric"]] = row["value"]

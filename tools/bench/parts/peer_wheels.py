@@ -1,4 +1,4 @@
-"""Other projects' trainer modules out of their wheels, without the dependencies that their trainers do not need."""
+"""Import other projects' trainer modules from their wheels, without dependencies that the trainers do not need."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ _BARE = ("speculative", "speculative.eagle", "datasets", "datasets.llm")
 
 @contextmanager
 def unpacked_wheels(directory: Path) -> Iterator[Path]:
-    """Both wheels, importable while the context lasts (they import lazily, and triton reads kernels' sources)."""
+    """Unpack both wheels and make them importable until the context ends; yields the directory.
+
+    The files must last as long, because the projects import lazily and triton reads kernels' sources. Raises InputError
+    unless `directory` holds exactly one wheel of each project.
+    """
     with TemporaryDirectory() as root:
         for name in WHEELS:
             found = sorted(directory.glob(f"{name}-*.whl"))
@@ -40,9 +44,10 @@ def unpacked_wheels(directory: Path) -> Iterator[Path]:
 
 
 def automodel_modules() -> tuple[ModuleType, ModuleType]:
-    """Automodel's Eagle3 draft and trainer core, with torch's FlashAttention in place of the flash-attn package's.
+    """Import Automodel's Eagle3 draft and trainer core, with torch's FlashAttention instead of the flash-attn package.
 
-    The packages around them stay empty: their own `__init__` imports every recipe's dependencies.
+    The packages around both modules are replaced by empty ones, because their `__init__` imports every recipe's
+    dependencies.
     """
     components = "nemo_automodel.components"
     root = Path(next(folder for folder in sys.path if (Path(folder) / "nemo_automodel").is_dir()))
@@ -52,7 +57,7 @@ def automodel_modules() -> tuple[ModuleType, ModuleType]:
             module.__path__ = [str(root.joinpath(*name.split(".")))]
             sys.modules[name] = module
     lacks_datasets = importlib.util.find_spec("datasets") is None
-    if lacks_datasets:  # named in annotations only
+    if lacks_datasets:  # the modules name it in annotations only
         module = ModuleType("datasets")
         module.__spec__ = importlib.machinery.ModuleSpec("datasets", None)
         module.Dataset = module.DatasetDict = object  # type: ignore[attr-defined]
@@ -76,9 +81,10 @@ def flash_attention(
     causal: bool,
     return_attn_probs: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, None]:
-    """flash-attn's `flash_attn_func` by torch's copy of its kernels: [B, T, N, D] in bf16 -> output, LSE [B, N, T].
+    """Compute flash-attn's `flash_attn_func` by torch's copy of its kernels, or on a CPU by plain products.
 
-    As there, the LSE carries no gradient. On a CPU the same by plain products.
+    Inputs are [B, T, N, D] bf16. Returns the output [B, T, N, D], the LSE [B, N, T] and None. As in flash-attn, the LSE
+    carries no gradient.
     """
     if query.is_cuda:
         found = torch.ops.aten._flash_attention_forward(
@@ -105,7 +111,7 @@ def flash_attention_varlen(
     causal: bool,
     return_attn_probs: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, None]:
-    """flash-attn's `flash_attn_varlen_func`, likewise: [T, N, D] -> output, LSE [N, T]."""
+    """Compute flash-attn's `flash_attn_varlen_func` in the same way: [T, N, D] -> output [T, N, D], LSE [N, T]."""
     if query.is_cuda:
         found = torch.ops.aten._flash_attention_forward(
             query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, causal, False,

@@ -1,4 +1,4 @@
-"""Where a training step's time goes on a GPU, by kind of kernel."""
+"""How a training step's time on a GPU is divided between kinds of kernels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 STAGES = {
     "attention_ms": (
-        "_attend_kernel", "_query_gradient_kernel", "_key_gradient_kernel", "_merge_own_kernel", "FlashAttention",
+        "_attend_kernel", "_query_gradient_kernel", "_key_gradient_kernel", "_merge_diagonal_kernel", "FlashAttention",
         "flash_bwd",
     ),
     "loss_ms": ("_tail_kl_kernel",),
@@ -17,12 +17,12 @@ STAGES = {
     "matmul_ms": ("nvjet", "gemm", "cutlass", "splitK"),
     "optimizer_ms": ("multi_tensor_apply", "FusedOptimizer"),
 }  # fmt: skip
-"""Metric, and what the names of its kernels contain; the first that fits counts."""
+"""Parts of kernels' names by metric. A kernel counts for the first metric that has a part of its name."""
 REST, IDLE = "other_kernels_ms", "idle_ms"
 
 
 def stage_times(step: Callable[[], Any]) -> tuple[dict[str, float], list[tuple[str, float, int]]]:
-    """Milliseconds of one step by stage, and (kernel, milliseconds, calls), the longest first."""
+    """Run one step and return its milliseconds by stage, and (kernel, milliseconds, calls) with the longest first."""
     from torch.autograd import DeviceType  # type: ignore[attr-defined]
     from torch.profiler import ProfilerActivity, profile
 

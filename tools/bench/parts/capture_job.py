@@ -1,4 +1,4 @@
-"""One capture of made-up conversations through the job's own worker, with a verifier that is in memory already."""
+"""One capture of random conversations through the capture job's worker, with a verifier that is already in memory."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from draftcache.store.common.files import hash_bytes
 from draftcache.store.common.stopping import StopRequest
 from draftcache.store.format import torch_codecs
 from draftcache.store.format.channel_scales import Calibration
-from draftcache.store.format.frozen import FROZEN_NAME
+from draftcache.store.format.frozen import FROZEN_NAME, NORM
 from draftcache.store.format.manifest import StoreManifest, Tap
 from draftcache.store.format.rows import teacher_positions
 from draftcache.store.format.vocab_map import VOCAB_MAP_NAME, VocabMap
 from draftcache.store.reader import StoreReader
 from draftcache.store.writer import StoreWriter
-from draftcache.tools.bench.verifier_shape import DRAFT_VOCAB, LAYERS
+from draftcache.tools.bench.parts.verifier_shape import DRAFT_VOCAB, LAYERS
 
 LOSS_SHARE = 0.48
 _TURNS = 8
@@ -40,19 +40,19 @@ _TURNS = 8
 
 @dataclass(frozen=True)
 class CaptureRun:
-    """What one capture took."""
+    """The size of one capture, and the time and memory that it took."""
 
     lengths: list[int]
     teacher_rows: int
     seconds: float
     kernel_seconds: float
-    """In which some kernel ran, copies left out; 0 where that was not traced."""
+    """Sum of the kernels' seconds, without copies; 0 if they were not traced."""
     bytes_written: int
     peak_bytes: int
 
 
 class Conversations:
-    """A prepared dataset of random tokens: turns of equal length, the second part of each written by the assistant."""
+    """A prepared dataset of random tokens, in turns of equal length; the assistant wrote the last 48 % of each turn."""
 
     def __init__(self, lengths: Sequence[int], vocab_size: int) -> None:
         rng = np.random.default_rng(0)
@@ -60,7 +60,7 @@ class Conversations:
         self._tokens = [rng.integers(0, vocab_size, length).astype(np.uint32) for length in lengths]
 
     def split(self, _name: str) -> Conversations:
-        """Itself: there is one split."""
+        """Return this dataset itself, as it has a single split."""
         return self
 
     def __len__(self) -> int:
@@ -73,9 +73,9 @@ class Conversations:
 
 
 def run_capture(verifier: Verifier, lengths: list[int], root: Path, mode: str, *, trace: bool = False) -> CaptureRun:
-    """Capture conversations of these lengths into a store at `root`, read its index back, and say what it took.
+    """Capture conversations of these lengths into a store at `root`, read its index back, and return the measurements.
 
-    `trace` counts `kernel_seconds`, which takes time itself.
+    `trace` records `kernel_seconds`, which slows the capture a little.
     """
     dataset = Conversations(lengths, verifier.vocab_size)
     config = CaptureConfig(
@@ -93,7 +93,7 @@ def run_capture(verifier: Verifier, lengths: list[int], root: Path, mode: str, *
         manifest = _calibrated(manifest, verifier)
 
     def write_files(directory: Path) -> list[Path]:
-        save_file({"norm": np.ones(1, np.float32)}, directory / FROZEN_NAME)
+        save_file({NORM: np.ones(1, np.float32)}, directory / FROZEN_NAME)
         vocab_map.save(directory / VOCAB_MAP_NAME)
         return [directory / FROZEN_NAME, directory / VOCAB_MAP_NAME]
 
@@ -144,7 +144,7 @@ def _manifest(config: CaptureConfig, verifier: Verifier, vocab_map: VocabMap, wo
 
 
 def _calibrated(manifest: StoreManifest, verifier: Verifier) -> StoreManifest:
-    """With the scales of one conversation."""
+    """Return the manifest with int8's channel scales, calibrated on one conversation of 4,096 random tokens."""
     calibration = Calibration(LAYERS, verifier.hidden_size)
     states = verifier.forward(torch.randint(0, verifier.vocab_size, (4096,)), LAYERS)
     for layer, tap in states.taps.items():

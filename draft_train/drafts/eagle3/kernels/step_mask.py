@@ -1,6 +1,6 @@
-"""What rows of an unroll step see, which blocks of keys and queries meet by it, and what attention leaves behind.
+"""The attention mask of one unroll step, as sorted positions, and the spans of keys and queries that follow from it.
 
-Shape suffixes as in `attention`.
+Shape suffixes are those of `attention`.
 """
 
 from __future__ import annotations
@@ -14,23 +14,31 @@ from draftcache.draft_train.drafts.eagle3.kernels.runs import Runs
 
 
 @dataclass(frozen=True)
-class Sight:
-    """What the rows of one unroll step see."""
+class StepMask:
+    """Which keys each of the T rows of one unroll step sees, without a mask tensor.
+
+    A row at position t sees the step-0 keys at positions j with `j <= t` and `t + step - j < window`, and its diagonal
+    keys of steps 1..step.
+    """
 
     rows: Tensor
-    """[T] int64 start rows, ascending: where their own keys are."""
+    """[T] int64 start rows, ascending: the rows of the diagonal keys that these rows see."""
     positions: Tensor
-    """[T] int32, ascending: positions at step 0."""
+    """[T] int32, ascending: the rows' positions at step 0."""
     key_positions: Tensor
-    """[R] int32, ascending."""
+    """[R] int32, ascending: positions of the step-0 keys."""
     step: int
+    """Number of the unroll step, from 0."""
     window: int
+    """Attention window, in positions."""
     runs: Runs | None = None
-    """Where attention goes through `flash_attention`; else it goes through kernels of our own."""
+    """If given, `flash_attention` computes this step; if None, `attention_kernels` does (on the CPU its plain twin)."""
 
     def key_spans(self, block: int) -> Tensor:
-        """[4, blocks] int32 of every block of queries: the keys that some row sees are first .. last, and all rows see
-        whole_first .. whole_last. Rows: first, whole_first, whole_last, last.
+        """Return the keys that each block of `block` queries sees, [4, blocks] int32.
+
+        The four rows are first, whole_first, whole_last and last. All queries of a block see the keys whole_first ..
+        whole_last - 1, and none sees a key outside first .. last - 1.
         """
         first = self.positions[::block].contiguous()
         last = _ends(self.positions, block)
@@ -45,7 +53,7 @@ class Sight:
         )
 
     def query_spans(self, block: int) -> Tensor:
-        """[4, blocks] int32 of every block of keys: as `key_spans`, of the queries that see some or all of them."""
+        """Return the queries that see each block of `block` keys, [4, blocks] int32 as in `key_spans`."""
         first = self.key_positions[::block].contiguous()
         last = _ends(self.key_positions, block)
         beyond = self.window - self.step
@@ -59,22 +67,7 @@ class Sight:
         )
 
 
-@dataclass(frozen=True)
-class Attended:
-    """Attention's operands and results, which its backward pass reads."""
-
-    q: Tensor
-    """[T, N, D]."""
-    kv: Tensor
-    diagonal: Tensor
-    sight: Sight
-    out: Tensor
-    """[T, N, D]."""
-    log_sum_exp: Tensor
-    """[N, T], float32 at least."""
-
-
 def _ends(positions: Tensor, block: int) -> Tensor:
-    """The last position of every block."""
+    """Return the last position of every block."""
     ends = positions[block - 1 :: block]
     return ends.contiguous() if positions.shape[0] % block == 0 else torch.cat((ends, positions[-1:]))

@@ -1,4 +1,4 @@
-"""What `draftcache.tools.bench.train` trains: the seed's draft, on conversations of random states and teacher."""
+"""The cases of `draftcache.tools.bench.train`: a 30B verifier's draft, trained on random states and teacher."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS, TOP_K, TURNS = 6, 64, 8
 
 @dataclass(frozen=True)
 class Case:
-    """Conversations of one batch, the share of rows that carry loss, and how memory is spared."""
+    """The lengths of one batch's conversations, the share of rows that carry loss, and whether to recompute the MLP."""
 
     lengths: tuple[int, ...]
     share: float = 1.0
@@ -39,14 +39,14 @@ CASES = {
 
 
 def synthetic_batch(case: Case, device: torch.device) -> Batch:
-    """Random states and teacher of conversations of 8 turns, the loss rows at the end of each."""
+    """Return a batch of random states and teacher: conversations of 8 turns, with the loss rows at each turn's end."""
     parts = [_conversation(length, case.share) for length in case.lengths]
     sizes = [rows.numel() for rows, _ in parts]
     first_row = [sum(case.lengths[:number]) for number in range(len(parts))]
     starts = torch.cat([rows + first for (rows, _), first in zip(parts, first_row, strict=True)])
     steps = torch.cat([left for _, left in parts])
     positions = [torch.arange(length) + 2 * number * 300_000 for number, length in enumerate(case.lengths)]
-    total, places = sum(case.lengths), starts[:, None] + torch.arange(STEPS)
+    total, step_rows = sum(case.lengths), starts[:, None] + torch.arange(STEPS)
     live = torch.arange(STEPS)[None] < steps[:, None]
     generator = torch.Generator(device=device).manual_seed(0)
     with torch.device(device):
@@ -56,15 +56,15 @@ def synthetic_batch(case: Case, device: torch.device) -> Batch:
         ids = ids + torch.arange(TOP_K) * (SHAPE.draft_vocab_size // TOP_K)
         logits = 2 * torch.randn(total, TOP_K, generator=generator)
         log_z = torch.logsumexp(logits, -1) + 0.05
-    places, live = places.to(device).clamp(max=total - 1), live.to(device)
+    step_rows, live = step_rows.to(device).clamp(max=total - 1), live.to(device)
     rows = {"key_positions": torch.cat(positions), "start_index": starts, "steps": steps}
     return Batch(
         taps=aux,
         key_tokens=tokens,
         **{name: value.to(device) for name, value in rows.items()},  # type: ignore[arg-type]  # tensors only
         host=HostRows.of(rows),
-        step_tokens=torch.where(live, tokens[places], 0),
-        teacher_index=torch.where(live, places, 0),
+        step_tokens=torch.where(live, tokens[step_rows], 0),
+        teacher_index=torch.where(live, step_rows, 0),
         conversation=torch.repeat_interleave(torch.tensor(sizes)).to(device),
         teacher_ids=ids,
         teacher_logits=logits,
@@ -79,20 +79,21 @@ def synthetic_batch(case: Case, device: torch.device) -> Batch:
 
 
 def _conversation(length: int, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Start rows, and how many steps of each carry loss. With share 1 it is one turn of all rows."""
+    """Return the start rows [S], and how many steps of each carry loss [S]. Share 1 means one turn of all rows."""
     rows = torch.arange(length)
     if share == 1.0:
         return rows, (length - rows).clamp(max=STEPS)
     turn = length // TURNS
-    place = rows % turn
-    chosen = rows[(place >= round(turn * (1 - share))) & (rows < turn * TURNS)]
+    offset = rows % turn
+    chosen = rows[(offset >= round(turn * (1 - share))) & (rows < turn * TURNS)]
     return chosen, (turn - chosen % turn).clamp(max=STEPS)
 
 
 def needed_flops(batch: Batch) -> float:
-    """Operations of the needed products and of attention, forward and backward (2x, attention 2.5x).
+    """Return the operations of the needed products and of attention, forward and backward (2x, attention 2.5x).
 
-    Every step projects its rows' states and tokens here, as the formulas have it, although tokens are projected once.
+    Every step counts the projections of its rows' states and tokens, as the model's formulas say, although the program
+    projects tokens once.
     """
     shape = SHAPE
     hidden, queries = shape.hidden_size, shape.num_attention_heads * shape.head_dim
