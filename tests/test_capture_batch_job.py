@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from draftcache.capture.verifier.forward import Piece
 from draftcache.capture.verifier.load import load_verifier
 from draftcache.capture.verifier.self_check import TOKENS
 from draftcache.capture.verifier.ssm_precision import lift_dt_limit, mamba_mixers
+from draftcache.capture.verifier.weights import full_weights_hash
 from draftcache.store.common.errors import InputError, ManifestMismatchError
 from draftcache.store.common.stopping import StopRequest
 from draftcache.store.format.array_spec import tap_name
@@ -298,6 +300,44 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
         with pytest.raises(InputError, match="--layers"):
             config(nemotron, dataset, output, layers=layers)
     assert not output.exists()
+
+
+def test_no_weights_are_read_for_a_job_that_the_config_rules_out(nemotron: Path, dataset: Path, tmp_path: Path) -> None:
+    verifier = shutil.copytree(nemotron, tmp_path / "verifier")
+    (verifier / "model.safetensors").write_bytes(b"no weights: reading them would fail")
+    longest = WorkPlan.of(config(verifier, dataset, tmp_path / "s")).longest
+    written = json.loads((verifier / "config.json").read_text())
+    (verifier / "config.json").write_text(json.dumps(written | {"max_position_embeddings": longest - 1}))
+    with pytest.raises(InputError, match=rf"at most the {longest - 1} tokens .*found one of {longest}"):
+        CaptureJob(config(verifier, dataset, tmp_path / "s"))
+    (verifier / "config.json").write_text(json.dumps(written | {"max_position_embeddings": longest}))
+    with pytest.raises(InputError, match="could not be loaded"):  # negative control: it goes on to the weights
+        CaptureJob(config(verifier, dataset, tmp_path / "s"))
+    with pytest.raises(InputError, match="expected blocks 0 to 4"):
+        CaptureJob(config(verifier, dataset, tmp_path / "s", layers=(0, 9)))
+
+
+def test_damaged_prepared_data_is_refused_and_not_captured(nemotron: Path, dataset: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(dataset, tmp_path / "prepared")
+    path = damaged / "val" / "token_ids.npy"
+    data = bytearray(path.read_bytes())
+    data[-4] ^= 1
+    path.write_bytes(data)
+    settings = config(nemotron, damaged, tmp_path / "s")
+    with pytest.raises(InputError, match=r"val: expected conversation \d+ to have the content hash .* is damaged"):
+        CaptureJob(settings).run()
+    data[-4] ^= 1
+    path.write_bytes(data)
+    CaptureJob(settings).run()  # the same command goes on once the data is whole
+    assert verify_store(settings.output).damages == []
+
+
+def test_the_full_hash_is_recorded_and_asked_for_again(nemotron: Path, dataset: Path, tmp_path: Path) -> None:
+    settings = config(nemotron, dataset, tmp_path / "s", full_hash=True)
+    CaptureJob(settings).run()
+    assert StoreReader(tmp_path / "s").manifest.verifier["full_weights_hash"] == full_weights_hash(nemotron)
+    with pytest.raises(ManifestMismatchError, match="full_weights_hash"):
+        CaptureJob(replace(settings, full_hash=False)).run()
 
 
 def test_dataset_of_a_larger_vocabulary_is_refused(

@@ -6,18 +6,19 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from draftcache.capture.job import tensor_parallel
 from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.worker_job import CaptureJob
 from draftcache.capture.verifier import load as verifier
+from draftcache.capture.verifier import weights
 from draftcache.capture.verifier.nemotron import forward as nemotron_forward
 from draftcache.store.common.errors import InputError
 from draftcache.store.format.array_spec import tap_name
@@ -144,9 +145,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, dataset: Path, monkeypatch
         verifier.load_verifier(model, device=gpu, dtype=torch.bfloat16, trust_remote_code=False)
     stored = sum(file.stat().st_size for file in model.glob("*.safetensors"))  # in float32
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (stored * 3 // 4, stored))
-    verifier._require_room(model, gpu, torch.bfloat16)
+    weights.require_room(model, gpu, torch.bfloat16)
     with pytest.raises(InputError, match="--tensor-parallel N"):
-        verifier._require_room(model, gpu, torch.float32)
+        weights.require_room(model, gpu, torch.float32)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for device, number in (("cuda", 4), ("cuda:2", 2)):
@@ -167,8 +168,11 @@ def test_a_model_without_a_plan_is_refused(tmp_path: Path, monkeypatch: pytest.M
         )
 
 
-def test_layers_that_are_not_there_are_refused_by_every_rank(tmp_path: Path, dataset: Path) -> None:
-    settings = sharded(save_model(tmp_path / "model", "llama"), dataset, tmp_path / "s")
-    code, errors = run(replace(settings, layers=(0, 9)))
+def test_missing_weights_are_refused_by_every_rank(tmp_path: Path, dataset: Path) -> None:
+    model = save_model(tmp_path / "model", "llama")
+    tensors = load_file(model / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    code, errors = run(sharded(model, dataset, tmp_path / "s"))
     assert code == 2, errors
-    assert "expected blocks 0 to 3" in errors
+    assert "no file holds: lm_head.weight" in errors

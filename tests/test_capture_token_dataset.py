@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from draftcache.capture.prepare.conversations import Rejection
-from draftcache.capture.prepare.token_dataset import CONVERSATION_DTYPE, TokenDataset, conversation_hash
+from draftcache.capture.prepare.token_dataset import CONVERSATION_DTYPE, TokenDataset, conversation_hash, find_damages
 from draftcache.capture.prepare.token_dataset_writer import DatasetWriter
 from draftcache.store.common.errors import InputError
-from draftcache.store.common.files import hash_bytes
+from draftcache.store.common.files import hash_bytes, hash_file
+from draftcache.store.common.sealed_json import seal, unseal
+from draftcache.tools.cli import main
 
 VOCAB = 50
 ROWS = [
@@ -104,8 +106,8 @@ def test_unfinished_foreign_and_newer_directories_are_refused(tmp_path: Path) ->
     path.write_text('{"format": "something"}')
     with pytest.raises(InputError, match="found another file"):
         TokenDataset.open(tmp_path)
-    path.write_text('{"format": "draftcache-prepared", "version": 2}')
-    with pytest.raises(InputError, match="expected layout version 1, found 2"):
+    path.write_text('{"format": "draftcache-prepared", "version": 3}')
+    with pytest.raises(InputError, match="expected layout version 2, found 3"):
         TokenDataset.open(tmp_path)
     path.write_text("{")
     with pytest.raises(InputError, match="expected JSON"):
@@ -138,9 +140,9 @@ def swap(path: Path, array: np.ndarray, *, allow_pickle: bool = False) -> None:
     """Replace an array and make the manifest agree, so that only the reader's own checks are left."""
     np.save(path, array, allow_pickle=allow_pickle)
     manifest_path = path.parent.parent / "manifest.json"
-    manifest = json.loads(manifest_path.read_text())
-    manifest["files"][f"train/{path.name}"]["bytes"] = path.stat().st_size
-    manifest_path.write_text(json.dumps(manifest))
+    manifest = unseal(manifest_path.read_bytes(), "")
+    manifest["files"][f"train/{path.name}"] = {"bytes": path.stat().st_size, "xxh3_128": hash_file(path)}
+    manifest_path.write_bytes(seal(manifest))
 
 
 @pytest.mark.parametrize(
@@ -160,6 +162,69 @@ def test_wrong_arrays_are_refused(tmp_path: Path, name: str, array: np.ndarray, 
     with pytest.raises(InputError, match=found) as caught:
         TokenDataset.open(tmp_path / "out").split("train")
     assert f"{name}.npy" in str(caught.value)
+
+
+def test_no_changed_byte_of_a_dataset_is_used(tmp_path: Path) -> None:
+    """Every byte of every file is changed in turn: opening or reading refuses it, and verify names the file.
+
+    Exempt are the headers of the two arrays that are read conversation by conversation: only verify sees a change there
+    that leaves their shape and dtype as they were.
+    """
+    write(tmp_path / "out")
+    read_all(tmp_path / "out")  # negative control
+    assert find_damages(tmp_path / "out") == []
+    for path in sorted(tmp_path.rglob("*")):
+        if path.is_dir():
+            continue
+        data = path.read_bytes()
+        name = path.relative_to(tmp_path / "out").as_posix()
+        by_conversation = path.name in ("token_ids.npy", "loss_mask.npy")
+        for at in range(128 if by_conversation else 0, len(data)):
+            path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+            with pytest.raises(InputError, match=str(tmp_path / "out")):
+                read_all(tmp_path / "out")
+            if name == "manifest.json":
+                continue
+            (damage,) = find_damages(tmp_path / "out")
+            assert damage.name == name
+            assert len(damage.conversations) == by_conversation
+        path.write_bytes(data)
+
+
+def read_all(path: Path) -> None:
+    dataset = TokenDataset.open(path)
+    for name in dataset.splits:
+        split = dataset.split(name)
+        for number in range(len(split)):
+            split[number]
+
+
+def test_a_dataset_of_the_first_version_opens_without_a_seal(tmp_path: Path) -> None:
+    write(tmp_path / "out")
+    path = tmp_path / "out" / "manifest.json"
+    manifest = unseal(path.read_bytes(), "")
+    path.write_text(json.dumps(manifest | {"version": 1}))
+    read_all(tmp_path / "out")
+    path.write_bytes(seal(manifest | {"version": 1}))  # never written so: a changed version must not remove the seal
+    with pytest.raises(InputError, match="expected layout version 2, found 1"):
+        TokenDataset.open(tmp_path / "out")
+
+
+def test_the_verify_command_names_files_and_conversations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "out")
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    assert "all files as they were written" in capsys.readouterr().out
+    path = tmp_path / "out" / "train" / "loss_mask.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    last = len(TokenDataset.open(tmp_path / "out").split("train")) - 1
+    assert main(["verify", str(tmp_path / "out")]) == 1
+    output = capsys.readouterr().out
+    assert "DAMAGED train/loss_mask.npy: expected xxh3-128" in output
+    assert f"touches train[{last}]" in output
+    assert main(["verify", "--json", str(tmp_path / "out")]) == 1
+    assert json.loads(capsys.readouterr().out)["damages"][0]["conversations"] == [last]
 
 
 def test_unknown_split(tmp_path: Path) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from draftcache.capture.job.gates import Gates, gate_statistics
-from draftcache.capture.verifier.load import describe_verifier, find_modules, load_verifier, weights_fingerprint
+from draftcache.capture.verifier.load import describe_verifier, find_modules, load_verifier
 from draftcache.capture.verifier.self_check import self_check
 from draftcache.capture.verifier.ssm_precision import (
     DT_LIMIT,
@@ -22,6 +26,7 @@ from draftcache.capture.verifier.ssm_precision import (
     run_canary,
     scan_implementation,
 )
+from draftcache.capture.verifier.weights import full_weights_hash, weights_fingerprint
 from draftcache.store.common.errors import GateError, InputError, PrecisionError
 from draftcache.store.format.norm_band import NormBand
 from support.tiny_models import KINDS, VOCAB, make_model, save_model
@@ -76,6 +81,99 @@ def test_models_without_the_needed_parts_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
     with pytest.raises(InputError, match="could not be loaded"):
         load(tmp_path)
+
+
+def _without_layer(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    for name in [name for name in tensors if ".layers.3." in name]:
+        del tensors[name]
+
+
+def _other_prefix(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    for name in list(tensors):
+        tensors[f"language.{name}"] = tensors.pop(name)
+
+
+def _more_blocks(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    config["num_hidden_layers"] += 1
+
+
+def _other_shape(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    tensors["model.norm.weight"] = torch.ones(48)
+
+
+def _quantized(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    tensors["model.layers.0.mlp.down_proj.weight_scale"] = torch.full((1,), 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda tensors, _: tensors.pop("lm_head.weight"), "no file holds: lm_head.weight"),
+        (_without_layer, r"no file holds: model.layers.3.input_layernorm.weight, .* and 3 more"),
+        (_other_prefix, r"no file holds: .*no place for: language.lm_head.weight"),
+        (_more_blocks, r"no file holds: model.layers.4."),
+        (_other_shape, r"other shapes: model.norm.weight \(file \[48\], model \[32\]\)"),
+        (_quantized, r"no place for: model.layers.0.mlp.down_proj.weight_scale"),
+    ],
+)
+def test_weights_that_did_not_reach_the_model_are_refused_by_name(
+    tmp_path: Path, damage: Callable[[dict[str, Tensor], dict[str, Any]], object], named: str
+) -> None:
+    path = save_model(tmp_path, "llama")
+    load(path)  # negative control: the whole directory loads
+    tensors, config = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
+    damage(tensors, config)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=named):
+        load(path)
+
+
+def test_tied_embeddings_are_no_missing_head(tmp_path: Path) -> None:
+    model = make_model("llama")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    verifier = load(tmp_path)
+    assert torch.equal(verifier.head.weight, verifier.embeddings.weight)
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", '{"model_type": 7}', '{"model_type": "llama", "hidden_size": "wide"}', ""]
+)
+def test_a_config_of_any_content_is_refused_by_its_path(tmp_path: Path, text: str) -> None:
+    path = save_model(tmp_path, "llama")
+    (path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=str(path)):
+        load(path)
+
+
+def test_weight_files_that_are_cut_short_are_refused(tmp_path: Path) -> None:
+    path = save_model(tmp_path, "llama")
+    weights = path / "model.safetensors"
+    for size in (0, 7, 100, weights.stat().st_size - 1):
+        os.truncate(weights, size)
+        with pytest.raises(InputError, match="could not be loaded"):
+            load(path)
+        with pytest.raises(InputError, match="expected a safetensors file"):
+            weights_fingerprint(path)
+
+
+def test_the_fingerprint_sees_a_change_of_any_small_tensor(tmp_path: Path) -> None:
+    """The large tensor lies where evenly spaced samples of the file would fall; only the small ones change."""
+    large = torch.zeros(24 << 20, dtype=torch.uint8)
+    small = {f"norm.{number}": torch.ones(3) for number in range(8)}
+    save_file(small | {"large": large}, tmp_path / "model.safetensors")
+    before, full = weights_fingerprint(tmp_path), full_weights_hash(tmp_path)
+    for name in small:
+        save_file(small | {name: torch.full((3,), 2.0), "large": large}, tmp_path / "model.safetensors")
+        assert weights_fingerprint(tmp_path) != before
+    changed = large.clone()
+    changed[3 << 20] = 1  # between samples: only the full hash sees it
+    save_file(small | {"large": changed}, tmp_path / "model.safetensors")
+    assert weights_fingerprint(tmp_path) == before
+    assert full_weights_hash(tmp_path) != full
 
 
 def test_contract_lifts_the_dt_limit_and_records_the_canary(tmp_path: Path) -> None:

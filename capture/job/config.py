@@ -100,6 +100,12 @@ class CaptureConfig:
     grace_seconds: float = field(
         default=25.0, metadata=_doc("after SIGTERM, time to finish the shard in; a second SIGTERM ends it at once")
     )
+    full_hash: bool = field(
+        default=False,
+        metadata=_doc(
+            "also record the hash of every byte of the verifier's weight files; all jobs on a store need the same"
+        ),
+    )
     trust_remote_code: bool = field(default=False, metadata=_doc("run the model code that the checkpoint brings along"))
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The self-check of a job's verifier at start-up, on the job's own data."""
+"""The checks of a job's verifier at start-up: its configuration before the weights are read, then its forward pass."""
 
 from __future__ import annotations
 
@@ -9,8 +9,29 @@ from torch import Tensor
 from draftcache.capture.job.calibration import PIECE
 from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.work_plan import WorkPlan
-from draftcache.capture.verifier.load import Verifier
+from draftcache.capture.verifier.load import Verifier, load_config
 from draftcache.capture.verifier.self_check import TOKENS, self_check
+from draftcache.store.common.errors import InputError
+
+
+def check_config(config: CaptureConfig, work: WorkPlan) -> None:
+    """Raise InputError unless the verifier has the blocks of `--layers`, and positions for the longest conversation.
+
+    Only config.json is read, so that a job which can't work is refused before minutes are spent on weights.
+    """
+    model = load_config(config.verifier, trust_remote_code=config.trust_remote_code)
+    blocks = getattr(model, "num_hidden_layers", None)
+    if blocks is not None and config.layers[-1] >= blocks:
+        raise InputError(
+            f"--layers: expected blocks 0 to {blocks - 1} of {config.verifier}, found {list(config.layers)}"
+        )
+    positions, longest = getattr(model, "max_position_embeddings", None), work.longest
+    if positions and longest > positions:
+        raise InputError(
+            f"{config.dataset}: expected conversations of at most the {positions} tokens that "
+            f"{config.verifier / 'config.json'} gives as max_position_embeddings, found one of {longest}; prepare "
+            f"again with --max-length {positions}, or raise the value where the model was trained for more"
+        )
 
 
 def check_tokens(work: WorkPlan) -> Tensor:
@@ -27,6 +48,5 @@ def check_verifier(verifier: Verifier, config: CaptureConfig, work: WorkPlan) ->
 
     Returns the differences by name, for the store's provenance. Raises InputError where one is too large.
     """
-    longest = max(int(work.dataset.split(name).conversations["tokens"].max()) for name in work.splits)
-    in_pieces = longest > min(PIECE, config.prefill_chunk)
+    in_pieces = work.longest > min(PIECE, config.prefill_chunk)
     return self_check(verifier, config.layers, check_tokens(work), in_pieces=in_pieces)

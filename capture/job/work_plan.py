@@ -44,6 +44,11 @@ class WorkPlan:
             raise InputError(f"{config.dataset}: expected splits among {list(dataset.splits)}, found {unknown}")
         return cls(dataset=dataset, splits=splits, shards=plan_shards(dataset, splits, config.shard_tokens))
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest conversation."""
+        return max(int(self.dataset.split(name).conversations["tokens"].max(initial=0)) for name in self.splits)
+
     def tokens(self, shards: Collection[int]) -> int:
         """Tokens of the shards of these numbers."""
         return sum(self.shards[shard].tokens for shard in shards)

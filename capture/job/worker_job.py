@@ -25,7 +25,7 @@ from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.progress import CaptureSummary, JobProgress, Line
 from draftcache.capture.job.shard_capture import ShardCapture
 from draftcache.capture.job.shard_worker import POLL_S, ShardWorker, WorkerRole
-from draftcache.capture.job.start_check import check_verifier
+from draftcache.capture.job.start_check import check_config, check_verifier
 from draftcache.capture.job.tensor_parallel import TensorParallelGroup
 from draftcache.capture.job.work_plan import WorkPlan
 from draftcache.capture.prepare.draft_vocabulary import load_vocab_maps
@@ -55,6 +55,7 @@ class CaptureJob:
         self.vocab_maps = load_vocab_maps(config.vocab_map or config.dataset / VOCAB_MAP_NAME, config.more_vocab_maps)
         if config.teacher == "draft" and config.top_k > (most := len(self.vocab_maps[0])):
             raise InputError(f"--top-k: expected at most the draft vocabulary's {most}, found {config.top_k}")
+        check_config(config, self.work)
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(config.compute_dtype, self.device)
         self.storage = open_storage(config.output)
@@ -100,11 +101,6 @@ class CaptureJob:
 
     def _require_fit(self) -> None:
         verifier, config = self.verifier, self.config
-        if config.layers[-1] >= len(verifier.blocks):
-            raise InputError(
-                f"--layers: expected blocks 0 to {len(verifier.blocks) - 1} of {config.verifier}, "
-                f"found {list(config.layers)}"
-            )
         if config.prefill_chunk % (multiple := verifier.body_forward.chunk_multiple):
             raise InputError(
                 f"--prefill-chunk: expected a multiple of the scan's chunk of {multiple} tokens, so that "
@@ -133,7 +129,7 @@ class CaptureJob:
         """The store's manifest without the fields that the calibration measures."""
         config, work = self.config, self.work
         return StoreManifest(
-            verifier=describe_verifier(config.verifier, self.verifier),
+            verifier=describe_verifier(config.verifier, self.verifier, full_hash=config.full_hash),
             tokenizer_hash=work.dataset.tokenizer_hash,
             chat_template_hash=work.dataset.chat_template_hash,
             dataset_hash=work.dataset.content_hash(work.splits),

@@ -23,8 +23,8 @@ from draftcache.capture.prepare.chunks import Chunk, ChunkResult, ChunkWorker, r
 from draftcache.capture.prepare.conversations import ChatRow, Rejection, read_conversations
 from draftcache.capture.prepare.draft_vocabulary import build_vocab_map, coverage_table
 from draftcache.capture.prepare.template_check import Sample, check_against_transformers, first_template_difference
-from draftcache.capture.prepare.token_dataset import VERSION, TokenDataset
-from draftcache.capture.prepare.token_dataset_writer import DatasetWriter, SplitWriter, check_output, is_dataset
+from draftcache.capture.prepare.token_dataset import TokenDataset, is_prepared
+from draftcache.capture.prepare.token_dataset_writer import DatasetWriter, SplitWriter, check_output
 from draftcache.capture.prepare.tokenizer_files import (
     NO_TEMPLATE,
     ChatTemplate,
@@ -40,6 +40,9 @@ from draftcache.store.format.vocab_map import VOCAB_MAP_NAME
 # Conversations per file that both templates render, and conversations in all that transformers tokenises as well.
 TEMPLATE_SAMPLE = 64
 TRANSFORMERS_SAMPLE = 8
+
+_ROWS_VERSION = 1
+"""Part of a job's hash: it changes when the same rows would become other ids or masks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,11 +271,11 @@ def _job_hash(
         [name, name in config.held_out, [source["xxh3_128"] for source in sources[name]]] for name in config.all_splits
     ]
     settings = [config.max_length, config.draft_vocab_size, files.vocab_size, files.special_tokens]
-    return hash_json([VERSION, files.hash, template.hash, settings, inputs])
+    return hash_json([_ROWS_VERSION, files.hash, template.hash, settings, inputs])
 
 
 def _finished_by(output: Path, job: str) -> dict[str, Any] | None:
-    if not output.is_dir() or not is_dataset(output):
+    if not output.is_dir() or not is_prepared(output):
         return None
     try:
         manifest = TokenDataset.open(output).manifest

@@ -1,6 +1,6 @@
 """The prepared dataset on disk (token ids, loss masks, origin of each conversation): layout and reader.
 
-    manifest.json                written last: a directory without it is not a dataset
+    manifest.json                sealed with its own hash; written last: a directory without it is not a dataset
     vocab_map.safetensors        if a draft vocabulary was asked for (store/format/vocab_map.py)
     SPLIT/token_ids.npy          uint32 [tokens], conversations packed flat
     SPLIT/loss_mask.npy          bool [tokens], True where the assistant wrote the token
@@ -8,22 +8,27 @@
     SPLIT/token_counts.npy       int64 [vocab], loss-masked tokens per id
     SPLIT/quarantine.jsonl       one record per unusable row: file, line, reason, expected, found
 
-Arrays are plain .npy files, opened memory-mapped and without pickle. token_dataset_writer.py writes them.
+Arrays are plain .npy files, opened memory-mapped and without pickle. token_dataset_writer.py writes them. Nothing is
+used unchecked: opening a dataset compares the hash of every file but token_ids.npy and loss_mask.npy, and these are
+compared conversation by conversation, as they are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from draftcache.store.common.errors import InputError
+from draftcache.store.common.errors import InputError, StoreError
 from draftcache.store.common.files import hash_bytes, hash_file, hash_json, read_json
+from draftcache.store.common.sealed_json import SEAL, unseal
 
 FORMAT = "draftcache-prepared"
-VERSION = 1
+VERSION = 2
+_UNSEALED_VERSION = 1  # of datasets whose manifest.json has no hash of its own
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
 
@@ -53,8 +58,20 @@ def conversation_hash(token_ids: np.ndarray, loss_mask: np.ndarray) -> bytes:
     return bytes.fromhex(hash_bytes(ids.tobytes(), mask.tobytes()))
 
 
+@dataclass(frozen=True)
+class DatasetDamage:
+    """A file that is not what the manifest says, and the conversations of its split whose content hash differs."""
+
+    name: str
+    problem: str
+    conversations: tuple[int, ...] = ()
+
+
 class TokenSplit:
-    """One split, memory-mapped: `split[i]` -> (token_ids uint32 [T], loss_mask bool [T], content hash in hex)."""
+    """One split, memory-mapped: `split[i]` -> (token_ids uint32 [T], loss_mask bool [T], content hash in hex).
+
+    Reading a conversation raises InputError where its ids and mask don't have its content hash.
+    """
 
     def __init__(self, path: Path, vocab_size: int) -> None:
         self.path = path
@@ -75,6 +92,20 @@ class TokenSplit:
         return len(self.conversations)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
+        token_ids, loss_mask, expected = self._stored(index)
+        if (found := conversation_hash(token_ids, loss_mask).hex()) != expected:
+            raise InputError(
+                f"{self.path}: expected conversation {index} to have the content hash {expected}, found {found}: "
+                "token_ids.npy or loss_mask.npy is damaged; `draftcache verify` names all that is, prepare it again"
+            )
+        return token_ids, loss_mask, expected
+
+    def damaged(self) -> tuple[int, ...]:
+        """Return the numbers of the conversations whose ids and mask don't have their content hash."""
+        stored = ((index, *self._stored(index)) for index in range(len(self)))
+        return tuple(index for index, ids, mask, expected in stored if conversation_hash(ids, mask).hex() != expected)
+
+    def _stored(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
         record = self.conversations[index]
         first, last = int(record["first_token"]), int(record["first_token"] + record["tokens"])
         return self.token_ids[first:last], self.loss_mask[first:last], bytes(record["content_hash"]).hex()
@@ -101,24 +132,13 @@ class TokenDataset:
     @classmethod
     def open(cls, path: Path) -> TokenDataset:
         """Open a dataset. Raises InputError, with the path, where it is missing, of another version or cut short."""
-        if not (path / MANIFEST).is_file():
-            raise InputError(
-                f"{path}: expected a prepared dataset, found no {MANIFEST}: no `draftcache prepare` finished here"
-            )
-        manifest = read_json(path / MANIFEST)
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise InputError(f"{path / MANIFEST}: expected the manifest of a prepared dataset, found another file")
-        if manifest.get("version") != VERSION:
-            raise InputError(
-                f"{path / MANIFEST}: expected layout version {VERSION}, found {manifest.get('version')}; "
-                "prepare it again with this draftcache"
-            )
-        for name, record in manifest["files"].items():
-            found = (path / name).stat().st_size if (path / name).is_file() else None
-            if found != record["bytes"]:
-                what = "nothing there" if found is None else f"{found} bytes"
-                raise InputError(f"{path / name}: expected {record['bytes']} bytes, found {what}")
-        return cls(path, manifest)
+        dataset = cls(path, _read_manifest(path))
+        for name in dataset.manifest["files"]:
+            read_later = name.endswith(("/token_ids.npy", "/loss_mask.npy"))
+            problem = dataset._size_problem(name) or (None if read_later else dataset._hash_problem(name))
+            if problem is not None:
+                raise InputError(f"{path / name}: {problem}; it was edited or damaged, prepare the dataset again")
+        return dataset
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -160,7 +180,73 @@ class TokenDataset:
 
     def verify(self) -> None:
         """Read every file and compare its hash. Raises InputError with the path of the first file that differs."""
-        for name, record in self.manifest["files"].items():
-            found = hash_file(self.path / name)
-            if found != record["xxh3_128"]:
-                raise InputError(f"{self.path / name}: expected xxh3-128 {record['xxh3_128']}, found {found}")
+        for name in self.manifest["files"]:
+            if problem := self._hash_problem(name):
+                raise InputError(f"{self.path / name}: {problem}")
+
+    def _conversations_touched(self, name: str) -> tuple[int, ...]:
+        """Return the conversations that a damage of this file touches, as far as the other files let them be read."""
+        split, _, array = name.partition("/")
+        if array not in ("token_ids.npy", "loss_mask.npy"):
+            return ()
+        try:
+            return self.split(split).damaged()
+        except InputError:  # an array is cut short or no array: the damage itself says so
+            return ()
+
+    def _size_problem(self, name: str) -> str | None:
+        expected, path = self.manifest["files"][name]["bytes"], self.path / name
+        if not path.is_file():
+            return f"expected {expected} bytes, found nothing there"
+        found = path.stat().st_size
+        return None if found == expected else f"expected {expected} bytes, found {found} bytes"
+
+    def _hash_problem(self, name: str) -> str | None:
+        expected, found = self.manifest["files"][name]["xxh3_128"], hash_file(self.path / name)
+        return None if found == expected else f"expected xxh3-128 {expected}, found {found}"
+
+
+def is_prepared(path: Path) -> bool:
+    """Return whether `path` is a directory whose manifest.json is that of a prepared dataset, of any version."""
+    if not (path / MANIFEST).is_file():
+        return False
+    manifest = read_json(path / MANIFEST)
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
+def find_damages(path: Path, progress: Callable[[int], object] = lambda size: None) -> list[DatasetDamage]:
+    """Read every file of a prepared dataset, and return those that differ from the manifest.
+
+    `progress` is called with the bytes of each file that was read. Raises InputError where the manifest itself can't be
+    trusted: then nothing is left to compare with.
+    """
+    dataset, damages = TokenDataset(path, _read_manifest(path)), []
+    for name, record in dataset.manifest["files"].items():
+        problem = dataset._size_problem(name) or dataset._hash_problem(name)
+        progress(record["bytes"])
+        if problem is not None:
+            damages.append(DatasetDamage(name, problem, dataset._conversations_touched(name)))
+    return damages
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of a dataset. Raises InputError where it is missing, of another version or damaged."""
+    where = path / MANIFEST
+    if not where.is_file():
+        raise InputError(
+            f"{path}: expected a prepared dataset, found no {MANIFEST}: no `draftcache prepare` finished here"
+        )
+    manifest = read_json(where)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise InputError(f"{where}: expected the manifest of a prepared dataset, found another file")
+    if manifest.get("version") == _UNSEALED_VERSION and SEAL not in manifest:
+        return manifest
+    if manifest.get("version") != VERSION:
+        raise InputError(
+            f"{where}: expected layout version {VERSION}, found {manifest.get('version')}; "
+            "prepare it again with this draftcache"
+        )
+    try:
+        return unseal(where.read_bytes(), str(where))
+    except StoreError as exc:
+        raise InputError(f"{exc}; prepare the dataset again") from exc

@@ -16,9 +16,17 @@ from typing import IO, Any
 import numpy as np
 
 from draftcache.capture.prepare.conversations import Rejection
-from draftcache.capture.prepare.token_dataset import CONVERSATION_DTYPE, FORMAT, MANIFEST, QUARANTINE, VERSION
+from draftcache.capture.prepare.token_dataset import (
+    CONVERSATION_DTYPE,
+    FORMAT,
+    MANIFEST,
+    QUARANTINE,
+    VERSION,
+    is_prepared,
+)
 from draftcache.store.common.errors import InputError
-from draftcache.store.common.files import fsync_directory, fsync_tree, hash_file, read_json, write_json
+from draftcache.store.common.files import fsync_directory, fsync_tree, hash_file
+from draftcache.store.common.sealed_json import seal
 
 
 class _GrowingArray:
@@ -180,8 +188,8 @@ class DatasetWriter:
                 for path in files
             },
         }
+        (self.partial / MANIFEST).write_bytes(seal(complete))
         fsync_tree(self.partial)
-        write_json(self.partial / MANIFEST, complete)
         shutil.rmtree(self._replaced, ignore_errors=True)
         if (self.output / MANIFEST).exists():
             self.output.rename(self._replaced)
@@ -195,21 +203,14 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     """Raise InputError unless `output` does not exist, is empty, or is a dataset that may be replaced."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    if not is_dataset(output):
+    if not is_prepared(output):
         raise InputError(f"--output {output}: expected a new path, found something that is no prepared dataset")
     if not overwrite:
         raise InputError(
-            f"--output {output}: expected a new path or a dataset made by the same job, found a finished "
-            "dataset made from other inputs or settings; choose another path, or replace it with --overwrite"
+            f"--output {output}: expected a new path or a dataset made by the same job, found a dataset "
+            "that is damaged or was made from other inputs or settings; choose another path, or replace it with "
+            "--overwrite"
         )
-
-
-def is_dataset(path: Path) -> bool:
-    """Whether `path` is a finished prepared dataset of any version."""
-    if not (path / MANIFEST).is_file():
-        return False
-    manifest = read_json(path / MANIFEST)
-    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
 
 
 @contextmanager

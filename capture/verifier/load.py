@@ -6,8 +6,6 @@ the right ones.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +13,20 @@ from typing import Any
 
 import torch
 import transformers
-import xxhash
-from safetensors import safe_open
 from torch import nn
 
 from draftcache.capture.verifier.families import choose_forward
 from draftcache.capture.verifier.forward import Forward, Piece
 from draftcache.capture.verifier.ssm_precision import mamba_mixers, stand_in_for_extension, torch_forms_on_the_cpu
+from draftcache.capture.verifier.weights import (
+    full_weights_hash,
+    require_all_weights,
+    require_room,
+    weights_fingerprint,
+)
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.files import hash_json, read_json
 from draftcache.store.common.products import float32_product
-
-_SAMPLES_PER_FILE = 256
-_SAMPLE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,22 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
+def load_config(path: Path, *, trust_remote_code: bool) -> Any:
+    """Return a model directory's configuration, of its text part where it has several. Raises InputError."""
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path}: expected a model directory, found no config.json")
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        return config.get_text_config()
+    except Exception as exc:  # whatever a config's contents make a config class raise
+        raise InputError(
+            f"{path / 'config.json'}: expected the configuration of a language model, found one that could not be "
+            f"loaded ({type(exc).__name__}: {exc})"
+        ) from exc
+
+
 def load_verifier(
     path: Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool, tensor_parallel: int = 1
 ) -> Verifier:
@@ -106,41 +121,31 @@ def load_verifier(
     if not (path / "config.json").is_file():
         raise InputError(f"{path}: expected a model directory, found no config.json")
     if tensor_parallel == 1 and device.type == "cuda":  # a rank's part of the weights is known only after loading
-        _require_room(path, device, dtype)
+        require_room(path, device, dtype)
     stand_in_for_extension()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
             path,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported with all other differences, and refused below
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             local_files_only=True,
             **({} if tensor_parallel == 1 else _tensor_parallel_plan(path, tensor_parallel, trust_remote_code)),
         )
-    except (OSError, ValueError, KeyError) as exc:
-        raise InputError(f"{path}: could not be loaded as a causal language model ({exc})") from exc
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as exc:  # whatever a config's or a checkpoint's contents make a model class raise
+        raise InputError(
+            f"{path}: could not be loaded as a causal language model ({type(exc).__name__}: {exc})"
+        ) from exc
+    require_all_weights(path, report)
     if tensor_parallel == 1:
         model.to(device)
     model.eval().requires_grad_(False)
     torch_forms_on_the_cpu(mamba_mixers(model))
     return find_modules(model, device)
-
-
-def _require_room(path: Path, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise InputError where the weights can't fit on the GPU, before minutes are spent on reading them."""
-    needed = 0
-    for file in path.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118  (no mapping)
-        # Counted in the dtype that the model computes with, which need not be the stored one.
-        needed += dtype.itemsize * sum(math.prod(shape) for shape in shapes)
-    free, total = torch.cuda.mem_get_info(device)
-    if needed > free:
-        raise InputError(
-            f"{path}: expected weights of at most the {free / 1e9:.1f} GB that are free of {total / 1e9:.1f} GB on "
-            f"{device}, found {needed / 1e9:.1f} GB; use a larger GPU, or --tensor-parallel N to split them over N "
-            "of this node"
-        )
 
 
 def _tensor_parallel_plan(path: Path, ranks: int, trust_remote_code: bool) -> dict[str, Any]:
@@ -201,29 +206,11 @@ def find_modules(model: Any, device: torch.device) -> Verifier:
     )
 
 
-def weights_fingerprint(path: Path) -> str:
-    """xxh3-128 in hex over names, sizes, headers and 256 evenly spaced 64 KiB samples of each safetensors file.
+def describe_verifier(path: Path, verifier: Verifier, *, full_hash: bool = False) -> dict[str, Any]:
+    """For the manifest: the verifier's identity, and the shapes and ids that training and export need.
 
-    It tells checkpoints apart without reading 63 GB: two fine-tunes of one model differ in every sample. Raises
-    InputError where there is no safetensors file.
+    With `full_hash` every byte of the weight files is hashed too, beside the fingerprint of samples.
     """
-    digest = xxhash.xxh3_128()
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"{path}: expected *.safetensors weights, found none")
-    for item in files:
-        size = item.stat().st_size
-        digest.update(json.dumps([item.name, size]).encode())
-        stride = max(_SAMPLE_BYTES, size // _SAMPLES_PER_FILE)
-        with item.open("rb") as file:
-            for offset in range(0, size, stride):
-                file.seek(offset)
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-def describe_verifier(path: Path, verifier: Verifier) -> dict[str, Any]:
-    """For the manifest: the verifier's identity, and the shapes and ids that training and export need."""
     raw = read_json(path / "config.json")
     config = verifier.model.config.get_text_config()
     return {
@@ -234,6 +221,7 @@ def describe_verifier(path: Path, verifier: Verifier) -> dict[str, Any]:
             {key: raw[key] for key in raw if key not in ("transformers_version", "_name_or_path")}
         ),
         "weights_hash": weights_fingerprint(path),
+        **({"full_weights_hash": full_weights_hash(path)} if full_hash else {}),
         "layers": len(verifier.blocks),
         "hidden_size": verifier.hidden_size,
         "vocab_size": verifier.vocab_size,

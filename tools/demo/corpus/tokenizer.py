@@ -141,7 +141,9 @@ def _training_rows(path: Path) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, check and save the tokenizer, and encode both splits."""
     parser = argparse.ArgumentParser(description="Train the demo's tokenizer and encode its corpus.")
-    parser.add_argument("--corpus", type=Path, required=True, help="the directory that draftcache.tools.demo.corpus.build_corpus wrote")
+    parser.add_argument(
+        "--corpus", type=Path, required=True, help="the directory that draftcache.tools.demo.corpus.build_corpus wrote"
+    )
     arguments = parser.parse_args(argv)
     train = _training_rows(arguments.corpus / "train.jsonl.gz")
     val = list(read_rows(arguments.corpus / "val.jsonl.gz"))
