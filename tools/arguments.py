@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -50,6 +51,25 @@ def read_settings(settings: type[Settings], arguments: argparse.Namespace) -> Se
     return settings(**{name: getattr(arguments, name) for name in names})
 
 
+def finite_number(text: str) -> float:
+    """Return the number that a flag gives. Raises ArgumentTypeError for infinity, NaN, and what is no number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"expected a finite number, found {text!r}")
+    return number
+
+
+def count(text: str) -> int:
+    """Return a count, which may be written as 450e6. Raises ArgumentTypeError for what is no whole number >= 0."""
+    number = finite_number(text)
+    if number < 0 or number != int(number):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, found {text!r}")
+    return int(number)
+
+
 def refuse_renamed(parser: argparse.ArgumentParser, renamed: Mapping[str, str]) -> None:
     """Refuse the flags of former versions with an InputError that names the new flag. `renamed` is {old: new}.
 
@@ -83,4 +103,4 @@ def _converter(hint: Any) -> Any:
             return tuple(convert(part) for part in text.split(",") if part)
 
         return comma_separated
-    return {Path: Path, int: int, float: float, str: str}[hint]
+    return {Path: Path, int: int, float: finite_number, str: str}[hint]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -41,37 +42,55 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("draftcache.tools.commands.demo", "the whole pipeline on a tiny verifier and real text"),
 }
 
+RESUMED = ("capture", "train", "convert", "demo")
+"""Subcommands that keep what is finished when they are interrupted, and go on from it."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand of `argv` (default: the process's own arguments) and return the exit code.
 
-    0: done; 1: done, but rows were quarantined or a check failed; 2: refused, with an error on stderr; 130: interrupted
-    by Ctrl-C.
+    `draftcache.store.common.failures` lists the codes. An error is printed in one line on stderr; --debug shows its
+    trace.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    named = arguments[0] if arguments else ""
+
+    from draftcache.store.common.failures import DEBUG_VARIABLE, describe_failure, exit_code_of
+
+    try:
+        parsed = _parser(named).parse_args(arguments)
+        if parsed.debug:
+            os.environ[DEBUG_VARIABLE] = "1"
+        module = importlib.import_module(COMMANDS[parsed.command][0])
+        code = int(module.run(parsed))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError as exc:
+        # The interpreter flushes stdout once more as it ends, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return exit_code_of(exc)
+    except KeyboardInterrupt as exc:
+        next_time = "goes on from there" if named in RESUMED else "starts from the beginning"
+        print(f"draftcache {named}: interrupted; the same command {next_time}", file=sys.stderr)
+        return exit_code_of(exc)
+    except Exception as exc:
+        print(f"draftcache {named}: error: {describe_failure(exc)}", file=sys.stderr)
+        return exit_code_of(exc)
+
+
+def _parser(named: str) -> argparse.ArgumentParser:
+    """Return the parser, with the flags of the subcommand `named` only: the modules of the others stay unimported."""
     parser = argparse.ArgumentParser(
         prog="draftcache", description="Train draft models for speculative decoding from stored verifier outputs."
     )
     parser.add_argument("--version", action="version", version=f"draftcache {draftcache.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    named = arguments[0] if arguments else ""
     for name, (module_name, help_line) in COMMANDS.items():
         subparser = commands.add_parser(name, help=help_line, description=help_line)
         if name == named:
             importlib.import_module(module_name).add_arguments(subparser)
-
-    from draftcache.store.common.errors import DraftcacheError
-
-    try:
-        parsed = parser.parse_args(arguments)
-        module = importlib.import_module(COMMANDS[parsed.command][0])
-        return int(module.run(parsed))
-    except DraftcacheError as exc:
-        print(f"draftcache {named}: error: {exc}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"draftcache {named}: interrupted; run the same command again to resume", file=sys.stderr)
-        return 130
+            subparser.add_argument("--debug", action="store_true", help="print the trace of an error")
+    return parser
 
 
 if __name__ == "__main__":

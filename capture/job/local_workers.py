@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.progress import Event, JobProgress, Line
 from draftcache.capture.job.stopping import ParentSignals, StopSignals, StopSteps
-from draftcache.store.common.errors import DraftcacheError, StoreError
+from draftcache.store.common.errors import DraftcacheError, WorkerError
+from draftcache.store.common.failures import describe_failure
 from draftcache.store.common.stopping import Stopped, StopRequest
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def run_processes(config: CaptureConfig, workers: int, progress: JobProgress, st
     """Run `workers` processes until the store is whole.
 
     A worker that dies leaves its shard to the others. Raises Stopped after SIGTERM or SIGINT; where all workers have
-    died, it raises the first worker's DraftcacheError, or StoreError where no worker reported any.
+    died, it raises the first worker's DraftcacheError, or WorkerError where no worker reported any.
     """
     with ParentSignals(stop):
         processes = [_Worker(config, number, workers) for number in range(workers)]
@@ -70,7 +71,7 @@ def _require_success(workers: list[_Worker]) -> None:
         if worker.error is not None:
             raise worker.error
     codes = [worker.process.exitcode for worker in workers]
-    raise StoreError(
+    raise WorkerError(
         f"expected at least one worker to finish, found exit codes {codes} (-9: killed, perhaps for memory); what was "
         "committed stays: run the same command again to go on"
     )
@@ -120,7 +121,7 @@ class _Worker:
 
 
 def worker_main(config: CaptureConfig, number: int, count: int, connection: Connection) -> None:
-    """Main function of a worker process. Exit code 0: the store is whole; 143 or 130: stopped; 1: any error."""
+    """Main function of a worker process. Exit code 0: the store is whole; 143 or 130: stopped; 2 or 3: an error."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     stop = StopRequest(config.grace_seconds)
     with StopSignals(stop, _GENTLE):
@@ -129,10 +130,11 @@ def worker_main(config: CaptureConfig, number: int, count: int, connection: Conn
             _work(config, number, count, connection, stop)
         except Stopped as exc:
             sys.exit(exc.exit_code)
-        except DraftcacheError as exc:
+        except Exception as exc:
+            error = exc if isinstance(exc, DraftcacheError) else WorkerError(describe_failure(exc))
             with contextlib.suppress(OSError):
-                connection.send(exc)
-            sys.exit(1)
+                connection.send(error)
+            sys.exit(error.exit_code)
 
 
 def _work(config: CaptureConfig, number: int, count: int, connection: Connection, stop: StopRequest) -> None:

@@ -22,7 +22,8 @@ from draftcache.capture.job.progress import Event, JobProgress, Line
 from draftcache.capture.job.shard_worker import WorkerRole
 from draftcache.capture.job.stopping import ParentSignals, StopSteps
 from draftcache.capture.job.worker_job import CaptureJob
-from draftcache.store.common.errors import DraftcacheError, InputError, StoreError
+from draftcache.store.common.errors import DraftcacheError, InputError, WorkerError
+from draftcache.store.common.failures import describe_failure
 from draftcache.store.common.stopping import Stopped, StopRequest
 
 _POLL_S = 0.5
@@ -48,10 +49,10 @@ class RayWorker:
         try:
             with CaptureJob(self._config) as job:
                 job.run_worker(self._role)
-        except DraftcacheError as exc:
-            return exc
         except Stopped:
             pass
+        except Exception as exc:
+            return exc if isinstance(exc, DraftcacheError) else WorkerError(describe_failure(exc))
         return None
 
     def take_events(self) -> list[Event]:
@@ -69,7 +70,7 @@ def run_on_ray(config: CaptureConfig, progress: JobProgress, stop: StopRequest) 
     """Run actors until the store is whole. An actor that dies leaves its shard to the others.
 
     Raises InputError without Ray or a running cluster, and Stopped after SIGTERM or SIGINT. Where no actor came to the
-    end, it raises the DraftcacheError of the first that reported one, or StoreError where none did.
+    end, it raises the DraftcacheError of the first that reported one, or WorkerError where none did.
     """
     with _cluster() as ray, ParentSignals(stop):
         resources = ray.cluster_resources()
@@ -119,7 +120,7 @@ class _Actors:
             raise (
                 self._errors[0]
                 if self._errors
-                else StoreError(
+                else WorkerError(
                     "expected at least one Ray worker to finish, found none; what was committed stays: run the same "
                     "command again to go on"
                 )

@@ -33,7 +33,7 @@ from draftcache.capture.verifier.forward import Forward, Piece
 from draftcache.capture.verifier.load import Verifier, choose_dtype, load_verifier
 from draftcache.capture.verifier.ssm_precision import enforce_contract
 from draftcache.store.common.device import choose_device
-from draftcache.store.common.errors import DraftcacheError, InputError, StoreError
+from draftcache.store.common.errors import DraftcacheError, InputError, WorkerError
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
@@ -82,12 +82,12 @@ class TensorParallelGroup:
 
     @contextlib.contextmanager
     def all_alive(self) -> Iterator[None]:
-        """Surround collectives with this: raises StoreError where they fail because a follower has died."""
+        """Surround collectives with this: raises WorkerError where they fail because a follower has died."""
         try:
             yield
         except (RuntimeError, OSError) as exc:
             if wait([process.sentinel for process in self._processes], timeout=_LAST_WORDS_S):
-                raise StoreError(self._exit_report()) from exc
+                raise WorkerError(self._exit_report()) from exc
             raise
 
     def _exit_report(self) -> str:
@@ -106,7 +106,7 @@ class TensorParallelGroup:
         if self._closing:
             return
         print(f"draftcache capture: error: {self._exit_report()}", file=sys.stderr, flush=True)
-        os._exit(1)
+        os._exit(WorkerError.exit_code)
 
     def close(self) -> None:
         """End the followers and the process group."""

@@ -32,7 +32,7 @@ from draftcache.capture.prepare.tokenizer_files import (
     choose_template,
     load_tokenizer,
 )
-from draftcache.store.common.errors import DraftcacheError, InputError
+from draftcache.store.common.errors import InputError, WorkerError
 from draftcache.store.common.files import hash_file, hash_json
 from draftcache.store.common.progress import progress_bar
 from draftcache.store.format.vocab_map import VOCAB_MAP_NAME
@@ -173,7 +173,7 @@ def _in_order(chunks: Iterator[Chunk], workers: int, arguments: tuple[Any, ...])
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as exc:
-        raise DraftcacheError(
+        raise WorkerError(
             "prepare: a worker process died (killed, or out of memory); nothing was written. Try fewer --workers"
         ) from exc
     finally:

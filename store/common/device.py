@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import torch
 
+from draftcache.store.common.errors import InputError
+
 
 def choose_device(name: str) -> torch.device:
-    """Return the device called `name`: "cpu", "cuda", "cuda:N", or "auto", which is the GPU where there is one."""
+    """Return the device called `name`: "cpu", "cuda", "cuda:N", or "auto", which is the GPU where there is one.
+
+    Raises InputError for another name, and for a GPU that this machine does not have.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device: expected cpu, cuda, cuda:N or auto, found {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise InputError(f"--device {name}: expected one of this machine's GPUs, found {count} in all")
+    return device

@@ -12,6 +12,7 @@ DraftcacheError
 ├── GateError                      a captured conversation failed a validity gate
 ├── PrecisionError                 the verifier's fp32 state contract is not met
 ├── RankError                      another process of a parallel run refused it, ended, or does not answer
+├── WorkerError                    the worker processes of a command ended before the work was done
 └── CheckpointError                a draft checkpoint is incomplete or belongs to something else
 
 A message names what was expected, what was found, the path, and what to do.
@@ -33,14 +34,15 @@ __all__ = [
     "StoreNotFoundError",
     "StoreVersionError",
     "StreamingError",
+    "WorkerError",
 ]
 
 
 class DraftcacheError(Exception):
-    """Base class of all errors of draftcache.
+    """Base class of all errors of draftcache. The command line prints such an error without a trace."""
 
-    The command line prints such an error without a traceback and exits with status 2.
-    """
+    exit_code = 2
+    """Exit status of a command that this error ends: 2 where it refuses, 3 where it fails."""
 
 
 class InputError(DraftcacheError, ValueError):
@@ -70,6 +72,8 @@ class ShardDamagedError(StoreError):
 class StorageError(StoreError):
     """The disk or object store refused or broke off: it is full, read-only, not permitted, or does not answer."""
 
+    exit_code = 3
+
 
 class StreamingError(StoreError):
     """A stream of tar shards cannot do what was asked of it, such as to serve more ranks than there are shards."""
@@ -85,6 +89,14 @@ class PrecisionError(DraftcacheError):
 
 class RankError(DraftcacheError):
     """Another process of a parallel training run refused it, ended, or does not answer."""
+
+    exit_code = 3
+
+
+class WorkerError(DraftcacheError):
+    """The worker processes of a command ended before the work was done, for a reason that is no other error here."""
+
+    exit_code = 3
 
 
 class CheckpointError(DraftcacheError):

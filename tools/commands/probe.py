@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from draftcache.tools.arguments import finite_number
+
 if TYPE_CHECKING:
     from draftcache.tools.probe.compare import Comparison, Match
 
@@ -52,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare.add_argument("--ids", metavar="A,B,..", help="ids of a stacked tensor's layers (default: 0,1,..)")
     compare.add_argument("--axis", type=int, choices=(0, 1), help="the stacked tensor's axis of layers, if both may be")
     compare.add_argument(
-        "--tolerance", type=float, metavar="X", help="largest |ours - other| / |other| of a match (default: 0.05)"
+        "--tolerance",
+        type=finite_number,
+        metavar="X",
+        help="largest |ours - other| / |other| of a match (default: 0.05)",
     )
     compare.add_argument("--json", action="store_true", help="print the comparison as JSON")
 

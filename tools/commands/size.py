@@ -9,17 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftcache.draft_train.config import MEMORY_SETTINGS, TrainConfig
-from draftcache.tools.arguments import add_settings
+from draftcache.tools.arguments import add_settings, count, finite_number
 
 if TYPE_CHECKING:
     from draftcache.store.format.array_spec import ArraySpec
     from draftcache.tools.reports.sizing import Counts
 
 _DRAFT_VOCAB = 32_000
-
-
-def _count(text: str) -> int:
-    return int(float(text))  # accepts 450e6, which is easier to read than 450000000
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -30,11 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags: the conversations, the verifier, the store's settings, and the hardware."""
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dataset", type=Path, help="prepared dataset: counts are its own")
-    what.add_argument("--tokens", type=_count, help="tokens, for a guess without a dataset (450e6): needs the next")
+    what.add_argument("--tokens", type=count, help="tokens, for a guess without a dataset (450e6): needs the next")
     what.add_argument("--store", help="with --train: a store, whose largest conversation decides")
-    what.add_argument("--length", type=_count, help="with --train: tokens of a conversation, without a store")
-    parser.add_argument("--loss-fraction", type=float, help="with --tokens, --length: share that the assistant wrote")
-    parser.add_argument("--mean-length", type=_count, default=8192, help="with --tokens: per conversation")
+    what.add_argument("--length", type=count, help="with --train: tokens of a conversation, without a store")
+    parser.add_argument(
+        "--loss-fraction", type=finite_number, help="with --tokens, --length: share that the assistant wrote"
+    )
+    parser.add_argument("--mean-length", type=count, default=8192, help="with --tokens: per conversation")
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--verifier", type=Path, help="its directory: config.json is read")
     shape.add_argument("--hidden-size", type=int, help="without a verifier at hand")
@@ -42,17 +40,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=_numbers, default=(2, 26, 48), help="taps (default: 2,26,48)")
     parser.add_argument("--top-k", type=int, default=64, help="teacher logits per position (default: 64)")
     parser.add_argument("--teacher", default="draft", help="draft, full or hidden, as of capture (default: draft)")
-    parser.add_argument("--draft-vocab-size", type=_count, help="default: the dataset's map, else 32000")
+    parser.add_argument("--draft-vocab-size", type=count, help="default: the dataset's map, else 32000")
     parser.add_argument(
         "--more-vocab-sizes", type=_numbers, default=(), help="further draft vocabularies: 8000,16000 (default: none)"
     )
     parser.add_argument("--window", type=int, default=4096, help="rows beyond it are dropped; 0 keeps all")
     parser.add_argument("--mode", help="only this mode (default: all, side by side)")
     parser.add_argument("--layout", choices=("zarr", "webdataset"), default="zarr", help="form of the shards")
-    parser.add_argument("--shard-tokens", type=_count, default=65_536, help="tokens per shard (default: 65536)")
-    parser.add_argument("--tokens-per-second", type=float, help="the verifier's rate, where it was measured")
+    parser.add_argument("--shard-tokens", type=count, default=65_536, help="tokens per shard (default: 65536)")
+    parser.add_argument("--tokens-per-second", type=finite_number, help="the verifier's rate, where it was measured")
     parser.add_argument("--gpu", choices=("h100", "h200", "a100"), default="h100", help="else: estimate for one of it")
-    parser.add_argument("--disk-gb-s", type=float, default=1.0, help="rate of writing, in 1e9 bytes (default: 1.0)")
+    parser.add_argument(
+        "--disk-gb-s", type=finite_number, default=1.0, help="rate of writing, in 1e9 bytes (default: 1.0)"
+    )
     parser.add_argument("--train", action="store_true", help="GPU memory of training instead: see the flags below")
     add_settings(parser.add_argument_group("with --train, as of `draftcache train`"), TrainConfig, MEMORY_SETTINGS)
     parser.add_argument("--json", action="store_true", help="print as JSON")
