@@ -363,3 +363,15 @@ def test_nemotron_template_tools() -> None:
 def test_nemotron_template_refuses_what_it_would_render_wrongly(message: dict[str, Any], found: str) -> None:
     with pytest.raises(RowRejectedError, match=found):
         spans_of([{"role": "user", "content": "q"}, message])
+
+
+def test_a_template_that_never_ends_costs_its_row_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    endless = (
+        "{% if messages | length > 2 %}{% for i in range(99999) %}{% for j in range(99999) %}"
+        "{% for k in range(99999) %}{% endfor %}{% endfor %}{% endfor %}{% endif %}" + BARE
+    )
+    monkeypatch.setattr("draftcache.capture.prepare.chat_tokens.ROW_SECONDS", 0.2)
+    with pytest.raises(RowRejectedError, match=r"TimeoutError: rendering takes more than 0\.2 s"):
+        render_chat(template_of(endless), row_of("a", "b", "c"), {})
+    assert render_chat(template_of(endless), row_of("a", "b"), {}).text == "a\n:b\n"
+    sum(range(20_000_000))  # the timer of a row that is done does not fire later

@@ -56,6 +56,25 @@ def files_of(output: Path) -> dict[str, bytes]:
     return {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
 
+ROWS_THAT_ENDED_JOBS = {
+    "huge-id": (b'{"token_ids": [' + b"9" * 5000 + b'], "loss_mask": [1]}', "malformed-json"),
+    "deep-tools": (chat("hi", "yo") | {"tools": "[" * 100_000 + "]" * 100_000}, "bad-tools"),
+    "deep-row": (b"[" * 100_000 + b"]" * 100_000, "malformed-json"),
+    "surrogate": (b'{"messages": [{"role": "\\ud800", "content": 1}]}', "template-rejected"),
+}
+
+
+@pytest.mark.parametrize(("row", "reason"), ROWS_THAT_ENDED_JOBS.values(), ids=ROWS_THAT_ENDED_JOBS)
+def test_a_row_that_once_ended_the_job_is_set_aside_and_its_neighbours_are_kept(
+    tmp_path: Path, tokenizer_dir: Path, row: Any, reason: str
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [chat("a", "b"), row, chat("c", "it must survive")])
+    run(tokenizer_dir, tmp_path / "out", {"train": [rows]})
+    assert len(TokenDataset.open(tmp_path / "out").split("train")) == 2
+    (record,) = quarantine_of(tmp_path / "out", "train")
+    assert (record["line"], record["reason"]) == (2, reason)
+
+
 def test_ids_and_masks_are_those_of_transformers(tokenizer_dir: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

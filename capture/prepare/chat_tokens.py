@@ -15,10 +15,13 @@ from __future__ import annotations
 
 import bisect
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -35,6 +38,10 @@ class RenderedChat:
 
     text: str
     assistant_spans: list[Span]
+
+
+ROW_SECONDS = 20.0
+"""Computing time after which the rendering of one row is given up: a template is a program, and may never end."""
 
 
 class ChatTokenizer:
@@ -73,13 +80,14 @@ def render_chat(template: ChatTemplate, row: ChatRow, variables: dict[str, str],
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
-        texts, found = render_jinja_template(
-            conversations=[without_nones(row.messages)],
-            tools=row.tools,
-            chat_template=template.text(row.tools),
-            return_assistant_tokens_mask=spans,
-            **variables,
-        )
+        with _cpu_time_limit(ROW_SECONDS):
+            texts, found = render_jinja_template(
+                conversations=[without_nones(row.messages)],
+                tools=row.tools,
+                chat_template=template.text(row.tools),
+                return_assistant_tokens_mask=spans,
+                **variables,
+            )
     except Exception as exc:  # a template is a program, and any exception of it concerns this row
         raise RowRejectedError(
             "template-rejected",
@@ -90,6 +98,29 @@ def render_chat(template: ChatTemplate, row: ChatRow, variables: dict[str, str],
     if not text.isascii() and (surrogate := _lone_surrogate(text)):
         raise RowRejectedError("lone-surrogate", expected="text that UTF-8 can hold", found=surrogate)
     return RenderedChat(text=text, assistant_spans=found[0] if spans else [])
+
+
+@contextmanager
+def _cpu_time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block once this process has computed for `seconds` in it.
+
+    The time of other processes and of a suspended machine does not count. Signals reach the main thread only, so there
+    is no limit in another thread, where nothing but a caller's own code can be.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def over(_number: int, _frame: FrameType | None) -> NoReturn:
+        raise TimeoutError(f"rendering takes more than {seconds:g} s of computing")
+
+    before = signal.signal(signal.SIGVTALRM, over)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def without_nones(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -138,12 +138,12 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes] | Rejection]:
 def parse_row(line: bytes) -> ChatRow | TokenRow:
     """Parse one line of JSON. Raises RowRejectedError."""
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line)
     except UnicodeDecodeError as exc:
         raise RowRejectedError(
             "invalid-utf8", expected="UTF-8 text", found=f"byte 0x{line[exc.start]:02x} at offset {exc.start}"
         ) from exc
-    except (json.JSONDecodeError, RecursionError) as exc:
+    except (ValueError, RecursionError) as exc:  # also integers of more digits than Python converts
         raise RowRejectedError(
             "malformed-json", expected="one JSON object", found=f"{exc}: {clip(line.decode('utf-8'))}"
         ) from exc
@@ -164,7 +164,10 @@ def parse_row(line: bytes) -> ChatRow | TokenRow:
 
 def clip(value: Any) -> str:
     """`repr(value)`, or the text itself, cut to 160 characters."""
-    text = value if isinstance(value, str) else repr(value)
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except (ValueError, RecursionError):  # an integer of too many digits, or nesting that is too deep to show
+        text = f"a {type(value).__name__} that can't be shown"
     return text if len(text) <= _FOUND_CHARACTERS else text[:_FOUND_CHARACTERS] + "..."
 
 
@@ -273,7 +276,7 @@ def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     if isinstance(tools, str):  # ShareGPT collections store tools as JSON text
         try:
             tools = json.loads(tools) if tools.strip() else None
-        except json.JSONDecodeError as exc:
+        except (ValueError, RecursionError) as exc:
             raise RowRejectedError("bad-tools", expected="tools as JSON", found=f"{exc}: {clip(tools)}") from exc
     if tools is None:
         return None

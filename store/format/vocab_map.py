@@ -7,7 +7,6 @@ on one map is wrong, silently and everywhere, under another.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.numpy import save_file
 
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.files import atomic_path, canonical_json, hash_bytes
+from draftcache.store.common.strict_json import parse_json
 
 VOCAB_MAP_NAME = "vocab_map.safetensors"
 """Name of the main map's file, in a store and in a prepared dataset."""
@@ -113,8 +113,12 @@ class VocabMap:
                 f"{path}: expected d2t int64 [D] and t2d bool [V], "
                 f"found {d2t.dtype} {list(d2t.shape)} and {t2d.dtype} {list(t2d.shape)}"
             )
-        details = json.loads(metadata.get(_METADATA_KEY, "{}"))
-        return cls._checked(path, d2t, t2d, details.get("hash"), tuple(details.get("sources", ())))
+        try:
+            details = parse_json(metadata.get(_METADATA_KEY, "{}"))
+            recorded, sources = details.get("hash"), tuple(map(str, details.get("sources", ())))
+        except (ValueError, TypeError, AttributeError) as exc:
+            raise InputError(f"{path}: expected the map's details as JSON, found something else ({exc})") from exc
+        return cls._checked(path, d2t, t2d, recorded, sources)
 
     @classmethod
     def _checked(

@@ -21,7 +21,6 @@ docs/features/speculative_decoding/extract_hidden_states.md; release blog and PR
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from draftcache.store.common.errors import InputError
+from draftcache.store.common.strict_json import parse_json
 
 METADATA_KEY = "draftcache_probe"
 """The one key of safetensors metadata, with all details as JSON: several keys would be written in a changing order."""
@@ -103,7 +103,12 @@ def read_states(path: Path, *, ids: tuple[int, ...] | None = None, layer_axis: i
     layers, which is needed if the shapes leave it open. Raises InputError, which names what was expected.
     """
     tensors, metadata = _load_safetensors(path)
-    details = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
+    try:
+        details = parse_json(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
+    except ValueError as exc:
+        raise InputError(f"{path}: expected a dump's description as JSON, found something else ({exc})") from exc
+    if details is not None and not isinstance(details, dict):
+        raise InputError(f"{path}: expected a dump's description, a JSON object, found {type(details).__name__}")
     if details is not None and details.get("version") != VERSION:
         raise InputError(
             f"{path}: expected a dump of version {VERSION}, found {details.get('version')!r}; dump it again"
