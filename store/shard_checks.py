@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from draftcache.store.common.errors import DraftcacheError, ShardDamagedError, StoreError
 from draftcache.store.common.files import Buffer, hash_blocks
 from draftcache.store.format.array_spec import COUNT_FIELD, FIRST_FIELD
-from draftcache.store.format.commits import Record, record_name, require_record, require_size, shard_name
+from draftcache.store.format.commits import Record, record_name, require_shard, require_size, shard_name
 from draftcache.store.format.index import INDEX_NAME, read_shard_index
 from draftcache.store.format.manifest import StoreManifest
 from draftcache.store.reader import StoreReader
@@ -42,7 +42,7 @@ class ShardReport:
 
     number: int
     record: Record | None
-    """The commit record, or None where it can't be read or is another store's."""
+    """The commit record, or None where it can't be read or belongs to another shard or store."""
     damages: list[Damage]
 
 
@@ -52,12 +52,7 @@ def check_shard(location: Location, number: int, *, quick: bool) -> ShardReport:
     manifest = StoreManifest.load(storage)
     name = record_name(shard_name(number))
     try:
-        record = require_record(storage, shard_name(number))
-        if record["manifest_hash"] != manifest.hash:
-            raise StoreError(
-                f"{storage.describe(name)}: expected manifest {manifest.hash}, found {record['manifest_hash']}; "
-                "it was copied from another store"
-            )
+        record = require_shard(storage, number, manifest.hash)
     except StoreError as exc:
         damages = [Damage(name=name, problem=str(exc), shard=number)]
         return ShardReport(number=number, record=None, damages=damages)

@@ -161,7 +161,8 @@ class TarStream:
 
     def _conversations(self, shards: list[Record]) -> Iterator[Conversation]:
         for record in shards:
-            yield from read_tar(self._store.storage, record, self._store.specs)
+            index = self._store.index[self._store.index["shard"] == shard_number(record["directory"])]
+            yield from read_tar(self._store.storage, record, self._store.specs, index)
 
 
 def _balanced(records: list[Record], parts: int) -> list[list[Record]]:

@@ -24,6 +24,7 @@ from draftcache.store.format.commits import (
     read_committed,
     read_record,
     record_name,
+    require_manifest,
     require_record,
     shard_name,
     shard_number,
@@ -165,6 +166,7 @@ def _check_top_level(storage: Storage, manifest: StoreManifest, quick: bool) -> 
                 continue  # the store is not finished
             if record is None:
                 raise StoreError(f"{storage.describe(record_name(stem))}: expected a commit record, found none")
+            require_manifest(storage, stem, record, manifest.hash)
             for damaged, problem in damaged_files(storage, record, quick=quick):
                 damages.append(Damage(name=damaged, problem=problem))
             if name in maps and not quick and storage.local_root is not None:

@@ -21,6 +21,7 @@ from draftcache.store.format.commits import (
     committed_shards,
     read_record,
     record_name,
+    require_manifest,
     shard_name,
     write_record,
 )
@@ -111,7 +112,11 @@ class StoreWriter:
         if not StoreManifest.exists(self.storage):
             return False
         StoreManifest.load(self.storage).require_same(self.manifest, self.storage.describe())
-        return all(read_record(self.storage, Path(name).stem) for name in top_level_names(self.manifest))
+        stems = [Path(name).stem for name in top_level_names(self.manifest)]
+        records = [read_record(self.storage, stem) for stem in stems]
+        for stem, record in zip(stems, records, strict=True):
+            require_manifest(self.storage, stem, record or {}, self.manifest.hash)
+        return all(records)
 
     def _create(self, prepare_files: Callable[[Path], Sequence[Path]]) -> None:
         with tempfile.TemporaryDirectory(prefix="draftcache-") as directory:
@@ -119,7 +124,9 @@ class StoreWriter:
                 self.storage.put_file(path.name, path)
                 entry = {"bytes": path.stat().st_size, "xxh3_128": hash_file(path)}
                 self.storage.delete(record_name(path.stem))  # left by an attempt that wrote no manifest
-                write_record(self.storage, path.stem, {"files": {path.name: entry}})
+                write_record(
+                    self.storage, path.stem, {"files": {path.name: entry}, "manifest_hash": self.manifest.hash}
+                )
         self.manifest.create(self.storage)
 
     def __enter__(self) -> Self:

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from draftcache.store.common.errors import ShardDamagedError
 from draftcache.store.common.files import hash_bytes
 from draftcache.store.format.commits import (
+    COMMIT_DIRECTORY,
     SHARDS_DIRECTORY,
     Record,
     committed_shards,
     read_committed,
     read_record,
-    require_record,
+    require_shard,
     shard_name,
     write_record,
 )
@@ -46,7 +47,7 @@ def load_index(data: bytes, where: str) -> NDArray[Any]:
         index = np.load(io.BytesIO(data), allow_pickle=False)
     except (OSError, ValueError, EOFError) as exc:
         raise ShardDamagedError(f"{where}: expected an index, could not read it ({exc})") from exc
-    if index.dtype != INDEX_DTYPE:
+    if index.dtype != INDEX_DTYPE or index.ndim != 1:
         raise ShardDamagedError(f"{where}: expected index fields {INDEX_DTYPE.names}, found {index.dtype.names}")
     return np.asarray(index)
 
@@ -63,17 +64,50 @@ def join_indexes(storage: Storage, records: list[Record]) -> NDArray[Any]:
     return np.concatenate(parts) if parts else np.empty(0, INDEX_DTYPE)
 
 
+def indexed_records(storage: Storage, manifest: StoreManifest, index: NDArray[Any]) -> list[Record]:
+    """Return the commit records of all shards of a finished store, after counting them against manifest and index.
+
+    They are asked for by number, so that a listing that came back short leaves none out. Raises ShardDamagedError,
+    which names the shards and counts their conversations, where records are missing; and where a record holds another
+    number of conversations than the index has of its shard.
+    """
+    numbers = index["shard"]
+    if ((numbers < 0) | (numbers >= manifest.shards)).any():
+        raise ShardDamagedError(
+            f"{storage.describe(INDEX_NAME)}: expected rows of the manifest's {manifest.shards} shards, found one of "
+            f"shard {numbers.max()}; run `draftcache repair` on the store"
+        )
+    counts = np.bincount(numbers, minlength=manifest.shards).tolist()
+    lost = [shard for shard in range(manifest.shards) if read_record(storage, shard_name(shard)) is None]
+    if lost:
+        raise ShardDamagedError(
+            f"{storage.describe(COMMIT_DIRECTORY)}: expected the commit records of all {manifest.shards} shards of a "
+            f"finished store, found none of {[shard_name(shard) for shard in lost]}, which hold "
+            f"{sum(counts[shard] for shard in lost)} of its {len(index)} conversations; run `draftcache repair` on the "
+            "store, then the capture command again"
+        )
+    records = [require_shard(storage, shard, manifest.hash) for shard in range(manifest.shards)]
+    for shard, record in enumerate(records):
+        if record["conversations"] != counts[shard]:
+            raise ShardDamagedError(
+                f"{storage.describe(INDEX_NAME)}: expected {record['conversations']} conversations of shard "
+                f"{shard_name(shard)}, as its commit record says, found {counts[shard]}; run `draftcache repair` on "
+                "the store"
+            )
+    return records
+
+
 def write_store_index(storage: Storage, manifest: StoreManifest) -> bool:
     """Write the whole store's index.npy, unless it is there. Returns False where shards are still missing."""
     if set(range(manifest.shards)) - set(committed_shards(storage)):
         return False
     if read_record(storage, INDEX_RECORD) is None:
-        records = [require_record(storage, shard_name(shard)) for shard in range(manifest.shards)]
+        records = [require_shard(storage, shard, manifest.hash) for shard in range(manifest.shards)]
         data = npy_bytes(join_indexes(storage, records))
         _remove_orphans(storage, {record["directory"] for record in records})
         storage.put(INDEX_NAME, data)
         entry = {"bytes": len(data), "xxh3_128": hash_bytes(data)}
-        write_record(storage, INDEX_RECORD, {"files": {INDEX_NAME: entry}})
+        write_record(storage, INDEX_RECORD, {"files": {INDEX_NAME: entry}, "manifest_hash": manifest.hash})
     return True
 
 
