@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from draftcache.store.common.errors import InputError, StoreError
+from draftcache.store.common.errors import InputError, ShardDamagedError
+from draftcache.store.comparison import compare_conversations
 from draftcache.store.format.array_spec import tap_name
-from draftcache.store.format.bf16 import bf16_to_float32, float32_to_bf16
+from draftcache.store.format.bf16 import float32_to_bf16
 from draftcache.store.format.channel_scales import Calibration
-from draftcache.store.format.commits import Record, read_record, require_record, shard_name
+from draftcache.store.format.commits import Record, read_record, require_record, require_shard, shard_name
 from draftcache.store.format.index import read_shard_index
 from draftcache.store.format.norm_band import NormBand
 from draftcache.store.format.schema import Conversation
 from draftcache.store.format.tap_codecs import LOSSY_MODES
 from draftcache.store.format.teacher_stats import describe, tail_mass
 from draftcache.store.reader import StoreReader
-from draftcache.store.storage.base import Location
+from draftcache.store.storage.base import Location, Storage
 from draftcache.store.writer import StoreWriter
 
 _CALIBRATION_ROWS = 65_536
@@ -36,16 +36,28 @@ class ConvertSummary:
 
     shards: int = 0
     """Shards that this run wrote."""
+    finished: bool = False
+    """Whether every shard of the target is committed, and its index too."""
+    missing: list[int] = field(default_factory=list)
+    """Shards of the target that are not committed yet, because another run writes them; ascending."""
     bytes_before: int = 0
     """Bytes of the source's shard files."""
     bytes_after: int = 0
     """Bytes of the target's committed shard files."""
     tokens: int = 0
     """Tokens of the store."""
+    conversations: int = 0
+    """Conversations of the target's committed shards; all of the source's where the copy is finished."""
     checked: int = 0
     """Conversations that were read back and compared."""
     largest_error: dict[int, float] = field(default_factory=dict)
-    """By tap, the largest `normalised_error` of a conversation. Only a change to a lossy mode has errors."""
+    """By tap, the largest `comparison.normalised_error` of a conversation. Only a change to a lossy mode has errors."""
+
+    def add_errors(self, errors: dict[int, float], conversations: int) -> None:
+        """Count conversations that were compared, with the largest error by tap that was found among them."""
+        self.checked += conversations
+        for layer, error in errors.items():
+            self.largest_error[layer] = max(self.largest_error.get(layer, 0.0), error)
 
 
 @dataclass(frozen=True)
@@ -147,9 +159,10 @@ class Conversion:
     def run(self, progress: Callable[[int], None] | None = None) -> ConvertSummary:
         """Write the shards that are missing, then the index.
 
-        `progress` is called with the bytes of each shard that was written, before compression. Raises StoreError, which
-        names the conversation, where values that were read back differ from those written, and the errors of
-        `StoreReader` and `StoreWriter`.
+        Where another run writes some of them at this moment, the copy is not finished yet, and the summary's `missing`
+        names them. `progress` is called with the bytes of each shard that was written, before compression. Raises
+        StoreError, which names the conversation, where values that were read back differ from those written, and the
+        errors of `StoreReader` and `StoreWriter`.
         """
         summary = ConvertSummary(tokens=int(self.source.index["tokens"].sum()))
         with StoreWriter(self.target, self.manifest, self._top_level_files) as writer:
@@ -163,16 +176,32 @@ class Conversion:
                     begun.commit(self._extra(shard, plan))
                 summary.shards += 1
                 if self.check:
-                    self._compare(writer, shard, plan, summary)
+                    index = read_shard_index(writer.storage, require_record(writer.storage, shard_name(shard)))
+                    written = StoreReader.of_shard(writer.storage, self.manifest, index)
+                    errors = compare_conversations(self.source, plan.first, written)
+                    summary.add_errors(errors, plan.last - plan.first)
+                    written.close()
                 if progress is not None:
                     progress(begun.payload_bytes)
-            writer.finish()
+            summary.finished = writer.finish()
             summary.bytes_before = self.source.bytes_on_disk()
-            records = (read_record(writer.storage, shard_name(shard)) for shard in range(len(self.plan)))
-            summary.bytes_after = sum(
-                item["bytes"] for record in records if record for item in record["files"].values()
+            self._count(writer.storage, summary)
+        if summary.finished and (summary.missing or summary.conversations != len(self.source)):
+            raise ShardDamagedError(
+                f"{writer.storage.describe()}: expected a finished copy of {len(self.source)} conversations, found "
+                f"{summary.conversations} and no record of the shards {summary.missing}; run `draftcache verify` on it"
             )
         return summary
+
+    def _count(self, storage: Storage, summary: ConvertSummary) -> None:
+        """Count what the commit records of the target hold. Raises ShardDamagedError for a record of another place."""
+        for shard in range(len(self.plan)):
+            if read_record(storage, shard_name(shard)) is None:
+                summary.missing.append(shard)
+                continue
+            record = require_shard(storage, shard, self.manifest.hash)
+            summary.bytes_after += sum(item["bytes"] for item in record["files"].values())
+            summary.conversations += record["conversations"]
 
     def _top_level_files(self, directory: Path) -> Sequence[Path]:
         copies = []
@@ -242,42 +271,3 @@ class Conversion:
             for item in record.get("quarantined", [])
             if low < (manifest.splits.index(item["split"]), item["dataset_index"]) <= high
         ]
-
-    def _compare(self, writer: StoreWriter, shard: int, plan: _ShardPlan, summary: ConvertSummary) -> None:
-        """Read a shard back and compare it. The errors of a change to a lossy mode are measured instead.
-
-        Raises StoreError, which names the conversation, where an array differs.
-        """
-        index = read_shard_index(writer.storage, require_record(writer.storage, shard_name(shard)))
-        written = StoreReader.of_shard(writer.storage, self.manifest, index)
-        taps = {tap_name(layer): layer for layer in self.manifest.layers}
-        for number in range(plan.first, plan.last):
-            expected, found = self.source.read(number), written.read(number - plan.first)
-            for name, values in expected.arrays.items():
-                mine = found.arrays[name]
-                if name in taps and mine.dtype != values.dtype:
-                    values = float32_to_bf16(values)
-                if (
-                    name in taps
-                    and self.manifest.mode in LOSSY_MODES
-                    and self.manifest.mode != self.source.manifest.mode
-                ):
-                    error = normalised_error(mine, values)
-                    summary.largest_error[taps[name]] = max(summary.largest_error.get(taps[name], 0.0), error)
-                elif (mine.dtype, mine.shape, mine.tobytes()) != (values.dtype, values.shape, values.tobytes()):
-                    raise StoreError(
-                        f"{written.location}: conversation {expected.content_hash}: expected {name} as in "
-                        f"{self.source.location}, read back other values; check the disk and the memory, then run "
-                        "`draftcache verify` on both"
-                    )
-            summary.checked += 1
-        written.close()
-
-
-def normalised_error(found: NDArray[np.uint16], expected: NDArray[np.uint16]) -> float:
-    """Return the rms of the difference of bf16 states [R, H], after dividing by each channel's rms over these rows."""
-    if not expected.size:
-        return 0.0
-    one, two = (bf16_to_float32(states).astype(np.float64) for states in (found, expected))
-    rms = np.sqrt(np.square(two).mean(axis=0))
-    return float(np.sqrt(np.square((one - two) / np.where(rms > 0, rms, 1)).mean()))

@@ -103,14 +103,10 @@ def verify_store(
             raise
         report.damages.append(Damage(name="manifest.json", problem=str(exc)))
         return report
-    numbers = committed_shards(storage)
-    report.shards, report.committed = manifest.shards, len(numbers)
+    report.shards = manifest.shards
     report.damages += _check_top_level(storage, manifest, quick)
     report.indexed = storage.size(record_name(INDEX_RECORD)) is not None
-    if report.indexed:
-        # The index is written once every shard is committed, so a shard without a record has lost it.
-        lost = sorted(set(range(manifest.shards)) - set(numbers))
-        report.damages += [_lost_record(number) for number in lost]
+    numbers = _committed(storage, manifest, report)
     records: dict[int, Record] = {}
     for found in _check_shards(location, numbers, quick, workers):
         report.damages += found.damages
@@ -125,6 +121,29 @@ def verify_store(
         report.damages += _check_store_index(storage, records)
     report.strays = _strays(storage, records, report.damaged_shards)
     return report
+
+
+def _committed(storage: Storage, manifest: StoreManifest, report: VerifyReport) -> list[int]:
+    """Return the numbers of the shards to check, and report records that are missing or outside the manifest's plan.
+
+    The index is written once every shard is committed, so a shard without a record has lost it. A list that came back
+    short loses none: each shard that it leaves out is asked for by number.
+    """
+    listed = committed_shards(storage)
+    inside = [number for number in listed if number < manifest.shards]
+    report.damages += [_beyond_plan(number, manifest.shards) for number in listed if number >= manifest.shards]
+    if report.indexed:
+        unlisted = sorted(set(range(manifest.shards)) - set(inside))
+        there = {number for number in unlisted if storage.size(record_name(shard_name(number))) is not None}
+        report.damages += [_lost_record(number) for number in unlisted if number not in there]
+        inside = sorted({*inside, *there})
+    report.committed = len(inside)
+    return inside
+
+
+def _beyond_plan(number: int, shards: int) -> Damage:
+    name = record_name(shard_name(number))
+    return Damage(name=name, problem=f"expected records of shards below {shards}, found this one", shard=number)
 
 
 def _lost_record(number: int) -> Damage:

@@ -10,7 +10,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from draftcache.store.common.errors import ShardDamagedError, StorageError, StoreNotFoundError
@@ -33,6 +33,12 @@ def _explained(path: Path, doing: str) -> Iterator[None]:
             f"{path}: could not be {doing} ({exc.strerror or exc}); what was committed before is untouched: "
             "mend the cause and run the same command again"
         ) from exc
+
+
+def _unless_missing(exc: OSError) -> None:
+    """Raise an error of a walk, so that no list is short without a word. A missing directory is an empty one."""
+    if not isinstance(exc, FileNotFoundError):
+        raise exc
 
 
 class LocalRangeFile:
@@ -177,10 +183,18 @@ class LocalStorage:
 
     def list(self, directory: str) -> list[str]:
         names = []
-        for folder, directories, files in os.walk(self.local_root / directory):
-            directories[:] = [item for item in directories if not item.startswith(".")]
-            base = Path(folder).relative_to(self.local_root)
-            names += [(base / item).as_posix() for item in files if not item.startswith(".")]
+        seen: set[tuple[int, int]] = set()
+        top = self.local_root / directory
+        with _explained(top, "listed"):
+            for folder, directories, files in os.walk(top, onerror=_unless_missing, followlinks=True):
+                base = Path(folder).relative_to(self.local_root)
+                directories[:] = [item for item in directories if not item.startswith(".")]
+                with suppress(FileNotFoundError):  # it may have been removed since
+                    found = Path(folder).stat()
+                    if (found.st_dev, found.st_ino) in seen:  # a link led to a directory above
+                        directories[:], files = [], []
+                    seen.add((found.st_dev, found.st_ino))
+                names += [(base / item).as_posix() for item in files if not item.startswith(".")]
         return sorted(names)
 
     def put(self, name: str, data: Buffer) -> None:
