@@ -13,16 +13,13 @@ from draftcache.store.format.tap_codecs import LOSSY_MODES
 from draftcache.store.reader import StoreReader
 
 
-def compare_conversations(
-    source: StoreReader, first: int, copy: StoreReader, last: int | None = None
-) -> dict[int, float]:
-    """Compare all conversations of `copy` with the source's `first .. last-1`, by default as many as the copy has.
+def compare_conversations(source: StoreReader, first: int, last: int, copy: StoreReader) -> dict[int, float]:
+    """Compare all conversations of `copy` with the source's `first .. last-1`.
 
     Where the copy's mode is lossy and the source's is another, taps are measured instead: the result holds the largest
     `normalised_error` of a conversation by tap, and is {} otherwise. Raises StoreError, which names the conversation,
     where an array differs or the copy holds other conversations.
     """
-    last = first + len(copy) if last is None else last
     if len(copy) != last - first:
         raise StoreError(
             f"{copy.location}: expected {last - first} conversations as in {source.location}, read back {len(copy)}"

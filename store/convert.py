@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from draftcache.store.common.errors import InputError, ShardDamagedError
+from draftcache.store.common.errors import InputError, ShardDamagedError, StoreError
 from draftcache.store.comparison import compare_conversations
+from draftcache.store.convert_summary import ConvertSummary
 from draftcache.store.format.array_spec import tap_name
 from draftcache.store.format.bf16 import float32_to_bf16
 from draftcache.store.format.channel_scales import Calibration
-from draftcache.store.format.commits import Record, read_record, require_record, require_shard, shard_name
+from draftcache.store.format.commits import Record, read_record, require_shard, shard_name
 from draftcache.store.format.index import read_shard_index
 from draftcache.store.format.norm_band import NormBand
 from draftcache.store.format.schema import Conversation
@@ -26,38 +28,19 @@ from draftcache.store.writer import StoreWriter
 
 _CALIBRATION_ROWS = 65_536
 """About how many rows a calibration of channel scales reads."""
-_WRITER_FIELDS = ("directory", "files", "lengths", "conversations", "loss_tokens", "payload_bytes", "manifest_hash")
-"""Fields of a commit record that the writer makes. The others are capture's."""
-
-
-@dataclass
-class ConvertSummary:
-    """What one run of a conversion did."""
-
-    shards: int = 0
-    """Shards that this run wrote."""
-    finished: bool = False
-    """Whether every shard of the target is committed, and its index too."""
-    missing: list[int] = field(default_factory=list)
-    """Shards of the target that are not committed yet, because another run writes them; ascending."""
-    bytes_before: int = 0
-    """Bytes of the source's shard files."""
-    bytes_after: int = 0
-    """Bytes of the target's committed shard files."""
-    tokens: int = 0
-    """Tokens of the store."""
-    conversations: int = 0
-    """Conversations of the target's committed shards; all of the source's where the copy is finished."""
-    checked: int = 0
-    """Conversations that were read back and compared."""
-    largest_error: dict[int, float] = field(default_factory=dict)
-    """By tap, the largest `comparison.normalised_error` of a conversation. Only a change to a lossy mode has errors."""
-
-    def add_errors(self, errors: dict[int, float], conversations: int) -> None:
-        """Count conversations that were compared, with the largest error by tap that was found among them."""
-        self.checked += conversations
-        for layer, error in errors.items():
-            self.largest_error[layer] = max(self.largest_error.get(layer, 0.0), error)
+_COMPARED = "compared_with"
+"""Field of a converted shard's commit record: the manifest's hash of the source that the shard was compared with."""
+_WRITER_FIELDS = (
+    "directory",
+    "files",
+    "lengths",
+    "conversations",
+    "loss_tokens",
+    "payload_bytes",
+    "manifest_hash",
+    _COMPARED,
+)
+"""Fields of a commit record that the writer or a conversion makes. The others are capture's."""
 
 
 @dataclass(frozen=True)
@@ -167,22 +150,9 @@ class Conversion:
         summary = ConvertSummary(tokens=int(self.source.index["tokens"].sum()))
         with StoreWriter(self.target, self.manifest, self._top_level_files) as writer:
             for shard, plan in enumerate(self.plan):
-                begun = writer.shard(shard)
-                if begun is None:
-                    continue
-                with begun:
-                    for number in range(plan.first, plan.last):
-                        begun.append(self._converted(number))
-                    begun.commit(self._extra(shard, plan))
-                summary.shards += 1
-                if self.check:
-                    index = read_shard_index(writer.storage, require_record(writer.storage, shard_name(shard)))
-                    written = StoreReader.of_shard(writer.storage, self.manifest, index)
-                    errors = compare_conversations(self.source, plan.first, written)
-                    summary.add_errors(errors, plan.last - plan.first)
-                    written.close()
+                size = self._copy(writer, shard, plan, summary)
                 if progress is not None:
-                    progress(begun.payload_bytes)
+                    progress(size)
             summary.finished = writer.finish()
             summary.bytes_before = self.source.bytes_on_disk()
             self._count(writer.storage, summary)
@@ -192,6 +162,52 @@ class Conversion:
                 f"{summary.conversations} and no record of the shards {summary.missing}; run `draftcache verify` on it"
             )
         return summary
+
+    def _copy(self, writer: StoreWriter, shard: int, plan: _ShardPlan, summary: ConvertSummary) -> int:
+        """Write a shard, compare it and commit it then, so that a shard that differs is never a part of the target.
+
+        A shard that was committed without a comparison is compared now. Returns the bytes that were written, before
+        compression. Raises StoreError where a conversation differs.
+        """
+        begun = writer.shard(shard)
+        if begun is None:
+            self._compare_committed(writer.storage, shard, plan, summary)
+            return 0
+        extra, check = self._extra(shard, plan), None
+        if self.check:
+            extra[_COMPARED] = self.source.manifest.hash
+            check = partial(self._compare, writer.storage, plan, summary)
+        with begun:
+            for number in range(plan.first, plan.last):
+                begun.append(self._converted(number))
+            begun.commit(extra, check)
+        summary.shards += 1
+        return begun.payload_bytes
+
+    def _compare(self, storage: Storage, plan: _ShardPlan, summary: ConvertSummary, record: Record) -> None:
+        """Read back the shard of a commit record, which need not be written yet, and compare it. Raises StoreError."""
+        written = StoreReader.of_shard(storage, self.manifest, read_shard_index(storage, record), record)
+        try:
+            summary.add_errors(
+                compare_conversations(self.source, plan.first, plan.last, written), plan.last - plan.first
+            )
+        finally:
+            written.close()
+
+    def _compare_committed(self, storage: Storage, shard: int, plan: _ShardPlan, summary: ConvertSummary) -> None:
+        """Compare a committed shard whose record does not say that it was compared with this source."""
+        if not self.check or read_record(storage, shard_name(shard)) is None:  # another run is writing it
+            return
+        record = require_shard(storage, shard, self.manifest.hash)
+        if record.get(_COMPARED) == self.source.manifest.hash:
+            return
+        try:
+            self._compare(storage, plan, summary, record)
+        except StoreError as exc:
+            raise StoreError(
+                f"{exc}. The shard {shard_name(shard)} was committed by a run that did not compare it: remove "
+                f"{storage.describe()} and convert again"
+            ) from exc
 
     def _count(self, storage: Storage, summary: ConvertSummary) -> None:
         """Count what the commit records of the target hold. Raises ShardDamagedError for a record of another place."""

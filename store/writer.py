@@ -18,6 +18,7 @@ from draftcache.store.common.files import hash_file
 from draftcache.store.format.array_spec import COUNT_FIELD, FIRST_FIELD, LENGTH_ARRAY, tap_name
 from draftcache.store.format.commits import (
     SHARDS_DIRECTORY,
+    Record,
     committed_shards,
     read_record,
     record_name,
@@ -242,16 +243,18 @@ class ShardInProgress:
             self._lengths[axis] += count
         return row
 
-    def commit(self, extra: dict[str, Any]) -> bool:
+    def commit(self, extra: dict[str, Any], check: Callable[[Record], None] | None = None) -> bool:
         """Publish the shard. `extra` holds further fields of its commit record.
 
-        Returns False, and removes the shard, where another writer's record was there first. Raises StorageError.
+        `check` is called with the record before it is written, when the files have their final names: an error that it
+        raises leaves the shard uncommitted. Returns False, and removes the shard, where another writer's record was
+        there first. Raises StorageError.
         """
         files = self._format.close()
         index = np.concatenate(self._index) if self._index else np.empty(0, INDEX_DTYPE)
         files[INDEX_NAME] = write_small_file(self._stage, INDEX_NAME, npy_bytes(index))
         directory = self._stage.publish()
-        record = {
+        record: Record = {
             "directory": directory,
             "files": {f"{directory}/{name}": files[name] for name in sorted(files)},
             "lengths": self._lengths,
@@ -259,10 +262,12 @@ class ShardInProgress:
             "loss_tokens": int(index["loss_tokens"].sum()),
             "payload_bytes": self.payload_bytes,
             "manifest_hash": self._manifest.hash,
-        }
+        } | extra
+        if check is not None:
+            check(record)
         # From here on the files stay, because a call that breaks off may have written the record that names them.
         self._settled = True
-        if not write_record(self._storage, shard_name(self.number), record | extra):
+        if not write_record(self._storage, shard_name(self.number), record):
             self._stage.abandon()
             return False
         return True
