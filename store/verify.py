@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from draftcache.store.common.errors import DraftcacheError, StoreError
+from draftcache.store.common.errors import StoreError
 from draftcache.store.format.commits import (
     SHARDS_DIRECTORY,
     Record,
@@ -29,10 +29,11 @@ from draftcache.store.format.commits import (
     shard_name,
     shard_number,
 )
+from draftcache.store.format.frozen import FROZEN_NAME, require_frozen
 from draftcache.store.format.index import INDEX_NAME, INDEX_RECORD, load_index, read_shard_index
 from draftcache.store.format.manifest import StoreManifest, top_level_names
 from draftcache.store.format.vocab_map import VocabMap
-from draftcache.store.shard_checks import Damage, ShardReport, check_shard, damaged_files
+from draftcache.store.shard_checks import REFUSED, Damage, ShardReport, brief, check_shard, damaged_files
 from draftcache.store.storage.base import Location, Storage, open_storage
 
 _PROCESSES_FROM = 8
@@ -176,7 +177,6 @@ def _check_shards(location: Location, numbers: list[int], quick: bool, workers: 
 def _check_top_level(storage: Storage, manifest: StoreManifest, quick: bool) -> list[Damage]:
     """Check the frozen weights, the vocabulary maps, and the store's index where one is committed."""
     damages = []
-    maps = {vocab.map_name: vocab.hash for vocab in manifest.teacher_form.vocabularies}
     for name in (*top_level_names(manifest), INDEX_NAME):
         stem = Path(name).stem
         try:
@@ -186,15 +186,25 @@ def _check_top_level(storage: Storage, manifest: StoreManifest, quick: bool) -> 
             if record is None:
                 raise StoreError(f"{storage.describe(record_name(stem))}: expected a commit record, found none")
             require_manifest(storage, stem, record, manifest.hash)
-            for damaged, problem in damaged_files(storage, record, quick=quick):
+            for damaged, problem in damaged_files(storage, record, [name], quick=quick):
                 damages.append(Damage(name=damaged, problem=problem))
-            if name in maps and not quick and storage.local_root is not None:
-                found = VocabMap.load(storage.local_root / name).hash
-                if found != maps[name]:
-                    raise StoreError(f"{name}: expected vocabulary {maps[name]}, found {found}")
-        except DraftcacheError as exc:
-            damages.append(Damage(name=name if stem != INDEX_RECORD else INDEX_NAME, problem=str(exc)))
+            if not quick and storage.local_root is not None and not any(item.name == name for item in damages):
+                _require_readable(storage.local_root / name, manifest)
+        except REFUSED as exc:
+            damages.append(Damage(name=name, problem=brief(exc)))
     return damages
+
+
+def _require_readable(path: Path, manifest: StoreManifest) -> None:
+    """Raise an error unless a top-level file is what its name says, whatever its hash."""
+    vocabularies = manifest.teacher_form.vocabularies
+    maps = {vocab.map_name: vocab.hash for vocab in vocabularies}
+    if path.name in maps and (found := VocabMap.load(path).hash) != maps[path.name]:
+        raise StoreError(f"{path}: expected vocabulary {maps[path.name]}, found {found}")
+    if path.name == FROZEN_NAME:
+        require_frozen(path, manifest.hidden_size, {vocab.head: vocab.size for vocab in vocabularies})
+    if path.name == INDEX_NAME:
+        load_index(path.read_bytes(), str(path))
 
 
 def _check_store_index(storage: Storage, records: dict[int, Record]) -> list[Damage]:

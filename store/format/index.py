@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from draftcache.store.common.errors import ShardDamagedError
-from draftcache.store.common.files import hash_bytes
+from draftcache.store.common.files import Buffer, hash_bytes
 from draftcache.store.format.commits import (
     COMMIT_DIRECTORY,
     SHARDS_DIRECTORY,
@@ -25,6 +26,8 @@ from draftcache.store.format.manifest import StoreManifest
 from draftcache.store.format.schema import INDEX_DTYPE
 from draftcache.store.storage.base import Storage
 
+_NO_NPY = (OSError, ValueError, EOFError, SyntaxError, TokenError, TypeError, LookupError, MemoryError, Warning)
+"""What numpy raises for bytes that are no .npy file: it reads the header as a Python expression."""
 INDEX_NAME = "index.npy"
 """Name of the file, in a shard's directory and in the store's root."""
 INDEX_RECORD = "index"
@@ -38,18 +41,29 @@ def npy_bytes(array: NDArray[Any]) -> bytes:
     return buffer.getvalue()
 
 
+def load_npy(data: Buffer, where: str) -> NDArray[Any]:
+    """Return the array that the bytes of a .npy file hold. Nothing is unpickled: object arrays are refused.
+
+    Raises ShardDamagedError, which names `where`, for bytes that are no such file.
+    """
+    try:
+        return np.asarray(np.lib.format.read_array(io.BytesIO(data), allow_pickle=False))
+    except _NO_NPY as exc:
+        raise ShardDamagedError(
+            f"{where}: expected a .npy array, could not read it ({exc}); run `draftcache repair` on the store, then "
+            "the capture command again"
+        ) from exc
+
+
 def load_index(data: bytes, where: str) -> NDArray[Any]:
     """Return the index rows, of `INDEX_DTYPE`, that the bytes of an index.npy hold.
 
     Raises ShardDamagedError, which names `where`, for bytes that are no such file.
     """
-    try:
-        index = np.load(io.BytesIO(data), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as exc:
-        raise ShardDamagedError(f"{where}: expected an index, could not read it ({exc})") from exc
+    index = load_npy(data, where)
     if index.dtype != INDEX_DTYPE or index.ndim != 1:
         raise ShardDamagedError(f"{where}: expected index fields {INDEX_DTYPE.names}, found {index.dtype.names}")
-    return np.asarray(index)
+    return index
 
 
 def read_shard_index(storage: Storage, record: Record) -> NDArray[Any]:

@@ -22,6 +22,7 @@ from draftcache.store.common.errors import ShardDamagedError
 from draftcache.store.common.files import hash_bytes
 from draftcache.store.format.array_spec import ArraySpec
 from draftcache.store.format.commits import Record, require_size
+from draftcache.store.format.index import load_npy
 from draftcache.store.format.schema import Conversation
 from draftcache.store.layouts.tar_shards import DATA_NAME, member_suffix, read_members
 from draftcache.store.storage.base import RangeFile, Storage
@@ -133,15 +134,15 @@ def _require_place(item: Conversation, crcs: list[int], row: np.void, members: N
 def _array(data: bytes, spec: ArraySpec, where: str) -> NDArray[Any]:
     """Return a member's array. Nothing is unpickled: object arrays are refused by their dtype."""
     try:
-        buffer = io.BytesIO(_ZSTD.decode(data) if spec.compress else data)
-        array = np.lib.format.read_array(buffer, allow_pickle=False)
-    except (ValueError, RuntimeError, EOFError) as exc:
-        raise ShardDamagedError(f"{where}: expected a .npy array, could not read it ({exc})") from exc
+        plain = _ZSTD.decode(data) if spec.compress else data
+    except (ValueError, RuntimeError) as exc:
+        raise ShardDamagedError(f"{where}: expected a .npy array, could not decompress it ({exc})") from exc
+    array = load_npy(plain, where)
     if array.dtype != spec.stored_dtype or array.shape[1:] != spec.inner:
         raise ShardDamagedError(
             f"{where}: expected {spec.dtype} rows of {spec.inner}, found {array.dtype} {array.shape}"
         )
-    return np.asarray(array)
+    return array
 
 
 class _Stream(io.RawIOBase):

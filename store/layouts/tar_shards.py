@@ -23,7 +23,7 @@ from draftcache.store.common.errors import ShardDamagedError, StoreNotFoundError
 from draftcache.store.common.files import Buffer, canonical_json, hash_bytes
 from draftcache.store.format.array_spec import COUNT_FIELD, ArraySpec
 from draftcache.store.format.commits import Record, read_committed, require_size
-from draftcache.store.format.index import npy_bytes
+from draftcache.store.format.index import load_npy, npy_bytes
 from draftcache.store.format.schema import Conversation
 from draftcache.store.layouts.shard_files import PARALLEL_BYTES, Files, HashedFile, run_later, run_now, write_small_file
 from draftcache.store.storage.base import RangeFile, Stage, Storage
@@ -140,11 +140,8 @@ def read_members(storage: Storage, record: Record, specs: dict[str, ArraySpec]) 
     ShardDamagedError where it is not as committed.
     """
     name = f"{record['directory']}/{MEMBERS_NAME}"
-    where, data = storage.describe(name), read_committed(storage, record, name)
-    try:
-        table = np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
-    except (OSError, ValueError, EOFError) as exc:
-        raise ShardDamagedError(f"{where}: expected a table of members, could not read it ({exc})") from exc
+    where = storage.describe(name)
+    table = load_npy(read_committed(storage, record, name), where)
     expected = (_members_dtype(len(specs)), (record["conversations"],))
     if (table.dtype, table.shape) != expected:
         raise ShardDamagedError(
@@ -152,6 +149,10 @@ def read_members(storage: Storage, record: Record, specs: dict[str, ArraySpec]) 
             f"a table {table.shape} of {table.dtype}; run `draftcache repair` on the store, then the capture command "
             "again"
         )
+    size = require_size(storage, record, f"{record['directory']}/{DATA_NAME}")
+    members = table["members"]
+    if ((members["bytes"] > size) | (members["offset"] > size - members["bytes"])).any():
+        raise ShardDamagedError(f"{where}: expected members inside the {size} bytes of {DATA_NAME}, found others")
     return table
 
 
@@ -164,7 +165,6 @@ class TarShard:
         self._numbers = {name: number for number, name in enumerate(specs)}
         self._name = f"{record['directory']}/{DATA_NAME}"
         self._table = read_members(storage, record, specs)
-        require_size(storage, record, self._name)
         try:
             self._file: RangeFile = storage.open(self._name)
         except StoreNotFoundError as exc:
