@@ -263,9 +263,14 @@ class LocalStorage:
         path = self.local_root / target
         with _explained(path, "moved"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            (self.local_root / source).rename(path)
+            old = self.local_root / source
+            if old.is_symlink():  # a relative link would lead nowhere from its new place
+                path.symlink_to(old.resolve())
+                old.unlink()
+            else:
+                old.rename(path)
             fsync_directory(path.parent)
-            fsync_directory((self.local_root / source).parent)
+            fsync_directory(old.parent)
 
     def stage(self, directory: str) -> LocalStage:
         return LocalStage(self.local_root / directory, directory)
@@ -286,10 +291,7 @@ class LocalStorage:
         return LocalLock(descriptor)
 
     def remove_leftovers(self) -> None:
-        """Remove files and directories under temporary names, which killed writers left.
-
-        Only the holder of the store's exclusive lock may call this.
-        """
+        """Remove what killed writers left under temporary names. Only the exclusive lock's holder may call this."""
         for path in [*self.local_root.rglob(f".*{_PARTIAL}")]:
             with _explained(path, "removed"):
                 if path.is_dir():
