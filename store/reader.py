@@ -18,6 +18,7 @@ from draftcache.store.common.errors import InputError, ShardDamagedError, StoreE
 from draftcache.store.common.files import hash_file
 from draftcache.store.format.array_spec import tap_name
 from draftcache.store.format.commits import (
+    SETTINGS_HASH,
     Record,
     committed_shards,
     read_committed,
@@ -153,7 +154,8 @@ class StoreReader:
             raise StoreError(
                 f"{self.location}: expected {name} with its commit record, found none; rerun capture to finish it"
             )
-        require_manifest(self.storage, Path(name).stem, record, self.manifest.hash)
+        settings = self.manifest.settings_hash
+        require_manifest(self.storage, Path(name).stem, record, settings, field=SETTINGS_HASH)
         require_size(self.storage, record, name)
         if self.storage.local_root is not None:
             path = self.storage.local_root / name

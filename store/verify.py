@@ -18,6 +18,7 @@ import numpy as np
 
 from draftcache.store.common.errors import StoreError
 from draftcache.store.format.commits import (
+    SETTINGS_HASH,
     SHARDS_DIRECTORY,
     Record,
     committed_shards,
@@ -185,7 +186,10 @@ def _check_top_level(storage: Storage, manifest: StoreManifest, quick: bool) -> 
                 continue  # the store is not finished
             if record is None:
                 raise StoreError(f"{storage.describe(record_name(stem))}: expected a commit record, found none")
-            require_manifest(storage, stem, record, manifest.hash)
+            if name == INDEX_NAME:
+                require_manifest(storage, stem, record, manifest.hash)
+            else:
+                require_manifest(storage, stem, record, manifest.settings_hash, field=SETTINGS_HASH)
             for damaged, problem in damaged_files(storage, record, [name], quick=quick):
                 damages.append(Damage(name=damaged, problem=problem))
             if not quick and storage.local_root is not None and not any(item.name == name for item in damages):

@@ -17,6 +17,7 @@ from draftcache.store.common.errors import StoreError
 from draftcache.store.common.files import hash_file
 from draftcache.store.format.array_spec import COUNT_FIELD, FIRST_FIELD, LENGTH_ARRAY, tap_name
 from draftcache.store.format.commits import (
+    SETTINGS_HASH,
     SHARDS_DIRECTORY,
     Record,
     committed_shards,
@@ -116,7 +117,7 @@ class StoreWriter:
         stems = [Path(name).stem for name in top_level_names(self.manifest)]
         records = [read_record(self.storage, stem) for stem in stems]
         for stem, record in zip(stems, records, strict=True):
-            require_manifest(self.storage, stem, record or {}, self.manifest.hash)
+            require_manifest(self.storage, stem, record or {}, self.manifest.settings_hash, field=SETTINGS_HASH)
         return all(records)
 
     def _create(self, prepare_files: Callable[[Path], Sequence[Path]]) -> None:
@@ -126,7 +127,7 @@ class StoreWriter:
                 entry = {"bytes": path.stat().st_size, "xxh3_128": hash_file(path)}
                 self.storage.delete(record_name(path.stem))  # left by an attempt that wrote no manifest
                 write_record(
-                    self.storage, path.stem, {"files": {path.name: entry}, "manifest_hash": self.manifest.hash}
+                    self.storage, path.stem, {"files": {path.name: entry}, SETTINGS_HASH: self.manifest.settings_hash}
                 )
         self.manifest.create(self.storage)
 

@@ -125,6 +125,17 @@ def test_a_top_level_file_with_the_record_of_another_store(tmp_path: Path, name:
     read_all(one)
 
 
+def test_files_of_a_job_that_began_the_store_at_the_same_time(tmp_path: Path) -> None:
+    """In a bucket two jobs may calibrate at once: the manifest of one counts, with the equal files of either."""
+    one, two = write(tmp_path / "one"), write(tmp_path / "two", norm_bands={})
+    for path in ("frozen.safetensors", "commit/frozen.json", "vocab_map.safetensors", "commit/vocab_map.json"):
+        shutil.copyfile(two / path, one / path)
+    assert StoreReader(one).manifest.hash != StoreReader(two).manifest.hash
+    read_all(one)
+    assert not verify_store(one).damages
+    StoreWriter(one, manifest(shards=3, mode="bf16"), write_files).__exit__(None, None, None)
+
+
 def test_a_shard_of_another_store(tmp_path: Path) -> None:
     write_store(tmp_path / "one")
     write_store(tmp_path / "two", dataset_hash="another")

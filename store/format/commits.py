@@ -27,6 +27,8 @@ Record = dict[str, Any]
 """A commit record. `files` is {name in the store: {"bytes", "xxh3_128"}}. The record of a shard also has `directory`,
 `lengths` (by axis), `manifest_hash` and the values that capture recorded."""
 
+SETTINGS_HASH = "settings_hash"
+"""Field of the records of the frozen weights and the vocabulary maps: `StoreManifest.settings_hash`."""
 _SHARD_FIELDS = {"directory": str, "lengths": dict, "conversations": int, "manifest_hash": str}
 """Fields of a shard's record that readers depend on, and their types."""
 
@@ -119,15 +121,18 @@ def require_shard(storage: Storage, shard: int, manifest_hash: str) -> Record:
     return record
 
 
-def require_manifest(storage: Storage, name: str, record: Record, manifest_hash: str) -> None:
+def require_manifest(
+    storage: Storage, name: str, record: Record, expected: str, *, field: str = "manifest_hash"
+) -> None:
     """Raise ShardDamagedError where the record `name` says that it belongs to a store of another manifest.
 
-    Records of top-level files that an older draftcache wrote do not say so, and pass.
+    It says so in `field`: the records of shards and of the index hold the manifest's hash, those of the other files
+    `SETTINGS_HASH`. Records of top-level files that an older draftcache wrote say nothing, and pass.
     """
-    found = record.get("manifest_hash", manifest_hash)
-    if found != manifest_hash:
+    found = record.get(field, expected)
+    if found != expected:
         raise ShardDamagedError(
-            f"{storage.describe(record_name(name))}: expected a record of manifest {manifest_hash}, found one of "
+            f"{storage.describe(record_name(name))}: expected a record of manifest {expected}, found one of "
             f"{found}; it was copied from another store: put the right files and records back, or {_REPAIR}"
         )
 
