@@ -3,49 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from draftcache.store.common.errors import InputError, StoreError
+from draftcache.store.common.errors import InputError, ShardDamagedError, StoreError
+from draftcache.store.comparison import compare_conversations
+from draftcache.store.convert_summary import ConvertSummary
 from draftcache.store.format.array_spec import tap_name
-from draftcache.store.format.bf16 import bf16_to_float32, float32_to_bf16
+from draftcache.store.format.bf16 import float32_to_bf16
 from draftcache.store.format.channel_scales import Calibration
-from draftcache.store.format.commits import Record, read_record, require_record, shard_name
+from draftcache.store.format.commits import Record, read_record, require_shard, shard_name
 from draftcache.store.format.index import read_shard_index
 from draftcache.store.format.norm_band import NormBand
 from draftcache.store.format.schema import Conversation
 from draftcache.store.format.tap_codecs import LOSSY_MODES
 from draftcache.store.format.teacher_stats import describe, tail_mass
 from draftcache.store.reader import StoreReader
-from draftcache.store.storage.base import Location
+from draftcache.store.storage.base import Location, Storage
 from draftcache.store.writer import StoreWriter
 
 _CALIBRATION_ROWS = 65_536
 """About how many rows a calibration of channel scales reads."""
-_WRITER_FIELDS = ("directory", "files", "lengths", "conversations", "loss_tokens", "payload_bytes", "manifest_hash")
-"""Fields of a commit record that the writer makes. The others are capture's."""
-
-
-@dataclass
-class ConvertSummary:
-    """What one run of a conversion did."""
-
-    shards: int = 0
-    """Shards that this run wrote."""
-    bytes_before: int = 0
-    """Bytes of the source's shard files."""
-    bytes_after: int = 0
-    """Bytes of the target's committed shard files."""
-    tokens: int = 0
-    """Tokens of the store."""
-    checked: int = 0
-    """Conversations that were read back and compared."""
-    largest_error: dict[int, float] = field(default_factory=dict)
-    """By tap, the largest `normalised_error` of a conversation. Only a change to a lossy mode has errors."""
+_COMPARED = "compared_with"
+"""Field of a converted shard's commit record: the manifest's hash of the source that the shard was compared with."""
+_WRITER_FIELDS = (
+    "directory",
+    "files",
+    "lengths",
+    "conversations",
+    "loss_tokens",
+    "payload_bytes",
+    "manifest_hash",
+    _COMPARED,
+)
+"""Fields of a commit record that the writer or a conversion makes. The others are capture's."""
 
 
 @dataclass(frozen=True)
@@ -147,32 +142,82 @@ class Conversion:
     def run(self, progress: Callable[[int], None] | None = None) -> ConvertSummary:
         """Write the shards that are missing, then the index.
 
-        `progress` is called with the bytes of each shard that was written, before compression. Raises StoreError, which
-        names the conversation, where values that were read back differ from those written, and the errors of
-        `StoreReader` and `StoreWriter`.
+        Where another run writes some of them at this moment, the copy is not finished yet, and the summary's `missing`
+        names them. `progress` is called with the bytes of each shard that was written, before compression. Raises
+        StoreError, which names the conversation, where values that were read back differ from those written, and the
+        errors of `StoreReader` and `StoreWriter`.
         """
         summary = ConvertSummary(tokens=int(self.source.index["tokens"].sum()))
         with StoreWriter(self.target, self.manifest, self._top_level_files) as writer:
             for shard, plan in enumerate(self.plan):
-                begun = writer.shard(shard)
-                if begun is None:
-                    continue
-                with begun:
-                    for number in range(plan.first, plan.last):
-                        begun.append(self._converted(number))
-                    begun.commit(self._extra(shard, plan))
-                summary.shards += 1
-                if self.check:
-                    self._compare(writer, shard, plan, summary)
+                size = self._copy(writer, shard, plan, summary)
                 if progress is not None:
-                    progress(begun.payload_bytes)
-            writer.finish()
+                    progress(size)
+            summary.finished = writer.finish()
             summary.bytes_before = self.source.bytes_on_disk()
-            records = (read_record(writer.storage, shard_name(shard)) for shard in range(len(self.plan)))
-            summary.bytes_after = sum(
-                item["bytes"] for record in records if record for item in record["files"].values()
+            self._count(writer.storage, summary)
+        if summary.finished and (summary.missing or summary.conversations != len(self.source)):
+            raise ShardDamagedError(
+                f"{writer.storage.describe()}: expected a finished copy of {len(self.source)} conversations, found "
+                f"{summary.conversations} and no record of the shards {summary.missing}; run `draftcache verify` on it"
             )
         return summary
+
+    def _copy(self, writer: StoreWriter, shard: int, plan: _ShardPlan, summary: ConvertSummary) -> int:
+        """Write a shard, compare it and commit it then, so that a shard that differs is never a part of the target.
+
+        A shard that was committed without a comparison is compared now. Returns the bytes that were written, before
+        compression. Raises StoreError where a conversation differs.
+        """
+        begun = writer.shard(shard)
+        if begun is None:
+            self._compare_committed(writer.storage, shard, plan, summary)
+            return 0
+        extra, check = self._extra(shard, plan), None
+        if self.check:
+            extra[_COMPARED] = self.source.manifest.hash
+            check = partial(self._compare, writer.storage, plan, summary)
+        with begun:
+            for number in range(plan.first, plan.last):
+                begun.append(self._converted(number))
+            begun.commit(extra, check)
+        summary.shards += 1
+        return begun.payload_bytes
+
+    def _compare(self, storage: Storage, plan: _ShardPlan, summary: ConvertSummary, record: Record) -> None:
+        """Read back the shard of a commit record, which need not be written yet, and compare it. Raises StoreError."""
+        written = StoreReader.of_shard(storage, self.manifest, read_shard_index(storage, record), record)
+        try:
+            summary.add_errors(
+                compare_conversations(self.source, plan.first, plan.last, written), plan.last - plan.first
+            )
+        finally:
+            written.close()
+
+    def _compare_committed(self, storage: Storage, shard: int, plan: _ShardPlan, summary: ConvertSummary) -> None:
+        """Compare a committed shard whose record does not say that it was compared with this source."""
+        if not self.check or read_record(storage, shard_name(shard)) is None:  # another run is writing it
+            return
+        record = require_shard(storage, shard, self.manifest.hash)
+        if record.get(_COMPARED) == self.source.manifest.hash:
+            return
+        try:
+            self._compare(storage, plan, summary, record)
+        except StoreError as exc:
+            raise StoreError(
+                f"{exc}. The shard {shard_name(shard)} was committed by a run that did not compare it: remove "
+                f"{storage.describe()} and convert again"
+            ) from exc
+
+    def _count(self, storage: Storage, summary: ConvertSummary) -> None:
+        """Count what the commit records of the target hold. Raises ShardDamagedError for a record of another place."""
+        for shard in range(len(self.plan)):
+            if read_record(storage, shard_name(shard)) is None:
+                summary.missing.append(shard)
+                continue
+            record = require_shard(storage, shard, self.manifest.hash)
+            summary.bytes_after += sum(item["bytes"] for item in record["files"].values())
+            summary.conversations += record["conversations"]
 
     def _top_level_files(self, directory: Path) -> Sequence[Path]:
         copies = []
@@ -242,42 +287,3 @@ class Conversion:
             for item in record.get("quarantined", [])
             if low < (manifest.splits.index(item["split"]), item["dataset_index"]) <= high
         ]
-
-    def _compare(self, writer: StoreWriter, shard: int, plan: _ShardPlan, summary: ConvertSummary) -> None:
-        """Read a shard back and compare it. The errors of a change to a lossy mode are measured instead.
-
-        Raises StoreError, which names the conversation, where an array differs.
-        """
-        index = read_shard_index(writer.storage, require_record(writer.storage, shard_name(shard)))
-        written = StoreReader.of_shard(writer.storage, self.manifest, index)
-        taps = {tap_name(layer): layer for layer in self.manifest.layers}
-        for number in range(plan.first, plan.last):
-            expected, found = self.source.read(number), written.read(number - plan.first)
-            for name, values in expected.arrays.items():
-                mine = found.arrays[name]
-                if name in taps and mine.dtype != values.dtype:
-                    values = float32_to_bf16(values)
-                if (
-                    name in taps
-                    and self.manifest.mode in LOSSY_MODES
-                    and self.manifest.mode != self.source.manifest.mode
-                ):
-                    error = normalised_error(mine, values)
-                    summary.largest_error[taps[name]] = max(summary.largest_error.get(taps[name], 0.0), error)
-                elif (mine.dtype, mine.shape, mine.tobytes()) != (values.dtype, values.shape, values.tobytes()):
-                    raise StoreError(
-                        f"{written.location}: conversation {expected.content_hash}: expected {name} as in "
-                        f"{self.source.location}, read back other values; check the disk and the memory, then run "
-                        "`draftcache verify` on both"
-                    )
-            summary.checked += 1
-        written.close()
-
-
-def normalised_error(found: NDArray[np.uint16], expected: NDArray[np.uint16]) -> float:
-    """Return the rms of the difference of bf16 states [R, H], after dividing by each channel's rms over these rows."""
-    if not expected.size:
-        return 0.0
-    one, two = (bf16_to_float32(states).astype(np.float64) for states in (found, expected))
-    rms = np.sqrt(np.square(two).mean(axis=0))
-    return float(np.sqrt(np.square((one - two) / np.where(rms > 0, rms, 1)).mean()))

@@ -18,16 +18,17 @@ from draftcache.store.common.errors import InputError, ShardDamagedError, StoreE
 from draftcache.store.common.files import hash_file
 from draftcache.store.format.array_spec import tap_name
 from draftcache.store.format.commits import (
+    SETTINGS_HASH,
     Record,
     committed_shards,
     read_committed,
     read_record,
-    require_record,
+    require_manifest,
+    require_shard,
     require_size,
-    shard_name,
 )
 from draftcache.store.format.frozen import FROZEN_NAME
-from draftcache.store.format.index import INDEX_NAME, INDEX_RECORD, join_indexes, load_index
+from draftcache.store.format.index import INDEX_NAME, INDEX_RECORD, indexed_records, join_indexes, load_index
 from draftcache.store.format.manifest import StoreManifest
 from draftcache.store.format.schema import Conversation
 from draftcache.store.format.vocab_map import VocabMap
@@ -57,8 +58,8 @@ class StoreReader:
     A file's size is checked against its commit record when it is first touched, and every chunk's crc32c when it is
     read, so a missing or damaged shard is an error and never reads as zeros. `index` holds one row per conversation, of
     `schema.INDEX_DTYPE`; a conversation's number is its row there. `manifest`, `codec` and `specs` (the description of
-    every stored array, by name) tell what the store holds. At most 16 shards are open at a time. A reader belongs to
-    one thread; `another` makes one for another thread.
+    every stored array, by name) tell what the store holds, and `finished` whether its capture has ended. At most 16
+    shards are open at a time. A reader belongs to one thread; `another` makes one for another thread.
     """
 
     def __init__(self, location: Location, *, allow_partial: bool = False) -> None:
@@ -74,31 +75,40 @@ class StoreReader:
         self.index = self._load_index(allow_partial)
 
     @classmethod
-    def of_shard(cls, storage: Storage, manifest: StoreManifest, index: NDArray[Any]) -> Self:
+    def of_shard(
+        cls, storage: Storage, manifest: StoreManifest, index: NDArray[Any], record: Record | None = None
+    ) -> Self:
         """Return a reader of the conversations of `index` only, whatever else the store holds.
 
-        `index` holds rows of `schema.INDEX_DTYPE`, such as those of one shard.
+        `index` holds rows of `schema.INDEX_DTYPE`, such as those of one shard. `record` is that shard's commit record
+        where it is not written yet.
         """
         reader = cls.__new__(cls)
-        reader._begin(storage, manifest)
+        reader._begin(storage, manifest, record)
         reader.index = index
         return reader
 
     def another(self) -> Self:
         """Return a reader of the same conversations that shares no open file with this one, for another thread."""
-        return type(self).of_shard(self.storage, self.manifest, self.index)
+        reader = type(self).of_shard(self.storage, self.manifest, self.index, self._uncommitted)
+        reader.finished = self.finished
+        return reader
 
-    def _begin(self, storage: Storage, manifest: StoreManifest) -> None:
+    def _begin(self, storage: Storage, manifest: StoreManifest, record: Record | None = None) -> None:
         self.storage, self.manifest = storage, manifest
         self.location = storage.describe()
         self.codec = manifest.codec
         self.specs = manifest.array_specs()
         self._shards: OrderedDict[int, ShardReader] = OrderedDict()
         self._copies: tempfile.TemporaryDirectory[str] | None = None
+        self._uncommitted = record
+        self.finished = False
 
     def _load_index(self, allow_partial: bool) -> NDArray[Any]:
         record = read_record(self.storage, INDEX_RECORD)
         if record is not None:
+            self.finished = True
+            require_manifest(self.storage, INDEX_RECORD, record, self.manifest.hash)
             return load_index(read_committed(self.storage, record, INDEX_NAME), self.storage.describe(INDEX_NAME))
         shards = committed_shards(self.storage)
         if not allow_partial:
@@ -112,9 +122,16 @@ class StoreReader:
         return int(self.index.shape[0])
 
     def records(self) -> Iterator[Record]:
-        """Yield the commit records of the shards, in order of their numbers. Raises StoreError for a damaged one."""
+        """Yield the commit records of the shards, in order of their numbers.
+
+        Those of a finished store are counted against its manifest and its index first. Raises ShardDamagedError where
+        one is missing or belongs elsewhere, and StoreError for a damaged one.
+        """
+        if self.finished:
+            yield from indexed_records(self.storage, self.manifest, self.index)
+            return
         for shard in committed_shards(self.storage):
-            yield require_record(self.storage, shard_name(shard))
+            yield require_shard(self.storage, shard, self.manifest.hash)
 
     @cached_property
     def files(self) -> StoreFiles:
@@ -137,6 +154,8 @@ class StoreReader:
             raise StoreError(
                 f"{self.location}: expected {name} with its commit record, found none; rerun capture to finish it"
             )
+        settings = self.manifest.settings_hash
+        require_manifest(self.storage, Path(name).stem, record, settings, field=SETTINGS_HASH)
         require_size(self.storage, record, name)
         if self.storage.local_root is not None:
             path = self.storage.local_root / name
@@ -179,12 +198,7 @@ class StoreReader:
         if shard in self._shards:
             self._shards.move_to_end(shard)
             return self._shards[shard]
-        record = require_record(self.storage, shard_name(shard))
-        if record["manifest_hash"] != self.manifest.hash:
-            raise ShardDamagedError(
-                f"{self.storage.describe(record['directory'])}: expected a shard of manifest {self.manifest.hash}, "
-                f"found one of {record['manifest_hash']}; it was copied from another store"
-            )
+        record = self._uncommitted or require_shard(self.storage, shard, self.manifest.hash)
         self._shards[shard] = SHARD_READERS[self.manifest.layout](self.storage, record, self.specs)
         if len(self._shards) > _OPEN_SHARDS:
             self._shards.popitem(last=False)[1].close()

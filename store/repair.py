@@ -6,6 +6,7 @@ Nothing is thrown away: they are moved to `quarantine/`.
 from __future__ import annotations
 
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +61,9 @@ def _repair(storage: Storage, report: VerifyReport) -> Repair:
     manifest = StoreManifest.load(storage)
     files = sorted(names & set(top_level_names(manifest)))
     shards = report.damaged_shards
-    target = f"{QUARANTINE_DIRECTORY}/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    # Two repairs may begin within a second, in a bucket even at once: each has a directory of its own.
+    started = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    target = f"{QUARANTINE_DIRECTORY}/{started}-{uuid.uuid4().hex[:8]}"
     # The store's index is removed first: a finished store without one of its shards must never be seen.
     rebuild = bool(shards) or INDEX_NAME in names
     if rebuild:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,14 +12,19 @@ from numpy.typing import NDArray
 from draftcache.store.common.errors import DraftcacheError, ShardDamagedError, StoreError
 from draftcache.store.common.files import Buffer, hash_blocks
 from draftcache.store.format.array_spec import COUNT_FIELD, FIRST_FIELD
-from draftcache.store.format.commits import Record, record_name, require_record, require_size, shard_name
+from draftcache.store.format.commits import Record, record_name, require_shard, require_size, shard_name
 from draftcache.store.format.index import INDEX_NAME, read_shard_index
 from draftcache.store.format.manifest import StoreManifest
+from draftcache.store.layouts.registry import expected_files
+from draftcache.store.layouts.tar_samples import read_tar
+from draftcache.store.layouts.tar_shards import DATA_NAME
 from draftcache.store.reader import StoreReader
 from draftcache.store.row_checks import check_conversation
 from draftcache.store.storage.base import Location, Storage, open_storage
 
 _READ_BYTES = 1 << 22
+REFUSED = (DraftcacheError, ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, MemoryError)
+"""What reading or judging damaged bytes may raise. Any of it is damage to report, never the end of the verification."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +47,7 @@ class ShardReport:
 
     number: int
     record: Record | None
-    """The commit record, or None where it can't be read or is another store's."""
+    """The commit record, or None where it can't be read or belongs to another shard or store."""
     damages: list[Damage]
 
 
@@ -52,46 +57,60 @@ def check_shard(location: Location, number: int, *, quick: bool) -> ShardReport:
     manifest = StoreManifest.load(storage)
     name = record_name(shard_name(number))
     try:
-        record = require_record(storage, shard_name(number))
-        if record["manifest_hash"] != manifest.hash:
-            raise StoreError(
-                f"{storage.describe(name)}: expected manifest {manifest.hash}, found {record['manifest_hash']}; "
-                "it was copied from another store"
-            )
+        record = require_shard(storage, number, manifest.hash)
     except StoreError as exc:
         damages = [Damage(name=name, problem=str(exc), shard=number)]
         return ShardReport(number=number, record=None, damages=damages)
-    damaged = dict(damaged_files(storage, record, quick=quick))
+    needed = expected_files(manifest.layout, record, manifest.array_specs())
+    damaged = dict(damaged_files(storage, record, needed, quick=quick))
     damages = []
-    touched: dict[str, list[dict[str, Any]]] = {}
+    unread: dict[str, _Unread] = {}
     if not quick:
-        damages, touched = _check_rows(storage, manifest, number, record)
-    affected = {item["content_hash"]: item for items in touched.values() for item in items}
-    damages = [
-        Damage(
-            name=file,
-            problem=problem,
-            shard=number,
-            conversations=tuple(touched.get(_array_of(record, file), affected.values())),
-        )
-        for file, problem in damaged.items()
-    ] + damages
+        damages, unread = _check_rows(storage, manifest, number, record)
+    damages = [*_file_damages(record, number, damaged, unread), *damages]
+    if not (quick or damages) and manifest.layout == "webdataset":
+        damages = _stream_damages(storage, manifest, number, record)
     return ShardReport(number=number, record=record, damages=damages)
 
 
-def _array_of(record: Record, file: str) -> str:
-    """Return the name of the array that a file of a zarr shard holds."""
-    return file.removeprefix(f"{record['directory']}/").split("/")[0]
+@dataclass
+class _Unread:
+    """Why an array can't be read, and the conversations that this affects."""
+
+    problem: str
+    conversations: list[dict[str, Any]] = field(default_factory=list)
 
 
-def damaged_files(storage: Storage, record: Record, *, quick: bool) -> Iterator[tuple[str, str]]:
+def _file_damages(record: Record, number: int, damaged: dict[str, str], unread: dict[str, _Unread]) -> Iterator[Damage]:
+    """Yield the damaged files with the conversations that they affect, then the arrays that can't be read though none
+    of their files is damaged: what reading refuses is damage, whatever the hashes say.
+    """
+    affected = {about["content_hash"]: about for found in unread.values() for about in found.conversations}
+    explained = set()
+    for file, problem in damaged.items():
+        array = file.removeprefix(f"{record['directory']}/").split("/")[0]  # in a zarr shard; a tar file holds all
+        explained |= {array} if array in unread else set(unread)
+        touched = unread[array].conversations if array in unread else affected.values()
+        yield Damage(name=file, problem=problem, shard=number, conversations=tuple(touched))
+    for array, found in unread.items():
+        if array not in explained:
+            yield Damage(
+                name=f"{record['directory']}/{array}",
+                problem=f"expected an array that can be read, found {found.problem}",
+                shard=number,
+                conversations=tuple(found.conversations),
+            )
+
+
+def damaged_files(storage: Storage, record: Record, needed: Iterable[str], *, quick: bool) -> Iterator[tuple[str, str]]:
     """Yield the name and the problem of each file of a commit record that is not as committed.
 
-    Every file's size is checked and, unless `quick`, its xxh3-128.
+    Every file's size is checked and, unless `quick`, its xxh3-128. The files `needed` must be in the record.
     """
-    for name, expected in record["files"].items():
+    for name in {**record["files"], **dict.fromkeys(needed)}:
         try:
             require_size(storage, record, name)
+            expected = record["files"][name]
             if not quick and (found := hash_blocks(_blocks(storage, name))) != expected["xxh3_128"]:
                 raise ShardDamagedError(
                     f"{storage.describe(name)}: expected xxh3-128 {expected['xxh3_128']}, found {found}"
@@ -115,19 +134,19 @@ def _blocks(storage: Storage, name: str) -> Iterator[Buffer]:
 
 def _check_rows(
     storage: Storage, manifest: StoreManifest, number: int, record: Record
-) -> tuple[list[Damage], dict[str, list[dict[str, Any]]]]:
-    """Read every conversation. Returns the damages of values, and by array the conversations that can't be read."""
+) -> tuple[list[Damage], dict[str, _Unread]]:
+    """Read every conversation. Returns the damages of values, and by array why it can't be read, where it can't."""
     try:
         index = read_shard_index(storage, record)
     except DraftcacheError as exc:
         return [Damage(name=f"{record['directory']}/{INDEX_NAME}", problem=str(exc), shard=number)], {}
     damages = [
         Damage(name=f"{record['directory']}/{INDEX_NAME}", problem=problem, shard=number)
-        for problem in _index_problems(index, record, number)
+        for problem in _index_problems(index, record, number, len(manifest.splits))
     ]
-    touched: dict[str, list[dict[str, Any]]] = {}
+    unread: dict[str, _Unread] = {}
     if damages:
-        return damages, touched
+        return damages, unread
     reader = StoreReader.of_shard(storage, manifest, index)
     for conversation, row in enumerate(index):
         about = describe_conversation(manifest, row)
@@ -135,22 +154,47 @@ def _check_rows(
         for name in reader.specs:
             try:
                 arrays |= reader.read(conversation, [name], decode=False).arrays
-            except DraftcacheError:  # the file's hash reports the damage too; this tells which conversations it affects
-                touched.setdefault(name, []).append(about)
+            except REFUSED as exc:
+                unread.setdefault(name, _Unread(brief(exc))).conversations.append(about)
         if len(arrays) < len(reader.specs):
             continue
-        item = reader.decode(replace(reader.read(conversation, []), arrays=arrays))
         damages += [
             Damage(name=record["directory"], problem=problem, shard=number, conversations=(about,))
-            for problem in check_conversation(item, manifest)
+            for problem in _value_problems(reader, conversation, arrays)
         ]
     reader.close()
-    return damages, touched
+    return damages, unread
 
 
-def _index_problems(index: NDArray[Any], record: Record, number: int) -> list[str]:
-    """Return what is wrong with a shard's index rows: their number, or the slices of the shard's arrays."""
+def _value_problems(reader: StoreReader, conversation: int, arrays: dict[str, NDArray[Any]]) -> list[str]:
+    """Decode a conversation, whose stored arrays these are, and return what is wrong with its values."""
+    try:
+        item = reader.decode(replace(reader.read(conversation, []), arrays=arrays))
+        return check_conversation(item, reader.manifest)
+    except REFUSED as exc:
+        return [f"expected values that can be decoded and checked, found {brief(exc)}"]
+
+
+def _stream_damages(storage: Storage, manifest: StoreManifest, number: int, record: Record) -> list[Damage]:
+    """Read a tar shard from front to back, as a stream does. Returns the damage where that is refused."""
+    try:
+        for _ in read_tar(storage, record, manifest.array_specs(), read_shard_index(storage, record)):
+            pass
+    except REFUSED as exc:
+        return [Damage(name=f"{record['directory']}/{DATA_NAME}", problem=brief(exc), shard=number)]
+    return []
+
+
+def brief(exc: Exception) -> str:
+    """Return an error's message, with its kind where it is not one of ours."""
+    return str(exc) if isinstance(exc, DraftcacheError) else f"{type(exc).__name__}: {exc}"
+
+
+def _index_problems(index: NDArray[Any], record: Record, number: int, splits: int) -> list[str]:
+    """Return what is wrong with a shard's index rows: their number, splits, or the slices of the shard's arrays."""
     problems = []
+    if ((index["split"] < 0) | (index["split"] >= splits)).any():
+        problems.append(f"expected splits below {splits}, found {sorted(set(index['split'].tolist()))}")
     if len(index) != record["conversations"] or (index["shard"] != number).any():
         problems.append(f"expected {record['conversations']} conversations of shard {number}, found others")
     for axis, first in FIRST_FIELD.items():
@@ -159,7 +203,7 @@ def _index_problems(index: NDArray[Any], record: Record, number: int) -> list[st
         if (index[count] < 0).any() or not np.array_equal(index[first], ends - index[count]):
             problems.append(f"expected the {axis} of conversations one after the other, found gaps or overlaps")
         elif (int(ends[-1]) if len(ends) else 0) != record["lengths"][axis]:
-            problems.append(f"expected {record['lengths'][axis]} {axis}, found {int(ends[-1])}")
+            problems.append(f"expected {record['lengths'][axis]} {axis}, found {int(index[count].sum())}")
     return problems
 
 

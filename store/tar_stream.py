@@ -59,7 +59,8 @@ class TarStream:
         to resume inside an epoch. Without `decode`, taps stay in the form of the arrays that the codec made of them.
 
         Raises StreamingError for an argument out of range, a store of another layout, fewer shards than ranks, or too
-        few conversations for a batch on every rank; and the errors of `StoreReader`.
+        few conversations for a batch on every rank; ShardDamagedError where a commit record is missing or misplaced;
+        and the errors of `StoreReader`.
         """
         self._store = StoreReader(location)
         self._reader = reader or Reader()
@@ -161,7 +162,8 @@ class TarStream:
 
     def _conversations(self, shards: list[Record]) -> Iterator[Conversation]:
         for record in shards:
-            yield from read_tar(self._store.storage, record, self._store.specs)
+            index = self._store.index[self._store.index["shard"] == shard_number(record["directory"])]
+            yield from read_tar(self._store.storage, record, self._store.specs, index)
 
 
 def _balanced(records: list[Record], parts: int) -> list[list[Record]]:

@@ -16,22 +16,25 @@ from typing import Any
 
 import numpy as np
 
-from draftcache.store.common.errors import DraftcacheError, StoreError
+from draftcache.store.common.errors import StoreError
 from draftcache.store.format.commits import (
+    SETTINGS_HASH,
     SHARDS_DIRECTORY,
     Record,
     committed_shards,
     read_committed,
     read_record,
     record_name,
+    require_manifest,
     require_record,
     shard_name,
     shard_number,
 )
+from draftcache.store.format.frozen import FROZEN_NAME, require_frozen
 from draftcache.store.format.index import INDEX_NAME, INDEX_RECORD, load_index, read_shard_index
 from draftcache.store.format.manifest import StoreManifest, top_level_names
 from draftcache.store.format.vocab_map import VocabMap
-from draftcache.store.shard_checks import Damage, ShardReport, check_shard, damaged_files
+from draftcache.store.shard_checks import REFUSED, Damage, ShardReport, brief, check_shard, damaged_files
 from draftcache.store.storage.base import Location, Storage, open_storage
 
 _PROCESSES_FROM = 8
@@ -102,14 +105,10 @@ def verify_store(
             raise
         report.damages.append(Damage(name="manifest.json", problem=str(exc)))
         return report
-    numbers = committed_shards(storage)
-    report.shards, report.committed = manifest.shards, len(numbers)
+    report.shards = manifest.shards
     report.damages += _check_top_level(storage, manifest, quick)
     report.indexed = storage.size(record_name(INDEX_RECORD)) is not None
-    if report.indexed:
-        # The index is written once every shard is committed, so a shard without a record has lost it.
-        lost = sorted(set(range(manifest.shards)) - set(numbers))
-        report.damages += [_lost_record(number) for number in lost]
+    numbers = _committed(storage, manifest, report)
     records: dict[int, Record] = {}
     for found in _check_shards(location, numbers, quick, workers):
         report.damages += found.damages
@@ -124,6 +123,29 @@ def verify_store(
         report.damages += _check_store_index(storage, records)
     report.strays = _strays(storage, records, report.damaged_shards)
     return report
+
+
+def _committed(storage: Storage, manifest: StoreManifest, report: VerifyReport) -> list[int]:
+    """Return the numbers of the shards to check, and report records that are missing or outside the manifest's plan.
+
+    The index is written once every shard is committed, so a shard without a record has lost it. A list that came back
+    short loses none: each shard that it leaves out is asked for by number.
+    """
+    listed = committed_shards(storage)
+    inside = [number for number in listed if number < manifest.shards]
+    report.damages += [_beyond_plan(number, manifest.shards) for number in listed if number >= manifest.shards]
+    if report.indexed:
+        unlisted = sorted(set(range(manifest.shards)) - set(inside))
+        there = {number for number in unlisted if storage.size(record_name(shard_name(number))) is not None}
+        report.damages += [_lost_record(number) for number in unlisted if number not in there]
+        inside = sorted({*inside, *there})
+    report.committed = len(inside)
+    return inside
+
+
+def _beyond_plan(number: int, shards: int) -> Damage:
+    name = record_name(shard_name(number))
+    return Damage(name=name, problem=f"expected records of shards below {shards}, found this one", shard=number)
 
 
 def _lost_record(number: int) -> Damage:
@@ -156,7 +178,6 @@ def _check_shards(location: Location, numbers: list[int], quick: bool, workers: 
 def _check_top_level(storage: Storage, manifest: StoreManifest, quick: bool) -> list[Damage]:
     """Check the frozen weights, the vocabulary maps, and the store's index where one is committed."""
     damages = []
-    maps = {vocab.map_name: vocab.hash for vocab in manifest.teacher_form.vocabularies}
     for name in (*top_level_names(manifest), INDEX_NAME):
         stem = Path(name).stem
         try:
@@ -165,15 +186,29 @@ def _check_top_level(storage: Storage, manifest: StoreManifest, quick: bool) -> 
                 continue  # the store is not finished
             if record is None:
                 raise StoreError(f"{storage.describe(record_name(stem))}: expected a commit record, found none")
-            for damaged, problem in damaged_files(storage, record, quick=quick):
+            if name == INDEX_NAME:
+                require_manifest(storage, stem, record, manifest.hash)
+            else:
+                require_manifest(storage, stem, record, manifest.settings_hash, field=SETTINGS_HASH)
+            for damaged, problem in damaged_files(storage, record, [name], quick=quick):
                 damages.append(Damage(name=damaged, problem=problem))
-            if name in maps and not quick and storage.local_root is not None:
-                found = VocabMap.load(storage.local_root / name).hash
-                if found != maps[name]:
-                    raise StoreError(f"{name}: expected vocabulary {maps[name]}, found {found}")
-        except DraftcacheError as exc:
-            damages.append(Damage(name=name if stem != INDEX_RECORD else INDEX_NAME, problem=str(exc)))
+            if not quick and storage.local_root is not None and not any(item.name == name for item in damages):
+                _require_readable(storage.local_root / name, manifest)
+        except REFUSED as exc:
+            damages.append(Damage(name=name, problem=brief(exc)))
     return damages
+
+
+def _require_readable(path: Path, manifest: StoreManifest) -> None:
+    """Raise an error unless a top-level file is what its name says, whatever its hash."""
+    vocabularies = manifest.teacher_form.vocabularies
+    maps = {vocab.map_name: vocab.hash for vocab in vocabularies}
+    if path.name in maps and (found := VocabMap.load(path).hash) != maps[path.name]:
+        raise StoreError(f"{path}: expected vocabulary {maps[path.name]}, found {found}")
+    if path.name == FROZEN_NAME:
+        require_frozen(path, manifest.hidden_size, {vocab.head: vocab.size for vocab in vocabularies})
+    if path.name == INDEX_NAME:
+        load_index(path.read_bytes(), str(path))
 
 
 def _check_store_index(storage: Storage, records: dict[int, Record]) -> list[Damage]:

@@ -17,10 +17,13 @@ from draftcache.store.common.errors import StoreError
 from draftcache.store.common.files import hash_file
 from draftcache.store.format.array_spec import COUNT_FIELD, FIRST_FIELD, LENGTH_ARRAY, tap_name
 from draftcache.store.format.commits import (
+    SETTINGS_HASH,
     SHARDS_DIRECTORY,
+    Record,
     committed_shards,
     read_record,
     record_name,
+    require_manifest,
     shard_name,
     write_record,
 )
@@ -111,7 +114,11 @@ class StoreWriter:
         if not StoreManifest.exists(self.storage):
             return False
         StoreManifest.load(self.storage).require_same(self.manifest, self.storage.describe())
-        return all(read_record(self.storage, Path(name).stem) for name in top_level_names(self.manifest))
+        stems = [Path(name).stem for name in top_level_names(self.manifest)]
+        records = [read_record(self.storage, stem) for stem in stems]
+        for stem, record in zip(stems, records, strict=True):
+            require_manifest(self.storage, stem, record or {}, self.manifest.settings_hash, field=SETTINGS_HASH)
+        return all(records)
 
     def _create(self, prepare_files: Callable[[Path], Sequence[Path]]) -> None:
         with tempfile.TemporaryDirectory(prefix="draftcache-") as directory:
@@ -119,7 +126,9 @@ class StoreWriter:
                 self.storage.put_file(path.name, path)
                 entry = {"bytes": path.stat().st_size, "xxh3_128": hash_file(path)}
                 self.storage.delete(record_name(path.stem))  # left by an attempt that wrote no manifest
-                write_record(self.storage, path.stem, {"files": {path.name: entry}})
+                write_record(
+                    self.storage, path.stem, {"files": {path.name: entry}, SETTINGS_HASH: self.manifest.settings_hash}
+                )
         self.manifest.create(self.storage)
 
     def __enter__(self) -> Self:
@@ -235,16 +244,18 @@ class ShardInProgress:
             self._lengths[axis] += count
         return row
 
-    def commit(self, extra: dict[str, Any]) -> bool:
+    def commit(self, extra: dict[str, Any], check: Callable[[Record], None] | None = None) -> bool:
         """Publish the shard. `extra` holds further fields of its commit record.
 
-        Returns False, and removes the shard, where another writer's record was there first. Raises StorageError.
+        `check` is called with the record before it is written, when the files have their final names: an error that it
+        raises leaves the shard uncommitted. Returns False, and removes the shard, where another writer's record was
+        there first. Raises StorageError.
         """
         files = self._format.close()
         index = np.concatenate(self._index) if self._index else np.empty(0, INDEX_DTYPE)
         files[INDEX_NAME] = write_small_file(self._stage, INDEX_NAME, npy_bytes(index))
         directory = self._stage.publish()
-        record = {
+        record: Record = {
             "directory": directory,
             "files": {f"{directory}/{name}": files[name] for name in sorted(files)},
             "lengths": self._lengths,
@@ -252,10 +263,12 @@ class ShardInProgress:
             "loss_tokens": int(index["loss_tokens"].sum()),
             "payload_bytes": self.payload_bytes,
             "manifest_hash": self._manifest.hash,
-        }
+        } | extra
+        if check is not None:
+            check(record)
         # From here on the files stay, because a call that breaks off may have written the record that names them.
         self._settled = True
-        if not write_record(self._storage, shard_name(self.number), record | extra):
+        if not write_record(self._storage, shard_name(self.number), record):
             self._stage.abandon()
             return False
         return True

@@ -103,6 +103,46 @@ def test_shards_of_another_size(tmp_path: Path) -> None:
 def test_a_wrong_bit_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control of the comparison."""
     write_store(tmp_path / "a", mode="bf16")
+    damage_tap_3(monkeypatch)
+    with pytest.raises(StoreError, match=r"expected tap_3 as in .*read back other values"):
+        Conversion(tmp_path / "a", tmp_path / "b", layout="webdataset").run()
+    Conversion(tmp_path / "a", tmp_path / "c", layout="webdataset", check=False).run()
+
+
+def test_a_failed_comparison_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard that differs is not committed, so that the next run makes and compares it again."""
+    write_store(tmp_path / "a", mode="bf16")
+    damage_tap_3(monkeypatch)
+    for _ in range(2):
+        with pytest.raises(StoreError, match=r"expected tap_3 as in .*read back other values"):
+            Conversion(tmp_path / "a", tmp_path / "b", layout="webdataset").run()
+        assert not (tmp_path / "b" / "commit" / "00000.json").exists()
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--layout", "webdataset"]) == 2
+    monkeypatch.undo()
+    summary = Conversion(tmp_path / "a", tmp_path / "b", layout="webdataset").run()
+    assert (summary.shards, summary.checked, summary.finished) == (2, 8, True)
+    assert not verify_store(tmp_path / "b").damages
+    assert Conversion(tmp_path / "a", tmp_path / "b", layout="webdataset").run().checked == 0
+
+
+def test_shards_that_were_committed_unchecked_are_compared_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_store(tmp_path / "a", mode="bf16")
+    Conversion(tmp_path / "a", tmp_path / "good", layout="webdataset", check=False).run()
+    assert Conversion(tmp_path / "a", tmp_path / "good", layout="webdataset").run().checked == 8
+    damage_tap_3(monkeypatch)
+    Conversion(tmp_path / "a", tmp_path / "bad", layout="webdataset", check=False).run()
+    monkeypatch.undo()
+    for _ in range(2):
+        with pytest.raises(StoreError, match=r"read back other values.*did not compare it: remove .*bad"):
+            Conversion(tmp_path / "a", tmp_path / "bad", layout="webdataset").run()
+    Conversion(tmp_path / "good", tmp_path / "again", layout="zarr", check=False).run()
+    assert not any("compared_with" in record for record in StoreReader(tmp_path / "again").records())
+
+
+def damage_tap_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tar shards be written with a wrong bit, under a hash that fits it."""
     append = TarShardWriter.append
 
     def damaging(self: TarShardWriter, item: Any) -> None:
@@ -111,9 +151,6 @@ def test_a_wrong_bit_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         append(self, item)
 
     monkeypatch.setattr(TarShardWriter, "append", damaging)
-    with pytest.raises(StoreError, match=r"expected tap_3 as in .*read back other values"):
-        Conversion(tmp_path / "a", tmp_path / "b", layout="webdataset").run()
-    Conversion(tmp_path / "a", tmp_path / "c", layout="webdataset", check=False).run()
 
 
 def test_what_can_not_be_made_is_refused(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def test_tables_and_json(store: Path, tokenizer_dir: Path, capsys: pytest.Captur
     for part in ("2 of 2 committed", "vLLM aux id 2", "train[1] tap 3: zero", "256 .. 511", "reach", "####"):
         assert part in printed
     assert run(str(store), "--json") == 0
-    assert json.loads(capsys.readouterr().out) == summarise(store)
+    assert json.loads(capsys.readouterr().out) == summarise(store) | {"finished": True}
     chosen = (str(store), "--split", "val", "--index", "2", "--rows", "245,262", "--tokenizer", str(tokenizer_dir))
     assert run(*chosen) == 0
     lines = capsys.readouterr().out.splitlines()

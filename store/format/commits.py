@@ -8,19 +8,29 @@ killed, and of two writers of one shard one wins whole.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from draftcache.store.common.errors import ShardDamagedError, StoreError
 from draftcache.store.common.files import hash_bytes
 from draftcache.store.common.sealed_json import seal, unseal
+from draftcache.store.format.array_spec import FIRST_FIELD
 from draftcache.store.storage.base import Storage
 
 COMMIT_DIRECTORY = "commit"
+_SHARD_RECORD = re.compile(COMMIT_DIRECTORY + r"/([0-9]{5}|[1-9][0-9]{5,9})\.json")
 SHARDS_DIRECTORY = "shards"
+
+_REPAIR = "run `draftcache repair` on the store, then the capture command again"
 
 Record = dict[str, Any]
 """A commit record. `files` is {name in the store: {"bytes", "xxh3_128"}}. The record of a shard also has `directory`,
-`lengths` (by axis) and the values that capture recorded."""
+`lengths` (by axis), `manifest_hash` and the values that capture recorded."""
+
+SETTINGS_HASH = "settings_hash"
+"""Field of the records of the frozen weights and the vocabulary maps: `StoreManifest.settings_hash`."""
+_SHARD_FIELDS = {"directory": str, "lengths": dict, "conversations": int, "manifest_hash": str}
+"""Fields of a shard's record that readers depend on, and their types."""
 
 
 def shard_name(shard: int) -> str:
@@ -33,8 +43,8 @@ def shard_number(name: str) -> int | None:
 
     A shard's directory is called by its five digits, in an object store with `-` and the attempt's name behind them.
     """
-    number = name.split("/")[1].partition("-")[0]
-    return int(number) if number.isdecimal() and number.isascii() else None
+    number = name.partition("/")[2].partition("/")[0].partition("-")[0]
+    return int(number) if re.fullmatch("[0-9]{5,10}", number) else None
 
 
 def record_name(name: str) -> str:
@@ -56,9 +66,17 @@ def read_record(storage: Storage, name: str) -> Record | None:
     if storage.size(path) is None:
         return None
     record = unseal(storage.read(path), storage.describe(path))
-    if not isinstance(record.get("files"), dict):
-        raise StoreError(f"{storage.describe(path)}: expected a commit record with a `files` table, found none")
+    files = record.get("files")
+    if not isinstance(files, dict) or not all(_is_entry(entry) for entry in files.values()):
+        raise StoreError(
+            f"{storage.describe(path)}: expected a commit record with a `files` table of sizes and hashes, found none; "
+            "run `draftcache repair` on the store, then the capture command again"
+        )
     return record
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("xxh3_128"), str)
 
 
 def require_record(storage: Storage, name: str) -> Record:
@@ -72,15 +90,66 @@ def require_record(storage: Storage, name: str) -> Record:
     return record
 
 
+def require_shard(storage: Storage, shard: int, manifest_hash: str) -> Record:
+    """Return the commit record of a shard of this store, after a check that it is this shard's and this store's.
+
+    The record names the shard's directory, whose name begins with the shard's number, and the manifest's hash: a record
+    that took another one's place does not fit. Raises StoreError where the record is damaged, and ShardDamagedError
+    where it is gone or belongs elsewhere.
+    """
+    record = require_record(storage, shard_name(shard))
+    where = storage.describe(record_name(shard_name(shard)))
+    for name, kind in _SHARD_FIELDS.items():
+        if not isinstance(record.get(name), kind):
+            raise ShardDamagedError(
+                f"{where}: expected a shard's record with the field {name!r}, found {record.get(name)!r}; {_REPAIR}"
+            )
+    if not all(isinstance(record["lengths"].get(axis), int) for axis in FIRST_FIELD):
+        raise ShardDamagedError(
+            f"{where}: expected lengths of {list(FIRST_FIELD)}, found {record['lengths']}; {_REPAIR}"
+        )
+    require_manifest(storage, shard_name(shard), record, manifest_hash)
+    directory = record["directory"]
+    if shard_number(directory) != shard or directory.count("/") != 1 or not directory.startswith(SHARDS_DIRECTORY):
+        raise ShardDamagedError(
+            f"{where}: expected the record of {SHARDS_DIRECTORY}/{shard_name(shard)}, found that of {directory}; "
+            f"records were exchanged: put the right one back, or {_REPAIR}"
+        )
+    astray = [name for name in record["files"] if not name.startswith(f"{directory}/") or ".." in name.split("/")]
+    if astray:
+        raise ShardDamagedError(f"{where}: expected files below {directory}, found {astray[0]}; {_REPAIR}")
+    return record
+
+
+def require_manifest(
+    storage: Storage, name: str, record: Record, expected: str, *, field: str = "manifest_hash"
+) -> None:
+    """Raise ShardDamagedError where the record `name` says that it belongs to a store of another manifest.
+
+    It says so in `field`: the records of shards and of the index hold the manifest's hash, those of the other files
+    `SETTINGS_HASH`. Records of top-level files that an older draftcache wrote say nothing, and pass.
+    """
+    found = record.get(field, expected)
+    if found != expected:
+        raise ShardDamagedError(
+            f"{storage.describe(record_name(name))}: expected a record of manifest {expected}, found one of "
+            f"{found}; it was copied from another store: put the right files and records back, or {_REPAIR}"
+        )
+
+
 def committed_shards(storage: Storage) -> list[int]:
-    """Return the numbers of the shards that have a commit record, ascending."""
-    stems = [name.rpartition("/")[2].removesuffix(".json") for name in storage.list(COMMIT_DIRECTORY)]
-    return sorted(int(stem) for stem in stems if stem.isdigit())
+    """Return the numbers of the shards that have a commit record, ascending. Other files beside them are passed by."""
+    found = (_SHARD_RECORD.fullmatch(name) for name in storage.list(COMMIT_DIRECTORY))
+    return sorted(int(match[1]) for match in found if match)
 
 
 def require_size(storage: Storage, record: Record, name: str) -> int:
     """Return the bytes of a committed file. Raises ShardDamagedError where it is missing or of another size."""
-    expected = record["files"].get(name, {}).get("bytes")
+    if name not in record["files"]:
+        raise ShardDamagedError(
+            f"{storage.describe(name)}: expected its size and hash in the commit record, found no entry; {_REPAIR}"
+        )
+    expected = record["files"][name]["bytes"]
     found = storage.size(name)
     if found is None:
         raise ShardDamagedError(

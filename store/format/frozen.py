@@ -20,7 +20,7 @@ from pathlib import Path
 import ml_dtypes  # noqa: F401  (makes numpy, and with it safetensors, know bfloat16)
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from draftcache.store.common.errors import StoreError
 
@@ -32,6 +32,22 @@ NORM = "norm"
 """Name of the tensor [H] of the final norm's weight."""
 
 _STORED = ("BF16", "F16", "F32")
+
+
+def require_frozen(path: Path, hidden_size: int, heads: dict[str, int]) -> None:
+    """Raise StoreError unless the file holds all tensors of a store, as wide as the verifier.
+
+    `heads` is {tensor: number of rows}, the rows of the verifier's head for each declared draft vocabulary.
+    """
+    try:
+        with safe_open(path, framework="np") as tensors:
+            found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as exc:
+        raise StoreError(f"{path}: expected a file of safetensors, could not read it ({exc})") from exc
+    expected = {NORM: (hidden_size,), **{name: (rows, hidden_size) for name, rows in heads.items()}}
+    wrong = sorted(name for name, shape in expected.items() if found.get(name) != shape)
+    if wrong or found.get(EMBED_TOKENS, ())[1:] != (hidden_size,):
+        raise StoreError(f"{path}: expected {expected} and {EMBED_TOKENS} of width {hidden_size}, found {found}")
 
 
 def frozen_tensor(path: Path, name: str) -> NDArray[np.float32]:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import io
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from draftcache.store.common.errors import ShardDamagedError
-from draftcache.store.common.files import hash_bytes
+from draftcache.store.common.files import Buffer, hash_bytes
 from draftcache.store.format.commits import (
+    COMMIT_DIRECTORY,
     SHARDS_DIRECTORY,
     Record,
     committed_shards,
     read_committed,
     read_record,
-    require_record,
+    require_shard,
     shard_name,
     write_record,
 )
@@ -24,6 +26,8 @@ from draftcache.store.format.manifest import StoreManifest
 from draftcache.store.format.schema import INDEX_DTYPE
 from draftcache.store.storage.base import Storage
 
+_NO_NPY = (OSError, ValueError, EOFError, SyntaxError, TokenError, TypeError, LookupError, MemoryError, Warning)
+"""What numpy raises for bytes that are no .npy file: it reads the header as a Python expression."""
 INDEX_NAME = "index.npy"
 """Name of the file, in a shard's directory and in the store's root."""
 INDEX_RECORD = "index"
@@ -37,18 +41,29 @@ def npy_bytes(array: NDArray[Any]) -> bytes:
     return buffer.getvalue()
 
 
+def load_npy(data: Buffer, where: str) -> NDArray[Any]:
+    """Return the array that the bytes of a .npy file hold. Nothing is unpickled: object arrays are refused.
+
+    Raises ShardDamagedError, which names `where`, for bytes that are no such file.
+    """
+    try:
+        return np.asarray(np.lib.format.read_array(io.BytesIO(data), allow_pickle=False))
+    except _NO_NPY as exc:
+        raise ShardDamagedError(
+            f"{where}: expected a .npy array, could not read it ({exc}); run `draftcache repair` on the store, then "
+            "the capture command again"
+        ) from exc
+
+
 def load_index(data: bytes, where: str) -> NDArray[Any]:
     """Return the index rows, of `INDEX_DTYPE`, that the bytes of an index.npy hold.
 
     Raises ShardDamagedError, which names `where`, for bytes that are no such file.
     """
-    try:
-        index = np.load(io.BytesIO(data), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as exc:
-        raise ShardDamagedError(f"{where}: expected an index, could not read it ({exc})") from exc
-    if index.dtype != INDEX_DTYPE:
+    index = load_npy(data, where)
+    if index.dtype != INDEX_DTYPE or index.ndim != 1:
         raise ShardDamagedError(f"{where}: expected index fields {INDEX_DTYPE.names}, found {index.dtype.names}")
-    return np.asarray(index)
+    return index
 
 
 def read_shard_index(storage: Storage, record: Record) -> NDArray[Any]:
@@ -63,17 +78,50 @@ def join_indexes(storage: Storage, records: list[Record]) -> NDArray[Any]:
     return np.concatenate(parts) if parts else np.empty(0, INDEX_DTYPE)
 
 
+def indexed_records(storage: Storage, manifest: StoreManifest, index: NDArray[Any]) -> list[Record]:
+    """Return the commit records of all shards of a finished store, after counting them against manifest and index.
+
+    They are asked for by number, so that a listing that came back short leaves none out. Raises ShardDamagedError,
+    which names the shards and counts their conversations, where records are missing; and where a record holds another
+    number of conversations than the index has of its shard.
+    """
+    numbers = index["shard"]
+    if ((numbers < 0) | (numbers >= manifest.shards)).any():
+        raise ShardDamagedError(
+            f"{storage.describe(INDEX_NAME)}: expected rows of the manifest's {manifest.shards} shards, found one of "
+            f"shard {numbers.max()}; run `draftcache repair` on the store"
+        )
+    counts = np.bincount(numbers, minlength=manifest.shards).tolist()
+    lost = [shard for shard in range(manifest.shards) if read_record(storage, shard_name(shard)) is None]
+    if lost:
+        raise ShardDamagedError(
+            f"{storage.describe(COMMIT_DIRECTORY)}: expected the commit records of all {manifest.shards} shards of a "
+            f"finished store, found none of {[shard_name(shard) for shard in lost]}, which hold "
+            f"{sum(counts[shard] for shard in lost)} of its {len(index)} conversations; run `draftcache repair` on the "
+            "store, then the capture command again"
+        )
+    records = [require_shard(storage, shard, manifest.hash) for shard in range(manifest.shards)]
+    for shard, record in enumerate(records):
+        if record["conversations"] != counts[shard]:
+            raise ShardDamagedError(
+                f"{storage.describe(INDEX_NAME)}: expected {record['conversations']} conversations of shard "
+                f"{shard_name(shard)}, as its commit record says, found {counts[shard]}; run `draftcache repair` on "
+                "the store"
+            )
+    return records
+
+
 def write_store_index(storage: Storage, manifest: StoreManifest) -> bool:
     """Write the whole store's index.npy, unless it is there. Returns False where shards are still missing."""
     if set(range(manifest.shards)) - set(committed_shards(storage)):
         return False
     if read_record(storage, INDEX_RECORD) is None:
-        records = [require_record(storage, shard_name(shard)) for shard in range(manifest.shards)]
+        records = [require_shard(storage, shard, manifest.hash) for shard in range(manifest.shards)]
         data = npy_bytes(join_indexes(storage, records))
         _remove_orphans(storage, {record["directory"] for record in records})
         storage.put(INDEX_NAME, data)
         entry = {"bytes": len(data), "xxh3_128": hash_bytes(data)}
-        write_record(storage, INDEX_RECORD, {"files": {INDEX_NAME: entry}})
+        write_record(storage, INDEX_RECORD, {"files": {INDEX_NAME: entry}, "manifest_hash": manifest.hash})
     return True
 
 

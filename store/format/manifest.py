@@ -153,6 +153,14 @@ class StoreManifest:
         """xxh3-128 of the settings: the identity of the store's content."""
         return hash_json(self.settings())
 
+    @property
+    def settings_hash(self) -> str:
+        """xxh3-128 of the settings without the calibrated fields.
+
+        It is the same for all jobs that may begin a store at once, of which one measures the calibration that counts.
+        """
+        return hash_json({name: value for name, value in self.settings().items() if name not in CALIBRATED})
+
     def with_calibration_of(self, other: StoreManifest) -> StoreManifest:
         """Return these settings with the calibrated fields of another manifest."""
         return replace(self, channel_scales=other.channel_scales, norm_bands=other.norm_bands)

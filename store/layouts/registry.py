@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from draftcache.store.format.array_spec import ArraySpec
 from draftcache.store.format.commits import Record
+from draftcache.store.format.index import INDEX_NAME
 from draftcache.store.format.schema import Conversation
 from draftcache.store.layouts.shard_files import Files
-from draftcache.store.layouts.tar_shards import TarShard, TarShardWriter
+from draftcache.store.layouts.tar_shards import DATA_NAME, MEMBERS_NAME, TarShard, TarShardWriter
+from draftcache.store.layouts.zarr_format import METADATA, data_file
 from draftcache.store.layouts.zarr_reader import ZarrShard
 from draftcache.store.layouts.zarr_writer import ZarrShardWriter
 from draftcache.store.storage.base import Stage, Storage
@@ -41,6 +43,20 @@ class ShardWriter(Protocol):
 
     def close(self) -> Files:
         """Finish every file. Returns the table of files, with names relative to the shard."""
+
+
+def expected_files(layout: str, record: Record, specs: dict[str, ArraySpec]) -> list[str]:
+    """Return the names, in the store, of the files that a shard of this commit record must have, for its index first.
+
+    As in zarr, an array without rows has no file of its own.
+    """
+    names = [INDEX_NAME]
+    if layout == "webdataset":
+        names += [DATA_NAME, MEMBERS_NAME]
+    else:
+        names += [METADATA, *(f"{name}/{METADATA}" for name in specs)]
+        names += [data_file(name, spec) for name, spec in specs.items() if record["lengths"][spec.axis]]
+    return [f"{record['directory']}/{name}" for name in names]
 
 
 SHARD_READERS: dict[str, Callable[[Storage, Record, dict[str, ArraySpec]], ShardReader]] = {

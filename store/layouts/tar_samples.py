@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import IO, Any, cast
 
 import numpy as np
+from awscrt.checksums import crc32c
 from numcodecs import Zstd
 from numpy.typing import NDArray
 
@@ -21,22 +22,33 @@ from draftcache.store.common.errors import ShardDamagedError
 from draftcache.store.common.files import hash_bytes
 from draftcache.store.format.array_spec import ArraySpec
 from draftcache.store.format.commits import Record, require_size
+from draftcache.store.format.index import load_npy
 from draftcache.store.format.schema import Conversation
-from draftcache.store.layouts.tar_shards import DATA_NAME, member_suffix
+from draftcache.store.layouts.tar_shards import DATA_NAME, member_suffix, read_members
 from draftcache.store.storage.base import RangeFile, Storage
 
 _MEMBER = re.compile(r"(?P<key>[0-9]{2,}-[0-9]{9,})\.(?P<suffix>json|[a-z0-9_]+\.npy(\.zst)?)")
 _READ_AHEAD = 1 << 23
 _LARGEST_JSON = 1 << 20
 _ZSTD = Zstd(level=1)
+_EXCHANGED = "another shard's file took its place: put the right one back, or run `draftcache repair` on the store"
 
 
-def read_tar(storage: Storage, record: Record, specs: dict[str, ArraySpec]) -> Iterator[Conversation]:
+def read_tar(
+    storage: Storage, record: Record, specs: dict[str, ArraySpec], index: NDArray[Any]
+) -> Iterator[Conversation]:
     """Yield the conversations of one committed tar shard in order, with their arrays as they are stored.
 
-    Raises ShardDamagedError unless the members are regular files of the names, order, sizes and hashes of whole
-    samples, and nothing else.
+    `index` holds the shard's index rows. Raises ShardDamagedError unless the members are regular files of the names,
+    order, sizes and hashes of whole samples, and nothing else; and unless they are those of the index and of the
+    committed table of members, because a tar file of another shard is whole as well.
     """
+    table = read_members(storage, record, specs)["members"]
+    if len(index) != len(table):
+        raise ShardDamagedError(
+            f"{storage.describe(record['directory'])}: expected the index's {len(index)} conversations, found "
+            f"{len(table)}; {_EXCHANGED}"
+        )
     name = f"{record['directory']}/{DATA_NAME}"
     require_size(storage, record, name)
     where = storage.describe(name)
@@ -48,7 +60,10 @@ def read_tar(storage: Storage, record: Record, specs: dict[str, ArraySpec]) -> I
             for key, suffix, data in members:
                 if suffix != "json":
                     raise ShardDamagedError(f"{where}: expected {key}.json first in its sample, found {key}.{suffix}")
-                yield _sample(specs, where, key, data, members)
+                item, crcs = _sample(specs, where, key, data, members)
+                if found < len(table):
+                    _require_place(item, crcs, index[found], table[found], f"{where}: {key}")
+                yield item
                 found += 1
     except (tarfile.TarError, EOFError) as exc:
         raise ShardDamagedError(f"{where}: expected a whole tar file, could not read on ({exc})") from exc
@@ -80,8 +95,11 @@ def _checked_members(tar: tarfile.TarFile, where: str) -> Iterator[tuple[str, st
 
 def _sample(
     specs: dict[str, ArraySpec], where: str, key: str, about_json: bytes, members: Iterator[tuple[str, str, bytes]]
-) -> Conversation:
-    """Return the conversation of a sample, whose arrays are the next of `members`. Raises ShardDamagedError."""
+) -> tuple[Conversation, list[int]]:
+    """Return the conversation of a sample, whose arrays are the next of `members`, and the crc32c of each member.
+
+    Raises ShardDamagedError.
+    """
     try:
         about = json.loads(about_json)
         hashes = {suffix: str(value) for suffix, value in about["xxh3_128"].items()}
@@ -89,6 +107,7 @@ def _sample(
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise ShardDamagedError(f"{where}: {key}.json: expected a sample's description, found something else") from exc
     arrays: dict[str, NDArray[Any]] = {}
+    crcs = []
     for name, spec in specs.items():
         expected = member_suffix(name, spec)
         found_key, suffix, data = next(members, ("", "nothing", b""))
@@ -97,21 +116,33 @@ def _sample(
         if hash_bytes(data) != hashes.get(suffix):
             raise ShardDamagedError(f"{where}: {key}.{suffix}: expected xxh3-128 {hashes.get(suffix)}, found another")
         arrays[name] = _array(data, spec, f"{where}: {key}.{suffix}")
-    return Conversation(content_hash=identity[0], split=identity[1], dataset_index=identity[2], arrays=arrays)
+        crcs.append(crc32c(np.frombuffer(data, np.uint8)))
+    content_hash, split, dataset_index = identity
+    return Conversation(content_hash=content_hash, split=split, dataset_index=dataset_index, arrays=arrays), crcs
+
+
+def _require_place(item: Conversation, crcs: list[int], row: np.void, members: NDArray[Any], where: str) -> None:
+    """Raise ShardDamagedError unless a sample is the conversation of an index row and has the committed members."""
+    expected = row["content_hash"].tobytes().hex(), int(row["split"]), int(row["dataset_index"])
+    found = item.content_hash, item.split, item.dataset_index
+    if found != expected:
+        raise ShardDamagedError(f"{where}: expected conversation {expected} of the index, found {found}; {_EXCHANGED}")
+    if crcs != members["crc32c"].tolist():
+        raise ShardDamagedError(f"{where}: expected members of the committed checksums, found others; {_EXCHANGED}")
 
 
 def _array(data: bytes, spec: ArraySpec, where: str) -> NDArray[Any]:
     """Return a member's array. Nothing is unpickled: object arrays are refused by their dtype."""
     try:
-        buffer = io.BytesIO(_ZSTD.decode(data) if spec.compress else data)
-        array = np.lib.format.read_array(buffer, allow_pickle=False)
-    except (ValueError, RuntimeError, EOFError) as exc:
-        raise ShardDamagedError(f"{where}: expected a .npy array, could not read it ({exc})") from exc
+        plain = _ZSTD.decode(data) if spec.compress else data
+    except (ValueError, RuntimeError) as exc:
+        raise ShardDamagedError(f"{where}: expected a .npy array, could not decompress it ({exc})") from exc
+    array = load_npy(plain, where)
     if array.dtype != spec.stored_dtype or array.shape[1:] != spec.inner:
         raise ShardDamagedError(
             f"{where}: expected {spec.dtype} rows of {spec.inner}, found {array.dtype} {array.shape}"
         )
-    return np.asarray(array)
+    return array
 
 
 class _Stream(io.RawIOBase):

@@ -23,7 +23,7 @@ from draftcache.store.common.errors import ShardDamagedError, StoreNotFoundError
 from draftcache.store.common.files import Buffer, canonical_json, hash_bytes
 from draftcache.store.format.array_spec import COUNT_FIELD, ArraySpec
 from draftcache.store.format.commits import Record, read_committed, require_size
-from draftcache.store.format.index import npy_bytes
+from draftcache.store.format.index import load_npy, npy_bytes
 from draftcache.store.format.schema import Conversation
 from draftcache.store.layouts.shard_files import PARALLEL_BYTES, Files, HashedFile, run_later, run_now, write_small_file
 from draftcache.store.storage.base import RangeFile, Stage, Storage
@@ -133,6 +133,29 @@ class TarShardWriter:
         }
 
 
+def read_members(storage: Storage, record: Record, specs: dict[str, ArraySpec]) -> NDArray[Any]:
+    """Return the table of members of one committed tar shard: a row per conversation, of `_members_dtype`.
+
+    Its hash is in the commit record, and so its checksums tell this shard's members from those of any other. Raises
+    ShardDamagedError where it is not as committed.
+    """
+    name = f"{record['directory']}/{MEMBERS_NAME}"
+    where = storage.describe(name)
+    table = load_npy(read_committed(storage, record, name), where)
+    expected = (_members_dtype(len(specs)), (record["conversations"],))
+    if (table.dtype, table.shape) != expected:
+        raise ShardDamagedError(
+            f"{where}: expected members of {record['conversations']} conversations of {len(specs)} arrays each, found "
+            f"a table {table.shape} of {table.dtype}; run `draftcache repair` on the store, then the capture command "
+            "again"
+        )
+    size = require_size(storage, record, f"{record['directory']}/{DATA_NAME}")
+    members = table["members"]
+    if ((members["bytes"] > size) | (members["offset"] > size - members["bytes"])).any():
+        raise ShardDamagedError(f"{where}: expected members inside the {size} bytes of {DATA_NAME}, found others")
+    return table
+
+
 class TarShard:
     """Reads single conversations of one committed tar shard. Implements `ShardReader`."""
 
@@ -141,9 +164,7 @@ class TarShard:
         self._specs = specs
         self._numbers = {name: number for number, name in enumerate(specs)}
         self._name = f"{record['directory']}/{DATA_NAME}"
-        table = f"{record['directory']}/{MEMBERS_NAME}"
-        self._table = np.load(io.BytesIO(read_committed(storage, record, table)), allow_pickle=False)
-        require_size(storage, record, self._name)
+        self._table = read_members(storage, record, specs)
         try:
             self._file: RangeFile = storage.open(self._name)
         except StoreNotFoundError as exc:
@@ -173,12 +194,16 @@ class TarShard:
     def _read_member(self, row: np.void, name: str, out: NDArray[np.uint8]) -> None:
         """Fill `out` with the array that a whole member holds."""
         sample = int(np.searchsorted(self._table["first_token"], row["first_token"]))
+        self._require(name, sample < len(self._table) and self._table["first_token"][sample] == row["first_token"], row)
         offset, size, crc = (int(value) for value in self._table["members"][sample, self._numbers[name]])
         if self._specs[name].compress:
             encoded = np.empty(size, np.uint8)
             self._file.read_into(offset, [encoded.data])
             self._require(name, crc32c(encoded) == crc, row)
-            data = np.frombuffer(_ZSTD.decode(encoded), np.uint8)
+            try:
+                data = np.frombuffer(_ZSTD.decode(encoded), np.uint8)
+            except (RuntimeError, ValueError) as exc:
+                raise self._damaged(name, row) from exc
             self._require(name, data.nbytes >= out.nbytes, row)
             out[:] = data[data.nbytes - out.nbytes :]
             return
@@ -189,7 +214,10 @@ class TarShard:
 
     def _require(self, name: str, holds: bool, row: np.void) -> None:
         if not holds:
-            raise ShardDamagedError(
-                f"{self._storage.describe(self._name)}: {name} of conversation {row['content_hash'].tobytes().hex()} "
-                "fails its crc32c; run `draftcache repair` on the store, then the capture command again"
-            )
+            raise self._damaged(name, row)
+
+    def _damaged(self, name: str, row: np.void) -> ShardDamagedError:
+        return ShardDamagedError(
+            f"{self._storage.describe(self._name)}: {name} of conversation {row['content_hash'].tobytes().hex()} "
+            "fails its crc32c; run `draftcache repair` on the store, then the capture command again"
+        )

@@ -19,6 +19,10 @@ from draftcache.store.format.array_spec import ArraySpec
 CRC_BYTES = 4
 INDEX_ENTRY = np.dtype([("offset", "<u8"), ("bytes", "<u8")])
 METADATA = "zarr.json"
+END_HASH = "end_xxh3_128"
+"""Field of an array file's entry in a commit record: the hash of the file's end, which is the crc32c of the last chunk,
+the index of the chunks and its crc32c. A reader reads the index anyway, and so knows the file by its content. Files
+that an older draftcache wrote have no such field."""
 
 
 def data_file(name: str, spec: ArraySpec) -> str:

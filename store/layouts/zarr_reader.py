@@ -14,9 +14,10 @@ from numcodecs import Zstd
 from numpy.typing import NDArray
 
 from draftcache.store.common.errors import ShardDamagedError, StoreNotFoundError
+from draftcache.store.common.files import hash_bytes
 from draftcache.store.format.array_spec import FIRST_FIELD, ArraySpec
 from draftcache.store.format.commits import Record, require_size
-from draftcache.store.layouts.zarr_format import CRC_BYTES, INDEX_ENTRY, data_file
+from draftcache.store.layouts.zarr_format import CRC_BYTES, END_HASH, INDEX_ENTRY, data_file
 from draftcache.store.storage.base import RangeFile, Storage
 
 _ZSTD = Zstd(level=1)
@@ -145,7 +146,8 @@ class ZarrShard:
             except StoreNotFoundError as exc:
                 raise ShardDamagedError(str(exc)) from exc
             rows = int(self._record["lengths"][spec.axis])
-            self._open[name] = file, _read_index(file, -(-rows // spec.chunk_rows), self._where(name))
+            end = self._record["files"][path].get(END_HASH)
+            self._open[name] = file, _read_index(file, -(-rows // spec.chunk_rows), self._where(name), end)
         return self._open[name]
 
     def _where(self, name: str) -> str:
@@ -171,18 +173,27 @@ def _contiguous_runs(index: NDArray[Any], chunks: range) -> list[range]:
     return [range(low, high) for low, high in itertools.pairwise(edges)]
 
 
-def _read_index(file: RangeFile, chunks: int, where: str) -> NDArray[Any]:
-    """Return the chunk index at the end of an array's file. Raises ShardDamagedError where it can't be trusted."""
+def _read_index(file: RangeFile, chunks: int, where: str, end: str | None) -> NDArray[Any]:
+    """Return the chunk index at the end of an array's file. Raises ShardDamagedError where it can't be trusted.
+
+    `end` is the commit record's hash of the file's end, from the last chunk's crc32c on, where it has one.
+    """
     size = chunks * INDEX_ENTRY.itemsize
     start = file.size - size - CRC_BYTES
-    data = np.empty(size + CRC_BYTES, np.uint8)
-    if start >= 0:
-        file.read_into(start, [data.data])
+    last_crc, data = np.zeros(CRC_BYTES, np.uint8), np.empty(size + CRC_BYTES, np.uint8)
+    if start >= CRC_BYTES:
+        file.read_into(start - CRC_BYTES, [last_crc.data, data.data])
     crc = int.from_bytes(data[-CRC_BYTES:].tobytes(), "little")
-    if start < 0 or crc32c(data[:-CRC_BYTES]) != crc:
+    if start < CRC_BYTES or crc32c(data[:-CRC_BYTES]) != crc:
         raise ShardDamagedError(f"{where}: expected an index of {chunks} chunks, its crc32c is wrong")
     index = data[:-CRC_BYTES].view(INDEX_ENTRY)
     # A chunk that was never written has offset and size 2**64 - 1, which ends beyond any file.
     if (index["offset"] > start).any() or (index["bytes"] > start - index["offset"]).any():
         raise ShardDamagedError(f"{where}: expected every chunk inside the file, found some missing or outside")
+    if end is not None and (found := hash_bytes(last_crc.data, data.data)) != end:
+        raise ShardDamagedError(
+            f"{where}: expected an array whose end has xxh3-128 {end}, found {found}; it is damaged, or another file "
+            "of the same size took its place: put the right one back, or run `draftcache repair` on the store, then "
+            "the capture command again"
+        )
     return index

@@ -15,7 +15,7 @@ from awscrt.checksums import crc32c
 from numcodecs import Zstd
 from numpy.typing import NDArray
 
-from draftcache.store.common.files import Buffer
+from draftcache.store.common.files import Buffer, hash_bytes
 from draftcache.store.format.array_spec import ArraySpec
 from draftcache.store.format.schema import Conversation
 from draftcache.store.layouts.shard_files import (
@@ -29,6 +29,7 @@ from draftcache.store.layouts.shard_files import (
 )
 from draftcache.store.layouts.zarr_format import (
     CRC_BYTES,
+    END_HASH,
     INDEX_ENTRY,
     METADATA,
     array_metadata,
@@ -56,6 +57,7 @@ class _ArrayWriter(ABC):
         self._chunk_rows = spec.chunk_rows
         self._filled = 0  # rows of the current chunk
         self._index: list[tuple[int, int]] = []  # offset and bytes of each encoded chunk
+        self._last_crc = b""
         self.rows = 0
 
     def append(self, values: NDArray[Any], run: Run = run_later) -> Callable[[], None]:
@@ -85,7 +87,8 @@ class _ArrayWriter(ABC):
         """Record a chunk of `size` encoded bytes in the index. Returns the bytes of its crc32c."""
         offset = sum(self._index[-1]) if self._index else 0
         self._index.append((offset, size + CRC_BYTES))
-        return crc.to_bytes(CRC_BYTES, "little")
+        self._last_crc = crc.to_bytes(CRC_BYTES, "little")
+        return self._last_crc
 
     def close(self) -> dict[str, Any]:
         """Pad the last chunk with zeros, as zarr does, and write the index.
@@ -97,8 +100,9 @@ class _ArrayWriter(ABC):
             self.append(padding)()
             self.rows -= padding.shape[0]
         index = np.array(self._index, INDEX_ENTRY).tobytes()
-        self._file.write([index, crc32c(index).to_bytes(CRC_BYTES, "little")])
-        return self._file.close()
+        end = [index, crc32c(index).to_bytes(CRC_BYTES, "little")]
+        self._file.write(end)
+        return self._file.close() | {END_HASH: hash_bytes(self._last_crc, *end)}
 
 
 class _RawWriter(_ArrayWriter):

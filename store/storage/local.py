@@ -10,7 +10,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from draftcache.store.common.errors import ShardDamagedError, StorageError, StoreNotFoundError
@@ -33,6 +33,12 @@ def _explained(path: Path, doing: str) -> Iterator[None]:
             f"{path}: could not be {doing} ({exc.strerror or exc}); what was committed before is untouched: "
             "mend the cause and run the same command again"
         ) from exc
+
+
+def _unless_missing(exc: OSError) -> None:
+    """Raise an error of a walk, so that no list is short without a word. A missing directory is an empty one."""
+    if not isinstance(exc, FileNotFoundError):
+        raise exc
 
 
 class LocalRangeFile:
@@ -177,10 +183,18 @@ class LocalStorage:
 
     def list(self, directory: str) -> list[str]:
         names = []
-        for folder, directories, files in os.walk(self.local_root / directory):
-            directories[:] = [item for item in directories if not item.startswith(".")]
-            base = Path(folder).relative_to(self.local_root)
-            names += [(base / item).as_posix() for item in files if not item.startswith(".")]
+        seen: set[tuple[int, int]] = set()
+        top = self.local_root / directory
+        with _explained(top, "listed"):
+            for folder, directories, files in os.walk(top, onerror=_unless_missing, followlinks=True):
+                base = Path(folder).relative_to(self.local_root)
+                directories[:] = [item for item in directories if not item.startswith(".")]
+                with suppress(FileNotFoundError):  # it may have been removed since
+                    found = Path(folder).stat()
+                    if (found.st_dev, found.st_ino) in seen:  # a link led to a directory above
+                        directories[:], files = [], []
+                    seen.add((found.st_dev, found.st_ino))
+                names += [(base / item).as_posix() for item in files if not item.startswith(".")]
         return sorted(names)
 
     def put(self, name: str, data: Buffer) -> None:
@@ -249,9 +263,14 @@ class LocalStorage:
         path = self.local_root / target
         with _explained(path, "moved"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            (self.local_root / source).rename(path)
+            old = self.local_root / source
+            if old.is_symlink():  # a relative link would lead nowhere from its new place
+                path.symlink_to(old.resolve())
+                old.unlink()
+            else:
+                old.rename(path)
             fsync_directory(path.parent)
-            fsync_directory((self.local_root / source).parent)
+            fsync_directory(old.parent)
 
     def stage(self, directory: str) -> LocalStage:
         return LocalStage(self.local_root / directory, directory)
@@ -272,10 +291,7 @@ class LocalStorage:
         return LocalLock(descriptor)
 
     def remove_leftovers(self) -> None:
-        """Remove files and directories under temporary names, which killed writers left.
-
-        Only the holder of the store's exclusive lock may call this.
-        """
+        """Remove what killed writers left under temporary names. Only the exclusive lock's holder may call this."""
         for path in [*self.local_root.rglob(f".*{_PARTIAL}")]:
             with _explained(path, "removed"):
                 if path.is_dir():

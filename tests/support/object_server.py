@@ -53,7 +53,7 @@ class Request:
 
 
 Plan = Callable[[Request], str | None]
-"""Which fault a request meets: one of KINDS, "deny", or None."""
+"""Which fault a request meets: one of KINDS, "deny", "unlisted", or None."""
 
 KINDS = ("error", "drop", "lose", "truncate", "stall", "slow")
 
@@ -150,6 +150,8 @@ class _Handler(BaseHTTPRequestHandler):
         if request.fault == "lose":  # it was done, but the client does not learn of it
             self.close_connection = True
             return
+        if request.fault == "unlisted":  # a whole answer of an empty list
+            answer = re.sub(rb"<Contents>.*</Contents>", b"", answer, flags=re.DOTALL)
         if request.fault in ("stall", "slow"):
             time.sleep(self.server.stall if request.fault == "stall" else self.server.slow)
         self._send(status, headers, answer, cut=request.fault == "truncate")

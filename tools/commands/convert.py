@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,8 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Convert the store and print a summary. Returns 0: the target is finished and, without --no-check, was compared.
+    """Convert the store and print a summary.
 
+    Returns 0 if the target is finished and, without --no-check, was compared; 1 if another run still writes shards.
     Raises InputError for an unknown layout or mode.
     """
     from draftcache.store.common.errors import InputError
@@ -45,8 +47,15 @@ def run(arguments: argparse.Namespace) -> int:
     print(
         f"{arguments.target}: {summary.shards} of {len(conversion.plan)} shards written now, "
         f"{summary.bytes_before / tokens:,.1f} -> {summary.bytes_after / tokens:,.1f} bytes/token, "
-        f"{summary.checked} conversations read back and compared"
+        f"{summary.conversations:,} conversations stored, {summary.checked:,} of them read back and compared now"
     )
     for layer, error in summary.largest_error.items():
         print(f"  tap {layer}: largest error of a conversation {error:.4f} of its channels' rms")
-    return 0
+    if not summary.finished:
+        print(
+            f"warning: {arguments.target} is not finished: expected {len(conversion.plan)} shards committed, the "
+            f"shards {summary.missing} are still missing, as another run writes them; run the same command again when "
+            "that has ended",
+            file=sys.stderr,
+        )
+    return 0 if summary.finished else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,37 @@ def run(arguments: argparse.Namespace) -> int:
             if getattr(arguments, flag) is not None:
                 raise InputError(f"--{flag}: expected --conversation, or --split and --index, beside it, found neither")
         result = summarise(arguments.store, allow_partial=arguments.allow_partial)
+        result["finished"] = _state(arguments.store, result["shards_planned"], result["shards_committed"])
         print(json.dumps(result, indent=2) if arguments.json else format_summary(result))
         return 0
     result = _conversation(arguments)
     print(json.dumps(result, indent=2) if arguments.json else format_conversation(result))
     return 0
+
+
+def _state(location: str, planned: int, committed: int) -> bool:
+    """Return whether the store is finished, and say so on stderr where it is not.
+
+    Raises ShardDamagedError where it is finished, by the record of its index, and yet lacks commit records.
+    """
+    from draftcache.store.common.errors import ShardDamagedError
+    from draftcache.store.format.commits import read_record
+    from draftcache.store.format.index import INDEX_RECORD
+    from draftcache.store.storage.base import open_storage
+
+    if read_record(open_storage(location), INDEX_RECORD) is None:
+        print(
+            f"warning: {location} is not finished: {committed} of {planned} shards are committed, and only their "
+            "conversations are shown; run the capture command to finish it",
+            file=sys.stderr,
+        )
+        return False
+    if committed != planned:
+        raise ShardDamagedError(
+            f"{location}: expected the commit records of all {planned} shards of a finished store, found {committed}; "
+            "run `draftcache verify` on it to see which, then `draftcache repair` and the capture command"
+        )
+    return True
 
 
 def _conversation(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -56,6 +83,11 @@ def _conversation(arguments: argparse.Namespace) -> dict[str, Any]:
         number = arguments.conversation
         if number is None:
             number = find_conversation(reader, arguments.split, arguments.index)
+        if not reader.finished:
+            print(
+                f"warning: {arguments.store} is not finished; only what is committed is there to be shown",
+                file=sys.stderr,
+            )
         return decode_conversation(reader, number, rows=rows, text=text)
     finally:
         reader.close()
