@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from draftcache.draft_train.drafts.protocol import CheckpointState, Draft
 from draftcache.draft_train.drafts.registry import DEFAULT, find_architecture
 from draftcache.store.common.errors import CheckpointError, DraftcacheError
 from draftcache.store.common.files import atomic_directory, hash_file, read_json, write_json
+from draftcache.store.common.tensor_files import save_tensors
 from draftcache.store.format.vocab_map import VocabMap
 
 FORMAT = "draftcache-checkpoint"
@@ -37,11 +38,9 @@ def save_checkpoint(
     if path.exists():
         return
     with atomic_directory(path) as partial:
-        save_file(
-            {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()},
-            partial / _FILES[0],
-        )
-        save_file(_optimizer_tensors(model, optimizer), partial / _FILES[1])
+        weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+        save_tensors(partial / _FILES[0], weights)
+        save_tensors(partial / _FILES[1], _optimizer_tensors(model, optimizer))
         vocab_map.save(partial / _FILES[2])
         body = {"format": FORMAT, "version": VERSION, **asdict(state)}
         write_json(partial / "state.json", body | {"files": {name: hash_file(partial / name) for name in _FILES}})
