@@ -15,10 +15,9 @@ from draftcache.draft_train.drafts.eagle3.served import check_served, tap_ids
 from draftcache.draft_train.export import export
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import CheckpointError, InputError
-from draftcache.store.common.files import hash_file
 from draftcache.store.format.manifest import Tap
 from support.synthetic import LAYERS, vocab_map, write_store
-from support.training_runs import config
+from support.training_runs import config, rewrite_state
 
 
 @pytest.fixture
@@ -68,9 +67,7 @@ def test_full_attention_draft_says_so(tmp_path: Path) -> None:
 def test_checkpoint_without_a_tensor_is_refused(checkpoint: Path, tmp_path: Path, missing: str) -> None:
     path = checkpoint / "model.safetensors"
     save_file({name: value for name, value in load_file(path).items() if name != missing}, path)
-    body = json.loads((checkpoint / "state.json").read_text())
-    body["files"]["model.safetensors"] = hash_file(path)
-    (checkpoint / "state.json").write_text(json.dumps(body))
+    rewrite_state(checkpoint, lambda body: None)
     with pytest.raises(CheckpointError, match=missing):
         export(checkpoint, tmp_path / "draft", engine="vllm")
     assert not (tmp_path / "draft").exists()
@@ -80,9 +77,7 @@ def test_checkpoint_with_another_map_is_refused(checkpoint: Path, tmp_path: Path
     vocab_map(seed=1).save(checkpoint / "vocab_map.safetensors")
     with pytest.raises(CheckpointError, match=r"vocab_map\.safetensors"):
         export(checkpoint, tmp_path / "draft", engine="vllm")
-    body = json.loads((checkpoint / "state.json").read_text())
-    body["files"]["vocab_map.safetensors"] = hash_file(checkpoint / "vocab_map.safetensors")
-    (checkpoint / "state.json").write_text(json.dumps(body))
+    rewrite_state(checkpoint, lambda body: None)
     with pytest.raises(CheckpointError, match="expected vocabulary"):
         export(checkpoint, tmp_path / "draft", engine="vllm")
 

@@ -27,7 +27,7 @@ from draftcache.draft_train.optimizer import learning_rate
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import CheckpointError, InputError, ManifestMismatchError
 from support.synthetic import vocab_map, write_store
-from support.training_runs import config, flags, metrics
+from support.training_runs import config, flags, metrics, rewrite_state
 
 
 @pytest.fixture
@@ -240,9 +240,7 @@ def test_what_shapes_no_step_may_change(store: Path) -> None:
 def test_a_setting_that_a_checkpoint_does_not_know_counts_as_its_default(store: Path) -> None:
     """Checkpoints of before there was --order."""
     last = Trainer(config(store)).run()
-    body = json.loads((last / "state.json").read_text())
-    del body["objective"]["order"]
-    (last / "state.json").write_text(json.dumps(body))
+    rewrite_state(last, lambda body: body["objective"].pop("order"))
     Trainer(config(store)).run()
     with pytest.raises(CheckpointError, match="its order is 'shuffle', here it is 'bucketed'"):
         Trainer(config(store, order="bucketed")).run()
