@@ -21,7 +21,7 @@ from draftcache.draft_train.drafts.protocol import CheckpointState, Draft
 from draftcache.draft_train.drafts.registry import find_architecture
 from draftcache.draft_train.state_file import STATE_NAME, read_state, state_bytes
 from draftcache.store.common.errors import CheckpointError
-from draftcache.store.common.files import atomic_directory, hash_file, read_json, write_json
+from draftcache.store.common.files import atomic_directory, hash_file, read_json, remove_directory, write_json
 from draftcache.store.common.tensor_files import save_tensors
 from draftcache.store.format.vocab_map import VocabMap
 
@@ -206,6 +206,13 @@ def resolve_checkpoint(path: Path) -> Path:
 def prune_checkpoints(output: Path, keep: int) -> None:
     """Delete all checkpoints but the best and the newest `keep`, and the leftovers of interrupted writes."""
     best = best_checkpoint(output)
-    old = [path for path in checkpoints(output)[:-keep] if best is None or path != best[0]]
-    for path in [*old, *(output / "checkpoints").glob(".step_*.partial")]:
+    for path in checkpoints(output)[:-keep]:
+        if best is None or path != best[0]:
+            remove_directory(path)
+    remove_leftovers(output)
+
+
+def remove_leftovers(output: Path) -> None:
+    """Delete what killed processes left half written or half deleted. Only the run's own process may call this."""
+    for path in (output / "checkpoints").glob(".step_*.partial"):
         shutil.rmtree(path)

@@ -74,6 +74,6 @@ def _read_body(file: Path) -> dict[str, Any]:
 def _say_unsealed(file: Path) -> None:
     """Say once per file of this process that it cannot be checked."""
     print(
-        f"{file}: an earlier version of draftcache wrote it without its own hash, so a change of it would not be noticed",
+        f"{file}: an earlier version of draftcache wrote it without its own hash, so no change of it would be noticed",
         file=sys.stderr,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from draftcache.draft_train.checkpoint import (
     load_weights,
     note_best,
     prune_checkpoints,
+    remove_leftovers,
     resolve_checkpoint,
     save_checkpoint,
 )
@@ -39,7 +39,9 @@ from draftcache.draft_train.drafts.registry import find_architecture
 from draftcache.draft_train.fit import require_equal, require_fit, require_window
 from draftcache.draft_train.loss.objective import Objective, ObjectiveResult
 from draftcache.draft_train.optimizer import learning_rate, make_optimizer
+from draftcache.draft_train.output_lock import output_lock
 from draftcache.draft_train.ranks import GradientSums, Ranks, joined_ranks
+from draftcache.draft_train.run_checks import require_work
 from draftcache.draft_train.run_log import RunLog, step_record
 from draftcache.store.common.device import choose_device
 from draftcache.store.common.errors import DraftcacheError, InputError
@@ -121,6 +123,7 @@ class Trainer:
             self.ranks.copy_from_leader(blank_optimizer(self.model, self.optimizer))
 
     def _load(self) -> None:
+        remove_leftovers(self.config.output)
         found = checkpoints(self.config.output)
         if found:
             state = load_state(found[-1])
@@ -153,18 +156,20 @@ class Trainer:
     def run(self) -> Path:
         """Train to the end; return the last checkpoint's directory. Raises TrainingStopped if asked to stop."""
         self.ranks.require_same(self.config.everywhere() | {"store": self.store.manifest.hash})
-        if self.ranks.leads:
-            self.config.output.mkdir(parents=True, exist_ok=True)
-        self._restore()
-        if self.step < self.total_steps:
-            if self.config.loss_rows == "unshifted" and self.ranks.leads:
-                left, wanted = left_out_pairs(self.store, self.members, self.needs.steps)
-                print(f"--loss-rows unshifted: no teacher is stored for {left} of its {wanted} pairs: left out")
-            with self._log() as log, self._prefetcher() as data:
-                for plan in self.schedule.steps(self.step):
-                    self._finish_step(log, self._train_step(plan, data))
-        self.ranks.meet()  # until rank 0 has saved
+        with output_lock(self.config.output, self.ranks):
+            self._restore()
+            if self.step < self.total_steps:
+                self._run_steps()
+            self.ranks.meet()  # until rank 0 has saved
         return checkpoint_path(self.config.output, self.total_steps)
+
+    def _run_steps(self) -> None:
+        if self.config.loss_rows == "unshifted" and self.ranks.leads:
+            left, wanted = left_out_pairs(self.store, self.members, self.needs.steps)
+            print(f"--loss-rows unshifted: no teacher is stored for {left} of its {wanted} pairs: left out")
+        with self._log() as log, self._prefetcher() as data:
+            for plan in self.schedule.steps(self.step):
+                self._finish_step(log, self._train_step(plan, data))
 
     def _finish_step(self, log: RunLog | None, record: dict[str, Any]) -> None:
         """Evaluate, log and save after a step, each of them if it is due."""
@@ -278,21 +283,3 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> Path:
     """
     with joined_ranks(config.device) as ranks:
         return Trainer(config, ranks, stop).run()
-
-
-def require_work(config: TrainConfig, ranks: Ranks) -> None:
-    """Raise InputError if a rank would never get a conversation; warn if ranks get different numbers of them."""
-    size, world = config.batch_conversations, ranks.world
-    problem = None
-    if size < world:
-        problem = InputError(
-            f"--batch-conversations: expected at least one for each of the {world} ranks, found {size}: it counts "
-            f"those of all ranks; pass a multiple of {world}, or start fewer ranks"
-        )
-    ranks.agree(problem)  # not raised before: ranks that still connect would wait for this one
-    if size % world and ranks.leads:
-        print(
-            f"draftcache train: {world} ranks share steps of {size} conversations, so some wait for others in every "
-            f"step; a multiple of {world} keeps all of them busy",
-            file=sys.stderr,
-        )

@@ -114,6 +114,15 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def remove_directory(path: Path) -> None:
+    """Delete a directory so that a kill leaves it whole, or under a hidden name that ends in .partial."""
+    partial = path.with_name(f".{path.name}.removed.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    path.rename(partial)
+    fsync_directory(path.parent)
+    shutil.rmtree(partial)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically and durably."""
     with atomic_path(path) as partial:
