@@ -52,8 +52,8 @@ from draftcache.store.reader import StoreReader
 class TrainingStopped(Stopped):
     """The run was asked to stop, and has saved a checkpoint."""
 
-    def __init__(self, step: int) -> None:
-        super().__init__()
+    def __init__(self, step: int, signal_number: int) -> None:
+        super().__init__(signal_number)
         self.step = step
         """Optimizer steps done."""
 
@@ -182,7 +182,7 @@ class Trainer:
                 self._save(record)
         if stopping and self.step < self.total_steps:
             self.ranks.meet()
-            raise TrainingStopped(self.step)
+            raise TrainingStopped(self.step, self.stop.signal_number)
 
     def _log(self) -> AbstractContextManager[RunLog | None]:
         if not self.ranks.leads:

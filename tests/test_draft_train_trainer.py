@@ -176,27 +176,6 @@ def test_without_evaluation_there_is_no_best(store: Path) -> None:
         resolve_checkpoint(store / "run" / "best")
 
 
-def test_sigterm_saves_the_step_and_the_same_command_resumes(store: Path) -> None:
-    whole, cut = (config(store, output=store / name, epochs=100, checkpoint_every=1000) for name in ("whole", "cut"))
-    Trainer(whole).run()
-    command = [sys.executable, "-m", "draftcache.tools.cli", "train", *flags(cut)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        log, deadline = cut.output / "metrics.jsonl", time.monotonic() + 90
-        while not log.is_file() or not log.read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 143
-    state = load_state(resolve_checkpoint(cut.output))
-    assert not state.finished
-    assert f"stopped after step {state.step}, which is saved: run the same command again" in errors
-    subprocess.run(command, check=True, capture_output=True)
-    mine, theirs = (load_file(checkpoints(run.output)[-1] / "model.safetensors") for run in (cut, whole))
-    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-    assert [row["loss"] for row in metrics(cut.output)] == [row["loss"] for row in metrics(whole.output)]
-
-
 def test_finished_run_is_left_alone(store: Path) -> None:
     settings = config(store)
     last = Trainer(settings).run()
