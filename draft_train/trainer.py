@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from draftcache.draft_train.acceptance import measure_acceptance
 from draftcache.draft_train.checkpoint import (
@@ -43,6 +44,7 @@ from draftcache.draft_train.output_lock import output_lock
 from draftcache.draft_train.ranks import GradientSums, Ranks, joined_ranks
 from draftcache.draft_train.run_checks import require_work
 from draftcache.draft_train.run_log import RunLog, step_record
+from draftcache.draft_train.split_checks import members_of, warn_of_repeated, warn_of_trained
 from draftcache.store.common.device import choose_device
 from draftcache.store.common.errors import DraftcacheError, InputError
 from draftcache.store.common.stopping import Stopped, StopRequest
@@ -69,15 +71,14 @@ class Trainer:
         self.device = self.ranks.device
         require_work(config, self.ranks)
         self.store = StoreReader(config.store)
+        self.members = members_of(self.store, config.splits, "--splits")
+        self.held_out = self._held_out()
         vocab = self.store.manifest.teacher_form.choose(config.draft_vocab_size)
         self.teacher = TeacherView.of(self.store, vocab)
         self.vocab_map = self.store.vocab_map(vocab.size)
         architecture = find_architecture(config.draft)
         self.shape = architecture.shape_for(config, VerifierShape.of(self.store, vocab.size))
         require_window(self.shape.sliding_window, self.store)
-        self.members = np.concatenate([self.store.members(split) for split in config.splits])
-        if self.members.size == 0:
-            raise InputError(f"{config.store}: expected conversations in {list(config.splits)}, found none")
         self.frozen = FrozenWeights.load(self.store, self.device, vocab)
         self.draft = architecture.build(self.shape, self.device)
         self.draft.initialize(config.seed, self.frozen, config.head_init)
@@ -106,6 +107,16 @@ class Trainer:
         )
         self.total_steps = self.schedule.total_steps
         self.step = 0
+
+    def _held_out(self) -> NDArray[np.int64]:
+        """Return the conversations to evaluate on, and say where training and evaluation share conversations."""
+        split = self.config.eval_split
+        members = np.empty(0, np.int64) if split is None else members_of(self.store, [split], "--eval-split")
+        if self.ranks.leads:
+            warn_of_repeated(self.store, self.config.splits)
+            if split is not None:
+                warn_of_trained(self.store, split, self.config.splits)
+        return members[: self.config.eval_conversations]
 
     def _restore(self) -> None:
         """Start every rank as rank 0 starts: from this run's newest checkpoint, or from --init-from's weights."""
@@ -241,9 +252,7 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, Any]:
         """Measure acceptance on --eval-split. Each rank measures its part of the conversations."""
-        assert self.config.eval_split is not None
-        members = self.store.members(self.config.eval_split)[: self.config.eval_conversations]
-        mine = members[self.ranks.rank :: self.ranks.world]
+        mine = self.held_out[self.ranks.rank :: self.ranks.world]
         counts = measure_acceptance(self.draft, self.frozen, self.store, mine)
         sums = torch.tensor([counts.tokens, counts.verify_steps], dtype=torch.float64, device=self.device)
         tokens, steps = self.ranks.add_up(sums).tolist()
