@@ -1,33 +1,36 @@
 """Checkpoints: directories of safetensors and JSON files, published by one rename, so that each is complete.
 
 A checkpoint holds model.safetensors (float32 master weights), optimizer.safetensors (AdamW's moments by parameter
-name), vocab_map.safetensors and state.json (the draft's architecture and shape, the step, settings, the verifier, and
-the hashes of the files beside it).
+name), vocab_map.safetensors and state.json (the draft's architecture and shape, the step, settings, the verifier, the
+hashes of the files beside it, and its own hash).
 """
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from draftcache.draft_train.drafts.protocol import CheckpointState, Draft
-from draftcache.draft_train.drafts.registry import DEFAULT, find_architecture
-from draftcache.store.common.errors import CheckpointError, DraftcacheError
-from draftcache.store.common.files import atomic_directory, hash_file, read_json, write_json
+from draftcache.draft_train.drafts.registry import find_architecture
+from draftcache.draft_train.state_file import STATE_NAME, read_state, state_bytes
+from draftcache.store.common.errors import CheckpointError
+from draftcache.store.common.files import atomic_directory, hash_file, read_json, remove_directory, write_json
+from draftcache.store.common.tensor_files import save_tensors
 from draftcache.store.format.vocab_map import VocabMap
 
-FORMAT = "draftcache-checkpoint"
-VERSION = 1
 BEST = "best.json"
 """File in a run's directory that names the checkpoint with the longest acceptance."""
 
 _FILES = ("model.safetensors", "optimizer.safetensors", "vocab_map.safetensors")
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of a parameter."""
 
 
 def save_checkpoint(
@@ -37,14 +40,12 @@ def save_checkpoint(
     if path.exists():
         return
     with atomic_directory(path) as partial:
-        save_file(
-            {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()},
-            partial / _FILES[0],
-        )
-        save_file(_optimizer_tensors(model, optimizer), partial / _FILES[1])
+        weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+        save_tensors(partial / _FILES[0], weights)
+        save_tensors(partial / _FILES[1], _optimizer_tensors(model, optimizer))
         vocab_map.save(partial / _FILES[2])
-        body = {"format": FORMAT, "version": VERSION, **asdict(state)}
-        write_json(partial / "state.json", body | {"files": {name: hash_file(partial / name) for name in _FILES}})
+        hashes = {name: hash_file(partial / name) for name in _FILES}
+        (partial / STATE_NAME).write_bytes(state_bytes(state, hashes))
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
@@ -56,30 +57,20 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[s
 
 
 def load_state(path: Path) -> CheckpointState:
-    """Read state.json, and check the hashes of the files that it names.
+    """Read state.json, and compare the files beside it with the hashes that it holds.
 
     Raises CheckpointError where the checkpoint is incomplete, damaged or of another format.
     """
-    try:
-        body = read_json(path / "state.json")
-    except DraftcacheError as exc:
-        raise CheckpointError(f"{path}: expected a checkpoint with state.json ({exc})") from exc
-    if not isinstance(body, dict) or body.get("format") != FORMAT or body.get("version") != VERSION:
-        raise CheckpointError(f"{path}/state.json: expected {FORMAT} version {VERSION}, found something else")
-    for name, expected in body["files"].items():
+    state, hashes = read_state(path)
+    if not isinstance(hashes, dict) or hashes.keys() != set(_FILES):
+        raise CheckpointError(f"{path / STATE_NAME}: expected hashes of {list(_FILES)}, found {hashes!r}")
+    for name, expected in hashes.items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file}: expected a file of the checkpoint, found none; it is incomplete")
         if (found := hash_file(file)) != expected:
             raise CheckpointError(f"{file}: expected xxh3-128 {expected}, found {found}; it was changed or damaged")
-    values = {"architecture": DEFAULT} | {
-        name: body[name] for name in CheckpointState.__dataclass_fields__ if name in body
-    }
-    missing = sorted(CheckpointState.__dataclass_fields__.keys() - values.keys())
-    if missing:
-        raise CheckpointError(f"{path}/state.json: expected the fields {missing}, found none of them")
-    shape = find_architecture(values["architecture"]).read_shape(values["shape"])
-    return CheckpointState(**values | {"shape": shape})
+    return state
 
 
 def load_draft(path: Path, state: CheckpointState, device: torch.device) -> Draft:
@@ -90,26 +81,42 @@ def load_draft(path: Path, state: CheckpointState, device: torch.device) -> Draf
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Copy model.safetensors into the model. Raises CheckpointError, naming missing or misshapen tensors."""
-    tensors = load_file(path / _FILES[0])
-    expected = {name: list(value.shape) for name, value in model.state_dict().items()}
-    found = {name: list(value.shape) for name, value in tensors.items()}
-    if found != expected:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        detail = ", ".join(f"{name}: expected {expected.get(name)}, found {found.get(name)}" for name in wrong)
-        raise CheckpointError(f"{path / _FILES[0]}: {detail}")
-    model.load_state_dict(tensors)
+    """Copy model.safetensors into the model. Raises CheckpointError, naming tensors that are missing or misshapen."""
+    model.load_state_dict(_load_like(path / _FILES[0], model.state_dict()))
 
 
 def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
-    """Restore AdamW's moments and step counts, bit for bit."""
-    tensors = load_file(path / _FILES[1])
+    """Restore AdamW's moments and step counts, bit for bit.
+
+    Raises CheckpointError, naming tensors that are missing or do not have the parameter's shape and dtype.
+    """
+    like: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
-        state = {key: tensors[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        like |= {f"{name}/step": torch.zeros(()), f"{name}/exp_avg": parameter, f"{name}/exp_avg_sq": parameter}
+    tensors = _load_like(path / _FILES[1], like)
+    for name, parameter in model.named_parameters():
+        state = {key: tensors[f"{name}/{key}"] for key in _MOMENTS}
         fused = optimizer.defaults.get("fused")
         optimizer.state[parameter] = {
             key: value.to(parameter.device) if key != "step" or fused else value for key, value in state.items()
         }
+
+
+def _load_like(file: Path, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file, which must have the names, shapes and dtypes of `like`."""
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as exc:
+        raise CheckpointError(f"{file}: expected safetensors of a checkpoint, found something else ({exc})") from exc
+    expected, found = (
+        {name: f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}" for name, value in values.items()}
+        for values in (like, tensors)
+    )
+    if found != expected:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        detail = ", ".join(f"{name}: expected {expected.get(name)}, found {found.get(name)}" for name in wrong)
+        raise CheckpointError(f"{file}: {detail}")
+    return tensors
 
 
 def blank_optimizer(model: nn.Module, optimizer: torch.optim.AdamW) -> list[torch.Tensor]:
@@ -121,8 +128,7 @@ def blank_optimizer(model: nn.Module, optimizer: torch.optim.AdamW) -> list[torc
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-    keys = ("step", "exp_avg", "exp_avg_sq")
-    return [optimizer.state[parameter][key] for parameter in model.parameters() for key in keys]
+    return [optimizer.state[parameter][key] for parameter in model.parameters() for key in _MOMENTS]
 
 
 def load_vocab_map(path: Path, state: CheckpointState) -> VocabMap:
@@ -146,7 +152,7 @@ def checkpoints(output: Path) -> list[Path]:
 def best_checkpoint(output: Path) -> tuple[Path, float] | None:
     """Return a run's checkpoint with the longest acceptance, and that length; None where none was evaluated.
 
-    Raises CheckpointError where best.json names a checkpoint that does not exist.
+    Raises CheckpointError where best.json names a checkpoint that does not exist, or has another length.
     """
     record = output / BEST
     if not record.is_file():
@@ -159,6 +165,12 @@ def best_checkpoint(output: Path) -> tuple[Path, float] | None:
     if not path.is_dir():
         raise CheckpointError(
             f"{record}: expected {path.name}, which it names, found none; delete it to choose among later steps"
+        )
+    recorded = read_state(path)[0].metrics.get("eval_acceptance_length")
+    if recorded != length:
+        raise CheckpointError(
+            f"{record}: expected the acceptance length of {path.name}, {recorded}, found {length}; delete it to choose "
+            "among later steps"
         )
     return path, length
 
@@ -178,7 +190,7 @@ def resolve_checkpoint(path: Path) -> Path:
 
     Raises CheckpointError where there is no checkpoint.
     """
-    if (path / "state.json").is_file():
+    if (path / STATE_NAME).is_file():
         return path
     if path.name == "best" and (best := best_checkpoint(path.parent)) is not None:
         return best[0]
@@ -194,6 +206,13 @@ def resolve_checkpoint(path: Path) -> Path:
 def prune_checkpoints(output: Path, keep: int) -> None:
     """Delete all checkpoints but the best and the newest `keep`, and the leftovers of interrupted writes."""
     best = best_checkpoint(output)
-    old = [path for path in checkpoints(output)[:-keep] if best is None or path != best[0]]
-    for path in [*old, *(output / "checkpoints").glob(".step_*.partial")]:
+    for path in checkpoints(output)[:-keep]:
+        if best is None or path != best[0]:
+            remove_directory(path)
+    remove_leftovers(output)
+
+
+def remove_leftovers(output: Path) -> None:
+    """Delete what killed processes left half written or half deleted. Only the run's own process may call this."""
+    for path in (output / "checkpoints").glob(".step_*.partial"):
         shutil.rmtree(path)

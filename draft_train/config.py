@@ -108,6 +108,7 @@ class TrainConfig:
             "loss_chunk",
             "checkpoint_every",
             "keep_checkpoints",
+            "eval_conversations",
         ):
             _require(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
         for name in ("learning_rate", "max_grad_norm", "step_decay", "rope_theta", "prefetch_gb"):
@@ -124,6 +125,8 @@ class TrainConfig:
         ):
             _require(name, getattr(self, name) >= 0, "0 or more", getattr(self, name))
         _require("splits", bool(self.splits), "at least one split", self.splits)
+        once = len(set(self.splits)) == len(self.splits)
+        _require("splits", once, "every split once, as a split is not trained on twice in an epoch", self.splits)
         _require("compute", self.compute in COMPUTE, f"one of {COMPUTE}", self.compute)
         _require("attention", self.attention in ATTENTION, f"one of {ATTENTION}", self.attention)
         _require("order", self.order in ORDERS, f"one of {ORDERS}", self.order)
@@ -131,6 +134,8 @@ class TrainConfig:
         _require("head_init", self.head_init in ("verifier", "random"), "verifier or random", self.head_init)
         _require("wandb", self.wandb in ("off", "online", "offline"), "off, online or offline", self.wandb)
         _require("eval_split", not (self.eval_every and not self.eval_split), "a split with --eval-every", None)
+        needed = f"the steps between evaluations on --eval-split {self.eval_split} (or leave that out)"
+        _require("eval_every", not self.eval_split or self.eval_every > 0, needed, self.eval_every)
 
     def objective(self) -> dict[str, Any]:
         """Return the settings that a resumed run must share with the run that it continues.

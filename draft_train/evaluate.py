@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from draftcache.draft_train.acceptance import bigram_table, measure_acceptance, measure_bigram
 from draftcache.draft_train.checkpoint import load_draft, load_state, resolve_checkpoint
 from draftcache.draft_train.data.frozen import FrozenWeights
+from draftcache.draft_train.drafts.protocol import CheckpointState
 from draftcache.draft_train.drafts.registry import find_architecture
 from draftcache.draft_train.fit import require_fit
+from draftcache.draft_train.split_checks import members_of, warn_of_trained
 from draftcache.store.common.device import choose_device
 from draftcache.store.common.errors import InputError, ManifestMismatchError
 from draftcache.store.reader import StoreReader
@@ -37,7 +40,7 @@ def evaluate(
     `AcceptanceCounts.to_json` returns them.
 
     Raises CheckpointError or ManifestMismatchError where checkpoint and store don't belong together, and InputError for
-    a split that the store does not have.
+    a split that is named twice, or that the store does not have.
     """
     if draft_tokens < 1:
         raise InputError(f"--draft-tokens: expected at least 1, found {draft_tokens}")
@@ -45,26 +48,39 @@ def evaluate(
     path = resolve_checkpoint(checkpoint)
     state = load_state(path)
     vocab = require_fit(path, state, reader)
+    members = _members(reader, splits, state)
+    counted = _bigram_members(reader, bigram_store, bigram_splits or state.objective["splits"])
     chosen = choose_device(device)
     frozen = FrozenWeights.load(reader, chosen, vocab)
     draft = load_draft(path, state, chosen)
     untrained = find_architecture(state.architecture).build(state.shape, chosen)
     untrained.initialize(int(state.objective["seed"]), frozen, state.objective["head_init"])
-    table = _bigram(reader, bigram_store, bigram_splits or state.objective["splits"])
+    table = bigram_table(*counted)
     result: dict[str, Any] = {"checkpoint": path.name, "step": state.step, "splits": {}}
-    for split in splits:
-        members = reader.members(split)
+    for split, numbers in members.items():
         result["splits"][split] = {
-            "draft": measure_acceptance(draft, frozen, reader, members, draft_tokens=draft_tokens).to_json(),
-            "untrained": measure_acceptance(untrained, frozen, reader, members, draft_tokens=draft_tokens).to_json(),
-            "bigram": measure_bigram(table, reader, members, draft_tokens=draft_tokens).to_json(),
+            "draft": measure_acceptance(draft, frozen, reader, numbers, draft_tokens=draft_tokens).to_json(),
+            "untrained": measure_acceptance(untrained, frozen, reader, numbers, draft_tokens=draft_tokens).to_json(),
+            "bigram": measure_bigram(table, reader, numbers, draft_tokens=draft_tokens).to_json(),
         }
     return result
 
 
-def _bigram(store: StoreReader, other: Location | None, splits: list[str]) -> Any:
+def _members(store: StoreReader, splits: list[str], state: CheckpointState) -> dict[str, NDArray[np.int64]]:
+    """Return the numbers of the conversations of each split, and say where the draft was trained on some of them."""
+    members_of(store, splits, "--splits")  # no split twice
+    if state.store_hash == store.manifest.hash:
+        for split in splits:
+            warn_of_trained(store, split, state.objective["splits"])
+    return {split: members_of(store, [split], "--splits") for split in splits}
+
+
+def _bigram_members(
+    store: StoreReader, other: Location | None, splits: list[str]
+) -> tuple[StoreReader, NDArray[np.int64]]:
+    """Return the store that the bigram table counts, and the numbers of its conversations."""
     counted = StoreReader(other) if other is not None else store
     mine, theirs = store.manifest.tokenizer_hash, counted.manifest.tokenizer_hash
     if mine != theirs:
         raise ManifestMismatchError(f"{counted.location}: expected tokenizer {mine}, found {theirs}")
-    return bigram_table(counted, np.concatenate([counted.members(split) for split in splits]))
+    return counted, members_of(counted, splits, "--bigram-splits")

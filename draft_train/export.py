@@ -1,6 +1,7 @@
 """Export of a checkpoint in the form that an inference engine loads: config.json and model.safetensors.
 
-The draft's architecture decides what these files contain. This module publishes them together or not at all.
+The draft's architecture decides what these files contain. This module checks them, and then publishes them together or
+not at all.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from draftcache.draft_train.checkpoint import load_draft, load_state, load_vocab_map, resolve_checkpoint
 from draftcache.draft_train.drafts.registry import find_architecture
-from draftcache.store.common.errors import InputError
+from draftcache.store.common.errors import CheckpointError, InputError
 from draftcache.store.common.files import atomic_directory
+from draftcache.store.common.tensor_files import save_tensors
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -41,7 +42,10 @@ def export(checkpoint: Path, output: Path, *, engine: str, dtype: str = "bfloat1
     draft = load_draft(path, state, torch.device("cpu"))
     form = draft.served_form(state, vocab_map, engine=engine, dtype=DTYPES[dtype])
     with atomic_directory(output) as partial:
-        save_file(form.tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(partial / "model.safetensors", form.tensors, metadata={"format": "pt"})
         (partial / "config.json").write_text(json.dumps(form.config, indent=2) + "\n", encoding="utf-8")
-    architecture.check_served(output)
+        try:
+            architecture.check_served(partial)
+        except CheckpointError as exc:
+            raise CheckpointError(f"{path}: its draft cannot be served, nothing was exported: {exc}") from exc
     return output

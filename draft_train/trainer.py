@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from draftcache.draft_train.acceptance import measure_acceptance
 from draftcache.draft_train.checkpoint import (
@@ -24,6 +24,7 @@ from draftcache.draft_train.checkpoint import (
     load_weights,
     note_best,
     prune_checkpoints,
+    remove_leftovers,
     resolve_checkpoint,
     save_checkpoint,
 )
@@ -39,8 +40,11 @@ from draftcache.draft_train.drafts.registry import find_architecture
 from draftcache.draft_train.fit import require_equal, require_fit, require_window
 from draftcache.draft_train.loss.objective import Objective, ObjectiveResult
 from draftcache.draft_train.optimizer import learning_rate, make_optimizer
+from draftcache.draft_train.output_lock import output_lock
 from draftcache.draft_train.ranks import GradientSums, Ranks, joined_ranks
+from draftcache.draft_train.run_checks import require_work
 from draftcache.draft_train.run_log import RunLog, step_record
+from draftcache.draft_train.split_checks import members_of, warn_of_repeated, warn_of_trained
 from draftcache.store.common.device import choose_device
 from draftcache.store.common.errors import DraftcacheError, InputError
 from draftcache.store.common.stopping import Stopped, StopRequest
@@ -50,8 +54,8 @@ from draftcache.store.reader import StoreReader
 class TrainingStopped(Stopped):
     """The run was asked to stop, and has saved a checkpoint."""
 
-    def __init__(self, step: int) -> None:
-        super().__init__()
+    def __init__(self, step: int, signal_number: int) -> None:
+        super().__init__(signal_number)
         self.step = step
         """Optimizer steps done."""
 
@@ -67,15 +71,14 @@ class Trainer:
         self.device = self.ranks.device
         require_work(config, self.ranks)
         self.store = StoreReader(config.store)
+        self.members = members_of(self.store, config.splits, "--splits")
+        self.held_out = self._held_out()
         vocab = self.store.manifest.teacher_form.choose(config.draft_vocab_size)
         self.teacher = TeacherView.of(self.store, vocab)
         self.vocab_map = self.store.vocab_map(vocab.size)
         architecture = find_architecture(config.draft)
         self.shape = architecture.shape_for(config, VerifierShape.of(self.store, vocab.size))
         require_window(self.shape.sliding_window, self.store)
-        self.members = np.concatenate([self.store.members(split) for split in config.splits])
-        if self.members.size == 0:
-            raise InputError(f"{config.store}: expected conversations in {list(config.splits)}, found none")
         self.frozen = FrozenWeights.load(self.store, self.device, vocab)
         self.draft = architecture.build(self.shape, self.device)
         self.draft.initialize(config.seed, self.frozen, config.head_init)
@@ -105,6 +108,16 @@ class Trainer:
         self.total_steps = self.schedule.total_steps
         self.step = 0
 
+    def _held_out(self) -> NDArray[np.int64]:
+        """Return the conversations to evaluate on, and say where training and evaluation share conversations."""
+        split = self.config.eval_split
+        members = np.empty(0, np.int64) if split is None else members_of(self.store, [split], "--eval-split")
+        if self.ranks.leads:
+            warn_of_repeated(self.store, self.config.splits)
+            if split is not None:
+                warn_of_trained(self.store, split, self.config.splits)
+        return members[: self.config.eval_conversations]
+
     def _restore(self) -> None:
         """Start every rank as rank 0 starts: from this run's newest checkpoint, or from --init-from's weights."""
         problem: DraftcacheError | None = None
@@ -121,6 +134,7 @@ class Trainer:
             self.ranks.copy_from_leader(blank_optimizer(self.model, self.optimizer))
 
     def _load(self) -> None:
+        remove_leftovers(self.config.output)
         found = checkpoints(self.config.output)
         if found:
             state = load_state(found[-1])
@@ -153,18 +167,20 @@ class Trainer:
     def run(self) -> Path:
         """Train to the end; return the last checkpoint's directory. Raises TrainingStopped if asked to stop."""
         self.ranks.require_same(self.config.everywhere() | {"store": self.store.manifest.hash})
-        if self.ranks.leads:
-            self.config.output.mkdir(parents=True, exist_ok=True)
-        self._restore()
-        if self.step < self.total_steps:
-            if self.config.loss_rows == "unshifted" and self.ranks.leads:
-                left, wanted = left_out_pairs(self.store, self.members, self.needs.steps)
-                print(f"--loss-rows unshifted: no teacher is stored for {left} of its {wanted} pairs: left out")
-            with self._log() as log, self._prefetcher() as data:
-                for plan in self.schedule.steps(self.step):
-                    self._finish_step(log, self._train_step(plan, data))
-        self.ranks.meet()  # until rank 0 has saved
+        with output_lock(self.config.output, self.ranks):
+            self._restore()
+            if self.step < self.total_steps:
+                self._run_steps()
+            self.ranks.meet()  # until rank 0 has saved
         return checkpoint_path(self.config.output, self.total_steps)
+
+    def _run_steps(self) -> None:
+        if self.config.loss_rows == "unshifted" and self.ranks.leads:
+            left, wanted = left_out_pairs(self.store, self.members, self.needs.steps)
+            print(f"--loss-rows unshifted: no teacher is stored for {left} of its {wanted} pairs: left out")
+        with self._log() as log, self._prefetcher() as data:
+            for plan in self.schedule.steps(self.step):
+                self._finish_step(log, self._train_step(plan, data))
 
     def _finish_step(self, log: RunLog | None, record: dict[str, Any]) -> None:
         """Evaluate, log and save after a step, each of them if it is due."""
@@ -177,7 +193,7 @@ class Trainer:
                 self._save(record)
         if stopping and self.step < self.total_steps:
             self.ranks.meet()
-            raise TrainingStopped(self.step)
+            raise TrainingStopped(self.step, self.stop.signal_number)
 
     def _log(self) -> AbstractContextManager[RunLog | None]:
         if not self.ranks.leads:
@@ -236,9 +252,7 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, Any]:
         """Measure acceptance on --eval-split. Each rank measures its part of the conversations."""
-        assert self.config.eval_split is not None
-        members = self.store.members(self.config.eval_split)[: self.config.eval_conversations]
-        mine = members[self.ranks.rank :: self.ranks.world]
+        mine = self.held_out[self.ranks.rank :: self.ranks.world]
         counts = measure_acceptance(self.draft, self.frozen, self.store, mine)
         sums = torch.tensor([counts.tokens, counts.verify_steps], dtype=torch.float64, device=self.device)
         tokens, steps = self.ranks.add_up(sums).tolist()
@@ -278,21 +292,3 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> Path:
     """
     with joined_ranks(config.device) as ranks:
         return Trainer(config, ranks, stop).run()
-
-
-def require_work(config: TrainConfig, ranks: Ranks) -> None:
-    """Raise InputError if a rank would never get a conversation; warn if ranks get different numbers of them."""
-    size, world = config.batch_conversations, ranks.world
-    problem = None
-    if size < world:
-        problem = InputError(
-            f"--batch-conversations: expected at least one for each of the {world} ranks, found {size}: it counts "
-            f"those of all ranks; pass a multiple of {world}, or start fewer ranks"
-        )
-    ranks.agree(problem)  # not raised before: ranks that still connect would wait for this one
-    if size % world and ranks.leads:
-        print(
-            f"draftcache train: {world} ranks share steps of {size} conversations, so some wait for others in every "
-            f"step; a multiple of {world} keeps all of them busy",
-            file=sys.stderr,
-        )

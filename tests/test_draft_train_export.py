@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +19,10 @@ from draftcache.draft_train.drafts.eagle3.served import check_served, tap_ids
 from draftcache.draft_train.export import export
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import CheckpointError, InputError
-from draftcache.store.common.files import hash_file
 from draftcache.store.format.manifest import Tap
+from support.processes import wait_for
 from support.synthetic import LAYERS, vocab_map, write_store
-from support.training_runs import config
+from support.training_runs import config, rewrite_state
 
 
 @pytest.fixture
@@ -68,9 +72,7 @@ def test_full_attention_draft_says_so(tmp_path: Path) -> None:
 def test_checkpoint_without_a_tensor_is_refused(checkpoint: Path, tmp_path: Path, missing: str) -> None:
     path = checkpoint / "model.safetensors"
     save_file({name: value for name, value in load_file(path).items() if name != missing}, path)
-    body = json.loads((checkpoint / "state.json").read_text())
-    body["files"]["model.safetensors"] = hash_file(path)
-    (checkpoint / "state.json").write_text(json.dumps(body))
+    rewrite_state(checkpoint, lambda body: None)
     with pytest.raises(CheckpointError, match=missing):
         export(checkpoint, tmp_path / "draft", engine="vllm")
     assert not (tmp_path / "draft").exists()
@@ -80,11 +82,41 @@ def test_checkpoint_with_another_map_is_refused(checkpoint: Path, tmp_path: Path
     vocab_map(seed=1).save(checkpoint / "vocab_map.safetensors")
     with pytest.raises(CheckpointError, match=r"vocab_map\.safetensors"):
         export(checkpoint, tmp_path / "draft", engine="vllm")
-    body = json.loads((checkpoint / "state.json").read_text())
-    body["files"]["vocab_map.safetensors"] = hash_file(checkpoint / "vocab_map.safetensors")
-    (checkpoint / "state.json").write_text(json.dumps(body))
+    rewrite_state(checkpoint, lambda body: None)
     with pytest.raises(CheckpointError, match="expected vocabulary"):
         export(checkpoint, tmp_path / "draft", engine="vllm")
+
+
+def test_what_the_check_refuses_is_not_published(checkpoint: Path, tmp_path: Path) -> None:
+    """Weights that training would never save: the check of the export is what finds them."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["fc.weight"][0, 0] = torch.nan
+    save_file(tensors, checkpoint / "model.safetensors")
+    rewrite_state(checkpoint, lambda body: None)
+    with pytest.raises(CheckpointError, match=r"nothing was exported: .*fc\.weight: expected finite weights"):
+        export(checkpoint, tmp_path / "draft", engine="vllm")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "store"]
+
+
+def test_a_killed_export_leaves_no_draft_and_the_next_one_cleans_up(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out" / "draft"
+    output.parent.mkdir()
+    words = ["export", "--checkpoint", str(checkpoint), "--output", str(output), "--engine", "vllm"]
+    command = [sys.executable, "-m", "draftcache.tools.cli", *words]
+    foreign = output.parent / ".draft.notes.partial"
+    foreign.mkdir()
+    for _ in range(20):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            wait_for(lambda: len(os.listdir(output.parent)) > 1)  # noqa: PTH208  # the quickest way to look
+            process.kill()
+        if not output.exists():
+            break
+        check_served(output)
+        shutil.rmtree(output)
+    assert len(list(output.parent.glob(".draft.*.partial"))) == 2, "no kill came between beginning and end"
+    subprocess.run(command, check=True, capture_output=True)
+    check_served(output)
+    assert sorted(path.name for path in output.parent.iterdir()) == [foreign.name, "draft"]
 
 
 def test_existing_output_is_not_overwritten(checkpoint: Path, tmp_path: Path) -> None:

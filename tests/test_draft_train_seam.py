@@ -20,7 +20,7 @@ from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import CheckpointError, InputError
 from support.linear_draft import ARCHITECTURE, LinearShape
 from support.synthetic import write_store
-from support.training_runs import config, metrics
+from support.training_runs import config, metrics, rewrite_state
 
 
 @pytest.fixture(autouse=True)
@@ -71,9 +71,7 @@ def test_checkpoints_of_another_architecture_are_refused(tmp_path: Path) -> None
 def test_a_checkpoint_without_an_architecture_is_eagle3(tmp_path: Path) -> None:
     write_store(tmp_path / "store")
     last = Trainer(config(tmp_path, epochs=1)).run()
-    body = json.loads((last / "state.json").read_text())
-    del body["architecture"], body["objective"]["draft"]
-    (last / "state.json").write_text(json.dumps(body))
+    rewrite_state(last, lambda body: (body.pop("architecture"), body["objective"].pop("draft")))
     state = load_state(resolve_checkpoint(tmp_path / "run"))
     assert state.architecture == "eagle3"
     assert load_draft(last, state, torch.device("cpu")).shape == state.shape

@@ -27,7 +27,7 @@ from draftcache.draft_train.optimizer import learning_rate
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import CheckpointError, InputError, ManifestMismatchError
 from support.synthetic import vocab_map, write_store
-from support.training_runs import config, flags, metrics
+from support.training_runs import config, flags, metrics, rewrite_state
 
 
 @pytest.fixture
@@ -176,27 +176,6 @@ def test_without_evaluation_there_is_no_best(store: Path) -> None:
         resolve_checkpoint(store / "run" / "best")
 
 
-def test_sigterm_saves_the_step_and_the_same_command_resumes(store: Path) -> None:
-    whole, cut = (config(store, output=store / name, epochs=100, checkpoint_every=1000) for name in ("whole", "cut"))
-    Trainer(whole).run()
-    command = [sys.executable, "-m", "draftcache.tools.cli", "train", *flags(cut)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        log, deadline = cut.output / "metrics.jsonl", time.monotonic() + 90
-        while not log.is_file() or not log.read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 143
-    state = load_state(resolve_checkpoint(cut.output))
-    assert not state.finished
-    assert f"stopped after step {state.step}, which is saved: run the same command again" in errors
-    subprocess.run(command, check=True, capture_output=True)
-    mine, theirs = (load_file(checkpoints(run.output)[-1] / "model.safetensors") for run in (cut, whole))
-    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-    assert [row["loss"] for row in metrics(cut.output)] == [row["loss"] for row in metrics(whole.output)]
-
-
 def test_finished_run_is_left_alone(store: Path) -> None:
     settings = config(store)
     last = Trainer(settings).run()
@@ -240,9 +219,7 @@ def test_what_shapes_no_step_may_change(store: Path) -> None:
 def test_a_setting_that_a_checkpoint_does_not_know_counts_as_its_default(store: Path) -> None:
     """Checkpoints of before there was --order."""
     last = Trainer(config(store)).run()
-    body = json.loads((last / "state.json").read_text())
-    del body["objective"]["order"]
-    (last / "state.json").write_text(json.dumps(body))
+    rewrite_state(last, lambda body: body["objective"].pop("order"))
     Trainer(config(store)).run()
     with pytest.raises(CheckpointError, match="its order is 'shuffle', here it is 'bucketed'"):
         Trainer(config(store, order="bucketed")).run()

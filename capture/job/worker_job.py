@@ -18,7 +18,6 @@ from typing import Any, Self
 
 import torch
 import transformers
-from safetensors.torch import save_file
 
 from draftcache.capture.job.calibration import calibrate
 from draftcache.capture.job.config import CaptureConfig
@@ -34,6 +33,7 @@ from draftcache.capture.verifier.ssm_precision import enforce_contract
 from draftcache.store.common.device import choose_device
 from draftcache.store.common.errors import InputError, ManifestMismatchError
 from draftcache.store.common.stopping import StopRequest
+from draftcache.store.common.tensor_files import save_tensors
 from draftcache.store.format.frozen import EMBED_TOKENS, FROZEN_NAME, NORM
 from draftcache.store.format.manifest import StoreManifest, Tap
 from draftcache.store.format.vocab_map import VOCAB_MAP_NAME
@@ -231,5 +231,5 @@ class CaptureJob:
             tensors[vocab.head] = verifier.head.weight[torch.from_numpy(item.target_ids).to(self.device)]
             paths.append(root / vocab.map_name)
             item.save(paths[-1])
-        save_file({name: value.detach().contiguous().cpu() for name, value in tensors.items()}, paths[0])
+        save_tensors(paths[0], {name: value.detach().contiguous().cpu() for name, value in tensors.items()})
         return paths

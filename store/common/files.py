@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -74,14 +76,42 @@ def fsync_tree(path: Path) -> None:
         fsync_directory(Path(directory))
 
 
+def _own_partial(path: Path) -> Path:
+    """Return the temporary name of `path` for this process, and remove the files of processes that are gone.
+
+    The name has the machine in it, because only this machine's processes are known to be alive or gone.
+    """
+    machine = hash_bytes(platform.node().encode())[:8]
+    named = re.compile(rf"\.{re.escape(path.name)}\.{machine}-(\d+)\.partial")
+    for found in path.parent.iterdir():
+        match = named.fullmatch(found.name)
+        if match and (int(match[1]) == os.getpid() or not _lives(int(match[1]))):
+            if found.is_dir():
+                shutil.rmtree(found, ignore_errors=True)
+            else:
+                found.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{machine}-{os.getpid()}.partial")
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`. On success it durably takes `path`'s name, otherwise it is removed.
 
-    A reader sees the old file or the whole new one, whenever the writer is killed.
+    A reader sees the old file or the whole new one, whenever the writer is killed. What killed writers of this machine
+    left half written is removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _own_partial(path)
     try:
         yield partial
         descriptor = os.open(partial, os.O_RDONLY)
@@ -100,11 +130,11 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield an empty temporary directory beside `path`, which must not exist.
 
     On success it durably takes `path`'s name, otherwise it is removed. A reader sees no directory or the whole one,
-    whenever the writer is killed.
+    whenever the writer is killed. What killed writers of this machine left half written is removed first.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _own_partial(path)
+    partial.mkdir()
     try:
         yield partial
         fsync_tree(partial)
@@ -112,6 +142,15 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         fsync_directory(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Delete a directory so that a kill leaves it whole, or under a hidden name that ends in .partial."""
+    partial = path.with_name(f".{path.name}.removed.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    path.rename(partial)
+    fsync_directory(path.parent)
+    shutil.rmtree(partial)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -24,16 +24,20 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
     """Return the value that was sealed. Raises StoreError, which names `where`, for any byte that has changed."""
     try:
         value = json.loads(data)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise StoreError(f"{where}: expected JSON, found something else ({exc})") from exc
     if not isinstance(value, dict) or SEAL not in value:
         raise StoreError(f"{where}: expected a JSON object with its hash in {SEAL!r}, found none")
     content = {name: item for name, item in value.items() if name != SEAL}
-    # The bytes are compared too: a change of white space leaves the values alone, yet the file has changed.
-    if value[SEAL] != hash_json(content) or _text(value) != data:
+    try:
+        found = hash_json(content)
+        # The bytes are compared too: a change of white space leaves the values alone, yet the file has changed.
+        same = value[SEAL] == found and _text(value) == data
+    except (ValueError, RecursionError) as exc:  # a changed digit made a number infinite, say: 1e905
+        found, same = f"values that are not JSON ({exc})", False
+    if not same:
         raise StoreError(
-            f"{where}: expected values that hash to {value[SEAL]!r}, found {hash_json(content)}; "
-            "it was edited or damaged"
+            f"{where}: expected values that hash to {value[SEAL]!r}, found {found}; it was edited or damaged"
         )
     return content
 

@@ -6,6 +6,7 @@ how much time is left, and whether a unit of work is under way that should be fi
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -97,16 +98,34 @@ class StopRequest:
 
 
 @contextmanager
-def asked_by_sigterm(stop: StopRequest) -> Iterator[StopRequest]:
-    """Have SIGTERM ask `stop`, in the main thread. A second SIGTERM ends the process at once, as without a handler."""
-    previous = signal.getsignal(signal.SIGTERM)
+def asked_by_signals(stop: StopRequest) -> Iterator[StopRequest]:
+    """Have SIGTERM and SIGINT (Ctrl-C) ask `stop`, in the main thread.
 
-    def ask(_number: int, _frame: FrameType | None) -> None:
+    After the first of them, another SIGTERM ends the process at once, as without a handler, another SIGINT raises
+    KeyboardInterrupt at once, and a third signal ends the process even where it does not come to run Python code. A
+    SIGINT that is ignored, as a shell has it in jobs in the background, stays ignored.
+    """
+    previous = {signal.SIGTERM: signal.getsignal(signal.SIGTERM)}
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        previous[signal.SIGINT] = signal.getsignal(signal.SIGINT)
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        stop.signal_number = number
         stop.ask()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if signal.SIGINT in previous:
+            signal.signal(signal.SIGINT, interrupt)
+        if number == signal.SIGINT:  # not print, which must not be entered twice
+            os.write(2, b"\nstopping after the step that is running; press Ctrl-C again to stop at once\n")
 
-    signal.signal(signal.SIGTERM, ask)
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    for number in previous:
+        signal.signal(number, ask)
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.files import atomic_path, canonical_json, hash_bytes
 from draftcache.store.common.strict_json import parse_json
+from draftcache.store.common.tensor_files import save_tensors
 
 VOCAB_MAP_NAME = "vocab_map.safetensors"
 """Name of the main map's file, in a store and in a prepared dataset."""
@@ -89,7 +89,7 @@ class VocabMap:
         # There is one metadata key only: safetensors writes several keys in an order that differs from run to run.
         metadata = {_METADATA_KEY: canonical_json(details)}
         with atomic_path(path) as partial:
-            save_file({"d2t": self.d2t, "t2d": self.t2d}, partial, metadata=metadata)
+            save_tensors(partial, {"d2t": self.d2t, "t2d": self.t2d}, metadata)
 
     @classmethod
     def load(cls, path: Path) -> VocabMap:

@@ -80,7 +80,7 @@ class LocalStageFile:
         self._path = path
         with _explained(path, "created"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
     def write(self, buffers: Sequence[Buffer]) -> None:
         pending = [view.cast("B") for item in buffers if (view := memoryview(item)).nbytes]
@@ -279,7 +279,7 @@ class LocalStorage:
         path = self.local_root / _LOCKS / name
         with _explained(path, "locked"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.state_file import STATE_NAME
+from draftcache.store.common.files import hash_file
+from draftcache.store.common.sealed_json import seal, unseal
 
 
 def config(tmp_path: Path, **changes: object) -> TrainConfig:
@@ -24,6 +29,15 @@ def flags(settings: TrainConfig) -> list[str]:
     names += ["head_dim", "num_attention_heads", "num_key_value_heads", "checkpoint_every", "device"]
     pairs = [(f"--{name.replace('_', '-')}", str(getattr(settings, name))) for name in names]
     return ["--splits", ",".join(settings.splits), *[part for pair in pairs for part in pair]]
+
+
+def rewrite_state(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the values of a checkpoint's state.json, with the hashes that it should then have."""
+    file = checkpoint / STATE_NAME
+    body = unseal(file.read_bytes(), str(file))
+    body["files"] = {name: hash_file(checkpoint / name) for name in body["files"]}
+    change(body)
+    file.write_bytes(seal(body))
 
 
 def metrics(output: Path) -> list[dict[str, float]]:

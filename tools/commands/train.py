@@ -29,6 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
     except DraftcacheError as exc:
         print(f"draftcache train: error: {exc}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:  # the second Ctrl-C
+        print("draftcache train: interrupted; run the same command again to resume", file=sys.stderr)
+        code = 130
     # The interpreter's shutdown is skipped: threads of torch's process group may abort in it, or wait for lost ranks.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -38,10 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _train(config: TrainConfig) -> int:
     from draftcache.draft_train.ranks import joined_ranks
     from draftcache.draft_train.trainer import Trainer, TrainingStopped
-    from draftcache.store.common.stopping import StopRequest, asked_by_sigterm
+    from draftcache.store.common.stopping import StopRequest, asked_by_signals
 
     try:
-        with asked_by_sigterm(StopRequest()) as stop, joined_ranks(config.device) as ranks:
+        with asked_by_signals(StopRequest()) as stop, joined_ranks(config.device) as ranks:
             last = Trainer(config, ranks, stop).run()
     except TrainingStopped as exc:
         print(

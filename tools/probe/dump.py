@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
 from torch import Tensor
 
 from draftcache.capture.job.config import require_ascending
@@ -23,6 +22,7 @@ from draftcache.capture.verifier.ssm_precision import enforce_contract
 from draftcache.store.common.device import choose_device
 from draftcache.store.common.errors import GateError, InputError
 from draftcache.store.common.files import atomic_path, canonical_json
+from draftcache.store.common.tensor_files import save_tensors
 from draftcache.store.format.manifest import Tap
 from draftcache.tools.probe.files import EMBEDDINGS, FINAL_NORM, METADATA_KEY, VERSION, block_tensor
 
@@ -118,7 +118,7 @@ def dump_states(config: ProbeConfig) -> dict[str, Any]:
         if not torch.isfinite(state).all():
             raise GateError(f"{name}: expected finite states, found NaN or infinity in {details['forward']}'s forward")
     with atomic_path(config.output) as partial:
-        save_file(tensors | {"token_ids": token_ids}, partial, metadata={METADATA_KEY: canonical_json(details)})
+        save_tensors(partial, tensors | {"token_ids": token_ids}, {METADATA_KEY: canonical_json(details)})
     return details | {"tokens": len(token_ids)}
 
 

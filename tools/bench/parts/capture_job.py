@@ -12,7 +12,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 from torch.profiler import ProfilerActivity, profile
 
 from draftcache.capture.job.config import CaptureConfig
@@ -24,6 +23,7 @@ from draftcache.capture.prepare.token_dataset import TokenDataset
 from draftcache.capture.verifier.load import Verifier
 from draftcache.store.common.files import hash_bytes
 from draftcache.store.common.stopping import StopRequest
+from draftcache.store.common.tensor_files import save_tensors
 from draftcache.store.format import torch_codecs
 from draftcache.store.format.channel_scales import Calibration
 from draftcache.store.format.frozen import FROZEN_NAME, NORM
@@ -93,7 +93,7 @@ def run_capture(verifier: Verifier, lengths: list[int], root: Path, mode: str, *
         manifest = _calibrated(manifest, verifier)
 
     def write_files(directory: Path) -> list[Path]:
-        save_file({NORM: np.ones(1, np.float32)}, directory / FROZEN_NAME)
+        save_tensors(directory / FROZEN_NAME, {NORM: np.ones(1, np.float32)})
         vocab_map.save(directory / VOCAB_MAP_NAME)
         return [directory / FROZEN_NAME, directory / VOCAB_MAP_NAME]
 

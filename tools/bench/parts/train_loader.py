@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.data.prefetch import LOCAL_READERS
 from draftcache.draft_train.drafts.eagle3.shape import Eagle3Shape
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.files import hash_bytes
+from draftcache.store.common.tensor_files import save_tensors
 from draftcache.store.format.array_spec import tap_name
 from draftcache.store.format.frozen import EMBED_TOKENS, FROZEN_NAME, NORM
 from draftcache.store.format.manifest import StoreManifest, Tap
@@ -91,7 +91,7 @@ def write_store(root: Path, shape: Eagle3Shape, length: int, conversations: int,
             name: torch.randn(*([count] if count else []), shape.hidden_size, device=device).bfloat16().cpu() * 0.02
             for name, count in rows.items()
         }
-        save_file(tensors, directory / FROZEN_NAME)
+        save_tensors(directory / FROZEN_NAME, tensors)
         words.save(directory / VOCAB_MAP_NAME)
         return [directory / FROZEN_NAME, directory / VOCAB_MAP_NAME]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from draftcache.store.common.files import write_json
+from draftcache.store.common.tensor_files import save_tensors
 from draftcache.tools.demo.corpus.tokenizer import VOCAB_SIZE
 
 __all__ = ["PATTERN", "build_model", "load_model", "save_model", "set_time_step_limit"]
@@ -125,7 +125,7 @@ def save_model(model: nn.Module, directory: Path) -> None:
                 tensors[f"{stem}.{number}.{projection}.weight"] = expert.contiguous()
         else:
             tensors[published] = value.contiguous()
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(directory / "model.safetensors", tensors, {"format": "pt"})
     write_json(directory / "config.json", _CONFIG)
     ids = {key: _CONFIG[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(directory / "generation_config.json", {"do_sample": False, **ids})
