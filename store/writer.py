@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 
 from draftcache.store.common.errors import StoreError
 from draftcache.store.common.files import hash_file
+from draftcache.store.common.sealed_json import seal
 from draftcache.store.format.array_spec import COUNT_FIELD, FIRST_FIELD, LENGTH_ARRAY, tap_name
 from draftcache.store.format.commits import (
+    COMMIT_DIRECTORY,
     SETTINGS_HASH,
     SHARDS_DIRECTORY,
     Record,
@@ -32,12 +34,14 @@ from draftcache.store.format.manifest import StoreManifest, top_level_names
 from draftcache.store.format.schema import INDEX_DTYPE, Conversation
 from draftcache.store.layouts.registry import SHARD_WRITERS
 from draftcache.store.layouts.shard_files import write_small_file
+from draftcache.store.output_check import require_own_or_empty
 from draftcache.store.storage.base import Location, Lock, Stage, Storage, open_storage
 from draftcache.store.storage.local import LocalStorage
 
 CLEANING_S = 10.0
 """Seconds that a writer waits for another one's start. A lock held for longer is an exclusive job's."""
 _POLL_S = 0.05
+_OWN_DIRECTORIES = ("", SHARDS_DIRECTORY, COMMIT_DIRECTORY)
 
 
 class StoreWriter:
@@ -59,9 +63,11 @@ class StoreWriter:
         with another live writer of this machine.
 
         Raises StoreError where another writer holds the store alone, or where any writer holds it and `exclusive` is
-        set; ManifestMismatchError where the store was made with other settings; StorageError.
+        set; ManifestMismatchError where the store was made with other settings; InputError where the directory holds
+        other files and no store; StorageError.
         """
         self.storage = open_storage(location)
+        require_own_or_empty(self.storage)
         self.manifest = manifest
         self._specs = manifest.array_specs()
         self._lock = self._take_lock(exclusive)
@@ -76,7 +82,7 @@ class StoreWriter:
         alone = self.storage.lock("store")
         if alone is not None:
             if isinstance(self.storage, LocalStorage):
-                self.storage.remove_leftovers()
+                self.storage.remove_leftovers(_OWN_DIRECTORIES)
             if exclusive:
                 return alone
             alone.release()
@@ -125,10 +131,9 @@ class StoreWriter:
             for path in prepare_files(Path(directory)):
                 self.storage.put_file(path.name, path)
                 entry = {"bytes": path.stat().st_size, "xxh3_128": hash_file(path)}
-                self.storage.delete(record_name(path.stem))  # left by an attempt that wrote no manifest
-                write_record(
-                    self.storage, path.stem, {"files": {path.name: entry}, SETTINGS_HASH: self.manifest.settings_hash}
-                )
+                record = {"files": {path.name: entry}, SETTINGS_HASH: self.manifest.settings_hash}
+                # Put over what an attempt without a manifest left, or a rival on a filesystem without locks just wrote.
+                self.storage.put(record_name(path.stem), seal(record))
         self.manifest.create(self.storage)
 
     def __enter__(self) -> Self:
@@ -254,7 +259,7 @@ class ShardInProgress:
         files = self._format.close()
         index = np.concatenate(self._index) if self._index else np.empty(0, INDEX_DTYPE)
         files[INDEX_NAME] = write_small_file(self._stage, INDEX_NAME, npy_bytes(index))
-        directory = self._stage.publish()
+        directory = self._stage.publish(lambda: read_record(self._storage, shard_name(self.number)) is not None)
         record: Record = {
             "directory": directory,
             "files": {f"{directory}/{name}": files[name] for name in sorted(files)},
@@ -271,4 +276,5 @@ class ShardInProgress:
         if not write_record(self._storage, shard_name(self.number), record):
             self._stage.abandon()
             return False
+        self._stage.settle()
         return True

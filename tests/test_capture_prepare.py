@@ -340,7 +340,8 @@ def test_command_line_end_to_end(tokenizer_dir: Path, tmp_path: Path) -> None:
     second = write_rows(tmp_path / "b.jsonl", random_rows(7, 2))
     command = [sys.executable, "-m", "draftcache.tools.cli", "prepare", "--tokenizer", str(tokenizer_dir)]
     command += ["--output", str(tmp_path / "out"), "--max-length", "80", "--draft-vocab-size", "200", "--workers", "2"]
-    command += ["--held-out", f"dev={second}", f"train={first}", f"train={second}"]
+    third = write_rows(tmp_path / "c.jsonl", random_rows(7, 3))
+    command += ["--held-out", f"dev={third}", f"train={first}", f"train={second}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert "| Rows / conversations " in done.stdout
@@ -468,3 +469,13 @@ def test_vocab_refusals(tokenizer_dir: Path, tmp_path: Path, capsys: pytest.Capt
     assert VocabMap.load(output).hash == kept
     assert main(["vocab", "--output", str(output), "--size", "10", "--overwrite", str(first)]) == 0
     assert len(VocabMap.load(output)) == 10
+
+
+def test_a_file_that_is_trained_on_is_not_held_out(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """A copy under another name is the same rows. Within one split a file may be named twice, to weigh it double."""
+    rows = write_rows(tmp_path / "rows.jsonl", [chat("a", "b")])
+    copy = write_rows(tmp_path / "copy.jsonl", [chat("a", "b")])
+    with pytest.raises(InputError, match=r"--held-out val=.*copy\.jsonl: .* the same bytes as train=.*rows\.jsonl"):
+        run(tokenizer_dir, tmp_path / "out", {"train": [rows]}, held_out={"val": [copy]})
+    other = write_rows(tmp_path / "other.jsonl", [chat("c", "d")])
+    run(tokenizer_dir, tmp_path / "out", {"train": [rows, rows]}, held_out={"val": [other]})

@@ -167,7 +167,7 @@ def test_stage_and_publish(storage: Storage) -> None:
     small.write([b"{", bytearray(b"}"), np.array([7, 8], np.uint16).data])
     for file in (large, small, empty):
         file.close()
-    directory = stage.publish()
+    directory = stage.publish(lambda: False)
     assert storage.list("shards") == [f"{directory}/{name}" for name in ("empty", "taps/c/0", "zarr.json")]
     assert storage.read(f"{directory}/taps/c/0") == data
     assert storage.read(f"{directory}/zarr.json") == b"{}\x07\x00\x08\x00"
@@ -233,8 +233,8 @@ def test_attempts_do_not_touch_each_other(server: S3Server, connect: Connect) ->
         file = stage.open("file")
         file.write([data])
         file.close()
-    directory = first.publish()
-    second.publish()
+    directory = first.publish(lambda: False)
+    second.publish(lambda: False)
     second.abandon()
     assert connect().list("shards") == [f"{directory}/file"]
     assert connect().read(f"{directory}/file") == b"one"
@@ -295,7 +295,7 @@ def workload(storage: ObjectStorage, path: Path) -> None:
     for file, content in zip(files, (data, data[:100]), strict=True):
         file.write([content])
         file.close()
-    directory = stage.publish()
+    directory = stage.publish(lambda: False)
     assert storage.list("") == ["commit/0", "manifest.json", f"{directory}/index", f"{directory}/taps", "tokenizer"]
     opened = storage.open(f"{directory}/taps")
     pieces = [bytearray(size) for size in (5, 9 * MIB, len(data) - 9 * MIB - 6)]

@@ -179,7 +179,9 @@ def test_uncommitted_shards_are_invisible_and_redone(tmp_path: Path) -> None:
     write_store(root)
     (root / "commit" / "00001.json").unlink()
     (root / "commit" / "index.json").unlink()
-    (root / "shards" / ".00001.partial").mkdir()
+    former = root / "shards" / ".00001.partial"  # a former version's name, which tells no owner
+    former.mkdir()
+    os.utime(former, (0, 0))
     with pytest.raises(StoreError, match="found 1 committed"):
         StoreReader(root)
     assert len(StoreReader(root, allow_partial=True)) == 4

@@ -37,6 +37,7 @@ from draftcache.store.common.tensor_files import save_tensors
 from draftcache.store.format.frozen import EMBED_TOKENS, FROZEN_NAME, NORM
 from draftcache.store.format.manifest import StoreManifest, Tap
 from draftcache.store.format.vocab_map import VOCAB_MAP_NAME
+from draftcache.store.output_check import require_own_or_empty
 from draftcache.store.storage.base import open_storage
 from draftcache.store.writer import StoreWriter
 
@@ -59,6 +60,7 @@ class CaptureJob:
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(config.compute_dtype, self.device)
         self.storage = open_storage(config.output)
+        require_own_or_empty(self.storage)
         self._followers = TensorParallelGroup(config) if config.tensor_parallel > 1 else None
         try:
             self._load()

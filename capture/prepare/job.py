@@ -99,6 +99,7 @@ def prepare(config: PrepareConfig) -> PrepareResult:
     with one_thread_per_process():
         files, tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
         sources = {name: _sources(paths) for name, paths in config.all_splits.items()}
+        _refuse_shared_files(config, sources)
         template = _template(config, files)
         check_template_compiles(template)
         job = _job_hash(config, files, template, sources)
@@ -258,6 +259,23 @@ def _sources(paths: list[Path]) -> list[dict[str, Any]]:
         if not path.is_file():
             raise InputError(f"{path}: expected a JSONL file, found {'a directory' if path.is_dir() else 'nothing'}")
     return [{"file": str(path), "bytes": path.stat().st_size, "xxh3_128": hash_file(path)} for path in paths]
+
+
+def _refuse_shared_files(config: PrepareConfig, sources: dict[str, list[dict[str, Any]]]) -> None:
+    """Raise InputError where a held-out split has a file that a training split has too, by its bytes."""
+    trained = {
+        source["xxh3_128"]: f"{name}={source['file']}"
+        for name in config.splits
+        for source in sources[name]
+        if source["bytes"]
+    }
+    for name in config.held_out:
+        for source in sources[name]:
+            if (other := trained.get(source["xxh3_128"])) is not None:
+                raise InputError(
+                    f"--held-out {name}={source['file']}: expected rows that are not trained on, found the same bytes "
+                    f"as {other}"
+                )
 
 
 def _job_hash(

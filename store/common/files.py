@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -19,6 +18,8 @@ from typing import Any, TypeAlias
 import xxhash
 
 from draftcache.store.common.errors import InputError
+from draftcache.store.common.owners import OWNER_PATTERN, is_gone, owner
+from draftcache.store.common.strict_json import parse_json
 
 _HASH_BLOCK = 1 << 22
 
@@ -77,30 +78,17 @@ def fsync_tree(path: Path) -> None:
 
 
 def _own_partial(path: Path) -> Path:
-    """Return the temporary name of `path` for this process, and remove the files of processes that are gone.
-
-    The name has the machine in it, because only this machine's processes are known to be alive or gone.
-    """
-    machine = hash_bytes(platform.node().encode())[:8]
-    named = re.compile(rf"\.{re.escape(path.name)}\.{machine}-(\d+)\.partial")
+    """Return the temporary name of `path` for this process, and remove the files of processes that are gone."""
+    own = path.with_name(f".{path.name}.{owner()}.partial")
+    named = re.compile(rf"\.{re.escape(path.name)}\.{OWNER_PATTERN}\.partial")
     for found in path.parent.iterdir():
         match = named.fullmatch(found.name)
-        if match and (int(match[1]) == os.getpid() or not _lives(int(match[1]))):
+        if match and (found.name == own.name or is_gone(match[1], int(match[2]))):
             if found.is_dir():
                 shutil.rmtree(found, ignore_errors=True)
             else:
                 found.unlink(missing_ok=True)
-    return path.with_name(f".{path.name}.{machine}-{os.getpid()}.partial")
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
+    return own
 
 
 @contextmanager
@@ -162,8 +150,14 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises InputError, which names the path, where it is missing or not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise InputError(f"{path}: expected a JSON file, found something that is no regular file")
+        return parse_json(path.read_bytes())
     except FileNotFoundError as exc:
         raise InputError(f"{path}: expected a JSON file, found nothing there") from exc
-    except (json.JSONDecodeError, UnicodeDecodeError) as exc:
+    except OSError as exc:
+        raise InputError(f"{path}: expected a JSON file, found one that can't be read ({exc.strerror})") from exc
+    except InputError:
+        raise
+    except ValueError as exc:
         raise InputError(f"{path}: expected JSON, found something else ({exc})") from exc

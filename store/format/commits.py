@@ -41,7 +41,8 @@ def shard_name(shard: int) -> str:
 def shard_number(name: str) -> int | None:
     """The shard that a file or directory below `shards/` belongs to by its name; None where the name is no shard's.
 
-    A shard's directory is called by its five digits, in an object store with `-` and the attempt's name behind them.
+    A shard's directory is called by its five digits, with `-` and an attempt's name behind them in an object store, or
+    where a rival had the plain name on a disk.
     """
     number = name.partition("/")[2].partition("/")[0].partition("-")[0]
     return int(number) if re.fullmatch("[0-9]{5,10}", number) else None
@@ -90,14 +91,14 @@ def require_record(storage: Storage, name: str) -> Record:
     return record
 
 
-def require_shard(storage: Storage, shard: int, manifest_hash: str) -> Record:
+def require_shard(storage: Storage, shard: int, manifest_hash: str, record: Record | None = None) -> Record:
     """Return the commit record of a shard of this store, after a check that it is this shard's and this store's.
 
     The record names the shard's directory, whose name begins with the shard's number, and the manifest's hash: a record
-    that took another one's place does not fit. Raises StoreError where the record is damaged, and ShardDamagedError
-    where it is gone or belongs elsewhere.
+    that took another one's place does not fit. `record` is given where it has been read already. Raises StoreError
+    where the record is damaged, and ShardDamagedError where it is gone or belongs elsewhere.
     """
-    record = require_record(storage, shard_name(shard))
+    record = record or require_record(storage, shard_name(shard))
     where = storage.describe(record_name(shard_name(shard)))
     for name, kind in _SHARD_FIELDS.items():
         if not isinstance(record.get(name), kind):

@@ -92,7 +92,8 @@ def indexed_records(storage: Storage, manifest: StoreManifest, index: NDArray[An
             f"shard {numbers.max()}; run `draftcache repair` on the store"
         )
     counts = np.bincount(numbers, minlength=manifest.shards).tolist()
-    lost = [shard for shard in range(manifest.shards) if read_record(storage, shard_name(shard)) is None]
+    found = [read_record(storage, shard_name(shard)) for shard in range(manifest.shards)]
+    lost = [shard for shard, record in enumerate(found) if record is None]
     if lost:
         raise ShardDamagedError(
             f"{storage.describe(COMMIT_DIRECTORY)}: expected the commit records of all {manifest.shards} shards of a "
@@ -100,7 +101,7 @@ def indexed_records(storage: Storage, manifest: StoreManifest, index: NDArray[An
             f"{sum(counts[shard] for shard in lost)} of its {len(index)} conversations; run `draftcache repair` on the "
             "store, then the capture command again"
         )
-    records = [require_shard(storage, shard, manifest.hash) for shard in range(manifest.shards)]
+    records = [require_shard(storage, shard, manifest.hash, record) for shard, record in enumerate(found)]
     for shard, record in enumerate(records):
         if record["conversations"] != counts[shard]:
             raise ShardDamagedError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from draftcache.store.common.errors import ManifestMismatchError, StoreError, StoreNotFoundError, StoreVersionError
 from draftcache.store.common.files import hash_json
 from draftcache.store.common.sealed_json import seal, unseal
+from draftcache.store.common.strict_json import parse_json
 from draftcache.store.format.array_spec import ArraySpec
 from draftcache.store.format.channel_scales import ChannelScales
 from draftcache.store.format.frozen import FROZEN_NAME
@@ -220,7 +220,7 @@ class StoreManifest:
 def _require_version(data: bytes, where: str) -> None:
     """Check the version before the seal is looked at, as another version may be sealed in another way."""
     try:
-        body = json.loads(data)
+        body = parse_json(data)
     except ValueError as exc:
         raise StoreError(f"{where}: expected a store's manifest, found no JSON ({exc})") from exc
     if not isinstance(body, dict) or body.get("format") != FORMAT:

@@ -7,7 +7,6 @@ are checked, and nothing is unpickled or extracted to a disk.
 from __future__ import annotations
 
 import io
-import json
 import re
 import tarfile
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from draftcache.store.common.errors import ShardDamagedError
 from draftcache.store.common.files import hash_bytes
+from draftcache.store.common.strict_json import parse_json
 from draftcache.store.format.array_spec import ArraySpec
 from draftcache.store.format.commits import Record, require_size
 from draftcache.store.format.index import load_npy
@@ -101,7 +101,7 @@ def _sample(
     Raises ShardDamagedError.
     """
     try:
-        about = json.loads(about_json)
+        about = parse_json(about_json)
         hashes = {suffix: str(value) for suffix, value in about["xxh3_128"].items()}
         identity = str(about["content_hash"]), int(about["split"]), int(about["dataset_index"])
     except (ValueError, KeyError, TypeError, AttributeError) as exc:

@@ -7,7 +7,7 @@ first. Its files become part of the store only by `Stage.publish` and then by th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeAlias
 from urllib.parse import unquote, urlparse
@@ -52,8 +52,15 @@ class Stage(Protocol):
     def open(self, name: str) -> StageFile:
         """Start a file. `name` is relative to the directory and may have several parts."""
 
-    def publish(self) -> str:
-        """Make everything durable under its final name. Returns the directory's name in the store."""
+    def publish(self, is_committed: Callable[[], bool]) -> str:
+        """Make everything durable under a final name. Returns the directory's name in the store.
+
+        `is_committed` says whether there is a commit record for this directory by now. Files that are in place without
+        one, and without anybody at work on them, may be replaced.
+        """
+
+    def settle(self) -> None:
+        """Say that the commit record is written, so that nothing of this attempt is left but the published files."""
 
     def abandon(self) -> None:
         """Remove the directory, which has no commit record, whether it is published or not."""

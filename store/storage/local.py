@@ -5,34 +5,29 @@ Processes of one machine exclude each other by flock.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from draftcache.store.common.errors import ShardDamagedError, StorageError, StoreNotFoundError
+from draftcache.store.common.errors import ShardDamagedError
 from draftcache.store.common.files import Buffer, fsync_directory
+from draftcache.store.storage.local_stage import (
+    LocalStage,
+    LocalStageFile,
+    attempt_path,
+    explained,
+    remove_leftovers,
+    rest_after,
+)
 
 _IOV_MAX = 1024  # buffers per system call, on Linux
-_PARTIAL = ".partial"
-_LOCKS = ".locks"
-
-
-@contextmanager
-def _explained(path: Path, doing: str) -> Iterator[None]:
-    """Turn the OSErrors of the code inside into StoreNotFoundError and StorageError, which name the path."""
-    try:
-        yield
-    except FileNotFoundError as exc:
-        raise StoreNotFoundError(f"{path}: expected a file of the store, found nothing there") from exc
-    except OSError as exc:
-        raise StorageError(
-            f"{path}: could not be {doing} ({exc.strerror or exc}); what was committed before is untouched: "
-            "mend the cause and run the same command again"
-        ) from exc
+LOCKS_DIRECTORY = ".locks"
+"""Where the locks of a store's writers are. Its existence also says that the directory was taken for a store."""
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # of filesystems that have none
 
 
 def _unless_missing(exc: OSError) -> None:
@@ -47,13 +42,13 @@ class LocalRangeFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor = -1
-        with _explained(path, "opened"):
+        with explained(path, "opened"):
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self.size = os.fstat(self._descriptor).st_size
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
         pending = [buffer for buffer in buffers if buffer.nbytes]
-        with _explained(self._path, "read"):
+        with explained(self._path, "read"):
             while pending:
                 count = os.preadv(self._descriptor, pending[:_IOV_MAX], offset)
                 if count == 0:
@@ -62,7 +57,7 @@ class LocalRangeFile:
                         f"{self._path}: expected at least {end} bytes, found {self.size}; the file was cut"
                     )
                 offset += count
-                pending = _after(pending, count)
+                pending = rest_after(pending, count)
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -71,80 +66,6 @@ class LocalRangeFile:
 
     def __del__(self) -> None:
         self.close()
-
-
-class LocalStageFile:
-    """A file that is written by writev. Implements `StageFile`."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with _explained(path, "created"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-
-    def write(self, buffers: Sequence[Buffer]) -> None:
-        pending = [view.cast("B") for item in buffers if (view := memoryview(item)).nbytes]
-        with _explained(self._path, "written"):
-            while pending:
-                pending = _after(pending, os.writev(self._descriptor, pending[:_IOV_MAX]))
-
-    def close(self) -> None:
-        if self._descriptor < 0:
-            return
-        try:
-            with _explained(self._path, "made durable"):
-                os.fsync(self._descriptor)
-        finally:
-            self.discard()
-
-    def discard(self) -> None:
-        """Close the file without making it durable."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-
-def _after(buffers: list[memoryview], count: int) -> list[memoryview]:
-    """Return the rest of the buffers after their first `count` bytes."""
-    for number, buffer in enumerate(buffers):
-        if count < buffer.nbytes:
-            return [buffer.cast("B")[count:], *buffers[number + 1 :]]
-        count -= buffer.nbytes
-    return []
-
-
-class LocalStage:
-    """A directory under a temporary name, which is renamed when it is whole. Implements `Stage`.
-
-    Leftovers of an earlier attempt are removed at the start.
-    """
-
-    def __init__(self, final: Path, name: str) -> None:
-        self._final, self._name = final, name
-        self._files: list[LocalStageFile] = []
-        self._partial = final.with_name(f".{final.name}{_PARTIAL}")
-        with _explained(self._partial, "created"):
-            shutil.rmtree(self._partial, ignore_errors=True)
-            self._partial.mkdir(parents=True)
-
-    def open(self, name: str) -> LocalStageFile:
-        self._files.append(LocalStageFile(self._partial / name))
-        return self._files[-1]
-
-    def publish(self) -> str:
-        """Rename the directory. It replaces any that an earlier attempt left there without a commit record."""
-        with _explained(self._final, "published"):
-            for directory, _, _ in os.walk(self._partial):  # the files were made durable when they were closed
-                fsync_directory(Path(directory))
-            shutil.rmtree(self._final, ignore_errors=True)
-            self._partial.rename(self._final)
-            fsync_directory(self._final.parent)
-        return self._name
-
-    def abandon(self) -> None:
-        for file in self._files:
-            file.discard()
-        shutil.rmtree(self._partial, ignore_errors=True)
 
 
 class LocalLock:
@@ -170,12 +91,12 @@ class LocalStorage:
 
     def size(self, name: str) -> int | None:
         path = self.local_root / name
-        with _explained(path, "read"):
+        with explained(path, "read"):
             return path.stat().st_size if path.is_file() else None
 
     def read(self, name: str) -> bytes:
         path = self.local_root / name
-        with _explained(path, "read"):
+        with explained(path, "read"):
             return path.read_bytes()
 
     def open(self, name: str) -> LocalRangeFile:
@@ -185,7 +106,7 @@ class LocalStorage:
         names = []
         seen: set[tuple[int, int]] = set()
         top = self.local_root / directory
-        with _explained(top, "listed"):
+        with explained(top, "listed"):
             for folder, directories, files in os.walk(top, onerror=_unless_missing, followlinks=True):
                 base = Path(folder).relative_to(self.local_root)
                 directories[:] = [item for item in directories if not item.startswith(".")]
@@ -229,8 +150,8 @@ class LocalStorage:
         Afterwards the temporary path is removed and the directory made durable.
         """
         final = self.local_root / name
-        partial = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}{_PARTIAL}")
-        with _explained(final, "written"):
+        partial = attempt_path(final)
+        with explained(final, "written"):
             final.parent.mkdir(parents=True, exist_ok=True)
             try:
                 yield partial, final
@@ -247,21 +168,21 @@ class LocalStorage:
 
     def delete(self, name: str) -> None:
         path = self.local_root / name
-        with _explained(path, "removed"):
+        with explained(path, "removed"):
             if path.is_file():
                 path.unlink()
                 fsync_directory(path.parent)
 
     def delete_directory(self, directory: str) -> None:
         path = self.local_root / directory
-        with _explained(path, "removed"):
+        with explained(path, "removed"):
             if path.is_dir():
                 shutil.rmtree(path)
                 fsync_directory(path.parent)
 
     def move_directory(self, source: str, target: str) -> None:
         path = self.local_root / target
-        with _explained(path, "moved"):
+        with explained(path, "moved"):
             path.parent.mkdir(parents=True, exist_ok=True)
             old = self.local_root / source
             if old.is_symlink():  # a relative link would lead nowhere from its new place
@@ -276,8 +197,8 @@ class LocalStorage:
         return LocalStage(self.local_root / directory, directory)
 
     def lock(self, name: str, *, shared: bool = False) -> LocalLock | None:
-        path = self.local_root / _LOCKS / name
-        with _explained(path, "locked"):
+        path = self.local_root / LOCKS_DIRECTORY / name
+        with explained(path, "locked"):
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
@@ -285,16 +206,13 @@ class LocalStorage:
             except BlockingIOError:
                 os.close(descriptor)
                 return None
-            except OSError:
-                os.close(descriptor)
-                raise
+            except OSError as exc:
+                if exc.errno not in _NO_LOCKS:
+                    os.close(descriptor)
+                    raise
         return LocalLock(descriptor)
 
-    def remove_leftovers(self) -> None:
-        """Remove what killed writers left under temporary names. Only the exclusive lock's holder may call this."""
-        for path in [*self.local_root.rglob(f".*{_PARTIAL}")]:
-            with _explained(path, "removed"):
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+    def remove_leftovers(self, directories: Sequence[str]) -> None:
+        """Remove the temporary files that killed writers left in these directories, not in those below them."""
+        for directory in directories:
+            remove_leftovers(self.local_root / directory)

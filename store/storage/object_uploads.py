@@ -7,7 +7,7 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from types import ModuleType
 from typing import Any, Protocol
@@ -58,11 +58,14 @@ class ObjectStage:
         self._files.append(ObjectStageFile(self._storage, f"{self._directory}/{name}"))
         return self._files[-1]
 
-    def publish(self) -> str:
+    def publish(self, is_committed: Callable[[], bool]) -> str:
         """Finish the uploads and return the attempt's directory: nothing has to be renamed."""
         for file in self._files:
             file.close()
         return self._directory
+
+    def settle(self) -> None:
+        pass  # each attempt has a directory of its own from the beginning
 
     def abandon(self) -> None:
         """Abort the uploads and remove the directory.

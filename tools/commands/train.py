@@ -7,7 +7,7 @@ import os
 import sys
 
 from draftcache.draft_train.config import TrainConfig
-from draftcache.store.common.errors import DraftcacheError
+from draftcache.store.common.failures import describe_failure, exit_code_of
 from draftcache.tools.arguments import add_settings, read_settings
 
 
@@ -26,9 +26,9 @@ def run(arguments: argparse.Namespace) -> int:
         return _train(config)
     try:
         code = _train(config)
-    except DraftcacheError as exc:
-        print(f"draftcache train: error: {exc}", file=sys.stderr)
-        code = 2
+    except Exception as exc:
+        print(f"draftcache train: error: {describe_failure(exc)}", file=sys.stderr)
+        code = exit_code_of(exc)
     except KeyboardInterrupt:  # the second Ctrl-C
         print("draftcache train: interrupted; run the same command again to resume", file=sys.stderr)
         code = 130

@@ -8,7 +8,6 @@ refused.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import nn
 from draftcache.draft_train.drafts.eagle3.shape import Eagle3Shape
 from draftcache.draft_train.drafts.protocol import CheckpointState, ServedForm
 from draftcache.store.common.errors import CheckpointError, InputError
+from draftcache.store.common.files import read_json
 from draftcache.store.format.vocab_map import VocabMap
 
 ENGINES = ("vllm", "sglang")
@@ -117,7 +117,7 @@ def _vocab_tensors(shape: Eagle3Shape, vocab_map: VocabMap) -> dict[str, torch.T
 
 def check_served(path: Path) -> None:
     """Read an export back. Raises CheckpointError for tensors that are missing or not finite, or disagreeing maps."""
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = read_json(path / "config.json")
     tensors = load_file(path / "model.safetensors")
     required = {"fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d"}
     missing = sorted(required - tensors.keys())
