@@ -3,12 +3,14 @@
 With greedy verification, a chain that starts at row t is accepted while the draft's argmax equals the verifier's. In
 conversations that the verifier itself wrote greedily, the realised tokens are its argmaxes. The teacher-forced steps
 are then the served steps up to the first mismatch: accepted lengths n(t) are exact, and walking `t -> t + n(t) + 1`
-counts the verify steps that serving makes. On other text the figure is teacher-forced, which serves for comparison and
-predicts nothing. A verifier argmax outside the draft vocabulary counts as a rejection, never as a missing value.
+counts the verify steps that serving makes. On other text, even where a single token differs, the figure is
+teacher-forced, which serves for comparison and predicts nothing. A verifier argmax outside the draft vocabulary counts
+as a rejection, never as a missing value.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,8 +28,6 @@ from draftcache.store.reader import StoreReader
 
 LENGTH_BUCKETS = (16_384, 32_768, 65_536)
 """Positions that separate the buckets of `by_position`."""
-_EXACT_AGREEMENT = 0.999
-"""Greedy agreement from which on a figure is called exact."""
 
 
 @dataclass
@@ -70,8 +70,19 @@ class AcceptanceCounts:
         """Share of realised tokens that are the verifier's argmax; 1 on text that it wrote greedily."""
         return self.agreements / max(1, self.teacher_positions)
 
+    @property
+    def kind(self) -> str:
+        """Exact where every realised token is the verifier's argmax; otherwise teacher-forced, with their share.
+
+        A single other token means that the counts past it are not those of serving this verifier.
+        """
+        if self.agreements == self.teacher_positions:
+            return "exact"
+        # Rounded down, so that 100 % is never said of less.
+        return f"teacher-forced ({math.floor(self.greedy_agreement * 10_000) / 100:.2f} % greedy)"
+
     def to_json(self) -> dict[str, Any]:
-        """Return the figures for reports. `kind` says whether they are exact or teacher-forced."""
+        """Return the figures for reports. `kind` says whether they are exact, or how far the text is from greedy."""
         edges = ["0", *map(str, LENGTH_BUCKETS), "inf"]
         return {
             "acceptance_length": self.acceptance_length,
@@ -81,7 +92,7 @@ class AcceptanceCounts:
             "conversations": self.conversations,
             "draft_tokens": self.draft_tokens,
             "greedy_agreement": self.greedy_agreement,
-            "kind": "exact" if self.greedy_agreement >= _EXACT_AGREEMENT else "teacher-forced",
+            "kind": self.kind,
             "by_position": {
                 f"{edges[number]}-{edges[number + 1]}": float(tokens) / int(steps)
                 for number, (steps, tokens) in enumerate(zip(self.bucket_steps, self.bucket_tokens, strict=True))

@@ -92,5 +92,19 @@ def test_bigram_table_and_its_acceptance(tmp_path: Path) -> None:
     assert counts.conversations == 4
     assert 1.0 <= counts.acceptance_length < 6.0
     assert counts.greedy_agreement < 0.5
-    assert counts.to_json()["kind"] == "teacher-forced"
+    assert counts.to_json()["kind"] .startswith("teacher-forced (")
     assert len(vocab_map()) == DRAFT_VOCAB
+
+
+@pytest.mark.parametrize(
+    ("agreements", "kind"),
+    [
+        (100_000, "exact"),
+        (99_999, "teacher-forced (99.99 % greedy)"),
+        (99_900, "teacher-forced (99.90 % greedy)"),
+        (0, "teacher-forced (0.00 % greedy)"),
+    ],
+)
+def test_only_text_that_is_greedy_at_all_positions_is_called_exact(agreements: int, kind: str) -> None:
+    counts = AcceptanceCounts(draft_tokens=5, teacher_positions=100_000, agreements=agreements)
+    assert (counts.kind, counts.to_json()["kind"]) == (kind, kind)
