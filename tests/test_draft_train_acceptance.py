@@ -92,7 +92,7 @@ def test_bigram_table_and_its_acceptance(tmp_path: Path) -> None:
     assert counts.conversations == 4
     assert 1.0 <= counts.acceptance_length < 6.0
     assert counts.greedy_agreement < 0.5
-    assert counts.to_json()["kind"] .startswith("teacher-forced (")
+    assert counts.to_json()["kind"].startswith("teacher-forced (")
     assert len(vocab_map()) == DRAFT_VOCAB
 
 

@@ -46,6 +46,7 @@ def test_a_stray_file_stops_neither_verify_nor_repair_nor_reading(tmp_path: Path
     (tmp_path / name).write_bytes(b"x")
     assert committed_shards(open_storage(tmp_path)) == [0, 1, 2]
     assert main(["verify", str(tmp_path)]) == 0
+    assert main(["inspect", str(tmp_path)]) == 0
     assert main(["repair", str(tmp_path)]) == 0
     assert len(list(StoreReader(tmp_path).records())) == 3
     (tmp_path / "shards" / "00002" / "argmax" / "c.0").unlink()

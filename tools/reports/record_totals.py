@@ -7,23 +7,35 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from draftcache.store.common.files import hash_json
 from draftcache.store.common.sealed_json import SEAL
-from draftcache.store.format.commits import COMMIT_DIRECTORY, Record, record_name, require_record
+from draftcache.store.format.commits import (
+    COMMIT_DIRECTORY,
+    Record,
+    committed_shards,
+    record_name,
+    require_record,
+    shard_name,
+)
+from draftcache.store.format.index import INDEX_RECORD
+from draftcache.store.format.manifest import StoreManifest, top_level_names
 from draftcache.store.format.norm_band import NormBand
 from draftcache.store.storage.base import Storage
 
 _REMOTE_READS = 16  # records that are fetched at once from an object store
 
 
-def commit_records(storage: Storage) -> Iterator[tuple[str, Record]]:
-    """Yield the stem and the content of every commit record, in the order of the records' names.
+def commit_records(storage: Storage, manifest: StoreManifest) -> Iterator[tuple[str, Record]]:
+    """Yield the stem and the content of every commit record, shards first; other files beside them are passed by.
 
     Raises StoreError for a damaged record.
     """
-    stems = [name.rpartition("/")[2].removesuffix(".json") for name in storage.list(COMMIT_DIRECTORY)]
+    top_level = {INDEX_RECORD, *(Path(name).stem for name in top_level_names(manifest))}
+    listed = {name.rpartition("/")[2].removesuffix(".json") for name in storage.list(COMMIT_DIRECTORY)}
+    stems = [*map(shard_name, committed_shards(storage)), *sorted(top_level & listed)]
     if storage.local_root is not None:
         yield from ((stem, _record(storage, stem)) for stem in stems)
         return
