@@ -126,7 +126,7 @@ def test_a_dead_rank_ends_the_worker_and_the_same_command_goes_on(tmp_path: Path
         _, errors = process.communicate(timeout=DEADLINE_S)
     wait_for(lambda: not Path(f"/proc/{follower}").exists())
     if victim == "follower":
-        assert process.returncode == 2
+        assert process.returncode == 3
         assert "expected 1 followers of this worker" in errors
         assert "found exit codes [-9]" in errors
     shards = StoreReader(tmp_path / "s", allow_partial=True).manifest.shards

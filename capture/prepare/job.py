@@ -22,6 +22,7 @@ from draftcache.capture.prepare.chat_tokens import check_template_compiles, one_
 from draftcache.capture.prepare.chunks import Chunk, ChunkResult, ChunkWorker, read_chunks, run_in_worker, start_worker
 from draftcache.capture.prepare.conversations import ChatRow, Rejection, read_conversations
 from draftcache.capture.prepare.draft_vocabulary import build_vocab_map, coverage_table
+from draftcache.capture.prepare.sources import describe_sources, refuse_shared_files
 from draftcache.capture.prepare.template_check import Sample, check_against_transformers, first_template_difference
 from draftcache.capture.prepare.token_dataset import TokenDataset, is_prepared
 from draftcache.capture.prepare.token_dataset_writer import DatasetWriter, SplitWriter, check_output
@@ -33,7 +34,7 @@ from draftcache.capture.prepare.tokenizer_files import (
     load_tokenizer,
 )
 from draftcache.store.common.errors import InputError, WorkerError
-from draftcache.store.common.files import hash_file, hash_json
+from draftcache.store.common.files import hash_json
 from draftcache.store.common.progress import progress_bar
 from draftcache.store.format.vocab_map import VOCAB_MAP_NAME
 
@@ -98,8 +99,8 @@ def prepare(config: PrepareConfig) -> PrepareResult:
     """Run the job. Rows that cannot be used go to quarantine; InputError is raised for all else that is refused."""
     with one_thread_per_process():
         files, tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
-        sources = {name: _sources(paths) for name, paths in config.all_splits.items()}
-        _refuse_shared_files(config, sources)
+        sources = {name: describe_sources(paths) for name, paths in config.all_splits.items()}
+        refuse_shared_files(sources, held_out=config.held_out)
         template = _template(config, files)
         check_template_compiles(template)
         job = _job_hash(config, files, template, sources)
@@ -252,30 +253,6 @@ def _first_rows(path: Path) -> list[Sample]:
     usable = (item for item in read_conversations(path) if not isinstance(item, Rejection))
     rows = islice(usable, TEMPLATE_SAMPLE)
     return [(str(path), number, row) for number, row in rows if isinstance(row, ChatRow)]
-
-
-def _sources(paths: list[Path]) -> list[dict[str, Any]]:
-    for path in paths:
-        if not path.is_file():
-            raise InputError(f"{path}: expected a JSONL file, found {'a directory' if path.is_dir() else 'nothing'}")
-    return [{"file": str(path), "bytes": path.stat().st_size, "xxh3_128": hash_file(path)} for path in paths]
-
-
-def _refuse_shared_files(config: PrepareConfig, sources: dict[str, list[dict[str, Any]]]) -> None:
-    """Raise InputError where a held-out split has a file that a training split has too, by its bytes."""
-    trained = {
-        source["xxh3_128"]: f"{name}={source['file']}"
-        for name in config.splits
-        for source in sources[name]
-        if source["bytes"]
-    }
-    for name in config.held_out:
-        for source in sources[name]:
-            if (other := trained.get(source["xxh3_128"])) is not None:
-                raise InputError(
-                    f"--held-out {name}={source['file']}: expected rows that are not trained on, found the same bytes "
-                    f"as {other}"
-                )
 
 
 def _job_hash(

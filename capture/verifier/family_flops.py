@@ -12,6 +12,11 @@ FAMILY_FLOPS = (nemotron_flops, gated_flops)
 """The function of each class of `families.FORWARDS`, in the same order."""
 
 
+def has_own_forward(config: Mapping[str, Any]) -> bool:
+    """Whether draftcache's own forward runs a verifier of this config.json, rather than transformers' code."""
+    return nemotron_flops(config) is not None
+
+
 def verifier_flops(config: Mapping[str, Any]) -> Flops | None:
     """FLOPs by a Hugging Face config.json, from the first family that knows it; None where no family does."""
     try:

@@ -89,8 +89,10 @@ def attempt_path(final: Path) -> Path:
     return final.with_name(f".{final.name}.{owner()}-{uuid.uuid4().hex[:8]}.partial")
 
 
-def remove_leftovers(directory: Path) -> None:
+def remove_leftovers(directory: Path, *, of: str | None = None) -> None:
     """Remove the temporary files and directories in `directory` that killed writers left, and nothing else.
+
+    With `of` only those of one final name.
 
     These are names of `attempt_path` whose process is gone, and those of processes elsewhere, or of former versions,
     that nothing has touched for a day.
@@ -98,6 +100,8 @@ def remove_leftovers(directory: Path) -> None:
     with explained(directory, "cleaned"):
         for path in list(directory.iterdir()) if directory.is_dir() else []:
             match = _ATTEMPT.fullmatch(path.name)
+            if of is not None and (match is None or match[1] != of):
+                continue
             gone = match is not None and is_gone(match[2], int(match[3]))
             if gone or ((match or _FORMER_STAGE.fullmatch(path.name)) and _idle(path)):
                 if path.is_dir() and not path.is_symlink():
@@ -125,6 +129,7 @@ class LocalStage:
         self._published: Path | None = None
         with explained(self._partial, "created"):
             self._partial.mkdir(parents=True)
+        remove_leftovers(final.parent, of=final.name)  # of a writer that was killed while this one was at work
 
     def open(self, name: str) -> LocalStageFile:
         self._files.append(LocalStageFile(self._partial / name))

@@ -45,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--more-vocab-sizes", type=_numbers, default=(), help="further draft vocabularies: 8000,16000 (default: none)"
     )
     parser.add_argument("--window", type=int, default=4096, help="rows beyond it are dropped; 0 keeps all")
+    parser.add_argument(
+        "--compute-dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of the verifier, and so of the frozen weights (default: bfloat16; capture on a CPU takes float32)",
+    )
     parser.add_argument("--mode", help="only this mode (default: all, side by side)")
     parser.add_argument("--layout", choices=("zarr", "webdataset"), default="zarr", help="form of the shards")
     parser.add_argument("--shard-tokens", type=count, default=65_536, help="tokens per shard (default: 65536)")
@@ -112,7 +118,7 @@ def size(arguments: argparse.Namespace) -> dict[str, Any]:
     sizes = (draft_vocab, *arguments.more_vocab_sizes)
     _require_teacher(arguments, sizes, vocab_size)
     compute = _compute(arguments, config, counts)
-    frozen = frozen_bytes(hidden, vocab_size, sizes) if vocab_size else 0
+    frozen = frozen_bytes(hidden, vocab_size, sizes, arguments.compute_dtype) if vocab_size else 0
     modes = [arguments.mode] if arguments.mode else list(MODES)
     tokens = round(counts.tokens.sum())
     return {
@@ -204,7 +210,7 @@ def _require_teacher(arguments: argparse.Namespace, sizes: tuple[int, ...], voca
 def _specs(
     arguments: argparse.Namespace, mode: str, hidden: int, sizes: tuple[int, ...], vocab_size: int | None
 ) -> dict[str, ArraySpec]:
-    """Return the arrays of a shard in a mode. The states of teacher "hidden" are float32 in mode float32, else bf16."""
+    """Return the arrays of a shard in a mode. The states of teacher "hidden" are in the compute dtype."""
     from draftcache.store.format.teacher import DraftVocab, TeacherForm
     from draftcache.tools.reports.sizing import specs_of
 
@@ -214,7 +220,7 @@ def _specs(
         top_k=arguments.top_k,
         vocab_size=vocab_size or 0,
         hidden_size=hidden,
-        compute_dtype="float32" if mode == "float32" else "bfloat16",
+        compute_dtype="float32" if mode == "float32" else arguments.compute_dtype,
         vocabularies=(DraftVocab(size=main, hash=""), *map(DraftVocab.further, more)),
     )
     return specs_of(mode, layers=arguments.layers, hidden_size=hidden, teacher=teacher)
@@ -228,8 +234,8 @@ def _dataset_draft_vocab(dataset: Path) -> int:
 
 def _compute(arguments: argparse.Namespace, config: Mapping[str, Any], counts: Counts) -> dict[str, Any] | None:
     """Return the seconds of the verifier's forwards, from the given rate or from FLOPs; None if both are unknown."""
-    from draftcache.capture.verifier.family_flops import verifier_flops
-    from draftcache.tools.reports.sizing import FORWARD_SHARE, GPU_TFLOPS
+    from draftcache.capture.verifier.family_flops import has_own_forward, verifier_flops
+    from draftcache.tools.reports.sizing import GPU_TFLOPS, OWN_FORWARD_SHARE, PLAIN_FORWARD_SHARE
 
     tokens = float(counts.tokens.sum())
     if arguments.tokens_per_second:
@@ -239,16 +245,18 @@ def _compute(arguments: argparse.Namespace, config: Mapping[str, Any], counts: C
     if flops is None:
         return None
     total, ceiling = flops.total(counts.tokens, float(counts.teacher.sum())), GPU_TFLOPS[arguments.gpu] * 1e12
-    seconds = total / (ceiling * FORWARD_SHARE)
+    own = has_own_forward(config)
+    share, whose = (OWN_FORWARD_SHARE, "draftcache's") if own else (PLAIN_FORWARD_SHARE, "transformers'")
+    seconds = total / (ceiling * share)
     return {
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
         "flops_per_token": total / tokens,
         "floor_seconds": total / ceiling,
         "basis": f"ESTIMATE for one {arguments.gpu.upper()}: {total / tokens / 1e9:.2f} GFLOP per token by the "
-        f"verifier's config, at {FORWARD_SHARE:.0%} of {GPU_TFLOPS[arguments.gpu]:.0f} TFLOP/s of matmul (the share "
-        "that a Hugging Face forward of a 30B-A3B NemotronH reached on an H100 at 32k tokens; at 1k tokens, a third "
-        "of that). Measure your own and give --tokens-per-second",
+        f"verifier's config, at {share:.0%} of {GPU_TFLOPS[arguments.gpu]:.0f} TFLOP/s of matmul (the share "
+        f"that {whose} forward of a 30B-A3B NemotronH reached on an H100 at 32k "
+        "tokens; short conversations that are read alone reach less). Measure your own and give --tokens-per-second",
     }
 
 

@@ -220,13 +220,16 @@ def _tar_bytes(counts: Counts, name: str, spec: ArraySpec) -> float:
     return float((_TAR_BLOCK + np.ceil(members / _TAR_BLOCK) * _TAR_BLOCK).sum())
 
 
-def frozen_bytes(hidden_size: int, vocab_size: int, draft_vocab_sizes: Sequence[int]) -> int:
-    """Return the bytes of the frozen bf16 weights and the vocabulary maps.
+def frozen_bytes(
+    hidden_size: int, vocab_size: int, draft_vocab_sizes: Sequence[int], compute_dtype: str = "bfloat16"
+) -> int:
+    """Return the bytes of the frozen weights, which are in the dtype of the capture, and the vocabulary maps.
 
     The weights are the embeddings, the final norm and each draft vocabulary's rows of the head.
     """
-    maps = sum(2 * hidden_size * size + 8 * size + vocab_size for size in draft_vocab_sizes)
-    return 2 * hidden_size * (vocab_size + 1) + maps
+    itemsize = 4 if compute_dtype == "float32" else 2
+    maps = sum(itemsize * hidden_size * size + 8 * size + vocab_size for size in draft_vocab_sizes)
+    return itemsize * hidden_size * (vocab_size + 1) + maps
 
 
 def peer_bytes(tokens: int, taps: int, hidden_size: int) -> dict[str, int]:
@@ -241,6 +244,8 @@ def peer_bytes(tokens: int, taps: int, hidden_size: int) -> dict[str, int]:
 GPU_TFLOPS = {"h100": 798.0, "h200": 798.0, "a100": 252.0}
 """Ceilings of bf16 matrix products in TFLOP/s. The H100's was measured on random data; the H200 has the same die and
 gets the same number; the A100's is its datasheet's 312 times the share of the datasheet (989) that the H100 reached."""
-FORWARD_SHARE = 0.39
-"""Share of the ceiling that a Hugging Face forward reaches: 38.2k tok/s x 8.1 GFLOP (30B-A3B NemotronH, 32k tokens, one
-H100)."""
+OWN_FORWARD_SHARE = 0.69
+"""Share of the ceiling that draftcache's forward reaches: 66.3k tok/s x 8.1 GFLOP (30B-A3B NemotronH, 32k tokens, one
+H100; `draftcache.tools.bench.capture`)."""
+PLAIN_FORWARD_SHARE = 0.39
+"""Share of the ceiling that transformers' code reaches: 38.2k tok/s x 8.1 GFLOP, otherwise as above."""
