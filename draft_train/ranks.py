@@ -18,7 +18,13 @@ import torch.distributed as dist
 from torch import nn
 
 from draftcache.store.common.device import choose_device
-from draftcache.store.common.errors import DraftcacheError, InputError, ManifestMismatchError, RankError
+from draftcache.store.common.errors import (
+    DraftcacheError,
+    InputError,
+    ManifestMismatchError,
+    RankError,
+    RankRefusedError,
+)
 from draftcache.store.common.files import canonical_json, hash_bytes
 
 TIMEOUT = timedelta(minutes=30)
@@ -56,12 +62,12 @@ class Ranks:
         self.add_up(torch.zeros(1, device=self.device)).tolist()
 
     def agree(self, problem: DraftcacheError | None) -> None:
-        """End all ranks if one has a problem: that rank raises the problem, and the others raise RankError."""
+        """End all ranks if one has a problem: that rank raises the problem, and the others raise RankRefusedError."""
         problems = self.add_up(torch.tensor([float(problem is not None)], device=self.device))
         if problem is not None:
             raise problem
         if problems.item():
-            raise RankError(f"rank {self.rank}: another rank refused the run; its own message says why")
+            raise RankRefusedError(f"rank {self.rank}: another rank refused the run; its own message says why")
 
     def require_same(self, values: Mapping[str, Any]) -> None:
         """Raise ManifestMismatchError, naming the first of these JSON values that differs between ranks."""

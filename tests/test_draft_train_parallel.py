@@ -100,7 +100,7 @@ def test_sigkill_of_a_rank_ends_the_others_and_the_same_command_resumes(store: P
     killed = time.monotonic()
     (code, _, errors), _ = finish(processes)
     assert time.monotonic() - killed < killed - begun  # 0.05 s after 5 s of starting up: no time-out is waited for
-    assert code == 2
+    assert code == 3
     assert "expected an answer from every rank, found one gone" in errors
     assert not load_state(checkpoints(cut.output)[-1]).finished
     for words_of in (words, [*TRAIN, *flags(whole)]):

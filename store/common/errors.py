@@ -11,7 +11,8 @@ DraftcacheError
 │   └── StreamingError             a stream of tar shards cannot do what was asked of it
 ├── GateError                      a captured conversation failed a validity gate
 ├── PrecisionError                 the verifier's fp32 state contract is not met
-├── RankError                      another process of a parallel run refused it, ended, or does not answer
+├── RankError                      another process of a parallel run ended, or does not answer
+│   └── RankRefusedError           another process refused the run
 ├── WorkerError                    the worker processes of a command ended before the work was done
 └── CheckpointError                a draft checkpoint is incomplete or belongs to something else
 
@@ -28,6 +29,7 @@ __all__ = [
     "ManifestMismatchError",
     "PrecisionError",
     "RankError",
+    "RankRefusedError",
     "ShardDamagedError",
     "StorageError",
     "StoreError",
@@ -88,9 +90,15 @@ class PrecisionError(DraftcacheError):
 
 
 class RankError(DraftcacheError):
-    """Another process of a parallel training run refused it, ended, or does not answer."""
+    """Another process of a parallel training run ended, or does not answer."""
 
     exit_code = 3
+
+
+class RankRefusedError(RankError):
+    """Another process of a parallel training run refused it, and says why in an error of its own."""
+
+    exit_code = 2
 
 
 class WorkerError(DraftcacheError):
