@@ -103,7 +103,7 @@ def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130, errors
-    assert "interrupted; run the same command again to resume" in errors
+    assert "interrupted; the same command goes on from what was saved" in errors
     assert "Traceback" not in errors
     assert not checkpoints(settings.output)
     assert not has_logged(settings)

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exit_code_of(exc)
     except KeyboardInterrupt as exc:
-        next_time = "goes on from there" if named in RESUMED else "starts from the beginning"
+        next_time = "goes on from what was saved" if named in RESUMED else "starts from the beginning"
         print(f"draftcache {named}: interrupted; the same command {next_time}", file=sys.stderr)
         return exit_code_of(exc)
     except Exception as exc:

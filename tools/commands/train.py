@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"draftcache train: error: {describe_failure(exc)}", file=sys.stderr)
         code = exit_code_of(exc)
     except KeyboardInterrupt:  # the second Ctrl-C
-        print("draftcache train: interrupted; run the same command again to resume", file=sys.stderr)
+        print("draftcache train: interrupted; the same command goes on from what was saved", file=sys.stderr)
         code = 130
     # The interpreter's shutdown is skipped: threads of torch's process group may abort in it, or wait for lost ranks.
     sys.stdout.flush()
