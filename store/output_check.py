@@ -20,10 +20,13 @@ def require_own_or_empty(storage: Storage) -> None:
     root = storage.local_root
     if root is None:
         foreign = [name for name in storage.list("") if Path(name).suffix not in (".safetensors", ".json")]
-    elif root.is_dir() and not (root / LOCKS_DIRECTORY).is_dir():
+    elif root.is_dir():
         foreign = sorted(path.name for path in root.iterdir())
+        # Looked for after the listing: another writer, which begins now, makes this directory before any other file.
+        if (root / LOCKS_DIRECTORY).is_dir():
+            foreign = []
     else:
-        foreign = [] if root.is_dir() or not root.exists() else [root.name]
+        foreign = [root.name] if root.exists() else []
     if foreign:
         raise InputError(
             f"{storage.describe()}: expected a store, or nothing yet, found {', '.join(foreign[:5])}"
