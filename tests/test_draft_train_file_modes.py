@@ -26,7 +26,9 @@ def run(umask: int, *words: str) -> None:
     subprocess.run([sys.executable, *words], check=True, capture_output=True, umask=umask, cwd=Path(__file__).parent)
 
 
-@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+@pytest.mark.parametrize(
+    "umask", [0o027, pytest.param(0o022, marks=pytest.mark.slow), pytest.param(0o002, marks=pytest.mark.slow)]
+)
 def test_store_run_and_draft_follow_the_umask(tmp_path: Path, umask: int) -> None:
     settings = config(tmp_path, epochs=1)
     run(umask, "-c", WRITE_STORE, str(tmp_path / "store"))

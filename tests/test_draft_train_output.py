@@ -86,6 +86,7 @@ def test_a_second_run_in_one_directory_is_refused_while_the_first_lives(store: P
         pass
 
 
+@pytest.mark.slow
 def test_ranks_are_refused_together(store: Path) -> None:
     settings = config(store, epochs=1)
     with output_lock(settings.output, Ranks(choose_device("cpu"))):
