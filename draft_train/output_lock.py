@@ -1,12 +1,11 @@
 """The lock on a run's directory: two runs in one would interleave their checkpoints and metrics.
 
-It is an flock on a file of the directory, which the kernel releases when the process ends, however it ends. The file
+It is a lock on a file of the directory, which the kernel releases when the process ends, however it ends. The file
 stays, because removing it would let two processes lock two files of one name.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from draftcache.draft_train.ranks import Ranks
 from draftcache.store.common.errors import DraftcacheError, InputError
+from draftcache.store.common.locks import take_lock
 
 LOCK_NAME = ".lock"
 
@@ -40,22 +40,17 @@ def output_lock(output: Path, ranks: Ranks) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    lock = take_lock(path)
+    if lock is None:
+        raise InputError(
+            f"{path.parent}: expected no other run at work there, found {path.read_text(encoding='utf-8')}; "
+            "wait until it has ended, or choose another --output"
+        )
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            raise InputError(
-                f"{path.parent}: expected no other run at work there, found {os.pread(descriptor, 300, 0).decode()}; "
-                "wait until it has ended, or choose another --output"
-            ) from exc
-        except OSError as exc:
-            print(
-                f"{path}: this filesystem gives no locks ({exc.strerror}): see to it that no other run writes there",
-                file=sys.stderr,
-            )
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} of {socket.gethostname()}".encode(), 0)
+        if not lock.works:
+            print(f"{path}: this filesystem gives no locks: see to it that no other run writes there", file=sys.stderr)
+        os.ftruncate(lock.descriptor, 0)
+        os.pwrite(lock.descriptor, f"process {os.getpid()} of {socket.gethostname()}".encode(), 0)
         yield
     finally:
-        os.close(descriptor)
+        lock.release()

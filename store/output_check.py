@@ -20,16 +20,24 @@ def require_own_or_empty(storage: Storage) -> None:
     root = storage.local_root
     if root is None:
         foreign = [name for name in storage.list("") if Path(name).suffix not in (".safetensors", ".json")]
-    elif root.is_dir():
-        foreign = sorted(path.name for path in root.iterdir())
-        # Looked for after the listing: another writer, which begins now, makes this directory before any other file.
-        if (root / LOCKS_DIRECTORY).is_dir():
-            foreign = []
     else:
-        foreign = [root.name] if root.exists() else []
+        foreign = _foreign_files(root)
     if foreign:
         raise InputError(
             f"{storage.describe()}: expected a store, or nothing yet, found {', '.join(foreign[:5])}"
             + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
             + " and no manifest.json; choose another --output"
         )
+
+
+def _foreign_files(root: Path) -> list[str]:
+    """Return the names found at `root` that no store has put there: its own one, where it is no directory."""
+    # One look decides: another writer, which begins now, may make this directory between two.
+    try:
+        found = sorted(path.name for path in root.iterdir())
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError:
+        return [root.name]
+    # Looked for after the listing, as that writer makes this directory before any other file.
+    return [] if (root / LOCKS_DIRECTORY).is_dir() else found

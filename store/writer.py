@@ -81,8 +81,7 @@ class StoreWriter:
         """Take the store's lock. Where no other writer is alive, the leftovers of killed writers are removed first."""
         alone = self.storage.lock("store")
         if alone is not None:
-            if isinstance(self.storage, LocalStorage):
-                self.storage.remove_leftovers(_OWN_DIRECTORIES)
+            self._remove_leftovers()
             if exclusive:
                 return alone
             alone.release()
@@ -98,6 +97,10 @@ class StoreWriter:
                 "--output"
             )
         return lock
+
+    def _remove_leftovers(self) -> None:
+        if isinstance(self.storage, LocalStorage):
+            self.storage.remove_leftovers(_OWN_DIRECTORIES)
 
     def _create_or_check(self, prepare_files: Callable[[Path], Sequence[Path]]) -> None:
         while not self._is_whole():
@@ -186,7 +189,10 @@ class StoreWriter:
 
         Returns False where shards are still missing, because another writer has them or they are not written yet.
         """
-        return write_store_index(self.storage, self.manifest)
+        finished = write_store_index(self.storage, self.manifest)
+        if finished:
+            self._remove_leftovers()
+        return finished
 
     def discard_index(self) -> None:
         """Remove the commit record of the whole store's index, before a shard is captured again."""

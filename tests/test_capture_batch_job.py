@@ -28,7 +28,7 @@ from draftcache.capture.verifier.forward import Piece
 from draftcache.capture.verifier.load import load_verifier
 from draftcache.capture.verifier.self_check import TOKENS
 from draftcache.capture.verifier.ssm_precision import lift_dt_limit, mamba_mixers
-from draftcache.capture.verifier.weights import full_weights_hash
+from draftcache.capture.verifier.weights import former_fingerprint, full_weights_hash
 from draftcache.store.common.errors import InputError, ManifestMismatchError
 from draftcache.store.common.stopping import StopRequest
 from draftcache.store.format.array_spec import tap_name
@@ -330,6 +330,24 @@ def test_damaged_prepared_data_is_refused_and_not_captured(nemotron: Path, datas
     path.write_bytes(data)
     CaptureJob(settings).run()  # the same command goes on once the data is whole
     assert verify_store(settings.output).damages == []
+
+
+def test_a_capture_that_a_former_version_began_goes_on(nemotron: Path, dataset: Path, tmp_path: Path) -> None:
+    """Its manifest names the weights by the former fingerprint. Of other weights it would be another one."""
+    settings = config(nemotron, dataset, tmp_path / "s")
+    whole = CaptureJob(replace(settings, output=tmp_path / "whole"))
+    whole.run()
+    storage = open_storage(tmp_path / "s")
+    manifest = StoreReader(tmp_path / "whole").manifest
+    former = manifest.verifier | {"weights_hash": former_fingerprint(nemotron)}
+    assert former != manifest.verifier
+    assert replace(manifest, verifier=former | {"weights_hash": "0" * 32}).create(open_storage(tmp_path / "other"))
+    assert replace(manifest, verifier=former).create(storage)
+    with pytest.raises(ManifestMismatchError, match="weights_hash"):
+        CaptureJob(replace(settings, output=tmp_path / "other")).run()
+    CaptureJob(settings).run()
+    assert verify_store(tmp_path / "s").damages == []
+    assert StoreReader(tmp_path / "s").manifest.verifier == former
 
 
 def test_the_full_hash_is_recorded_and_asked_for_again(nemotron: Path, dataset: Path, tmp_path: Path) -> None:

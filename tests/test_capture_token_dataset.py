@@ -287,12 +287,16 @@ def test_a_dataset_finished_meanwhile_is_not_written_into(
     output = tmp_path / "out"
     lock = fcntl.flock
 
-    def rename_first(descriptor: int, operation: int) -> None:
-        (tmp_path / ".out.partial").rename(output)
+    def finish_first(descriptor: int, operation: int) -> None:
+        output.mkdir()
+        (output / "theirs").touch()
+        (tmp_path / ".out.lock").unlink()
         if again:  # a third run has started meanwhile
-            (tmp_path / ".out.partial").mkdir()
+            (tmp_path / ".out.lock").touch()
         lock(descriptor, operation)
 
-    monkeypatch.setattr(fcntl, "flock", rename_first)
+    monkeypatch.setattr(fcntl, "flock", finish_first)
     with pytest.raises(InputError, match="just finished"), DatasetWriter(output):
         pass
+    assert [path.name for path in output.iterdir()] == ["theirs"]
+    assert (tmp_path / ".out.lock").exists() == again  # the third run's lock is left alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pty
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import termios
 
 import pytest
+from tqdm import tqdm
 
 from draftcache.store.common import progress
 from support.paths import ROOT
@@ -48,6 +50,18 @@ def test_a_bar_that_is_switched_off_says_nothing(capsys: pytest.CaptureFixture[s
     with progress.progress_bar(total=5, disable=True) as bar:
         bar.update(1)
     assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_while_a_bar_is_made_leaves_nothing_to_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest fails a test whose objects raise when they are collected."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tqdm, "__init__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        progress.progress_bar(total=5)
+    gc.collect()
 
 
 def test_a_terminal_gets_a_line_that_moves() -> None:

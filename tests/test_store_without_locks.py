@@ -9,22 +9,25 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from draftcache.store.common import owners
+from draftcache.store.common import attempts
 from draftcache.store.common.errors import InputError
 from draftcache.store.format.commits import committed_shards, read_record
 from draftcache.store.reader import StoreReader
 from draftcache.store.storage.base import open_storage
 from draftcache.store.verify import verify_store
-from draftcache.store.writer import StoreWriter
+from draftcache.store.writer import ShardInProgress, StoreWriter
 from support.processes import ONE_THREAD
 from support.synthetic import conversation, manifest, turns, write_files
 
+ENVIRONMENT = ONE_THREAD | {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 EXTRA: dict[str, Any] = {"quarantined": [], "gates": {}}
 
 # Two processes write 2 shards each with flock doing nothing; each shard's values differ from writer to writer, so that
@@ -62,24 +65,27 @@ def fill(begun: Any, seed: int) -> Any:
     return begun
 
 
+@contextmanager
+def two_attempts(root: Path) -> Iterator[tuple[ShardInProgress, ShardInProgress]]:
+    """The same shard, begun by two writers of one store."""
+    with StoreWriter(root, manifest(), write_files) as one, StoreWriter(root, manifest(), write_files) as two:
+        first, second = one.shard(0), two.shard(0)
+        assert first is not None
+        assert second is not None
+        yield first, second
+
+
 def test_the_loser_of_two_writers_takes_nothing_from_the_winner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both hold the same shard at once. Whoever commits first counts, in every order of their steps."""
     no_locks(monkeypatch)
     root = tmp_path / "s"
-    with (
-        StoreWriter(root, manifest(), write_files) as one,
-        StoreWriter(root, manifest(), write_files) as two,
-    ):
-        first, second = one.shard(0), two.shard(0)
-        assert first is not None
-        assert second is not None
-        with first, second:
-            assert fill(first, 1).commit(EXTRA)
-            with StoreWriter(root, manifest(), write_files):  # a third one starts, and cleans up
-                pass
-            assert not fill(second, 2).commit(EXTRA)
+    with two_attempts(root) as (first, second), first, second:
+        assert fill(first, 1).commit(EXTRA)
+        with StoreWriter(root, manifest(), write_files):  # a third one starts, and cleans up
+            pass
+        assert not fill(second, 2).commit(EXTRA)
     record = read_record(open_storage(root), "00000")
     assert record is not None
     assert [path.name for path in (root / "shards").iterdir()] == ["00000"]
@@ -94,13 +100,7 @@ def test_a_published_shard_is_not_replaced_before_its_record_is_written(
 ) -> None:
     no_locks(monkeypatch)
     root = tmp_path / "s"
-    with (
-        StoreWriter(root, manifest(), write_files) as one,
-        StoreWriter(root, manifest(), write_files) as two,
-    ):
-        first, second = one.shard(0), two.shard(0)
-        assert first is not None
-        assert second is not None
+    with two_attempts(root) as (first, second):
 
         def rival(_record: object) -> None:
             with second:
@@ -115,17 +115,18 @@ def test_a_published_shard_is_not_replaced_before_its_record_is_written(
 
 def test_two_processes_without_locks_damage_no_store(tmp_path: Path) -> None:
     rounds = 12
-    environment = ONE_THREAD | {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    writers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path), str(seed), str(rounds)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for seed in (1, 2)
-    ]  # fmt: skip
-    for writer in writers:
-        _, errors = writer.communicate(timeout=120)
-        assert writer.returncode == 0, errors
+    with ExitStack() as ended:
+        writers = [
+            ended.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", WRITER, str(tmp_path), str(seed), str(rounds)],
+                    env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                )
+            )
+            for seed in (1, 2)
+        ]  # fmt: skip
+        results = [(writer.communicate(timeout=120)[1], writer.returncode) for writer in writers]
+    assert [code for _, code in results] == [0, 0], results
     for number in range(rounds):
         root = tmp_path / f"{number:03d}"
         report = verify_store(root)
@@ -139,9 +140,8 @@ def test_what_a_killed_writer_published_or_left_is_replaced(tmp_path: Path) -> N
         'begun.commit({"quarantined": [], "gates": {}})',
         'begun.commit({}, check=lambda _: (print("published", flush=True), __import__("time").sleep(60)))',
     )
-    environment = ONE_THREAD | {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     with subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path), "1", "1"], env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, str(tmp_path), "1", "1"], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "published\n"
@@ -164,7 +164,7 @@ def test_only_names_of_ended_processes_are_cleaned_up(tmp_path: Path) -> None:
         pass
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         pass
-    machine = owners.owner().partition("-")[0]
+    machine = attempts.attempt_path(root).name.split(".")[2].partition("-")[0]
     gone = root / "shards" / f".00000.{machine}-{ended.pid}-00c0ffee.partial"
     alive = root / "shards" / f".00000.{machine}-{os.getppid()}-00c0ffee.partial"
     elsewhere = root / "commit" / f".00000.json.{'0' * 8}-{ended.pid}-00c0ffee.partial"

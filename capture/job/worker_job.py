@@ -30,6 +30,7 @@ from draftcache.capture.job.work_plan import WorkPlan
 from draftcache.capture.prepare.draft_vocabulary import load_vocab_maps
 from draftcache.capture.verifier.load import Verifier, choose_dtype, describe_verifier, load_verifier
 from draftcache.capture.verifier.ssm_precision import enforce_contract
+from draftcache.capture.verifier.weights import former_fingerprint
 from draftcache.store.common.device import choose_device
 from draftcache.store.common.errors import InputError, ManifestMismatchError
 from draftcache.store.common.stopping import StopRequest
@@ -210,8 +211,16 @@ class CaptureJob:
             finally:
                 calibrating.release()
         stored = StoreManifest.load(self.storage)
+        settings = self._with_fingerprint_of(stored, settings)
         stored.require_same(settings, self.storage.describe(), calibrated=False)
         return settings.with_calibration_of(stored)
+
+    def _with_fingerprint_of(self, stored: StoreManifest, settings: StoreManifest) -> StoreManifest:
+        """The settings, with the store's own fingerprint of the weights where a former version took it of the same."""
+        named = stored.verifier["weights_hash"]
+        if named == settings.verifier["weights_hash"] or named != former_fingerprint(self.config.verifier):
+            return settings
+        return replace(settings, verifier=settings.verifier | {"weights_hash": named})
 
     def _begin_store(self, settings: StoreManifest, role: WorkerRole) -> None:
         role.report(Line("calibrating: one pass over some conversations, for the norms that the gates expect"))

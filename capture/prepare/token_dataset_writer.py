@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from draftcache.capture.prepare.token_dataset import (
 )
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.files import fsync_directory, fsync_tree, hash_file
+from draftcache.store.common.locks import take_lock
 from draftcache.store.common.sealed_json import seal
 
 
@@ -150,12 +150,19 @@ class DatasetWriter:
         self._cleanup = ExitStack()
 
     def __enter__(self) -> DatasetWriter:
+        self._cleanup.enter_context(_exclusive(self.output))
+        try:
+            self._begin()
+        except BaseException:
+            self._cleanup.close()
+            raise
+        return self
+
+    def _begin(self) -> None:
         check_output(self.output, overwrite=self.overwrite)
         self.partial.mkdir(parents=True, exist_ok=True)
-        self._cleanup.enter_context(_exclusive(self.partial))
         for leftover in self.partial.iterdir():  # from a killed run, as the lock shows
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -214,17 +221,19 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def _exclusive(directory: Path) -> Iterator[None]:
-    """Hold a lock on the directory, which the kernel releases whenever and however this process ends."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def _exclusive(output: Path) -> Iterator[None]:
+    """Hold the lock of a dataset's path, a file beside it that is removed at the end. Raises InputError."""
+    path = output.with_name(f".{output.name}.lock")
+    lock = take_lock(path)
+    if lock is None:
+        raise InputError(f"{output}: expected no other writer, found another prepare at work there")
     try:
+        # Between opening and locking, another run may have ended and removed the file, and a third one made a new one.
+        if not path.exists() or os.fstat(lock.descriptor).st_ino != path.stat().st_ino:
+            raise InputError(f"{output}: another prepare has just finished there; run the command again")
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            raise InputError(f"{directory}: expected no other writer, found another prepare at work there") from exc
-        # Between opening and locking, another run may have renamed this directory to the output's name.
-        if not directory.exists() or os.fstat(descriptor).st_ino != directory.stat().st_ino:
-            raise InputError(f"{directory}: another prepare has just finished there; run the command again")
-        yield
+            yield
+        finally:
+            path.unlink(missing_ok=True)
     finally:
-        os.close(descriptor)
+        lock.release()

@@ -92,6 +92,22 @@ def weights_fingerprint(path: Path) -> str:
     return hash_blocks(block for file in weight_files(path) for block in _sampled_blocks(file))
 
 
+def former_fingerprint(path: Path) -> str:
+    """Return the fingerprint by which stores of former versions name these weights, so that their capture can go on.
+
+    It is the xxh3-128 of names, sizes and 256 evenly spaced samples of 64 KiB of each file, wherever they fall.
+    """
+    digest = xxhash.xxh3_128()
+    for item in weight_files(path):
+        size = item.stat().st_size
+        digest.update(json.dumps([item.name, size]).encode())
+        with item.open("rb") as file:
+            for offset in range(0, size, max(_SAMPLE_BYTES, size // 256)):
+                file.seek(offset)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
 def full_weights_hash(path: Path) -> str:
     """Return the xxh3-128, in hex, of the weight files' names and all of their bytes.
 

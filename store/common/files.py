@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,8 +16,8 @@ from typing import Any, TypeAlias
 
 import xxhash
 
+from draftcache.store.common.attempts import attempt_path, remove_ended
 from draftcache.store.common.errors import InputError
-from draftcache.store.common.owners import OWNER_PATTERN, is_gone, owner
 from draftcache.store.common.strict_json import parse_json
 
 _HASH_BLOCK = 1 << 22
@@ -77,20 +76,6 @@ def fsync_tree(path: Path) -> None:
         fsync_directory(Path(directory))
 
 
-def _own_partial(path: Path) -> Path:
-    """Return the temporary name of `path` for this process, and remove the files of processes that are gone."""
-    own = path.with_name(f".{path.name}.{owner()}.partial")
-    named = re.compile(rf"\.{re.escape(path.name)}\.{OWNER_PATTERN}\.partial")
-    for found in path.parent.iterdir():
-        match = named.fullmatch(found.name)
-        if match and (found.name == own.name or is_gone(match[1], int(match[2]))):
-            if found.is_dir():
-                shutil.rmtree(found, ignore_errors=True)
-            else:
-                found.unlink(missing_ok=True)
-    return own
-
-
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`. On success it durably takes `path`'s name, otherwise it is removed.
@@ -99,7 +84,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     left half written is removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _own_partial(path)
+    remove_ended(path.parent, final=path.name)
+    partial = attempt_path(path)
     try:
         yield partial
         descriptor = os.open(partial, os.O_RDONLY)
@@ -121,7 +107,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     whenever the writer is killed. What killed writers of this machine left half written is removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _own_partial(path)
+    remove_ended(path.parent, final=path.name)
+    partial = attempt_path(path)
     partial.mkdir()
     try:
         yield partial

@@ -16,11 +16,20 @@ LOG_SECONDS = 30.0
 def progress_bar(**settings: Any) -> Any:
     """Return a tqdm with these settings, which writes to stderr."""
     if sys.stderr.isatty():
-        return tqdm(**settings)
+        return _Bar(**settings)
     return _LogLines(**settings, mininterval=LOG_SECONDS, miniters=1, leave=False)
 
 
-class _LogLines(tqdm):  # type: ignore[misc]  # tqdm has no types
+class _Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
+    """A tqdm that Ctrl-C may interrupt while it is made."""
+
+    def __del__(self) -> None:
+        """Close a bar that was dropped open. One that is half made has nothing that could be closed."""
+        if hasattr(self, "start_t"):  # what tqdm's constructor sets last
+            super().__del__()
+
+
+class _LogLines(_Bar):
     """A tqdm that writes whole lines, the last one when the work ends."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:

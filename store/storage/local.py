@@ -5,29 +5,22 @@ Processes of one machine exclude each other by flock.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from draftcache.store.common.attempts import attempt_path, is_idle, remove_ended
 from draftcache.store.common.errors import ShardDamagedError
 from draftcache.store.common.files import Buffer, fsync_directory
-from draftcache.store.storage.local_stage import (
-    LocalStage,
-    LocalStageFile,
-    attempt_path,
-    explained,
-    remove_leftovers,
-    rest_after,
-)
+from draftcache.store.common.locks import FileLock, take_lock
+from draftcache.store.storage.local_stage import LocalStage, LocalStageFile, explained, rest_after
 
 _IOV_MAX = 1024  # buffers per system call, on Linux
 LOCKS_DIRECTORY = ".locks"
 """Where the locks of a store's writers are. Its existence also says that the directory was taken for a store."""
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # of filesystems that have none
+_FORMER_STAGE = ".[0-9][0-9][0-9][0-9][0-9].partial"  # the name per shard of former versions, which tells no owner
 
 
 def _unless_missing(exc: OSError) -> None:
@@ -66,18 +59,6 @@ class LocalRangeFile:
 
     def __del__(self) -> None:
         self.close()
-
-
-class LocalLock:
-    """An flock, which the kernel releases when the process dies, however it dies. Implements `Lock`."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def release(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
 
 
 class LocalStorage:
@@ -196,23 +177,17 @@ class LocalStorage:
     def stage(self, directory: str) -> LocalStage:
         return LocalStage(self.local_root / directory, directory)
 
-    def lock(self, name: str, *, shared: bool = False) -> LocalLock | None:
+    def lock(self, name: str, *, shared: bool = False) -> FileLock | None:
         path = self.local_root / LOCKS_DIRECTORY / name
         with explained(path, "locked"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            try:
-                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
-                return None
-            except OSError as exc:
-                if exc.errno not in _NO_LOCKS:
-                    os.close(descriptor)
-                    raise
-        return LocalLock(descriptor)
+            return take_lock(path, shared=shared)
 
     def remove_leftovers(self, directories: Sequence[str]) -> None:
         """Remove the temporary files that killed writers left in these directories, not in those below them."""
         for directory in directories:
-            remove_leftovers(self.local_root / directory)
+            path = self.local_root / directory
+            with explained(path, "cleaned"):
+                remove_ended(path)
+                for former in path.glob(_FORMER_STAGE):
+                    if is_idle(former):
+                        shutil.rmtree(former, ignore_errors=True)

@@ -11,23 +11,17 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
+from draftcache.store.common.attempts import Attempt, attempt_path
 from draftcache.store.common.errors import StorageError, StoreNotFoundError
 from draftcache.store.common.files import Buffer, fsync_directory
-from draftcache.store.common.owners import OWNER_PATTERN, is_gone, owner
 
 _IOV_MAX = 1024  # buffers per system call, on Linux
-_ATTEMPT = re.compile(rf"\.(.+)\.{OWNER_PATTERN}-[0-9a-f]{{8}}\.partial")
-_FORMER_STAGE = re.compile(r"\.\d{5,}\.partial")  # the one name per shard of former versions, which tells no owner
-_IDLE_S = 24 * 3600.0
-"""Age after which a temporary file counts as left over although its owner can't be known to be gone."""
 
 
 @contextmanager
@@ -84,40 +78,6 @@ def rest_after(buffers: list[memoryview], count: int) -> list[memoryview]:
     return []
 
 
-def attempt_path(final: Path) -> Path:
-    """Return a temporary path beside `final` that no other attempt has, of this process or any other."""
-    return final.with_name(f".{final.name}.{owner()}-{uuid.uuid4().hex[:8]}.partial")
-
-
-def remove_leftovers(directory: Path, *, of: str | None = None) -> None:
-    """Remove the temporary files and directories in `directory` that killed writers left, and nothing else.
-
-    With `of` only those of one final name.
-
-    These are names of `attempt_path` whose process is gone, and those of processes elsewhere, or of former versions,
-    that nothing has touched for a day.
-    """
-    with explained(directory, "cleaned"):
-        for path in list(directory.iterdir()) if directory.is_dir() else []:
-            match = _ATTEMPT.fullmatch(path.name)
-            if of is not None and (match is None or match[1] != of):
-                continue
-            gone = match is not None and is_gone(match[2], int(match[3]))
-            if gone or ((match or _FORMER_STAGE.fullmatch(path.name)) and _idle(path)):
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
-
-
-def _idle(path: Path) -> bool:
-    newest = 0.0
-    with suppress(FileNotFoundError):  # its owner may be at work, and removing it
-        newest = max(item.lstat().st_mtime for item in [path, *path.rglob("*")])
-        return time.time() - newest > _IDLE_S
-    return False
-
-
 class LocalStage:
     """A directory under a name of its own attempt, which is renamed when it is whole. Implements `Stage`."""
 
@@ -129,7 +89,6 @@ class LocalStage:
         self._published: Path | None = None
         with explained(self._partial, "created"):
             self._partial.mkdir(parents=True)
-        remove_leftovers(final.parent, of=final.name)  # of a writer that was killed while this one was at work
 
     def open(self, name: str) -> LocalStageFile:
         self._files.append(LocalStageFile(self._partial / name))
@@ -155,8 +114,8 @@ class LocalStage:
     def _claimed_by_others(self) -> bool:
         """Return whether another attempt on this shard may still be alive."""
         for path in self._final.parent.iterdir():
-            match = _ATTEMPT.fullmatch(path.name)
-            if match and match[1] == self._final.name and path != self._claim and not is_gone(match[2], int(match[3])):
+            attempt = Attempt.named(path)
+            if attempt and attempt.final == self._final.name and path != self._claim and not attempt.has_ended():
                 return True
         return False
 

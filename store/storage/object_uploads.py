@@ -65,7 +65,7 @@ class ObjectStage:
         return self._directory
 
     def settle(self) -> None:
-        pass  # each attempt has a directory of its own from the beginning
+        """Nothing is left: an attempt has no other objects than those it publishes."""
 
     def abandon(self) -> None:
         """Abort the uploads and remove the directory.

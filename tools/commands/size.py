@@ -91,7 +91,7 @@ def size(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     from draftcache.store.common.errors import InputError
     from draftcache.store.format.tap_codecs import MODES
-    from draftcache.tools.reports.sizing import count_dataset, frozen_bytes, guess_counts, peer_bytes
+    from draftcache.tools.reports.sizing import frozen_bytes, peer_bytes
 
     if (arguments.dataset is None) == (arguments.tokens is None):
         raise InputError("expected --dataset or --tokens (or --train with --store or --length), found neither")
@@ -102,19 +102,8 @@ def size(arguments: argparse.Namespace) -> dict[str, Any]:
     _require_settings(arguments, hidden, config)
     if arguments.mode is not None and arguments.mode not in MODES:
         raise InputError(f"--mode: expected one of {list(MODES)}, found {arguments.mode!r}")
-    vocab_size = config.get("vocab_size")
-    if arguments.dataset is None:
-        if arguments.loss_fraction is None:
-            raise InputError("--tokens: expected --loss-fraction beside it, found none")
-        counts = guess_counts(arguments.tokens, arguments.loss_fraction, arguments.mean_length, arguments.shard_tokens)
-        draft_vocab = arguments.draft_vocab_size or _DRAFT_VOCAB
-    else:
-        from draftcache.capture.prepare.token_dataset import TokenDataset
-
-        dataset = TokenDataset.open(arguments.dataset)
-        counts = count_dataset(dataset, arguments.window or None, arguments.shard_tokens)
-        draft_vocab = arguments.draft_vocab_size or _dataset_draft_vocab(dataset.path)
-        vocab_size = vocab_size or dataset.vocab_size
+    counts, draft_vocab, dataset_vocab = _counts(arguments)
+    vocab_size = config.get("vocab_size") or dataset_vocab
     sizes = (draft_vocab, *arguments.more_vocab_sizes)
     _require_teacher(arguments, sizes, vocab_size)
     compute = _compute(arguments, config, counts)
@@ -123,18 +112,7 @@ def size(arguments: argparse.Namespace) -> dict[str, Any]:
     tokens = round(counts.tokens.sum())
     return {
         "counts": counts.to_json(),
-        "settings": {
-            "hidden_size": hidden,
-            "layers": list(arguments.layers),
-            "teacher": arguments.teacher,
-            "top_k": arguments.top_k if arguments.teacher != "hidden" else 0,
-            "draft_vocab_size": draft_vocab,
-            "more_vocab_sizes": list(arguments.more_vocab_sizes),
-            "window": arguments.window or None,
-            "layout": arguments.layout,
-            "shard_tokens": arguments.shard_tokens,
-            "disk_gb_s": arguments.disk_gb_s,
-        },
+        "settings": _settings(arguments, hidden, draft_vocab),
         "compute": compute,
         "frozen_bytes": frozen,
         "modes": {
@@ -145,6 +123,39 @@ def size(arguments: argparse.Namespace) -> dict[str, Any]:
             name: {"bytes": total, "bytes_per_token": total / tokens}
             for name, total in peer_bytes(tokens, len(arguments.layers), hidden).items()
         },
+    }
+
+
+def _counts(arguments: argparse.Namespace) -> tuple[Counts, int, int | None]:
+    """Return the counts, the draft vocabulary's size, and the dataset's vocabulary size, None without a dataset."""
+    from draftcache.store.common.errors import InputError
+    from draftcache.tools.reports.sizing import count_dataset, guess_counts
+
+    if arguments.dataset is None:
+        if arguments.loss_fraction is None:
+            raise InputError("--tokens: expected --loss-fraction beside it, found none")
+        counts = guess_counts(arguments.tokens, arguments.loss_fraction, arguments.mean_length, arguments.shard_tokens)
+        return counts, arguments.draft_vocab_size or _DRAFT_VOCAB, None
+    from draftcache.capture.prepare.token_dataset import TokenDataset
+
+    dataset = TokenDataset.open(arguments.dataset)
+    counts = count_dataset(dataset, arguments.window or None, arguments.shard_tokens)
+    return counts, arguments.draft_vocab_size or _dataset_draft_vocab(dataset.path), dataset.vocab_size
+
+
+def _settings(arguments: argparse.Namespace, hidden: int, draft_vocab: int) -> dict[str, Any]:
+    """Return the settings that the sizes are for, as JSON values."""
+    return {
+        "hidden_size": hidden,
+        "layers": list(arguments.layers),
+        "teacher": arguments.teacher,
+        "top_k": arguments.top_k if arguments.teacher != "hidden" else 0,
+        "draft_vocab_size": draft_vocab,
+        "more_vocab_sizes": list(arguments.more_vocab_sizes),
+        "window": arguments.window or None,
+        "layout": arguments.layout,
+        "shard_tokens": arguments.shard_tokens,
+        "disk_gb_s": arguments.disk_gb_s,
     }
 
 
