@@ -1,6 +1,7 @@
 # Every target makes its own virtual environment in .venv; nothing else needs to be set up.
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
 .PHONY: demo test lint clean
@@ -9,7 +10,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/draftcache demo --output runs/demo
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
