@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,7 @@ def save_checkpoint(
     path: Path, state: CheckpointState, model: nn.Module, optimizer: torch.optim.AdamW, vocab_map: VocabMap
 ) -> None:
     """Write a checkpoint beside `path`, flush it to disk, then rename it. An existing checkpoint is left as it is."""
-    if path.exists():
-        return
-    with atomic_directory(path) as partial:
+    with suppress(FileExistsError), atomic_directory(path) as partial:
         weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         save_tensors(partial / _FILES[0], weights)
         save_tensors(partial / _FILES[1], _optimizer_tensors(model, optimizer))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -88,15 +89,18 @@ def _trim_metrics(path: Path, step: int) -> None:
     """Drop what a killed run logged after the checkpoint that is resumed, so that every step is logged once."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    kept, damaged = [], 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines):
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):  # a line that was cut off by the kill
-            continue
+                kept.append(line.rstrip(b"\n") + b"\n")
+        except (ValueError, LookupError, TypeError):
+            damaged += number < len(lines) - 1 or line.endswith(b"\n")  # else the kill cut it off
+    if damaged:
+        print(f"{path}: {damaged} lines are no records of steps, and are left out from now on", file=sys.stderr)
     with atomic_path(path) as partial:
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        partial.write_bytes(b"".join(kept))
 
 
 def _wandb_run(config: TrainConfig, store_hash: str) -> Any:

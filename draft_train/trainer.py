@@ -40,7 +40,7 @@ from draftcache.draft_train.drafts.registry import find_architecture
 from draftcache.draft_train.fit import require_equal, require_fit, require_window
 from draftcache.draft_train.loss.objective import Objective, ObjectiveResult
 from draftcache.draft_train.optimizer import learning_rate, make_optimizer
-from draftcache.draft_train.output_lock import output_lock
+from draftcache.draft_train.output_lock import OutputLock, output_lock
 from draftcache.draft_train.ranks import GradientSums, Ranks, joined_ranks
 from draftcache.draft_train.run_checks import require_work
 from draftcache.draft_train.run_log import RunLog, step_record
@@ -107,6 +107,7 @@ class Trainer:
         )
         self.total_steps = self.schedule.total_steps
         self.step = 0
+        self.output_lock = OutputLock()
 
     def _held_out(self) -> NDArray[np.int64]:
         """Return the conversations to evaluate on, and say where training and evaluation share conversations."""
@@ -167,7 +168,7 @@ class Trainer:
     def run(self) -> Path:
         """Train to the end; return the last checkpoint's directory. Raises TrainingStopped if asked to stop."""
         self.ranks.require_same(self.config.everywhere() | {"store": self.store.manifest.hash})
-        with output_lock(self.config.output, self.ranks):
+        with output_lock(self.config.output, self.ranks) as self.output_lock:
             self._restore()
             if self.step < self.total_steps:
                 self._run_steps()
@@ -188,12 +189,20 @@ class Trainer:
         if self._due(self.config.eval_every):
             record |= self._evaluate()
         if log is not None:
-            log.write(record)  # before the checkpoint, so that no step of a checkpoint is missing
-            if stopping or self._due(self.config.checkpoint_every) or self._is_best(record):
-                self._save(record)
+            self._write(log, record, saving=stopping or self._due(self.config.checkpoint_every))
         if stopping and self.step < self.total_steps:
             self.ranks.meet()
             raise TrainingStopped(self.step, self.stop.signal_number)
+
+    def _write(self, log: RunLog, record: dict[str, Any], *, saving: bool) -> None:
+        self.output_lock.require_held()
+        try:
+            log.write(record)  # before the checkpoint, so that no step of a checkpoint is missing
+            if saving or self._is_best(record):
+                self._save(record)
+        except OSError:
+            self.output_lock.require_held()  # the other run may have removed what was half written
+            raise
 
     def _log(self) -> AbstractContextManager[RunLog | None]:
         if not self.ranks.leads:

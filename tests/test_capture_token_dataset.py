@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import pytest
 from draftcache.capture.prepare.conversations import Rejection
 from draftcache.capture.prepare.token_dataset import CONVERSATION_DTYPE, TokenDataset, conversation_hash, find_damages
 from draftcache.capture.prepare.token_dataset_writer import DatasetWriter
+from draftcache.store.common.attempts import attempt_path
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.files import hash_bytes, hash_file
 from draftcache.store.common.sealed_json import seal, unseal
@@ -263,12 +268,15 @@ def test_an_error_leaves_nothing_and_a_killed_runs_leftovers_go(tmp_path: Path) 
     with pytest.raises(InputError, match="no"):
         fail()
     assert list(tmp_path.iterdir()) == []
-    leftover = tmp_path / ".out.partial" / "old"
-    leftover.mkdir(parents=True)
-    (leftover / "token_ids.npy").write_bytes(b"half")
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    leftover = attempt_path(output)
+    leftover = leftover.with_name(leftover.name.replace(f"-{os.getpid()}-", f"-{ended.pid}-"))
+    (leftover / "old").mkdir(parents=True)
+    (leftover / "old" / "token_ids.npy").write_bytes(b"half")
     write(output)
     TokenDataset.open(output).verify()
-    assert not (output / "old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_two_writers_at_once_are_refused(tmp_path: Path) -> None:
@@ -278,12 +286,26 @@ def test_two_writers_at_once_are_refused(tmp_path: Path) -> None:
         assert first.partial.is_dir()  # the loser took nothing away
 
 
+def test_two_writers_without_locks_leave_the_dataset_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    output = tmp_path / "out"
+    with DatasetWriter(output) as late:
+        late.split("late", VOCAB).close()
+        write(output)
+        first = hash_file(output / "manifest.json")
+        with pytest.raises(InputError, match="another prepare has just finished"):
+            late.commit({"splits": {}})
+    assert hash_file(output / "manifest.json") == first
+    TokenDataset.open(output).verify()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_a_dataset_finished_meanwhile_is_not_written_into(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
-    import fcntl
-
     output = tmp_path / "out"
     lock = fcntl.flock
 

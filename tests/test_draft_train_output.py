@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from draftcache.draft_train.checkpoint import checkpoint_path, checkpoints, load_state
 from draftcache.draft_train.config import TrainConfig
-from draftcache.draft_train.output_lock import output_lock
+from draftcache.draft_train.output_lock import LOCK_NAME, OutputLock, output_lock
 from draftcache.draft_train.ranks import Ranks
+from draftcache.draft_train.run_log import RunLog
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.device import choose_device
 from draftcache.store.common.errors import InputError
@@ -84,6 +87,41 @@ def test_a_second_run_in_one_directory_is_refused_while_the_first_lives(store: P
     assert load_state(checkpoints(settings.output)[-1]).step > 0
     with output_lock(settings.output, Ranks(choose_device("cpu"))):  # the kernel has released it
         pass
+
+
+def test_where_locks_do_not_lock_the_run_that_began_last_goes_on_alone(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Trainer(config(store, output=store / "whole")).run()
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    settings = config(store)
+    first = Trainer(settings)
+    steps_of_first = 4
+
+    def rival(log: RunLog | None, record: dict[str, Any]) -> None:
+        if first.step == steps_of_first:
+            Trainer(settings).run()
+        finish_step(log, record)
+
+    finish_step = first._finish_step
+    monkeypatch.setattr(first, "_finish_step", rival)
+    with pytest.raises(InputError, match=r"found process \d+ of .*, which has begun since: this run stops"):
+        first.run()
+    assert metrics(settings.output)[-1]["step"] == first.total_steps > steps_of_first
+    assert [row["loss"] for row in metrics(settings.output)] == [row["loss"] for row in metrics(store / "whole")]
+
+
+def test_what_a_rival_took_away_is_told_as_that(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that begins removes what is half written, which may be this run's checkpoint."""
+    trainer = Trainer(config(store, epochs=1))
+
+    def taken(*_: object) -> None:
+        OutputLock(trainer.config.output / LOCK_NAME)
+        raise FileNotFoundError("half a checkpoint")
+
+    monkeypatch.setattr(trainer, "_save", taken)
+    with pytest.raises(InputError, match="which has begun since"):
+        trainer.run()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from draftcache.capture.prepare.token_dataset import (
     VERSION,
     is_prepared,
 )
+from draftcache.store.common.attempts import attempt_path, remove_ended
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.files import fsync_directory, fsync_tree, hash_file
 from draftcache.store.common.locks import take_lock
@@ -140,35 +142,34 @@ class SplitWriter:
 
 
 class DatasetWriter:
-    """Writes into `.NAME.partial` beside `output` until `commit` renames it. Use as a context manager."""
+    """Writes into a hidden directory beside `output` until `commit` renames it. Use as a context manager.
+
+    The hidden directory is this attempt's own, so that two runs never write into one, even where locks do not lock. A
+    lock keeps a second run from working in vain.
+    """
 
     def __init__(self, output: Path, *, overwrite: bool = False) -> None:
         self.output = output
         self.overwrite = overwrite
-        self.partial = output.with_name(f".{output.name}.partial")
-        self._replaced = output.with_name(f".{output.name}.replaced")
+        self.partial = attempt_path(output)
         self._cleanup = ExitStack()
 
     def __enter__(self) -> DatasetWriter:
+        self.output.parent.mkdir(parents=True, exist_ok=True)
         self._cleanup.enter_context(_exclusive(self.output))
         try:
-            self._begin()
+            check_output(self.output, overwrite=self.overwrite)
+            remove_ended(self.output.parent, final=self.output.name)
+            self.partial.mkdir()
         except BaseException:
             self._cleanup.close()
             raise
         return self
 
-    def _begin(self) -> None:
-        check_output(self.output, overwrite=self.overwrite)
-        self.partial.mkdir(parents=True, exist_ok=True)
-        for leftover in self.partial.iterdir():  # from a killed run, as the lock shows
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            shutil.rmtree(self.partial, ignore_errors=True)
+        self._cleanup.callback(shutil.rmtree, self.partial, ignore_errors=True)
         self._cleanup.close()
 
     def split(self, name: str, vocab_size: int) -> SplitWriter:
@@ -197,13 +198,27 @@ class DatasetWriter:
         }
         (self.partial / MANIFEST).write_bytes(seal(complete))
         fsync_tree(self.partial)
-        shutil.rmtree(self._replaced, ignore_errors=True)
-        if (self.output / MANIFEST).exists():
-            self.output.rename(self._replaced)
-        self.partial.rename(self.output)
-        fsync_directory(self.output.parent)
-        shutil.rmtree(self._replaced, ignore_errors=True)
+        self._publish()
         return complete
+
+    def _publish(self) -> None:
+        replaced = attempt_path(self.output)
+        try:
+            if self.overwrite and (self.output / MANIFEST).exists():
+                self.output.rename(replaced)
+            self.partial.rename(self.output)
+        except OSError as exc:
+            if replaced.exists() and not self.output.exists():
+                replaced.rename(self.output)
+            if exc.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                raise
+            raise InputError(
+                f"{self.output}: expected no other writer, found that another prepare has just finished there; "
+                "run the command again"
+            ) from exc
+        finally:
+            fsync_directory(self.output.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:

@@ -6,6 +6,7 @@ directory is made durable. Every hash is xxh3-128, as 32 hexadecimal digits.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -101,19 +102,27 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary directory beside `path`, which must not exist.
+    """Yield an empty temporary directory beside `path`, at which there must be nothing, or an empty directory.
 
     On success it durably takes `path`'s name, otherwise it is removed. A reader sees no directory or the whole one,
-    whenever the writer is killed. What killed writers of this machine left half written is removed first.
+    whenever the writer is killed. What killed writers of this machine left half written is removed first. Raises
+    FileExistsError, before anything is written or at the end, where there is something at `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_ended(path.parent, final=path.name)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(errno.EEXIST, "expected nothing there, found something", str(path))
     partial = attempt_path(path)
     partial.mkdir()
     try:
         yield partial
         fsync_tree(partial)
-        partial.rename(path)
+        try:
+            partial.rename(path)
+        except OSError as exc:
+            if exc.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise FileExistsError(errno.EEXIST, "expected nothing there, found something", str(path)) from exc
         fsync_directory(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
