@@ -174,14 +174,17 @@ def best_checkpoint(output: Path) -> tuple[Path, float] | None:
     return path, length
 
 
-def note_best(output: Path, step: int, metrics: dict[str, Any]) -> None:
-    """Record the checkpoint of `step` as the best if its `metrics` have a longer acceptance than the best so far.
+def is_best(output: Path, metrics: dict[str, Any]) -> bool:
+    """Return whether `metrics` have a longer acceptance than the best so far. On a tie the earlier one stays best."""
+    length = metrics.get("eval_acceptance_length")
+    best = None if length is None else best_checkpoint(output)
+    return length is not None and (best is None or length > best[1])
 
-    On a tie the earlier checkpoint stays the best.
-    """
-    length, best = metrics.get("eval_acceptance_length"), best_checkpoint(output)
-    if length is not None and (best is None or length > best[1]):
-        write_json(output / BEST, {"step": step, "eval_acceptance_length": length})
+
+def note_best(output: Path, step: int, metrics: dict[str, Any]) -> None:
+    """Record the checkpoint of `step` as the best if its `metrics` are."""
+    if is_best(output, metrics):
+        write_json(output / BEST, {"step": step, "eval_acceptance_length": metrics["eval_acceptance_length"]})
 
 
 def resolve_checkpoint(path: Path) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from draftcache.store.common.errors import InputError
+from draftcache.store.common.settings import require_finite
 from draftcache.store.storage.base import Location
 
 
@@ -101,6 +102,7 @@ class TrainConfig:
     wandb_project: str = field(default="draftcache", metadata=_doc("its project"))
 
     def __post_init__(self) -> None:
+        require_finite(self)
         for name in (
             "epochs",
             "batch_conversations",
@@ -115,6 +117,9 @@ class TrainConfig:
             _require(name, getattr(self, name) > 0, "above 0", getattr(self, name))
         for name in ("warmup_ratio", "final_lr_ratio"):
             _require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1", getattr(self, name))
+        for name in ("beta1", "beta2"):
+            _require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1", getattr(self, name))
+        _require("seed", 0 <= self.seed < 2**63, "0 or more, below 2^63", self.seed)
         for name in (
             "eval_every",
             "draft_vocab_size",

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from draftcache.draft_train.acceptance import measure_acceptance
 from draftcache.draft_train.checkpoint import (
-    best_checkpoint,
     blank_optimizer,
     checkpoint_path,
     checkpoints,
+    is_best,
     load_optimizer,
     load_state,
     load_weights,
@@ -198,7 +198,7 @@ class Trainer:
         self.output_lock.require_held()
         try:
             log.write(record)  # before the checkpoint, so that no step of a checkpoint is missing
-            if saving or self._is_best(record):
+            if saving or is_best(self.config.output, record):
                 self._save(record)
         except OSError:
             self.output_lock.require_held()  # the other run may have removed what was half written
@@ -266,12 +266,6 @@ class Trainer:
         sums = torch.tensor([counts.tokens, counts.verify_steps], dtype=torch.float64, device=self.device)
         tokens, steps = self.ranks.add_up(sums).tolist()
         return {"eval_acceptance_length": tokens / max(1.0, steps)}
-
-    def _is_best(self, record: dict[str, Any]) -> bool:
-        if "eval_acceptance_length" not in record:
-            return False
-        best = best_checkpoint(self.config.output)
-        return best is None or bool(record["eval_acceptance_length"] > best[1])
 
     def _save(self, metrics: dict[str, Any]) -> None:
         state = CheckpointState(

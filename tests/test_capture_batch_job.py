@@ -12,13 +12,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from draftcache.capture.job import calibration
+from draftcache.capture.job import calibration, space_check
 from draftcache.capture.job.shard_worker import WorkerRole
 from draftcache.capture.job.start_check import check_tokens
 from draftcache.capture.job.work_plan import WorkPlan
@@ -289,6 +290,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
         ({"layers": (0, 2, 5)}, r"expected blocks 0 to 4 .* found \[0, 2, 5\]"),
         ({"prefill_chunk": 24}, "expected a multiple of the scan's chunk of 16 tokens"),
         ({"top_k": 201}, "at most the draft vocabulary's 200"),
+        ({"splits": ("train", "train")}, "--splits: expected every split once, found train,train"),
+        ({"buffer_gb": math.nan}, "--buffer-gb: expected a finite number"),
         ({"splits": ("test",)}, r"expected splits among \['train', 'val'\]"),
         ({"vocab_map": tmp_path / "none"}, "expected a vocabulary map"),
         ({"dataset": tmp_path}, "expected a prepared dataset"),
@@ -300,6 +303,38 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
         with pytest.raises(InputError, match="--layers"):
             config(nemotron, dataset, output, layers=layers)
     assert not output.exists()
+
+
+@pytest.mark.parametrize("layout", ["zarr", "webdataset"])
+def test_a_disk_that_is_too_small_is_refused_before_weights_are_read(
+    nemotron: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    job = CaptureJob(config(nemotron, dataset, tmp_path / "whole", layout=layout))
+    job.run()
+    written = sum(path.stat().st_size for path in (tmp_path / "whole" / "shards").rglob("*") if path.is_file())
+    verifier = shutil.copytree(nemotron, tmp_path / "verifier")
+    (verifier / "model.safetensors").write_bytes(b"no weights: reading them would fail")
+    asked: list[Path] = []
+
+    def disk_of(free: int) -> None:
+        def disk_usage(path: Path) -> Any:
+            asked.append(path)
+            return SimpleNamespace(free=free)
+
+        monkeypatch.setattr(space_check.shutil, "disk_usage", disk_usage)
+
+    settings = config(verifier, dataset, tmp_path / "new" / "s", layout=layout)
+    disk_of(int(0.7 * written))  # the states of this verifier are random, and compress less than is estimated
+    with pytest.raises(InputError, match=r"new/s: expected about 0.0 GB of free space.* --ignore-free-space"):
+        CaptureJob(settings)
+    assert asked == [tmp_path]
+    disk_of(2 * written + 1_000_000)
+    with pytest.raises(InputError, match="could not be loaded"):  # it goes on to the weights
+        CaptureJob(settings)
+    disk_of(0)
+    with pytest.raises(InputError, match="could not be loaded"):
+        CaptureJob(replace(settings, ignore_free_space=True))
+    CaptureJob(config(nemotron, dataset, tmp_path / "whole", layout=layout))  # nothing is left to be written
 
 
 def test_no_weights_are_read_for_a_job_that_the_config_rules_out(nemotron: Path, dataset: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 import draftcache.draft_train.trainer as trainer_module
+from draftcache.draft_train import run_log
 from draftcache.draft_train.checkpoint import checkpoints, load_state, resolve_checkpoint
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.optimizer import learning_rate
@@ -265,6 +266,21 @@ def test_damaged_and_incomplete_checkpoints_are_refused(store: Path) -> None:
         resolve_checkpoint(store)
 
 
+def test_damaged_lines_of_the_log_are_left_out_and_counted(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = config(store, epochs=2)
+    Trainer(replace(settings, epochs=1)).run()
+    log = settings.output / "metrics.jsonl"
+    first, second, *rest = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join([first, b"\xff" + second, b"[]\n", *rest, b'{"step": 4']))
+    run_log._trim_metrics(log, 2)
+    assert [row["step"] for row in metrics(settings.output)] == [1]
+    assert f"{log}: 2 lines are no records of steps" in capsys.readouterr().err
+    log.write_bytes(first.rstrip(b"\n"))  # cut between a record and its end of line
+    run_log._trim_metrics(log, 2)
+    assert log.read_bytes() == first
+    assert capsys.readouterr().err == ""
+
+
 def test_exploding_loss_stops_the_run(store: Path) -> None:
     trainer = Trainer(config(store))
     with torch.no_grad():
@@ -282,6 +298,11 @@ def test_bad_settings_name_their_flag(tmp_path: Path) -> None:
         ({"order": "sorted"}, "--order"),
         ({"pack_tokens": -1}, "--pack-tokens"),
         ({"prefetch_gb": 0}, "--prefetch-gb"),
+        ({"learning_rate": math.inf}, "--learning-rate: expected a finite number, found inf"),
+        ({"weight_decay": math.nan}, "--weight-decay: expected a finite number"),
+        ({"beta1": -0.1}, "--beta1"),
+        ({"beta2": 1.0}, "--beta2"),
+        ({"seed": -1}, "--seed"),
     ):
         with pytest.raises(InputError, match=flag):
             config(tmp_path, **change)

@@ -29,6 +29,7 @@ ROOMS = {
         "demo": 2,
         "commands": 3,
         "bench": 4,
+        "campaign": 4,
     },
 }
 """Per package the rank of its rooms, which are folders or single modules; "" stands for the other modules at its top. A

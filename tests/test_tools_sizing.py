@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from draftcache.capture.job.store_size import count_dataset, frozen_bytes, shard_bytes, specs_of
 from draftcache.capture.prepare.token_dataset import CONVERSATION_DTYPE, TokenDataset, conversation_hash
 from draftcache.capture.prepare.token_dataset_writer import DatasetWriter
 from draftcache.capture.verifier.family_flops import verifier_flops
@@ -29,13 +30,7 @@ from draftcache.store.format.teacher import draft_teacher
 from draftcache.store.reader import StoreReader
 from draftcache.store.writer import StoreWriter
 from draftcache.tools.commands import size
-from draftcache.tools.reports.sizing import (
-    count_dataset,
-    frozen_bytes,
-    guess_counts,
-    shard_bytes,
-    specs_of,
-)
+from draftcache.tools.reports.sizing import guess_counts
 from support.synthetic import DRAFT_VOCAB, LAYERS, TOP_K, VOCAB, conversation, manifest, turns, vocab_map, write_files
 from support.tiny_models import make_model
 

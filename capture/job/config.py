@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from draftcache.store.common.errors import InputError
+from draftcache.store.common.settings import require_finite
 from draftcache.store.format.manifest import LAYOUTS
 from draftcache.store.format.tap_codecs import MODES
 from draftcache.store.format.teacher import TEACHERS
@@ -100,6 +101,9 @@ class CaptureConfig:
     grace_seconds: float = field(
         default=25.0, metadata=_doc("after SIGTERM, time to finish the shard in; a second SIGTERM ends it at once")
     )
+    ignore_free_space: bool = field(
+        default=False, metadata=_doc("begin although the disk has less room than the store is estimated to take")
+    )
     full_hash: bool = field(
         default=False,
         metadata=_doc(
@@ -109,6 +113,7 @@ class CaptureConfig:
     trust_remote_code: bool = field(default=False, metadata=_doc("run the model code that the checkpoint brings along"))
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_ascending(self.layers)
         for name, choices in (("mode", MODES), ("layout", LAYOUTS), ("launcher", LAUNCHERS), ("teacher", TEACHERS)):
             if getattr(self, name) not in choices:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from draftcache.capture.job.calibration import PIECE
 from draftcache.capture.job.config import CaptureConfig
@@ -14,10 +15,11 @@ from draftcache.capture.verifier.self_check import TOKENS, self_check
 from draftcache.store.common.errors import InputError
 
 
-def check_config(config: CaptureConfig, work: WorkPlan) -> None:
-    """Raise InputError unless the verifier has the blocks of `--layers`, and positions for the longest conversation.
+def check_config(config: CaptureConfig, work: WorkPlan) -> PretrainedConfig:
+    """Return the verifier's configuration, which is that of its text model.
 
-    Only config.json is read, so that a job which can't work is refused before minutes are spent on weights.
+    Only config.json is read, so that a job which can't work is refused before minutes are spent on weights. Raises
+    InputError unless the verifier has the blocks of `--layers`, and positions for the longest conversation.
     """
     model = load_config(config.verifier, trust_remote_code=config.trust_remote_code)
     blocks = getattr(model, "num_hidden_layers", None)
@@ -32,6 +34,7 @@ def check_config(config: CaptureConfig, work: WorkPlan) -> None:
             f"{config.verifier / 'config.json'} gives as max_position_embeddings, found one of {longest}; prepare "
             f"again with --max-length {positions}, or raise the value where the model was trained for more"
         )
+    return model
 
 
 def check_tokens(work: WorkPlan) -> Tensor:

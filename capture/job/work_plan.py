@@ -42,6 +42,8 @@ class WorkPlan:
         unknown = [name for name in splits if name not in dataset.splits]
         if unknown:
             raise InputError(f"{config.dataset}: expected splits among {list(dataset.splits)}, found {unknown}")
+        if len(set(splits)) != len(splits):
+            raise InputError(f"--splits: expected every split once, found {','.join(splits)}")
         return cls(dataset=dataset, splits=splits, shards=plan_shards(dataset, splits, config.shard_tokens))
 
     @property

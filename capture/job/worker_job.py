@@ -18,12 +18,14 @@ from typing import Any, Self
 
 import torch
 import transformers
+from transformers import PretrainedConfig
 
 from draftcache.capture.job.calibration import calibrate
 from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.progress import CaptureSummary, JobProgress, Line
 from draftcache.capture.job.shard_capture import ShardCapture
 from draftcache.capture.job.shard_worker import POLL_S, ShardWorker, WorkerRole
+from draftcache.capture.job.space_check import bytes_left, require_space
 from draftcache.capture.job.start_check import check_config, check_verifier
 from draftcache.capture.job.tensor_parallel import TensorParallelGroup
 from draftcache.capture.job.work_plan import WorkPlan
@@ -57,17 +59,33 @@ class CaptureJob:
         self.vocab_maps = load_vocab_maps(config.vocab_map or config.dataset / VOCAB_MAP_NAME, config.more_vocab_maps)
         if config.teacher == "draft" and config.top_k > (most := len(self.vocab_maps[0])):
             raise InputError(f"--top-k: expected at most the draft vocabulary's {most}, found {config.top_k}")
-        check_config(config, self.work)
+        model = check_config(config, self.work)
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(config.compute_dtype, self.device)
         self.storage = open_storage(config.output)
         require_own_or_empty(self.storage)
+        self._require_space(model)
         self._followers = TensorParallelGroup(config) if config.tensor_parallel > 1 else None
         try:
             self._load()
         except BaseException:
             self.close()
             raise
+
+    def _require_space(self, model: PretrainedConfig) -> None:
+        hidden_size, root = getattr(model, "hidden_size", None), self.storage.local_root
+        if root is None or hidden_size is None or self.config.ignore_free_space:
+            return
+        needed = bytes_left(
+            self.config,
+            self.work,
+            self.storage,
+            hidden_size=hidden_size,
+            vocab_size=getattr(model, "vocab_size", self.work.dataset.vocab_size),
+            draft_vocab_sizes=[len(item) for item in self.vocab_maps],
+            dtype=self.dtype,
+        )
+        require_space(root, needed)
 
     def _load(self) -> None:
         if self._followers is None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from draftcache.store.common.errors import InputError
-from draftcache.store.common.files import canonical_json, hash_bytes, hash_file, hash_json, read_json
+from draftcache.store.common.files import canonical_json, hash_bytes, hash_file, hash_json, read_json, require_file
 
 SHIPPED_TEMPLATE = Path(__file__).parent / "templates" / "nemotron_chatml.jinja"
 
@@ -117,6 +117,7 @@ def choose_template(files: TokenizerFiles, template_file: Path | None) -> ChatTe
     Raises InputError where there is none, or where it has no generation tags.
     """
     if template_file is not None:
+        require_file(template_file, "--chat-template to be a text file")
         try:
             text = template_file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as exc:

@@ -13,7 +13,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from draftcache.store.common.errors import InputError
-from draftcache.store.common.files import hash_blocks, hash_file
+from draftcache.store.common.files import hash_blocks, hash_file, require_file
 
 _WHOLE_BYTES = 4 << 20
 """Tensors up to this size are hashed whole: norms, biases, decay rates, and the routers of mixtures of experts."""
@@ -27,6 +27,8 @@ def weight_files(path: Path) -> list[Path]:
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise InputError(f"{path}: expected *.safetensors weights, found none")
+    for file in files:
+        require_file(file, "safetensors weights")
     return files
 
 

@@ -26,6 +26,7 @@ DEBUG_VARIABLE = "DRAFTCACHE_DEBUG"
 """Environment variable that asks for traces. `--debug` sets it, so that worker processes inherit it."""
 
 _WRONG_PATHS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+_WRONG_PATH_NUMBERS = (errno.ELOOP, errno.ENAMETOOLONG)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -37,7 +38,8 @@ def exit_code_of(error: BaseException) -> int:
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):
         return NOBODY_READS
-    return REFUSED if isinstance(error, _WRONG_PATHS) else FAILED
+    wrong_path = isinstance(error, OSError) and error.errno in _WRONG_PATH_NUMBERS
+    return REFUSED if wrong_path or isinstance(error, _WRONG_PATHS) else FAILED
 
 
 def describe_failure(error: BaseException) -> str:

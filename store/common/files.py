@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,14 +144,26 @@ def write_json(path: Path, value: Any) -> None:
         partial.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def require_file(path: Path, what: str) -> None:
+    """Raise InputError where no regular file is at `path`. Reading a pipe, for one, would wait for ever.
+
+    `what` is what should be there, with its article.
+    """
+    try:
+        is_file = stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError as exc:
+        raise InputError(f"{path}: expected {what}, found nothing there") from exc
+    except OSError as exc:
+        raise InputError(f"{path}: expected {what}, found what can't be looked at ({exc.strerror})") from exc
+    if not is_file:
+        raise InputError(f"{path}: expected {what}, found something that is no regular file")
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises InputError, which names the path, where it is missing or not JSON."""
+    require_file(path, "a JSON file")
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise InputError(f"{path}: expected a JSON file, found something that is no regular file")
         return parse_json(path.read_bytes())
-    except FileNotFoundError as exc:
-        raise InputError(f"{path}: expected a JSON file, found nothing there") from exc
     except OSError as exc:
         raise InputError(f"{path}: expected a JSON file, found one that can't be read ({exc.strerror})") from exc
     except InputError:

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from draftcache.store.common.errors import InputError
-from draftcache.store.common.files import atomic_path, canonical_json, hash_bytes
+from draftcache.store.common.files import atomic_path, canonical_json, hash_bytes, require_file
 from draftcache.store.common.strict_json import parse_json
 from draftcache.store.common.tensor_files import save_tensors
 
@@ -98,14 +98,13 @@ class VocabMap:
         Raises InputError, which names the path, where there is no file, the file is no map, or its ids do not hash to
         the recorded hash.
         """
+        require_file(path, "a vocabulary map")
         try:
             with safe_open(path, framework="np") as file:
                 names, metadata = set(file.keys()), file.metadata() or {}
                 if not {"d2t", "t2d"} <= names:
                     raise InputError(f"{path}: expected tensors d2t and t2d, found {sorted(names)}")
                 d2t, t2d = file.get_tensor("d2t"), file.get_tensor("t2d")
-        except FileNotFoundError as exc:
-            raise InputError(f"{path}: expected a vocabulary map, found nothing there") from exc
         except (SafetensorError, OSError) as exc:
             raise InputError(f"{path}: expected safetensors, found something else ({exc})") from exc
         if d2t.dtype != np.int64 or d2t.ndim != 1 or t2d.dtype != np.bool_ or t2d.ndim != 1:

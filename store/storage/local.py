@@ -5,8 +5,10 @@ Processes of one machine exclude each other by flock.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +31,12 @@ def _unless_missing(exc: OSError) -> None:
         raise exc
 
 
+def _require_regular(path: Path) -> None:
+    """Raise OSError for a pipe or device, whose reading would wait for ever."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+
+
 class LocalRangeFile:
     """A file that is read by preadv, straight into the caller's buffers. Implements `RangeFile`."""
 
@@ -36,6 +44,7 @@ class LocalRangeFile:
         self._path = path
         self._descriptor = -1
         with explained(path, "opened"):
+            _require_regular(path)
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self.size = os.fstat(self._descriptor).st_size
 
@@ -78,6 +87,7 @@ class LocalStorage:
     def read(self, name: str) -> bytes:
         path = self.local_root / name
         with explained(path, "read"):
+            _require_regular(path)
             return path.read_bytes()
 
     def open(self, name: str) -> LocalRangeFile:

@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=300, help="flags, files and rows that are wrong")
     parser.add_argument("--network", type=int, default=20, help="mixes of faults of an object store")
     parser.add_argument("--only", help=f"parts to run, comma-separated, of {','.join(PARTS)}; or part of a row's name")
+    parser.add_argument("--directory", type=Path, help="where to work: a filesystem to try (default: a temporary one)")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other instants and bytes")
     parser.add_argument("--output", type=Path, help="also write the counts to this JSON file")
     arguments = parser.parse_args()
@@ -36,7 +37,7 @@ def main() -> int:
 
     torch.set_num_threads(1)  # before a process with threads would be forked
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="draftcache-campaign-") as directory:
+    with tempfile.TemporaryDirectory(prefix="draftcache-campaign-", dir=arguments.directory) as directory:
         counts = {part: getattr(arguments, part) for part in PARTS}
         tallies = run_parts(Path(directory), counts, arguments.only, random.Random(arguments.seed))
     minutes = (time.monotonic() - started) / 60

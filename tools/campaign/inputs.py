@@ -16,6 +16,7 @@ from pathlib import Path
 from draftcache.tools.campaign.processes import start
 from draftcache.tools.campaign.tally import Tally
 from draftcache.tools.campaign.world import World
+from draftcache.tools.campaign.wrong_content import WRONG_FILES, WRONG_ROWS, make_directory
 from draftcache.tools.cli import COMMANDS
 from draftcache.tools.demo.pipeline import VERIFIER
 
@@ -118,7 +119,7 @@ def _choices(right: Mapping[str, Callable[[Path], list[object]]]) -> Iterator[Ca
     wrong = {
         "prepare": (["--turns-of", "x"], ["--chat-template", "missing.jinja"], ["train=missing.jsonl"], ["=x.jsonl"]),
         "capture": (
-            ["--splits", "train,train"], ["--splits", "trian"], ["--splits", ""], ["--layers", "10,5"],
+            ["--splits", "train,train"], ["--splits", "trian"], ["--layers", "10,5"],
             ["--layers", "2,99"], ["--layers", "-1"], ["--layers", "a"], ["--device", "foo"], ["--device", "cuda:99"],
             ["--layout", "csv"], ["--mode", "int3"], ["--compute-dtype", "int8"], ["--teacher", "none"],
             ["--vocab-map", "missing.safetensors"], ["--shard", "2"], ["--engine", "ray"],
@@ -141,29 +142,6 @@ def _choices(right: Mapping[str, Callable[[Path], list[object]]]) -> Iterator[Ca
             yield Case(name=name, make=_with(right[command], list(more)), codes=REFUSED)
     yield Case(name="no command", make=lambda place: [], codes=REFUSED)
     yield Case(name="unknown command", make=lambda place: ["captrue"], codes=REFUSED)
-
-
-def _deep(path: Path) -> None:
-    path.write_text("[" * 200_000, encoding="utf-8")
-
-
-def _loop(path: Path) -> None:
-    path.symlink_to(path)
-
-
-WRONG_FILES: dict[str, Callable[[Path], object]] = {
-    "nothing": lambda path: None,
-    "an empty file": lambda path: path.touch(),
-    "an empty directory": lambda path: path.mkdir(),
-    "a directory of something else": lambda path: (path.mkdir(), (path / "notes.txt").write_text("notes")),
-    "a pipe": lambda path: os.mkfifo(path),
-    "a link to itself": _loop,
-    "random bytes": lambda path: path.write_bytes(random.Random(0).randbytes(5000)),
-    "an infinite number": lambda path: path.write_text('{"format": Infinity, "version": NaN}'),
-    "half a character": lambda path: path.write_text('{"format": "\\ud800"}'),
-    "deep brackets": _deep,
-}
-"""What may lie where a file or directory is expected, and how it is made."""
 
 
 def _paths(right: Mapping[str, Callable[[Path], list[object]]]) -> Iterator[Case]:
@@ -207,23 +185,6 @@ def _with_output(right: Callable[[Path], list[object]], kind: str, place: Path) 
     return right(place)
 
 
-WRONG_ROWS = (
-    "", "{", "null", "3", '"text"', "[]", "{}", '{"messages": null}', '{"messages": []}', '{"messages": {}}',
-    '{"messages": [null]}', '{"messages": [3]}', '{"messages": [[]]}', '{"messages": [{"role": "user"}]}',
-    '{"messages": [{"content": "hi"}]}', '{"messages": [{"role": 3, "content": "hi"}]}',
-    '{"messages": [{"role": "user", "content": 7}]}', '{"messages": [{"role": "nobody", "content": "hi"}]}',
-    '{"messages": [{"role": "user", "content": "hi"}]}', '{"token_ids": [1, 2], "loss_mask": [1]}',
-    '{"token_ids": [1, -2], "loss_mask": [0, 1]}', '{"token_ids": [1, 99999999], "loss_mask": [0, 1]}',
-    '{"token_ids": [1, 2.5], "loss_mask": [0, 1]}', '{"token_ids": "12", "loss_mask": [0, 1]}',
-    '{"token_ids": [1, 2], "loss_mask": [0, 2]}', '{"token_ids": [], "loss_mask": []}',
-    '{"token_ids": [1, NaN], "loss_mask": [0, 1]}', '{"token_ids": [1, 1e999], "loss_mask": [0, 1]}',
-    '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "\\udfff"}]}',
-    '{"messages": ' + "[" * 100_000, '{"a": ' * 5_000 + "1" + "}" * 5_000, "\x00", "\ufeff{}",
-    '{"messages": [{"role": "assistant", "content": ["x"]}]}', '{"token_ids": [1, ' + "9" * 5_000 + '], "loss_mask": [0, 1]}',
-)  # fmt: skip
-"""Lines of JSONL that are no conversations."""
-
-
 def _rows(world: World) -> Iterator[Case]:
     """Yield a file for each wrong row, between rows that are right."""
 
@@ -259,12 +220,21 @@ def _verifiers(world: World) -> Iterator[Case]:
 
         return write
 
+    def replaced(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+        def replace(path: Path) -> None:
+            (path / name).unlink()
+            make(path / name)
+
+        return replace
+
     changes: dict[str, Callable[[Path], object]] = {
         "no config": lambda path: (path / "config.json").unlink(),
         "a config that is no JSON": text("config.json", "{"),
         "a config that is a list": text("config.json", "[]"),
         "an empty config": text("config.json", "{}"),
-        "a config in a directory": lambda path: ((path / "config.json").unlink(), (path / "config.json").mkdir()),
+        "a directory as its config": replaced("config.json", make_directory),
+        "a pipe as its config": replaced("config.json", os.mkfifo),
+        "a pipe as its weights": replaced("model.safetensors", os.mkfifo),
         "an infinite size": text("config.json", '{"model_type": "nemotron_h", "hidden_size": Infinity}'),
         "no weights": lambda path: (path / "model.safetensors").unlink(),
         "half the weights": cut,
@@ -275,10 +245,7 @@ def _verifiers(world: World) -> Iterator[Case]:
         "another vocabulary": config(lambda values: values.update(vocab_size=100)),
         "a negative width": config(lambda values: values.update(hidden_size=-1)),
         "a width that is text": config(lambda values: values.update(hidden_size="wide")),
-        "an index without its files": lambda path: (
-            (path / "model.safetensors").unlink(),
-            (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}'),
-        ),
+        "an index of other files": text("model.safetensors.index.json", '{"weight_map": {"a": "gone.safetensors"}}'),
     }
 
     def make(change: Callable[[Path], object], place: Path) -> list[object]:

@@ -12,8 +12,8 @@ from draftcache.draft_train.config import MEMORY_SETTINGS, TrainConfig
 from draftcache.tools.arguments import add_settings, count, finite_number
 
 if TYPE_CHECKING:
+    from draftcache.capture.job.store_size import Counts
     from draftcache.store.format.array_spec import ArraySpec
-    from draftcache.tools.reports.sizing import Counts
 
 _DRAFT_VOCAB = 32_000
 
@@ -89,9 +89,10 @@ def size(arguments: argparse.Namespace) -> dict[str, Any]:
     None if unknown), `frozen_bytes`, `modes` ({mode: bytes by array, total, seconds to write, wall seconds and what
     limits them}) and `peers` ({project: bytes in total and per token}). Raises InputError for missing or wrong flags.
     """
+    from draftcache.capture.job.store_size import frozen_bytes
     from draftcache.store.common.errors import InputError
     from draftcache.store.format.tap_codecs import MODES
-    from draftcache.tools.reports.sizing import frozen_bytes, peer_bytes
+    from draftcache.tools.reports.sizing import peer_bytes
 
     if (arguments.dataset is None) == (arguments.tokens is None):
         raise InputError("expected --dataset or --tokens (or --train with --store or --length), found neither")
@@ -128,8 +129,9 @@ def size(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _counts(arguments: argparse.Namespace) -> tuple[Counts, int, int | None]:
     """Return the counts, the draft vocabulary's size, and the dataset's vocabulary size, None without a dataset."""
+    from draftcache.capture.job.store_size import count_dataset
     from draftcache.store.common.errors import InputError
-    from draftcache.tools.reports.sizing import count_dataset, guess_counts
+    from draftcache.tools.reports.sizing import guess_counts
 
     if arguments.dataset is None:
         if arguments.loss_fraction is None:
@@ -222,8 +224,8 @@ def _specs(
     arguments: argparse.Namespace, mode: str, hidden: int, sizes: tuple[int, ...], vocab_size: int | None
 ) -> dict[str, ArraySpec]:
     """Return the arrays of a shard in a mode. The states of teacher "hidden" are in the compute dtype."""
+    from draftcache.capture.job.store_size import specs_of
     from draftcache.store.format.teacher import DraftVocab, TeacherForm
-    from draftcache.tools.reports.sizing import specs_of
 
     main, *more = sizes
     teacher = TeacherForm(
@@ -278,7 +280,7 @@ def _mode(
     frozen: int,
     compute: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    from draftcache.tools.reports.sizing import shard_bytes
+    from draftcache.capture.job.store_size import shard_bytes
 
     arrays = shard_bytes(counts, specs, arguments.layout)
     shards = sum(arrays.values())

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from draftcache.store.common.errors import InputError
+from draftcache.store.common.files import require_file
 from draftcache.store.common.strict_json import parse_json
 
 METADATA_KEY = "draftcache_probe"
@@ -132,13 +133,12 @@ def read_states(path: Path, *, ids: tuple[int, ...] | None = None, layer_axis: i
 
 def _load_safetensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     """Return every tensor of numbers by name, and the metadata. Raises InputError for other files."""
+    require_file(path, "a safetensors file")
     try:
         with safe_open(path, framework="np") as file:
             # Tensors of other dtypes, such as masks, are not read.
             names = [name for name in file.keys() if file.get_slice(name).get_dtype() in _DTYPES]  # noqa: SIM118
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except FileNotFoundError as exc:
-        raise InputError(f"{path}: expected a safetensors file, found nothing there") from exc
     except (SafetensorError, OSError) as exc:
         raise InputError(
             f"{path}: expected a safetensors file, found something else ({exc}); pickle files (.pt, .ckpt) are never "
