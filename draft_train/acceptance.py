@@ -11,20 +11,11 @@ as a rejection, never as a missing value.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-
-from draftcache.draft_train.data.batches import Batch, build_batch
-from draftcache.draft_train.data.frozen import FrozenWeights
-from draftcache.draft_train.drafts.protocol import Draft
-from draftcache.store.format.rows import start_rows, tokens_left
-from draftcache.store.format.schema import Conversation
-from draftcache.store.reader import StoreReader
 
 LENGTH_BUCKETS = (16_384, 32_768, 65_536)
 """Positions that separate the buckets of `by_position`."""
@@ -101,116 +92,30 @@ class AcceptanceCounts:
         }
 
 
-def count_chain(counts: AcceptanceCounts, loss_mask: NDArray[np.bool_], hits: NDArray[np.bool_]) -> None:
-    """Walk the verify steps of every turn of one conversation, and add them to `counts`.
+def count_chain(
+    counts: AcceptanceCounts, starts: NDArray[np.int64], left: NDArray[np.int64], hits: NDArray[np.bool_]
+) -> None:
+    """Walk the verify steps of all turns, and add them to `counts`.
 
-    `loss_mask` [L] bool. `hits` [S, draft_tokens] bool says for each start row and step k whether the draft's argmax
-    equals the verifier's. Draft tokens beyond the end of the turn are not counted.
+    `starts` [S] int64 are the positions of the start rows, those of a turn one after the other. `left` [S] int64 are
+    the tokens of the turn that follow each start row's verified token; numbers above draft_tokens + 1 count as that.
+    `hits` [S, draft_tokens] bool says for each start row and step k whether the draft's argmax equals the verifier's.
+    Draft tokens beyond the end of the turn are not counted.
     """
-    starts = start_rows(loss_mask)
-    left = tokens_left(loss_mask, starts)
     usable = np.arange(counts.draft_tokens)[None, :] < left[:, None]
     accepted = np.cumprod(hits & usable, axis=1).sum(axis=1)
-    number = 0
-    while number < starts.size:
-        taken = int(accepted[number])
-        gained = min(taken + 1, int(left[number]))
-        tried = min(taken + 1, counts.draft_tokens, int(left[number]))
-        counts.verify_steps += 1
-        counts.tokens += gained
-        counts.proposals[:tried] += 1
-        counts.accepted[:taken] += 1
-        bucket = int(np.searchsorted(LENGTH_BUCKETS, starts[number], side="right"))
-        counts.bucket_steps[bucket] += 1
-        counts.bucket_tokens[bucket] += gained
-        # Start rows of one turn are consecutive, and the first start row of the next turn follows them.
-        number += gained
-    counts.conversations += 1
-
-
-def _agreements(item: Conversation) -> tuple[int, int]:
-    """Return the number of teacher positions, and of those whose realised token is the verifier's argmax."""
-    positions = item.arrays["teacher_positions"].astype(np.int64)
-    realised = item.arrays["token_ids"][positions + 1]
-    return positions.size, int((realised == item.arrays["argmax"]).sum())
-
-
-HitFunction = Callable[[Conversation, Batch], NDArray[np.bool_]]
-"""Returns the `hits` of `count_chain` for a conversation and the batch made of it."""
-
-
-def _measure(
-    store: StoreReader,
-    members: NDArray[np.int64],
-    draft_tokens: int,
-    window: int | None,
-    hits_of: HitFunction,
-) -> AcceptanceCounts:
-    counts = AcceptanceCounts(draft_tokens=draft_tokens)
-    names = [name for name in store.specs if name not in store.manifest.teacher_form.entry_specs()]
-    for number in members:
-        item = store.read(int(number), names, decode=False)
-        batch = build_batch([item], store.codec, max_steps=draft_tokens, window=window)
-        count_chain(counts, item.loss_mask, hits_of(item, batch))
-        positions, agreements = _agreements(item)
-        counts.teacher_positions += positions
-        counts.agreements += agreements
-    return counts
-
-
-@torch.inference_mode()
-def measure_acceptance(
-    draft: Draft,
-    frozen: FrozenWeights,
-    store: StoreReader,
-    members: NDArray[np.int64],
-    *,
-    draft_tokens: int = 5,
-) -> AcceptanceCounts:
-    """Return the acceptance of a draft on conversations `members` of a store, at `draft_tokens` per verify step.
-
-    The draft's vocabulary is the one of its size that the store declares. Raises InputError where there is none.
-    """
-    device = frozen.embed_tokens.device
-    target_ids = torch.from_numpy(store.vocab_map(draft.shape.draft_vocab_size).target_ids).to(device)
-
-    def hits_of(_item: Conversation, batch: Batch) -> NDArray[np.bool_]:
-        batch = batch.to(device)
-        proposals = draft.propose(frozen, batch, draft_tokens)
-        hits = (target_ids[proposals.clamp(min=0)] == batch.argmax[batch.teacher_index]) & (proposals >= 0)
-        return np.asarray(hits.cpu().numpy())
-
-    return _measure(store, members, draft_tokens, draft.shape.sliding_window, hits_of)
-
-
-def bigram_table(store: StoreReader, members: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return [V] int64: each token's most frequent successor written by the assistant; -1 if it has none.
-
-    Among equally frequent successors the lowest id wins.
-    """
-    vocab = int(store.manifest.verifier["vocab_size"])
-    pairs = []
-    for number in members:
-        item = store.read(int(number), ["token_ids", "loss_mask"])
-        tokens = item.arrays["token_ids"].astype(np.int64)
-        written = item.loss_mask[1:]
-        pairs.append(tokens[:-1][written] * vocab + tokens[1:][written])
-    keys, counts = np.unique(np.concatenate(pairs), return_counts=True)
-    order = np.lexsort((keys, -counts))
-    previous, successor = keys[order] // vocab, keys[order] % vocab
-    seen, first_rows = np.unique(previous, return_index=True)
-    table = np.full(vocab, -1, np.int64)
-    table[seen] = successor[first_rows]
-    return table
-
-
-def measure_bigram(
-    table: NDArray[np.int64], store: StoreReader, members: NDArray[np.int64], *, draft_tokens: int = 5
-) -> AcceptanceCounts:
-    """Return the acceptance of a table from `bigram_table` used as the draft: a baseline that needs no training."""
-
-    def hits_of(_item: Conversation, batch: Batch) -> NDArray[np.bool_]:
-        proposed = torch.from_numpy(table)[batch.step_tokens]
-        return np.asarray((proposed == batch.argmax[batch.teacher_index]).numpy())
-
-    return _measure(store, members, draft_tokens, store.manifest.window, hits_of)
+    gained = np.minimum(accepted + 1, left)
+    # Only this walk goes step by step. The first start row of the next turn follows the last one of a turn.
+    visited, number, jumps = [], 0, gained.tolist()
+    while number < len(jumps):
+        visited.append(number)
+        number += jumps[number]
+    taken, gains = accepted[visited], gained[visited]
+    tried = np.minimum(np.minimum(taken + 1, counts.draft_tokens), left[visited])
+    counts.verify_steps += len(visited)
+    counts.tokens += int(gains.sum())
+    for sums, reached in ((counts.proposals, tried), (counts.accepted, taken)):
+        sums += (reached[:, None] > np.arange(counts.draft_tokens)).sum(axis=0)
+    buckets = np.searchsorted(LENGTH_BUCKETS, starts[visited], side="right")
+    counts.bucket_steps += np.bincount(buckets, minlength=len(counts.bucket_steps))
+    counts.bucket_tokens += np.bincount(buckets, weights=gains, minlength=len(counts.bucket_tokens)).astype(np.int64)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from draftcache.draft_train.config import TrainConfig
 from draftcache.store.common.errors import InputError
 from draftcache.store.reader import StoreReader
 
@@ -34,6 +35,20 @@ def shared_conversations(store: StoreReader, split: str, others: Sequence[str]) 
     hashes = store.index["content_hash"]
     seen = {content for other in others for content in hashes[store.members(other)].tolist()}
     return sum(content in seen for content in hashes[store.members(split)].tolist())
+
+
+def held_out_members(store: StoreReader, config: TrainConfig, *, say: bool) -> NDArray[np.int64]:
+    """Return the numbers [M] int64 of the conversations that a run evaluates on; none without --eval-split.
+
+    With `say`, print where training and evaluation share conversations. Raises InputError for an unknown split.
+    """
+    split = config.eval_split
+    members = np.empty(0, np.int64) if split is None else members_of(store, [split], "--eval-split")
+    if say:
+        warn_of_repeated(store, config.splits)
+        if split is not None:
+            warn_of_trained(store, split, config.splits)
+    return members[: config.eval_conversations]
 
 
 def warn_of_repeated(store: StoreReader, splits: Sequence[str]) -> None:

@@ -9,11 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from draftcache.draft_train.acceptance import measure_acceptance
 from draftcache.draft_train.checkpoint import (
     blank_optimizer,
     checkpoint_path,
@@ -39,12 +36,13 @@ from draftcache.draft_train.drafts.protocol import CheckpointState, VerifierShap
 from draftcache.draft_train.drafts.registry import find_architecture
 from draftcache.draft_train.fit import require_equal, require_fit, require_window
 from draftcache.draft_train.loss.objective import Objective, ObjectiveResult
+from draftcache.draft_train.measure import measure_draft
 from draftcache.draft_train.optimizer import learning_rate, make_optimizer
 from draftcache.draft_train.output_lock import OutputLock, output_lock
 from draftcache.draft_train.ranks import GradientSums, Ranks, joined_ranks
 from draftcache.draft_train.run_checks import require_work
 from draftcache.draft_train.run_log import RunLog, step_record
-from draftcache.draft_train.split_checks import members_of, warn_of_repeated, warn_of_trained
+from draftcache.draft_train.split_checks import held_out_members, members_of
 from draftcache.store.common.device import choose_device
 from draftcache.store.common.errors import DraftcacheError, InputError
 from draftcache.store.common.stopping import Stopped, StopRequest
@@ -72,7 +70,7 @@ class Trainer:
         require_work(config, self.ranks)
         self.store = StoreReader(config.store)
         self.members = members_of(self.store, config.splits, "--splits")
-        self.held_out = self._held_out()
+        self.held_out = held_out_members(self.store, config, say=self.ranks.leads)
         vocab = self.store.manifest.teacher_form.choose(config.draft_vocab_size)
         self.teacher = TeacherView.of(self.store, vocab)
         self.vocab_map = self.store.vocab_map(vocab.size)
@@ -108,16 +106,6 @@ class Trainer:
         self.total_steps = self.schedule.total_steps
         self.step = 0
         self.output_lock = OutputLock()
-
-    def _held_out(self) -> NDArray[np.int64]:
-        """Return the conversations to evaluate on, and say where training and evaluation share conversations."""
-        split = self.config.eval_split
-        members = np.empty(0, np.int64) if split is None else members_of(self.store, [split], "--eval-split")
-        if self.ranks.leads:
-            warn_of_repeated(self.store, self.config.splits)
-            if split is not None:
-                warn_of_trained(self.store, split, self.config.splits)
-        return members[: self.config.eval_conversations]
 
     def _restore(self) -> None:
         """Start every rank as rank 0 starts: from this run's newest checkpoint, or from --init-from's weights."""
@@ -262,10 +250,20 @@ class Trainer:
     def _evaluate(self) -> dict[str, Any]:
         """Measure acceptance on --eval-split. Each rank measures its part of the conversations."""
         mine = self.held_out[self.ranks.rank :: self.ranks.world]
-        counts = measure_acceptance(self.draft, self.frozen, self.store, mine)
+        tokens = self.schedule.tokens
+        packed = self.config.pack_tokens if self.config.batch_conversations > 1 else int(tokens[self.members].max())
+        counts = measure_draft(
+            self.draft,
+            self.frozen,
+            self.store,
+            mine,
+            compute=self.config.compute,
+            pack_tokens=packed,  # so that it takes no more memory than training does
+            most_bytes=int(self.config.prefetch_gb * 1e9),
+        )
         sums = torch.tensor([counts.tokens, counts.verify_steps], dtype=torch.float64, device=self.device)
-        tokens, steps = self.ranks.add_up(sums).tolist()
-        return {"eval_acceptance_length": tokens / max(1.0, steps)}
+        gained, steps = self.ranks.add_up(sums).tolist()
+        return {"eval_acceptance_length": gained / max(1.0, steps)}
 
     def _save(self, metrics: dict[str, Any]) -> None:
         state = CheckpointState(

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from draftcache.draft_train.acceptance import AcceptanceCounts, bigram_table, count_chain, measure_bigram
-from draftcache.store.format.rows import start_rows
+from draftcache.draft_train.acceptance import AcceptanceCounts, count_chain
+from draftcache.draft_train.bigram import bigram_table
+from draftcache.draft_train.measure import bigram_hits, measure
+from draftcache.store.format.rows import start_rows, tokens_left
 from draftcache.store.reader import StoreReader
 from support.synthetic import DRAFT_VOCAB, turns, vocab_map, write_store
 
@@ -43,9 +46,15 @@ def test_chain_equals_simulation(seed: int) -> None:
     mask = rng.random(200) < rng.choice([0.6, 0.9, 1.0])
     hits = rng.random((start_rows(mask).size, 5)) < rng.choice([0.0, 0.5, 0.9, 1.0])
     counts = AcceptanceCounts(draft_tokens=5)
-    count_chain(counts, mask, hits)
+    starts = start_rows(mask)
+    left = tokens_left(mask, starts)
+    count_chain(counts, starts, left, hits)
     assert (counts.verify_steps, counts.tokens) == play(mask, hits, 5)
     assert int(counts.bucket_steps.sum()) == counts.verify_steps
+    assert int(counts.bucket_tokens.sum()) == counts.tokens
+    clipped = AcceptanceCounts(draft_tokens=5)
+    count_chain(clipped, starts, np.minimum(left, 6), hits)
+    assert clipped.to_json() == counts.to_json()
 
 
 def test_known_chain() -> None:
@@ -55,7 +64,7 @@ def test_known_chain() -> None:
     hits[0, :2] = True
     hits[4] = True
     counts = AcceptanceCounts(draft_tokens=5)
-    count_chain(counts, mask, hits)
+    count_chain(counts, start_rows(mask), tokens_left(mask, start_rows(mask)), hits)
     assert (counts.verify_steps, counts.tokens) == (3, 7)
     assert counts.proposals.tolist() == [3, 2, 2, 0, 0]
     assert counts.accepted.tolist() == [2, 2, 1, 0, 0]
@@ -68,7 +77,7 @@ def test_product_of_means_is_not_the_acceptance_length() -> None:
     rows = start_rows(mask).size
     together = np.repeat(np.random.default_rng(0).random((rows, 1)) < 0.5, 5, axis=1)
     counts = AcceptanceCounts(draft_tokens=5)
-    count_chain(counts, mask, together)
+    count_chain(counts, start_rows(mask), tokens_left(mask, start_rows(mask)), together)
     shortcut = 1 + sum(0.5**k for k in range(1, 6))
     assert counts.acceptance_length > shortcut + 0.3
 
@@ -88,7 +97,9 @@ def test_bigram_table_and_its_acceptance(tmp_path: Path) -> None:
     for token, successors in pairs.items():
         assert table[token] == min(successors, key=lambda t: (-successors[t], t))
     assert (np.delete(table, list(pairs)) == -1).all()
-    counts = measure_bigram(table, store, store.members("val"))
+    cpu = torch.device("cpu")
+    drafts = {"bigram": bigram_hits(table, cpu)}
+    counts = measure(store, store.members("val"), drafts, draft_tokens=5, window=16, device=cpu)["bigram"]
     assert counts.conversations == 4
     assert 1.0 <= counts.acceptance_length < 6.0
     assert counts.greedy_agreement < 0.5

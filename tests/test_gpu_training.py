@@ -13,11 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from draftcache.draft_train.checkpoint import checkpoints, load_state, resolve_checkpoint
+from draftcache.draft_train.checkpoint import checkpoints, load_draft, load_state, resolve_checkpoint
 from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.data.batches import build_batch
+from draftcache.draft_train.data.frozen import FrozenWeights
 from draftcache.draft_train.drafts.eagle3.fused_pass import FusedPass
 from draftcache.draft_train.drafts.eagle3.kernels.flash_attention import why_not_flash
+from draftcache.draft_train.evaluate import evaluate
 from draftcache.draft_train.trainer import Trainer
+from draftcache.store.reader import StoreReader
 from support.rank_processes import TRAIN, WORKER, as_json, finish, start, weights
 from support.synthetic import write_store
 from support.training_runs import config, flags, metrics
@@ -70,6 +74,29 @@ def test_flash_attention_trains_as_the_plain_pass_does_and_the_same_every_time(t
     again = settings(tmp_path, "again", head_dim=64)
     subprocess.run(command(again, "--attention", "flash"), check=True, capture_output=True)
     assert losses(again) == losses(flash)
+
+
+def test_evaluation_in_the_kernels_counts_what_the_plain_one_does(tmp_path: Path) -> None:
+    """In bfloat16 close choices fall otherwise, one in a hundred here; rows that are mixed up would change them all."""
+    write_store(tmp_path / "store", per_shard=6, mode="lossless")
+    run = settings(tmp_path, "run", eval_split="val", eval_every=20)
+    Trainer(run).run()
+    assert metrics(run.output)[-1]["eval_acceptance_length"] > 1.0
+    store = StoreReader(tmp_path / "store")
+    frozen = FrozenWeights.load(store, torch.device("cuda"))
+    path = resolve_checkpoint(run.output)
+    draft = load_draft(path, load_state(path), torch.device("cuda"))
+    items = [store.read(number, decode=False) for number in range(6)]
+    batch = build_batch(items, store.codec, max_steps=5, window=draft.shape.sliding_window).to(torch.device("cuda"))
+    fused, plain = (draft.proposer(frozen, compute)(batch, 5) for compute in ("fused", "plain"))
+    assert torch.equal(fused < 0, plain < 0)
+    assert float((fused == plain)[plain >= 0].float().mean()) > 0.95
+    lengths = [
+        evaluate(store=tmp_path / "store", checkpoint=run.output, splits=["train"], device="cuda", compute=compute)
+        for compute in ("fused", "plain")
+    ]
+    found, expected = (result["splits"]["train"]["draft"]["acceptance_length"] for result in lengths)
+    assert found == pytest.approx(expected, rel=0.03)
 
 
 def test_a_pass_that_keeps_old_weights_would_show(tmp_path: Path) -> None:

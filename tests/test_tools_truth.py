@@ -155,7 +155,9 @@ def test_batched_traces_are_the_plain_greedy_ones(verifier: Verifier, tokenizer:
 
 
 def test_evaluation_stands_beside_its_baselines(trained: Path) -> None:
-    result = evaluate(store=trained / "store", checkpoint=trained / "run", splits=["train"], device="cpu")
+    where: dict[str, Any] = {"store": trained / "store", "checkpoint": trained / "run", "splits": ["train"]}
+    assert list(evaluate(**where, device="cpu")["splits"]["train"]) == ["draft", "untrained"]
+    result = evaluate(**where, bigram_splits=["train"], device="cpu")
     row = result["splits"]["train"]
     assert row["draft"]["kind"].startswith("teacher-forced (")
     assert row["draft"]["acceptance_length"] > row["untrained"]["acceptance_length"]

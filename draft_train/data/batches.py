@@ -38,6 +38,10 @@ class BatchNeeds:
     """Attention window in positions: rows this far or farther behind every start row are not needed; None needs all."""
     taps: bool = True
     """Whether the draft reads the verifier's taps. If not, `Batch.taps` has a width of 0."""
+    teacher: bool = True
+    """Whether the teacher's entries or states are read. An evaluation needs its argmax only."""
+    next_tokens: bool = False
+    """Whether the batch has `next_tokens`."""
 
 
 class HostRows(NamedTuple):
@@ -96,6 +100,10 @@ class Batch:
     pair_weight: torch.Tensor | None = None
     """[S] float32: weight of a start row's losses in its conversation's mean; None: 1 / (its rows at the step).
     Only where this is given may teacher_index be -1, which means that the row carries no loss at that step."""
+    next_tokens: torch.Tensor | None = None
+    """[P] int64: the token of the text that follows each teacher position, where it was asked for."""
+    shifts: tuple[int, ...] = ()
+    """By conversation: what was added to its positions. Empty where the batch was not made from a store."""
     teacher_hidden: torch.Tensor | None = None
     """[P, H] final-norm states in the verifier's compute dtype, where the store keeps states instead of entries."""
 
@@ -154,6 +162,7 @@ class Columns:
     tokens: int
     window: int
     absent_entries: bool
+    shifts: tuple[int, ...]
 
     def batch(self, tensors: dict[str, torch.Tensor], loss_share: float | None) -> Batch:
         """Return the batch of `tensors`: `self.tensors` and taps, on any device. `loss_share`: see `build_batch`."""
@@ -166,6 +175,7 @@ class Columns:
             tokens=self.tokens,
             window=self.window,
             absent_entries=self.absent_entries,
+            shifts=self.shifts,
         )
 
 
@@ -176,20 +186,26 @@ def pack_columns(
     window: int | None,
     teacher: TeacherView,
     loss_rows: str = "turns",
+    next_tokens: bool = False,
 ) -> Columns:
     """Return everything of a batch but its taps, for the arguments of `build_batch`.
 
-    `teacher_hidden` is there only if it was read.
+    `teacher_hidden` is there only if it was read, and `next_tokens` if it is asked for.
     """
     lengths = [item.arrays["token_ids"].shape[0] for item in conversations]
     reach = window if window is not None else max(lengths) + max_steps
     parts = [_row_columns(item, max_steps, loss_rows) | teacher.columns(item.arrays) for item in conversations]
     absent = teacher.lookup is not None and any(bool((part["teacher_ids"] < 0).any()) for part in parts)
+    if next_tokens:
+        for item, part in zip(conversations, parts, strict=True):
+            part["next_tokens"] = _next_tokens(item)
     joined: dict[str, list[torch.Tensor]] = {name: [] for name in parts[0]}
+    shifts = []
     position = rows = teacher_rows = 0
     for number, part in enumerate(parts):
         rows_here, teacher_rows_here = part["key_positions"].shape[0], part["argmax"].shape[0]
         part["key_positions"] = part["key_positions"] + position
+        shifts.append(position)
         part["start_index"] = part["start_index"] + rows
         part["teacher_index"] = torch.where(part["teacher_index"] < 0, -1, part["teacher_index"] + teacher_rows)
         part["conversation"] = torch.full_like(part["start_index"], number)
@@ -206,7 +222,13 @@ def pack_columns(
         tokens=sum(lengths),
         window=reach,
         absent_entries=absent,
+        shifts=tuple(shifts),
     )
+
+
+def _next_tokens(item: Conversation) -> torch.Tensor:
+    positions = item.arrays["teacher_positions"].astype(np.int64)
+    return torch.from_numpy(item.arrays["token_ids"].astype(np.int64)[positions + 1])
 
 
 def _row_columns(item: Conversation, max_steps: int, loss_rows: str) -> dict[str, torch.Tensor]:

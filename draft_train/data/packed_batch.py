@@ -28,6 +28,7 @@ _COLUMNS = (
     "log_z_full", "argmax",
 )  # fmt: skip
 _STATES = "teacher_hidden"
+_ENTRIES = ("teacher_ids", "teacher_gaps", "teacher_max")
 
 
 @dataclass(frozen=True)
@@ -116,20 +117,22 @@ class BatchLoader:
         self.read_window = window if window is not None and (kept is None or kept > window) else None
         layers = self.codec.layers if needs.taps else ()
         taps = [name for layer in layers for name in self.codec.specs(layer)]
-        hidden = [name for name in (_STATES,) if name in store.specs]
+        hidden = [name for name in (_STATES,) if name in store.specs and needs.teacher]
         self.state_names = [*taps, *hidden]
         self._asked = [*map(tap_name, layers), *hidden]  # a tap's name stands for all its arrays
-        self.column_names = [name for name in (*_COLUMNS, teacher.log_z) if name in store.specs]
+        left_out = () if needs.teacher else _ENTRIES
+        columns = dict.fromkeys((*_COLUMNS, teacher.log_z))
+        self.column_names = [name for name in columns if name in store.specs and name not in left_out]
         self._specs = store.specs
         self.bytes = self._bytes(store.index)
         """[conversations of the store] int64: the most bytes of host memory that each takes."""
 
     def _bytes(self, index: NDArray[Any]) -> NDArray[np.int64]:
         """Return the most bytes that each conversation takes in a buffer of `read`, [conversations] int64."""
-        entries = self._specs["teacher_ids"].inner[0] if "teacher_ids" in self._specs else 0
+        entries = self._specs["teacher_ids"].inner[0] if "teacher_ids" in self.column_names else 0
         starts = index["teacher_rows" if self.loss_rows == "turns" else "rows"]
         columns = (
-            index["rows"] * 16 + starts * (28 + 16 * self.needs.steps) + index["teacher_rows"] * (16 + 12 * entries)
+            index["rows"] * 16 + starts * (28 + 16 * self.needs.steps) + index["teacher_rows"] * (24 + 12 * entries)
         )
         specs = [self._specs[name] for name in self.state_names]
         states = [index[COUNT_FIELD[spec.axis]] * spec.row_bytes for spec in specs]
@@ -153,6 +156,7 @@ class BatchLoader:
             window=self.needs.window,
             teacher=self.teacher,
             loss_rows=self.loss_rows,
+            next_tokens=self.needs.next_tokens,
         )
         arena = _Arena(memory)
         slots = {}

@@ -7,7 +7,7 @@ weights, and everything that depends on them. A new architecture is a folder bes
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import Field, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -23,6 +23,9 @@ from draftcache.draft_train.loss.objective import Objective, StepOutput
 from draftcache.store.common.errors import InputError
 from draftcache.store.format.vocab_map import VocabMap
 from draftcache.store.reader import StoreReader
+
+LOGIT_ROWS = 8192
+"""Rows whose logits exist at once while a draft proposes."""
 
 
 class Shape(Protocol):
@@ -108,6 +111,10 @@ class CheckpointState:
     """What was logged of the last step."""
 
 
+Proposer = Callable[[Batch, int], Tensor]
+"""Returns what `Draft.propose` does for a batch and the number of draft tokens, [S, count] int64."""
+
+
 @dataclass(frozen=True)
 class ServedForm:
     """A draft as an inference engine loads it."""
@@ -182,8 +189,20 @@ class Draft(ABC):
         """
         proposals = torch.full((batch.start_index.shape[0], count), -1, dtype=torch.int64, device=batch.taps.device)
         for output in self.step_outputs(frozen, batch, count):
-            proposals[output.rows, output.number] = self.logits(output, batch).argmax(-1)
+            for first in range(0, output.rows.shape[0], LOGIT_ROWS):
+                part = output.take(slice(first, first + LOGIT_ROWS))
+                proposals[part.rows, part.number] = self.logits(part, batch).argmax(-1)
         return proposals
+
+    def proposer(self, frozen: FrozenWeights, compute: str = "auto") -> Proposer:
+        """Return a function of a batch and a count that makes the choices of `propose`, by the present weights.
+
+        With `compute` "auto" it computes as training does where it can, which is faster, in the precision of serving.
+        With "plain" it is `propose`, which is the plain twin. Raises InputError where "fused" can't be honoured.
+        """
+        if compute == "fused":
+            raise InputError("--compute fused: expected a draft with a fused pass, found one that has none")
+        return lambda batch, count: self.propose(frozen, batch, count)
 
     @abstractmethod
     def served_form(

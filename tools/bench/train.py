@@ -49,14 +49,17 @@ from draftcache.tools.bench.capture import matmul_ceiling, timed
 from draftcache.tools.bench.parts.rows import report, result_row, some_of
 from draftcache.tools.bench.parts.stages import IDLE, REST, STAGES, stage_times
 from draftcache.tools.bench.parts.train_cases import CASES, SHAPE, needed_flops, synthetic_batch
-from draftcache.tools.bench.parts.train_loader import loader_metrics, write_store
+from draftcache.tools.bench.parts.train_loader import evaluation_metrics, loader_metrics, write_store
 
 LONG = 32_768
 LOADER, LOADED = "loader-32k", 12
 """The name of the case that reads a store, and the number of its conversations."""
+EVALUATION = "eval-32k"
+"""The name of the case that evaluates on that store, after training on it."""
 UNITS = {
     "tok_s": "tok/s", "median_tok_s": "tok/s", "peak_gib": "GiB", "matmul_share": "of bf16 matmul",
     "data_wait_share": "of wall time", "gb_s": "GB/s", "disk_gb_s": "GB/s", "of_synthetic": "of train-32k",
+    "of_training": "of loader-32k-in-memory",
     **dict.fromkeys((*STAGES, REST, IDLE), "ms"),
 }  # fmt: skip
 Metrics = dict[str, float]
@@ -159,6 +162,9 @@ def measure_loader(arguments: argparse.Namespace, synthetic: Metrics) -> Iterato
                 rate = synthetic.get(attention)
                 compared = {"of_synthetic": metrics["tok_s"] / rate} if rate else {}
                 yield LOADER + suffix + case_ending(attention), metrics | compared
+        trained = epochs["-in-memory"]["tok_s"]
+        metrics = evaluation_metrics(store, Path(root) / arguments.attention[-1], SHAPE)
+        yield EVALUATION, metrics | {"of_training": metrics["tok_s"] / trained}
 
 
 def case_ending(attention: str) -> str:

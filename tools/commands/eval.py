@@ -15,17 +15,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--splits", required=True, help="splits to evaluate, comma-separated")
     parser.add_argument("--draft-tokens", type=int, default=5, help="tokens proposed per verify step (default: 5)")
-    parser.add_argument("--bigram-store", help="store that the bigram baseline counts (default: --store)")
     parser.add_argument(
         "--bigram-splits",
-        help="its splits, comma-separated (default: the splits that the checkpoint was trained on)",
+        help="also measure a table of each token's most frequent successor in these splits, comma-separated (default "
+        "with --bigram-store: the splits that the checkpoint was trained on)",
+    )
+    parser.add_argument("--bigram-store", help="store of --bigram-splits (default: --store)")
+    parser.add_argument(
+        "--compute",
+        default="auto",
+        help="fused (the kernels of training, in bfloat16), plain (float32), or auto (fused on a GPU where it can run)",
     )
     parser.add_argument("--device", default="auto", help="cuda, cuda:N, cpu, or auto")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate and print a table: per split, the draft, the untrained draft and the bigram baseline. Returns 0."""
+    """Evaluate and print a table: per split the draft, the untrained draft and, if asked for, a bigram. Returns 0."""
     from draftcache.draft_train.evaluate import evaluate
     from draftcache.store.common.files import write_json
 
@@ -37,6 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
         bigram_store=arguments.bigram_store,
         bigram_splits=arguments.bigram_splits.split(",") if arguments.bigram_splits else None,
         device=arguments.device,
+        compute=arguments.compute,
+        progress=True,
     )
     print(format_table(result))
     if arguments.output is not None:
@@ -50,9 +58,10 @@ def format_table(result: dict[str, Any]) -> str:
         f"{'split':<20} {'draft':>8} {'untrained':>10} {'bigram':>8}  kind, conditional acceptance per draft token"
     ]
     for split, row in result["splits"].items():
+        bigram = f"{row['bigram']['acceptance_length']:.3f}" if "bigram" in row else "-"
         steps = " ".join(f"{value:.2f}" for value in row["draft"]["conditional_acceptance"])
         lines.append(
             f"{split:<20} {row['draft']['acceptance_length']:>8.3f} {row['untrained']['acceptance_length']:>10.3f} "
-            f"{row['bigram']['acceptance_length']:>8.3f}  {row['draft']['kind']}: {steps}"
+            f"{bigram:>8}  {row['draft']['kind']}: {steps}"
         )
     return "\n".join(lines)

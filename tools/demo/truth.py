@@ -18,10 +18,10 @@ from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.worker_job import CaptureJob
 from draftcache.capture.prepare.job import PrepareConfig, prepare
 from draftcache.capture.verifier.load import Verifier
-from draftcache.draft_train.acceptance import measure_acceptance
 from draftcache.draft_train.checkpoint import load_draft, load_state, resolve_checkpoint
 from draftcache.draft_train.data.frozen import FrozenWeights
 from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
+from draftcache.draft_train.measure import measure_draft
 from draftcache.store.reader import StoreReader
 from draftcache.tools.speculative_decode import plain_greedy, speculative_greedy
 
@@ -66,7 +66,7 @@ def truth_check(
     draft = load_draft(path, load_state(path), torch.device("cpu"))
     assert isinstance(draft.model, Eagle3Model), "the decoding loop runs Eagle3 drafts"
     frozen = FrozenWeights.load(store, torch.device("cpu"))
-    counts = measure_acceptance(draft, frozen, store, store.members("truth"), draft_tokens=draft_tokens)
+    counts = measure_draft(draft, frozen, store, store.members("truth"), draft_tokens=draft_tokens)
     target_ids = torch.from_numpy(store.vocab_map().target_ids)
     online = [
         speculative_greedy(

@@ -13,7 +13,7 @@ from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.data.batches import Batch, BatchNeeds
 from draftcache.draft_train.data.frozen import FrozenWeights
 from draftcache.draft_train.drafts.eagle3 import memory, served
-from draftcache.draft_train.drafts.eagle3.choose_pass import choose_pass, pass_settings
+from draftcache.draft_train.drafts.eagle3.choose_pass import choose_forward, choose_pass, pass_settings
 from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 from draftcache.draft_train.drafts.eagle3.shape import Eagle3Shape
 from draftcache.draft_train.drafts.eagle3.unroll import unroll
@@ -23,6 +23,7 @@ from draftcache.draft_train.drafts.protocol import (
     BatchRows,
     CheckpointState,
     Draft,
+    Proposer,
     ServedForm,
     Shape,
     VerifierShape,
@@ -60,6 +61,10 @@ class Eagle3Draft(Draft):
     ) -> GradientPass:
         fused = choose_pass(config, self.model, objective, frozen.embed_tokens, say=say)
         return fused or self.plain_pass(config, objective, frozen)
+
+    def proposer(self, frozen: FrozenWeights, compute: str = "auto") -> Proposer:
+        fused = choose_forward(self.model, frozen.embed_tokens, compute)
+        return super().proposer(frozen, "plain") if fused is None else fused.propose
 
     def served_form(
         self, state: CheckpointState, vocab_map: VocabMap, *, engine: str, dtype: torch.dtype

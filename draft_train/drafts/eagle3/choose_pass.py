@@ -7,6 +7,7 @@ import sys
 import torch
 
 from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.drafts.eagle3.fused_forward import FusedForward
 from draftcache.draft_train.drafts.eagle3.fused_pass import FusedPass
 from draftcache.draft_train.drafts.eagle3.fused_state import FusedPassSettings
 from draftcache.draft_train.drafts.eagle3.kernels.flash_attention import why_not_flash
@@ -58,8 +59,29 @@ def pass_settings(config: TrainConfig) -> FusedPassSettings:
     )
 
 
+def choose_forward(model: Eagle3Model, embeddings: torch.Tensor, compute: str) -> FusedForward | None:
+    """Return the fused forward pass, of which nothing is kept; None for the plain one.
+
+    `compute` is that of `Draft.proposer`. Raises InputError where "fused" can't be honoured.
+    """
+    reason = why_no_kernels(model, embeddings.device)
+    if compute == "fused" and reason is not None:
+        raise InputError(f"--compute fused: expected the fused pass, found {reason}")
+    if compute == "plain" or reason is not None:
+        return None
+    return FusedForward(model, embeddings, FusedPassSettings(recompute_mlp=True))
+
+
 def why_not_fused(config: TrainConfig, model: Eagle3Model, device: torch.device) -> str | None:
     """Return the reason why the fused pass can't run; None if it can."""
+    reason = why_no_kernels(model, device)
+    if reason is None and config.loss_rows != "turns":
+        return f"--loss-rows {config.loss_rows}: its rows may unroll past the end of their turn"
+    return reason
+
+
+def why_no_kernels(model: Eagle3Model, device: torch.device) -> str | None:
+    """Return the reason why the kernels can't run; None if they can."""
     width = model.shape.head_dim
     if device.type != "cuda":
         return f"device {device}: its kernels need a GPU"
@@ -67,6 +89,4 @@ def why_not_fused(config: TrainConfig, model: Eagle3Model, device: torch.device)
         return "no triton; install it, it comes with torch on Linux"
     if width & (width - 1) or not 16 <= width <= 256:
         return f"--head-dim {width}: its kernels need a power of two from 16 to 256"
-    if config.loss_rows != "turns":
-        return f"--loss-rows {config.loss_rows}: its rows may unroll past the end of their turn"
     return None

@@ -15,29 +15,24 @@ Shape suffixes: R key rows, S start rows, T rows of a step, H hidden, N query he
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from draftcache.draft_train.data.batches import Batch
+from draftcache.draft_train.drafts.eagle3.fused_forward import FusedForward
 from draftcache.draft_train.drafts.eagle3.fused_state import BaseRows, FusedPassSettings, KeyGradients, StepState
-from draftcache.draft_train.drafts.eagle3.fused_weights import FusedWeights
-from draftcache.draft_train.drafts.eagle3.kernels.attention import attend, attend_backward
-from draftcache.draft_train.drafts.eagle3.kernels.runs import find_runs
-from draftcache.draft_train.drafts.eagle3.kernels.step_mask import StepMask
+from draftcache.draft_train.drafts.eagle3.kernels.attention import attend_backward
 from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 from draftcache.draft_train.drafts.gradient_pass import GradientHook
 from draftcache.draft_train.kernels.norms import rms_norm, rms_norm_backward
-from draftcache.draft_train.kernels.rotary import join_heads, rotary_table, split_heads
-from draftcache.draft_train.kernels.swiglu import swiglu, swiglu_backward_
+from draftcache.draft_train.kernels.rotary import join_heads
+from draftcache.draft_train.kernels.swiglu import swiglu_backward_
 from draftcache.draft_train.loss.head_loss import Head, HeadLoss
 from draftcache.draft_train.loss.objective import Objective, ObjectiveResult, tail_sums
 from draftcache.store.common.products import add_product
 
 
-class FusedPass:
+class FusedPass(FusedForward):
     """The gradient pass on one GPU. Implements `GradientPass`. On the CPU the kernels' plain twins run, for tests."""
 
     def __init__(
@@ -48,14 +43,10 @@ class FusedPass:
         settings: FusedPassSettings | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        """`embeddings` [V, H] is the verifier's frozen table, `dtype` the dtype of the matrix products."""
-        self.model, self.layer = model, model.midlayer
-        self.shape, self.eps = model.shape, model.shape.rms_norm_eps
-        self.embeddings = embeddings
-        self.settings = settings or FusedPassSettings()
+        """The arguments are those of `FusedForward`."""
+        super().__init__(model, embeddings, settings, dtype)
         self.head_loss = HeadLoss(objective, self.settings.rows)
-        self.weights = FusedWeights(model, dtype)
-        self.matrices, self.gradients = self.weights.matrices, self.weights.gradients
+        self.gradients = self.weights.gradients
         norm = model.norm.weight
         self.head = Head(self.matrices.head, norm, self.eps, self.gradients.head, self.gradients.vectors[norm])
 
@@ -69,95 +60,6 @@ class FusedPass:
         for mask, starts, kept in self._step_masks(batch, base):
             steps.append(self._forward_step(base, mask, starts, kept, steps[-1] if steps else None))
         return self._backward(batch, base, steps, ready or (lambda _: None))
-
-    def _step_masks(self, batch: Batch, base: BaseRows) -> Iterator[tuple[StepMask, Tensor, Tensor | None]]:
-        """Yield for each step: its attention mask, the key row [T] int64 of each start row, and `StepState.kept`.
-
-        The host does not wait for the device here, and finds a step's runs while the device computes the step before.
-        """
-        host = batch.host
-        rows = torch.arange(batch.steps.shape[0], device=batch.steps.device)
-        for step in range(batch.step_tokens.shape[1]):
-            live = host.steps > step
-            number = int(live.sum())
-            if number == 0:
-                return
-            kept = None
-            if number < rows.shape[0]:  # `nonzero` would wait for the device to count them
-                kept = torch.sort(batch.steps[rows] <= step, stable=True).indices[:number]
-                rows = rows[kept]
-            runs = None
-            if self.settings.flash_attention:
-                positions = host.key_positions[host.start_index[live]]
-                runs = find_runs(positions, host.key_positions, step, batch.window, rows.device)
-            starts = batch.start_index[rows]
-            yield StepMask(rows, base.positions[starts], base.positions, step, batch.window, runs), starts, kept
-
-    def _base(self, batch: Batch) -> BaseRows:
-        """Compute fc, the projections of all tokens, and step-0 keys and values."""
-        shape, matrices, dtype = self.shape, self.matrices, self.weights.dtype
-        projected = self._tokens(batch) @ matrices.qkv_tokens.t()
-        hidden = batch.taps.to(dtype) @ matrices.fc.t()
-        heads = (2, shape.num_key_value_heads, shape.head_dim)
-        base = BaseRows(
-            projected=projected,
-            hidden=hidden,
-            table=rotary_table(batch.key_positions, shape.head_dim, shape.rope_theta, dtype),
-            kv=hidden.new_empty(hidden.shape[0], *heads),
-            diagonal=hidden.new_empty(max(0, batch.step_tokens.shape[1] - 1), batch.start_index.shape[0], *heads),
-            positions=batch.key_positions.to(torch.int32),
-        )
-        queries, every = self.weights.queries, torch.arange(hidden.shape[0], device=hidden.device)
-        normed = rms_norm(hidden, self.layer.hidden_norm.weight, self.eps)
-        keys = torch.addmm(projected[:, queries:], normed, matrices.qkv_states[queries:].t())
-        split_heads(keys, base.table, every, 0, base.kv, every)
-        return base
-
-    def _embedded(self, batch: Batch) -> Tensor:
-        return F.embedding(batch.key_tokens, self.embeddings).to(self.weights.dtype)
-
-    def _tokens(self, batch: Batch) -> Tensor:
-        """Return the normed embeddings [R, H]."""
-        return rms_norm(self._embedded(batch), self.layer.input_layernorm.weight, self.eps)
-
-    def _forward_step(
-        self, base: BaseRows, mask: StepMask, starts: Tensor, kept: Tensor | None, previous: StepState | None
-    ) -> StepState:
-        number, rows = mask.step, mask.rows
-        hidden, chosen = (base.hidden, starts) if previous is None else (previous.result, kept)
-        if chosen is not None:
-            hidden = hidden[chosen]
-        normed = rms_norm(hidden, self.layer.hidden_norm.weight, self.eps)
-        # Row t + k is a start row too, k rows after row t: the turn goes on that far, or step k would carry no loss.
-        key_rows = starts + number
-        states = self.matrices.qkv_states[: self.weights.queries if number == 0 else None]
-        projected = normed @ states.t()
-        kv = base.diagonal[number - 1] if number else base.kv[:, :, :0]
-        shared = base.projected[:, : states.shape[0]]
-        q = split_heads(projected, base.table, key_rows, self.shape.num_attention_heads, kv, rows, shared)
-        del projected, normed
-        attention = attend(q, base.kv, base.diagonal, mask)
-        out = None if chosen is None else hidden  # it is a copy then
-        after = torch.addmm(hidden, attention.out.flatten(1), self.matrices.output.t(), out=out)
-        result, gate_up = self._mlp(after)
-        return StepState(number, rows, key_rows, kept, attention, after, gate_up, result)
-
-    def _mlp(self, after: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the MLP's output [T, H], residual included, and gate and up by slice unless they are recomputed."""
-        result, held = torch.empty_like(after), []
-        for rows in self._slices(after):
-            gate_up = self._mlp_input(after[rows]) @ self.matrices.gate_up.t()
-            torch.addmm(after[rows], swiglu(gate_up), self.matrices.down.t(), out=result[rows])
-            if not self.settings.recompute_mlp:
-                held.append(gate_up)
-        return result, held
-
-    def _mlp_input(self, after: Tensor) -> Tensor:
-        return rms_norm(after, self.layer.post_attention_layernorm.weight, self.eps)
-
-    def _slices(self, rows: Tensor) -> list[slice]:
-        size = self.settings.mlp_rows
-        return [slice(first, min(first + size, len(rows))) for first in range(0, len(rows), size)]
 
     def _backward(self, batch: Batch, base: BaseRows, steps: list[StepState], ready: GradientHook) -> ObjectiveResult:
         wide = self.weights.wide

@@ -7,6 +7,7 @@ Shape suffixes are those of `fused_pass`, with C = (N + 2G) D, I intermediate, V
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -68,9 +69,13 @@ class FusedWeights:
             "head": _weights(model.lm_head),
         }
         self.matrices = self._memory(dtype)
-        self.gradients = self._memory(self.wide)
-        """After `attach`, each parameter's `.grad` is a view of these."""
-        self.gradients.vectors.update({value: torch.zeros_like(value) for value in self._parameters if value.ndim == 1})
+
+    @cached_property
+    def gradients(self) -> Matrices:
+        """The buffers, made when first asked for. After `attach`, each parameter's `.grad` is a view of one."""
+        gradients = self._memory(self.wide)
+        gradients.vectors.update({value: torch.zeros_like(value) for value in self._parameters if value.ndim == 1})
+        return gradients
 
     def _memory(self, dtype: torch.dtype) -> Matrices:
         tensors: dict[str, Any] = {}

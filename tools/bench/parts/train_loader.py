@@ -19,9 +19,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from draftcache.draft_train.checkpoint import load_draft, load_state, resolve_checkpoint
 from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.data.frozen import FrozenWeights
 from draftcache.draft_train.data.prefetch import LOCAL_READERS
 from draftcache.draft_train.drafts.eagle3.shape import Eagle3Shape
+from draftcache.draft_train.measure import measure_draft
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.files import hash_bytes
 from draftcache.store.common.tensor_files import save_tensors
@@ -65,6 +68,28 @@ def loader_metrics(store: Path, output: Path, shape: Eagle3Shape, attention: str
     metrics = {name: _metrics(epoch, per_token) | {"peak_gib": peak} for name, epoch in epochs.items()}
     metrics[""]["disk_gb_s"] = disk
     return metrics
+
+
+def evaluation_metrics(store: Path, run: Path, shape: Eagle3Shape) -> dict[str, float]:
+    """Return the metrics of evaluating a run's draft on every row of the store, which is in memory, as training does.
+
+    It proposes as many tokens per row as training unrolls, by the same rows. The first evaluation warms up.
+    """
+    reader, device = StoreReader(store), torch.device("cuda")
+    path = resolve_checkpoint(run)
+    frozen, draft = FrozenWeights.load(reader, device), load_draft(path, load_state(path), device)
+    members = np.arange(len(reader))
+
+    def evaluate(some: NDArray[np.int64]) -> None:
+        measure_draft(draft, frozen, reader, some, draft_tokens=TrainConfig.ttt_steps)
+        torch.cuda.synchronize()
+
+    evaluate(members[:_WARM_UP])
+    torch.cuda.reset_peak_memory_stats()
+    started = time.monotonic()
+    evaluate(members)
+    rate = int(reader.index["tokens"].sum()) / (time.monotonic() - started)
+    return {"tok_s": rate, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
 
 
 def _metrics(steps: list[dict[str, Any]], bytes_per_token: float) -> dict[str, float]:

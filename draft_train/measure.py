@@ -1,0 +1,136 @@
+"""Measures acceptance over a store: micro-batches are read ahead and packed, as in training, and each is read once.
+
+However many drafts are compared, every one of them proposes on the same batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from draftcache.draft_train.acceptance import AcceptanceCounts, count_chain
+from draftcache.draft_train.data.batches import Batch, BatchNeeds
+from draftcache.draft_train.data.frozen import FrozenWeights
+from draftcache.draft_train.data.order import micro_batches
+from draftcache.draft_train.data.packed_batch import BatchLoader
+from draftcache.draft_train.data.prefetch import Prefetcher
+from draftcache.draft_train.data.teacher import TeacherView
+from draftcache.draft_train.drafts.protocol import Draft
+from draftcache.store.reader import StoreReader
+
+PACK_TOKENS = 32_768
+"""Tokens of a micro-batch, unless one conversation has more."""
+_AHEAD = 3
+"""Micro-batches of the largest size for which there is host memory."""
+
+Hits = Callable[[Batch], Tensor]
+"""Returns [S, draft_tokens] bool for a batch: whether the draft's choice for each start row and step is the verifier's.
+"""
+
+
+def measure(
+    store: StoreReader,
+    members: NDArray[np.int64],
+    drafts: Mapping[str, Hits],
+    *,
+    draft_tokens: int,
+    window: int | None,
+    device: torch.device,
+    pack_tokens: int = PACK_TOKENS,
+    most_bytes: int = 8_000_000_000,
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> dict[str, AcceptanceCounts]:
+    """Return the acceptance of each of `drafts` on conversations `members` of a store.
+
+    `window` is the attention window of the drafts that read taps. `most_bytes` of host memory are used for reading
+    ahead; a micro-batch that needs more is read alone. `progress` is called with the tokens of each micro-batch.
+    """
+    needs = BatchNeeds(steps=draft_tokens, window=window, teacher=False, next_tokens=True)
+    loader = BatchLoader(store, needs=needs, teacher=TeacherView())
+    parts = micro_batches(members, store.index["tokens"][members].astype(np.int64), pack_tokens)
+    counts = {name: AcceptanceCounts(draft_tokens=draft_tokens) for name in drafts}
+    largest = max((loader.most_bytes(part) for part in parts), default=0)
+    with Prefetcher(
+        store, loader, ((part, 1.0) for part in parts), device, most_bytes=min(most_bytes, _AHEAD * largest)
+    ) as data:
+        for _ in parts:
+            batch = data.next_batch()
+            _count(counts, batch, drafts)
+            progress(batch.tokens)
+    return counts
+
+
+def draft_hits(draft: Draft, frozen: FrozenWeights, store: StoreReader, *, draft_tokens: int, compute: str) -> Hits:
+    """Return the hits of a draft, whose vocabulary is the one of its size that the store declares.
+
+    `compute` is that of `Draft.proposer`. Raises InputError where the store has no such vocabulary.
+    """
+    device = frozen.embed_tokens.device
+    target_ids = torch.from_numpy(store.vocab_map(draft.shape.draft_vocab_size).target_ids).to(device)
+    propose = draft.proposer(frozen, compute)
+
+    def hits(batch: Batch) -> Tensor:
+        proposals = propose(batch, draft_tokens)
+        return (target_ids[proposals.clamp(min=0)] == batch.argmax[batch.teacher_index]) & (proposals >= 0)
+
+    return hits
+
+
+def bigram_hits(table: NDArray[np.int64], device: torch.device) -> Hits:
+    """Return the hits of a table from `bigram_table`."""
+    successors = torch.from_numpy(table).to(device)
+    return lambda batch: successors[batch.step_tokens] == batch.argmax[batch.teacher_index]
+
+
+def measure_draft(
+    draft: Draft,
+    frozen: FrozenWeights,
+    store: StoreReader,
+    members: NDArray[np.int64],
+    *,
+    draft_tokens: int = 5,
+    compute: str = "auto",
+    pack_tokens: int = PACK_TOKENS,
+    most_bytes: int = 8_000_000_000,
+) -> AcceptanceCounts:
+    """Return the acceptance of one draft; the arguments are those of `measure` and `draft_hits`."""
+    hits = draft_hits(draft, frozen, store, draft_tokens=draft_tokens, compute=compute)
+    found = measure(
+        store,
+        members,
+        {"draft": hits},
+        draft_tokens=draft_tokens,
+        window=draft.shape.sliding_window,
+        device=frozen.embed_tokens.device,
+        pack_tokens=pack_tokens,
+        most_bytes=most_bytes,
+    )
+    return found["draft"]
+
+
+@torch.inference_mode()
+def _count(counts: dict[str, AcceptanceCounts], batch: Batch, drafts: Mapping[str, Hits]) -> None:
+    starts, left = _turns(batch)
+    assert batch.next_tokens is not None, "the batch was asked for with them"
+    agreements = int((batch.next_tokens == batch.argmax).sum())
+    for name, hits_of in drafts.items():
+        count_chain(counts[name], starts, left, hits_of(batch).cpu().numpy())
+        counts[name].conversations += batch.conversations
+        counts[name].teacher_positions += batch.argmax.shape[0]
+        counts[name].agreements += agreements
+
+
+def _turns(batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the start rows' positions in their conversations, and the tokens left of their turns, both [S] int64.
+
+    Above the steps of a batch, `left` is only known to be one more, which is all that counting needs.
+    """
+    positions = batch.host.key_positions[batch.host.start_index]
+    follows = np.append(positions[1:] == positions[:-1] + 1, False)  # the next start row is one of the same turn
+    left = 1 + np.where(follows, np.append(batch.host.steps[1:], 0), 0)
+    shifts = np.array(batch.shifts, np.int64)[batch.conversation.cpu().numpy()]
+    return positions - shifts, left.astype(np.int64)
