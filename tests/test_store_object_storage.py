@@ -416,7 +416,7 @@ def test_objects_that_change_behind_a_reader(connect: Connect) -> None:
         with pytest.raises(ShardDamagedError, match=r"expected at least .* bytes, found 50"):
             file.read_into(offset, [memoryview(bytearray(100 - offset))])
     storage.delete("file")
-    with pytest.raises(StoreNotFoundError):
+    with pytest.raises(ShardDamagedError, match=r"file: expected 100 bytes, found no file any more; .* repair"):
         file.read_into(0, [memoryview(bytearray(100))])
 
 

@@ -6,6 +6,7 @@ The crc32c of every chunk that is touched is checked.
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,12 @@ from awscrt.checksums import crc32c
 from numcodecs import Zstd
 from numpy.typing import NDArray
 
-from draftcache.store.common.errors import ShardDamagedError, StoreNotFoundError
+from draftcache.store.common.errors import ShardDamagedError
 from draftcache.store.common.files import hash_bytes
 from draftcache.store.format.array_spec import FIRST_FIELD, ArraySpec
-from draftcache.store.format.commits import Record, require_size
+from draftcache.store.format.commits import Record, open_committed
 from draftcache.store.layouts.zarr_format import CRC_BYTES, END_HASH, INDEX_ENTRY, data_file
+from draftcache.store.storage.asking import ask_again
 from draftcache.store.storage.base import RangeFile, Storage
 
 _ZSTD = Zstd(level=1)
@@ -27,6 +29,8 @@ _HOT_BYTES = 1 << 20
 
 class ZarrShard:
     """Reads row ranges of one committed zarr shard. Implements `ShardReader`."""
+
+    whole_arrays = False
 
     def __init__(self, storage: Storage, record: Record, specs: dict[str, ArraySpec]) -> None:
         self._storage = storage
@@ -44,14 +48,7 @@ class ZarrShard:
             out = np.empty((count, *spec.inner), spec.stored_dtype)
         if count:
             start = int(row[FIRST_FIELD[spec.axis]]) + first
-            # A remote answer can be damaged on its way, so it is asked for once more before the shard is blamed.
-            for last_try in (False, True) if self._storage.local_root is None else (True,):
-                try:
-                    self._read(name, start, out.reshape(-1).view(np.uint8))
-                    break
-                except ShardDamagedError:
-                    if last_try:
-                        raise
+            self._read(name, start, out.reshape(-1).view(np.uint8))
         return out
 
     def close(self) -> None:
@@ -72,7 +69,9 @@ class ZarrShard:
         read = self._read_compressed if spec.compress else self._read_raw
         for run in _contiguous_runs(index, chunks):
             low, high = max(run.start * long, start), min(run.stop * long, start + rows)
-            read(name, file, run, low, out[(low - start) * spec.row_bytes : (high - start) * spec.row_bytes])
+            target = out[(low - start) * spec.row_bytes : (high - start) * spec.row_bytes]
+            # A remote answer can be damaged on its way, so it is asked for again before the shard is blamed.
+            ask_again(self._storage, partial(read, name, file, run, low, target))
 
     def _read_raw(self, name: str, file: RangeFile, run: range, start: int, out: NDArray[np.uint8]) -> None:
         """Read uncompressed rows, from row `start` of the shard on, straight into `out`.
@@ -140,14 +139,11 @@ class ZarrShard:
         if name not in self._open:
             spec = self._specs[name]
             path = f"{self._record['directory']}/{data_file(name, spec)}"
-            require_size(self._storage, self._record, path)
-            try:
-                file = self._storage.open(path)
-            except StoreNotFoundError as exc:
-                raise ShardDamagedError(str(exc)) from exc
-            rows = int(self._record["lengths"][spec.axis])
+            file = open_committed(self._storage, self._record, path)
+            chunks = -(-int(self._record["lengths"][spec.axis]) // spec.chunk_rows)
             end = self._record["files"][path].get(END_HASH)
-            self._open[name] = file, _read_index(file, -(-rows // spec.chunk_rows), self._where(name), end)
+            read = partial(_read_index, file, chunks, self._where(name), end)
+            self._open[name] = file, ask_again(self._storage, read)
         return self._open[name]
 
     def _where(self, name: str) -> str:

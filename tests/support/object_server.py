@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, urlsplit
@@ -42,6 +43,8 @@ class Request:
     conditional: bool
     started: float
     ended: float = 0.0
+    sent: int = 0
+    """Bytes of the body that the client was sent."""
     fault: str | None = None
 
     @property
@@ -50,6 +53,18 @@ class Request:
         path = re.sub(r"-[0-9a-f]{8}(?=/|$)|[0-9a-f]{32}", "", self.path)
         query = parse_qs(self.query, keep_blank_values=True)
         return f"{self.method} {path} {sorted(set(query) - {'uploadId'})} {query.get('partNumber')} {self.range}"
+
+
+def rounds(log: Iterable[Request]) -> int:
+    """Count the requests of the longest chain in which each began after the one before had ended.
+
+    So many times a client waited for an answer, however many requests were under way meanwhile.
+    """
+    count, last = 0, -1.0
+    for request in sorted(log, key=lambda request: request.ended):
+        if request.started >= last:
+            count, last = count + 1, request.ended
+    return count
 
 
 Plan = Callable[[Request], str | None]
@@ -115,6 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: FlakyProxy
+    _request: Request
 
     def _serve(self) -> None:
         split = urlsplit(self.path)
@@ -129,6 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         request.fault = self.server.plan(request)
         self.server.log.append(request)
+        self._request = request
         try:
             self._answer(request, body)
         finally:
@@ -176,7 +193,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", lengths[0] if self.command == "HEAD" and lengths else str(len(answer)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(answer[: len(answer) // 2] if cut else answer)
+            body = answer[: len(answer) // 2] if cut else answer
+            self.wfile.write(body)
+            self._request.sent = len(body)
         if cut:
             self.close_connection = True
 
@@ -214,6 +233,16 @@ class S3Server:
         backend = get_backend("s3")[DEFAULT_ACCOUNT_ID]["aws"]
         for key in keys:
             backend.put_object(BUCKET, key, b"")
+
+    def load(self, directory: Path, prefix: str) -> int:
+        """Put the files of a local directory under a prefix, past the protocol. Returns their bytes."""
+        backend, total = get_backend("s3")[DEFAULT_ACCOUNT_ID]["aws"], 0
+        for path in sorted(directory.rglob("*")):
+            name = path.relative_to(directory).as_posix()
+            if path.is_file() and not any(part.startswith(".") for part in name.split("/")):
+                backend.put_object(BUCKET, f"{prefix}/{name}", path.read_bytes())
+                total += path.stat().st_size
+        return total
 
     def keys(self, prefix: str) -> list[str]:
         """List the keys that begin with `prefix`, up to 1,000 of them."""
