@@ -17,18 +17,13 @@ from draftcache.store.format.array_spec import tap_name
 from draftcache.store.format.commits import (
     Record,
     committed_shards,
-    read_committed,
-    require_manifest,
     require_shard,
     require_shards,
 )
 from draftcache.store.format.index import (
-    INDEX_NAME,
-    INDEX_RECORD,
-    find_index_record,
     indexed_records,
     join_indexes,
-    load_index,
+    read_store_index,
 )
 from draftcache.store.format.manifest import StoreManifest
 from draftcache.store.format.schema import Conversation
@@ -98,11 +93,10 @@ class StoreReader:
         self.finished = False
 
     def _load_index(self, allow_partial: bool) -> NDArray[Any]:
-        record = find_index_record(self.storage)
-        if record is not None:
+        index = read_store_index(self.storage, self.manifest)
+        if index is not None:
             self.finished = True
-            require_manifest(self.storage, INDEX_RECORD, record, self.manifest.hash)
-            return load_index(read_committed(self.storage, record, INDEX_NAME), self.storage.describe(INDEX_NAME))
+            return index
         if not allow_partial:
             raise StoreError(
                 f"{self.location}: expected a finished store of {self.manifest.shards} shards, found "

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -193,24 +194,32 @@ def _check_top_level(storage: Storage, manifest: StoreManifest, quick: bool) -> 
     """Check the frozen weights, the vocabulary maps, and the store's index where one is committed."""
     damages = []
     for name in (*top_level_names(manifest), INDEX_NAME):
-        stem = Path(name).stem
-        try:
-            record = find_index_record(storage) if name == INDEX_NAME else require_record(storage, stem)
-            if record is None:
-                continue  # the store is not finished
-            if name == INDEX_NAME:
-                require_manifest(storage, stem, record, manifest.hash)
-            else:
-                require_manifest(storage, stem, record, manifest.settings_hash, field=SETTINGS_HASH)
-            with checked_files(storage, record, [*record["files"], name], quick=quick) as (held, damaged):
-                damages += [Damage(name=file, problem=problem) for file, problem in damaged.items()]
-                if not quick and held.local_root is not None and name not in damaged:
-                    _require_readable(held.local_root / name, manifest)
-        except REFUSED as exc:
-            if isinstance(exc, StorageError) and storage.local_root is None:
-                raise  # an object store that does not answer is not damaged
-            damages.append(Damage(name=name, problem=brief(exc)))
+        found = _check_top_file(storage, manifest, name, quick)
+        for pause in storage.pauses if found else ():  # the record itself may be one of a moment ago
+            time.sleep(pause)
+            found = found and _check_top_file(storage, manifest, name, quick)
+        damages += found
     return damages
+
+
+def _check_top_file(storage: Storage, manifest: StoreManifest, name: str, quick: bool) -> list[Damage]:
+    stem = Path(name).stem
+    try:
+        record = find_index_record(storage) if name == INDEX_NAME else require_record(storage, stem)
+        if record is None:
+            return []  # the store is not finished
+        if name == INDEX_NAME:
+            require_manifest(storage, stem, record, manifest.hash)
+        else:
+            require_manifest(storage, stem, record, manifest.settings_hash, field=SETTINGS_HASH)
+        with checked_files(storage, record, [*record["files"], name], quick=quick) as (held, damaged):
+            if not quick and held.local_root is not None and name not in damaged:
+                _require_readable(held.local_root / name, manifest)
+            return [Damage(name=file, problem=problem) for file, problem in damaged.items()]
+    except REFUSED as exc:
+        if isinstance(exc, StorageError) and storage.local_root is None:
+            raise  # an object store that does not answer is not damaged
+        return [Damage(name=name, problem=brief(exc))]
 
 
 def _require_readable(path: Path, manifest: StoreManifest) -> None:

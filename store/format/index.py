@@ -23,6 +23,7 @@ from draftcache.store.format.commits import (
     read_record,
     read_records,
     record_name,
+    require_manifest,
     require_record,
     require_shards,
     shard_name,
@@ -30,7 +31,7 @@ from draftcache.store.format.commits import (
 )
 from draftcache.store.format.manifest import StoreManifest
 from draftcache.store.format.schema import INDEX_DTYPE
-from draftcache.store.storage.asking import ask_side_by_side
+from draftcache.store.storage.asking import ask_again, ask_side_by_side
 from draftcache.store.storage.base import Storage
 
 _NO_NPY = (OSError, ValueError, EOFError, SyntaxError, TokenError, TypeError, LookupError, MemoryError, Warning)
@@ -128,6 +129,22 @@ def find_index_record(storage: Storage) -> Record | None:
     if record is None and storage.pauses and record_name(INDEX_RECORD) in storage.list(COMMIT_DIRECTORY):
         return require_record(storage, INDEX_RECORD)
     return record
+
+
+def read_store_index(storage: Storage, manifest: StoreManifest) -> NDArray[Any] | None:
+    """Return the rows of the whole store's index, or None where the store is not finished.
+
+    Raises StoreError where its commit record is damaged, and ShardDamagedError where the index is not as committed.
+    """
+
+    def look() -> NDArray[Any] | None:
+        record = find_index_record(storage)
+        if record is None:
+            return None
+        require_manifest(storage, INDEX_RECORD, record, manifest.hash)
+        return load_index(read_committed(storage, record, INDEX_NAME), storage.describe(INDEX_NAME))
+
+    return ask_again(storage, look)  # the record itself may be one of a moment ago
 
 
 def write_store_index(storage: Storage, manifest: StoreManifest) -> bool:

@@ -23,6 +23,7 @@ from draftcache.store.storage.asking import ask_again
 from draftcache.store.storage.base import RangeFile, Storage
 
 _ZSTD = Zstd(level=1)
+_REPAIR = "run `draftcache repair` on the store, then the capture command again"
 _HOT_BYTES = 1 << 20
 """Bytes of a group of chunks that are read by one call. A cache still holds that many when they are checksummed."""
 
@@ -153,7 +154,7 @@ class ZarrShard:
         long = self._specs[name].chunk_rows
         return ShardDamagedError(
             f"{self._where(name)}: rows {chunk * long} to {(chunk + 1) * long} of the shard fail their "
-            "crc32c; run `draftcache repair` on the store, then the capture command again"
+            f"crc32c; {_REPAIR}"
         )
 
 
@@ -181,15 +182,16 @@ def _read_index(file: RangeFile, chunks: int, where: str, end: str | None) -> ND
         file.read_into(start - CRC_BYTES, [last_crc.data, data.data])
     crc = int.from_bytes(data[-CRC_BYTES:].tobytes(), "little")
     if start < CRC_BYTES or crc32c(data[:-CRC_BYTES]) != crc:
-        raise ShardDamagedError(f"{where}: expected an index of {chunks} chunks, its crc32c is wrong")
+        raise ShardDamagedError(f"{where}: expected an index of {chunks} chunks, its crc32c is wrong; {_REPAIR}")
     index = data[:-CRC_BYTES].view(INDEX_ENTRY)
     # A chunk that was never written has offset and size 2**64 - 1, which ends beyond any file.
     if (index["offset"] > start).any() or (index["bytes"] > start - index["offset"]).any():
-        raise ShardDamagedError(f"{where}: expected every chunk inside the file, found some missing or outside")
+        raise ShardDamagedError(
+            f"{where}: expected every chunk inside the file, found some missing or outside; {_REPAIR}"
+        )
     if end is not None and (found := hash_bytes(last_crc.data, data.data)) != end:
         raise ShardDamagedError(
             f"{where}: expected an array whose end has xxh3-128 {end}, found {found}; it is damaged, or another file "
-            "of the same size took its place: put the right one back, or run `draftcache repair` on the store, then "
-            "the capture command again"
+            f"of the same size took its place: put the right one back, or {_REPAIR}"
         )
     return index

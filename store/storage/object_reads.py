@@ -78,9 +78,7 @@ class ObjectRangeFile:
 
     def _require(self, size: int, end: int) -> None:
         if size < end:
-            raise ShardDamagedError(
-                f"{self._storage.describe(self._name)}: expected at least {end} bytes, found {size}; the file was cut"
-            )
+            raise self._damaged(f"at least {end} bytes, found {size}; the file was cut")
 
     def close(self) -> None:
         """Do nothing: an object that is read holds no resource between two reads."""

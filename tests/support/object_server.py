@@ -68,9 +68,32 @@ def rounds(log: Iterable[Request]) -> int:
 
 
 Plan = Callable[[Request], str | None]
-"""Which fault a request meets: one of KINDS, "deny", "unlisted", or None."""
+"""Which fault a request meets: one of KINDS or of LIES, "deny", "unlisted", or None."""
 
 KINDS = ("error", "drop", "lose", "truncate", "stall", "slow")
+LIES = ("absent", "short", "stale", "shortlist")
+"""Whole answers that are not true: no such object, half of it, another content, half of a list."""
+
+
+class LyingPlan:
+    """Tells one lie, the first `times` times that the same thing is asked of an object whose path matches."""
+
+    def __init__(self, kind: str, times: float, *, path: str = "") -> None:
+        """`kind` is one of LIES, `path` a regular expression that is searched for in objects' paths."""
+        self.kind, self.times, self.path = kind, times, path
+        self._told: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def __call__(self, request: Request) -> str | None:
+        """Decide whether this request is lied to."""
+        is_list = "list-type" in request.query
+        if is_list != (self.kind == "shortlist") or request.method not in ("GET", "HEAD"):
+            return None
+        if not is_list and not re.search(self.path, request.path):
+            return None
+        with self._lock:
+            self._told[request.signature] += 1
+            return self.kind if self._told[request.signature] <= self.times else None
 
 
 class SeededPlan:
@@ -106,6 +129,8 @@ class FlakyProxy(ThreadingHTTPServer):
         self.upstream, self.stall, self.slow = upstream, stall, slow
         self.plan: Plan = lambda request: None
         self.log: list[Request] = []
+        self.former: dict[str, bytes] = {}
+        """What a stale answer holds, by the object's path; the object's bytes inverted where it is not given here."""
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
 
@@ -163,7 +188,12 @@ class _Handler(BaseHTTPRequestHandler):
         if request.fault == "drop":
             self.close_connection = True
             return
+        if request.fault == "absent":
+            self._send(404, {"Content-Type": "application/xml"}, b"<Error><Code>NoSuchKey</Code></Error>")
+            return
         status, headers, answer = self._forward(body)
+        if status in (200, 206):
+            headers, answer = self._lie(request, headers, answer)
         if request.fault == "lose":  # it was done, but the client does not learn of it
             self.close_connection = True
             return
@@ -172,6 +202,20 @@ class _Handler(BaseHTTPRequestHandler):
         if request.fault in ("stall", "slow"):
             time.sleep(self.server.stall if request.fault == "stall" else self.server.slow)
         self._send(status, headers, answer, cut=request.fault == "truncate")
+
+    def _lie(self, request: Request, headers: dict[str, str], answer: bytes) -> tuple[dict[str, str], bytes]:
+        """Return an answer that is whole but not true, where that is the request's fault."""
+        if request.fault == "stale":
+            former = self.server.former.get(request.path)
+            return headers, bytes(255 - byte for byte in answer) if former is None else former
+        if request.fault == "short":
+            sizes = {name: str(int(value) // 2) for name, value in headers.items() if name.lower() == "content-length"}
+            return headers | sizes, answer[: len(answer) // 2]
+        if request.fault == "shortlist":
+            parts = re.findall(rb"<Contents>.*?</Contents>", answer, flags=re.DOTALL)
+            for part in parts[len(parts) // 2 :]:
+                answer = answer.replace(part, b"")
+        return headers, answer
 
     def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection(*self.server.upstream, timeout=30)
