@@ -17,9 +17,10 @@ import pytest
 from draftcache.store.common.errors import ShardDamagedError, StoreError, StoreNotFoundError
 from draftcache.store.common.sealed_json import seal, unseal
 from draftcache.store.format.index import write_store_index
+from draftcache.store.local_copies import CopyError, copy_file
 from draftcache.store.reader import StoreReader
 from draftcache.store.storage import asking
-from draftcache.store.storage.base import open_storage
+from draftcache.store.storage.base import Storage, open_storage
 from draftcache.store.storage.local import LocalStorage
 from draftcache.store.tar_stream import TarStream
 from draftcache.store.verify import verify_store
@@ -193,6 +194,49 @@ def test_lists_that_are_always_short_lose_nothing(
     open_storage(url).delete("commit/00002.json")  # and what is really gone is told
     assert main(["verify", url, "--quick"]) == 1
     assert "commit/00002.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("fault", "code"), [("truncate", 1), ("error", 3), ("deny", 3)])
+def test_a_bucket_that_does_not_answer_is_not_called_damaged(
+    server: S3Server, proxy: FlakyProxy, tmp_path: Path, fault: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Otherwise repair would take a whole store apart after a bad hour.
+
+    An object whose bytes never come, though the bucket knows it, is damaged.
+    """
+    url = made(server, tmp_path, "webdataset")
+    proxy.plan = lambda request: fault if "shards/00001/data.tar" in request.path else None
+    assert main(["verify", url]) == code
+    out, err = capsys.readouterr()
+    assert "shards/00001/data.tar: could not" in (out if code == 1 else err)
+    assert ("DAMAGED" in out) == (code == 1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_several_processes_verify_a_bucket(server: S3Server, proxy: FlakyProxy, tmp_path: Path, layout: str) -> None:
+    url = store_in_bucket(server, tmp_path, shards=8, layout=layout)
+    open_storage(url).put("shards/00005/index.npy", b"not an index")
+    open_storage(url).delete("commit/00006.json")
+    done: list[int] = []
+    report = verify_store(url, workers=2, progress=done.append)
+    assert report.damaged_shards == [5, 6]
+    assert (report.committed, report.conversations, len(done)) == (7, 7, 7)
+
+
+def test_a_disk_without_room_for_copies_is_not_damage(
+    server: S3Server, proxy: FlakyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = made(server, tmp_path, "webdataset")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(CopyError, match=r"file/x: could not write a copy of .*data\.tar .* TMPDIR"):
+        copy_file(open_storage(url), "shards/00000/data.tar", 10, tmp_path / "file" / "x")
+
+    def full(storage: Storage, name: str, size: int, path: Path) -> str:
+        raise CopyError(f"{path}: could not write")
+
+    monkeypatch.setattr("draftcache.store.local_copies.copy_file", full)
+    assert main(["verify", url]) == 3
+    assert main(["verify", url, "--quick"]) == 0
 
 
 # A record of a moment ago
