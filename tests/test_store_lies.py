@@ -196,19 +196,26 @@ def test_lists_that_are_always_short_lose_nothing(
     assert "commit/00002.json" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["shards/00001/data.tar", "frozen.safetensors"])
 @pytest.mark.parametrize(("fault", "code"), [("truncate", 1), ("error", 3), ("deny", 3)])
 def test_a_bucket_that_does_not_answer_is_not_called_damaged(
-    server: S3Server, proxy: FlakyProxy, tmp_path: Path, fault: str, code: int, capsys: pytest.CaptureFixture[str]
+    server: S3Server,
+    proxy: FlakyProxy,
+    tmp_path: Path,
+    fault: str,
+    code: int,
+    name: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Otherwise repair would take a whole store apart after a bad hour.
 
     An object whose bytes never come, though the bucket knows it, is damaged.
     """
     url = made(server, tmp_path, "webdataset")
-    proxy.plan = lambda request: fault if "shards/00001/data.tar" in request.path else None
+    proxy.plan = lambda request: fault if name in request.path else None
     assert main(["verify", url]) == code
     out, err = capsys.readouterr()
-    assert "shards/00001/data.tar: could not" in (out if code == 1 else err)
+    assert f"{name}: could not" in (out if code == 1 else err)
     assert ("DAMAGED" in out) == (code == 1)
 
 
