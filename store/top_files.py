@@ -59,6 +59,10 @@ class TopFiles:
         )
 
     def _local_file(self, name: str) -> Path:
+        """Return the path of a file whose hash is the record's, which may itself be one of a moment ago."""
+        return ask_again(self._storage, partial(self._look, name))
+
+    def _look(self, name: str) -> Path:
         try:
             record = require_record(self._storage, Path(name).stem)
         except RecordMissingError as exc:
@@ -75,8 +79,7 @@ class TopFiles:
             return path
         self._copies = self._copies or tempfile.TemporaryDirectory(prefix="draftcache-")
         path = Path(self._copies.name) / name
-        fetch = partial(copy_file, self._storage, name, size, path)
-        ask_again(self._storage, lambda: check_hash(self._storage, record, name, fetch()))
+        check_hash(self._storage, record, name, copy_file(self._storage, name, size, path))
         return path
 
     def close(self) -> None:

@@ -179,7 +179,7 @@ def test_a_manifest_that_is_always_wrong_is_damage(
 
 
 def test_lists_that_are_always_short_lose_nothing(
-    server: S3Server, proxy: FlakyProxy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: S3Server, proxy: FlakyProxy, tmp_path: Path, slept: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What a list leaves out is asked for by name, and the objects themselves are there."""
     url = made(server, tmp_path, "zarr")
@@ -191,6 +191,7 @@ def test_lists_that_are_always_short_lose_nothing(
     open_storage(url).delete("commit/index.json")
     assert write_store_index(open_storage(url), StoreReader(disk_of(url, tmp_path)).manifest)
     assert verify_store(url).finished
+    assert slept == []  # the first answer by name is the right one
     open_storage(url).delete("commit/00002.json")  # and what is really gone is told
     assert main(["verify", url, "--quick"]) == 1
     assert "commit/00002.json" in capsys.readouterr().out
@@ -281,6 +282,35 @@ def test_an_earlier_record_is_read_again(server: S3Server, proxy: FlakyProxy, tm
     assert verify_store(url).damaged_shards == [1]
     with pytest.raises(ShardDamagedError, match="shards/00001-0badcafe"):
         StoreReader(url).read(3)
+
+
+def require_files(url: str) -> None:
+    reader = StoreReader(url)
+    try:
+        assert reader.files.frozen.is_file()
+    finally:
+        reader.close()
+
+
+@pytest.mark.parametrize("name", ["frozen", "index"])
+def test_an_earlier_record_of_a_top_level_file_is_read_again(
+    server: S3Server, proxy: FlakyProxy, tmp_path: Path, name: str
+) -> None:
+    url = made(server, tmp_path, "webdataset")
+    path = f"/{BUCKET}/{url.rpartition('/')[2]}/commit/{name}.json"
+    record = unseal(open_storage(url).read(f"commit/{name}.json"), "record")
+    (entry,) = record["files"].values()
+    entry["xxh3_128"] = "0" * 32
+    proxy.former[path] = seal(record)
+    for times in (1, 2):
+        proxy.plan = LyingPlan("stale", times, path=path)
+        require_equal(url, disk_of(url, tmp_path))
+        proxy.plan = LyingPlan("stale", times, path=path)
+        assert verify_store(url).damages == []
+    proxy.plan = LyingPlan("stale", ALWAYS, path=path)
+    assert {damage.name.partition(".")[0] for damage in verify_store(url).damages} == {name}
+    with pytest.raises(ShardDamagedError, match=r"expected xxh3-128 0{32}, found"):
+        require_files(url)
 
 
 # What may well be missing
