@@ -16,7 +16,7 @@ from draftcache.store.convert_summary import ConvertSummary
 from draftcache.store.format.array_spec import tap_name
 from draftcache.store.format.bf16 import float32_to_bf16
 from draftcache.store.format.channel_scales import Calibration
-from draftcache.store.format.commits import Record, read_record, require_shard, shard_name
+from draftcache.store.format.commits import Record, find_shards, read_record, require_shard, require_shards, shard_name
 from draftcache.store.format.index import read_shard_index
 from draftcache.store.format.norm_band import NormBand
 from draftcache.store.format.schema import Conversation
@@ -149,12 +149,14 @@ class Conversion:
         """
         summary = ConvertSummary(tokens=int(self.source.index["tokens"].sum()))
         with StoreWriter(self.target, self.manifest, self._top_level_files) as writer:
+            done = writer.committed() & set(range(len(self.plan)))
+            self._compare_earlier(writer.storage, sorted(done), summary)
             for shard, plan in enumerate(self.plan):
-                size = self._copy(writer, shard, plan, summary)
+                size = 0 if shard in done else self._copy(writer, shard, plan, summary)
                 if progress is not None:
                     progress(size)
             summary.finished = writer.finish()
-            summary.bytes_before = self.source.bytes_on_disk()
+            summary.bytes_before = sum(item["bytes"] for record in self._records for item in record["files"].values())
             self._count(writer.storage, summary)
         if summary.finished and (summary.missing or summary.conversations != len(self.source)):
             raise ShardDamagedError(
@@ -171,7 +173,9 @@ class Conversion:
         """
         begun = writer.shard(shard)
         if begun is None:
-            self._compare_committed(writer.storage, shard, plan, summary)
+            if read_record(writer.storage, shard_name(shard)) is not None:  # otherwise another run is writing it
+                record = require_shard(writer.storage, shard, self.manifest.hash)
+                self._compare_committed(writer.storage, shard, record, summary)
             return 0
         extra, check = self._extra(shard, plan), None
         if self.check:
@@ -194,15 +198,18 @@ class Conversion:
         finally:
             written.close()
 
-    def _compare_committed(self, storage: Storage, shard: int, plan: _ShardPlan, summary: ConvertSummary) -> None:
-        """Compare a committed shard whose record does not say that it was compared with this source."""
-        if not self.check or read_record(storage, shard_name(shard)) is None:  # another run is writing it
-            return
-        record = require_shard(storage, shard, self.manifest.hash)
-        if record.get(_COMPARED) == self.source.manifest.hash:
+    def _compare_earlier(self, storage: Storage, shards: list[int], summary: ConvertSummary) -> None:
+        """Compare the shards that earlier runs have committed, unless they did so themselves."""
+        if self.check:
+            for shard, record in zip(shards, require_shards(storage, shards, self.manifest.hash), strict=True):
+                self._compare_committed(storage, shard, record, summary)
+
+    def _compare_committed(self, storage: Storage, shard: int, record: Record, summary: ConvertSummary) -> None:
+        """Compare a committed shard, unless its record says that it was compared with this source."""
+        if not self.check or record.get(_COMPARED) == self.source.manifest.hash:
             return
         try:
-            self._compare(storage, plan, summary, record)
+            self._compare(storage, self.plan[shard], summary, record)
         except StoreError as exc:
             raise StoreError(
                 f"{exc}. The shard {shard_name(shard)} was committed by a run that did not compare it: remove "
@@ -211,11 +218,11 @@ class Conversion:
 
     def _count(self, storage: Storage, summary: ConvertSummary) -> None:
         """Count what the commit records of the target hold. Raises ShardDamagedError for a record of another place."""
-        for shard in range(len(self.plan)):
-            if read_record(storage, shard_name(shard)) is None:
+        shards = range(len(self.plan))
+        for shard, record in enumerate(find_shards(storage, shards, self.manifest.hash, expected=summary.finished)):
+            if record is None:
                 summary.missing.append(shard)
                 continue
-            record = require_shard(storage, shard, self.manifest.hash)
             summary.bytes_after += sum(item["bytes"] for item in record["files"].values())
             summary.conversations += record["conversations"]
 

@@ -2,54 +2,40 @@
 
 from __future__ import annotations
 
-import tempfile
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from draftcache.store.common.errors import InputError, ShardDamagedError, StoreError
-from draftcache.store.common.files import hash_file
 from draftcache.store.format.array_spec import tap_name
 from draftcache.store.format.commits import (
-    SETTINGS_HASH,
     Record,
     committed_shards,
-    read_committed,
-    read_record,
-    require_manifest,
     require_shard,
-    require_size,
+    require_shards,
 )
-from draftcache.store.format.frozen import FROZEN_NAME
-from draftcache.store.format.index import INDEX_NAME, INDEX_RECORD, indexed_records, join_indexes, load_index
+from draftcache.store.format.index import (
+    indexed_records,
+    join_indexes,
+    read_store_index,
+)
 from draftcache.store.format.manifest import StoreManifest
 from draftcache.store.format.schema import Conversation
 from draftcache.store.format.vocab_map import VocabMap
 from draftcache.store.layouts.registry import SHARD_READERS, ShardReader
-from draftcache.store.row_selection import read_rows, select_rows
+from draftcache.store.row_selection import ConversationArrays, read_rows, select_rows
+from draftcache.store.storage.asking import ask_side_by_side
 from draftcache.store.storage.base import Location, Storage, open_storage
+from draftcache.store.top_files import StoreFiles, TopFiles
 
 _OPEN_SHARDS = 16
 _REMOTE_READS = 16  # arrays that are fetched at once from an object store
-
-
-@dataclass(frozen=True)
-class StoreFiles:
-    """Paths, on a local disk, of the top-level files that a trainer needs besides the shards."""
-
-    frozen: Path
-    """The verifier's frozen weights; `format.frozen` lists the tensors."""
-    vocab_map: Path
-    """The map of the main draft vocabulary."""
-    more_vocab_maps: dict[int, Path]
-    """The maps of the further draft vocabularies, by size."""
 
 
 class StoreReader:
@@ -100,23 +86,23 @@ class StoreReader:
         self.codec = manifest.codec
         self.specs = manifest.array_specs()
         self._shards: OrderedDict[int, ShardReader] = OrderedDict()
-        self._copies: tempfile.TemporaryDirectory[str] | None = None
+        self._top_files = TopFiles(storage, manifest)
         self._uncommitted = record
+        self._directories: dict[int, str] = {}
+        """The directory of each shard that was opened, which is another one for each attempt at the shard."""
         self.finished = False
 
     def _load_index(self, allow_partial: bool) -> NDArray[Any]:
-        record = read_record(self.storage, INDEX_RECORD)
-        if record is not None:
+        index = read_store_index(self.storage, self.manifest)
+        if index is not None:
             self.finished = True
-            require_manifest(self.storage, INDEX_RECORD, record, self.manifest.hash)
-            return load_index(read_committed(self.storage, record, INDEX_NAME), self.storage.describe(INDEX_NAME))
-        shards = committed_shards(self.storage)
+            return index
         if not allow_partial:
             raise StoreError(
-                f"{self.location}: expected a finished store of {self.manifest.shards} shards, found {len(shards)} "
-                "committed; rerun the capture command to finish it"
+                f"{self.location}: expected a finished store of {self.manifest.shards} shards, found "
+                f"{len(committed_shards(self.storage))} committed; rerun the capture command to finish it"
             )
-        return join_indexes(self.storage, list(self.records()))
+        return join_indexes(self.storage, self.records())
 
     def __len__(self) -> int:
         return int(self.index.shape[0])
@@ -130,8 +116,7 @@ class StoreReader:
         if self.finished:
             yield from indexed_records(self.storage, self.manifest, self.index)
             return
-        for shard in committed_shards(self.storage):
-            yield require_shard(self.storage, shard, self.manifest.hash)
+        yield from require_shards(self.storage, committed_shards(self.storage), self.manifest.hash)
 
     @cached_property
     def files(self) -> StoreFiles:
@@ -140,33 +125,7 @@ class StoreReader:
         Files of an object store are copied to a temporary directory, which `close` removes. Raises StoreError where a
         file has no commit record, and ShardDamagedError where it differs from its record.
         """
-        return StoreFiles(
-            frozen=self._local_file(FROZEN_NAME),
-            vocab_map=self._local_file(self.manifest.teacher_form.main.map_name),
-            more_vocab_maps={
-                vocab.size: self._local_file(vocab.map_name) for vocab in self.manifest.teacher_form.vocabularies[1:]
-            },
-        )
-
-    def _local_file(self, name: str) -> Path:
-        record = read_record(self.storage, Path(name).stem)
-        if record is None:
-            raise StoreError(
-                f"{self.location}: expected {name} with its commit record, found none; rerun capture to finish it"
-            )
-        settings = self.manifest.settings_hash
-        require_manifest(self.storage, Path(name).stem, record, settings, field=SETTINGS_HASH)
-        require_size(self.storage, record, name)
-        if self.storage.local_root is not None:
-            path = self.storage.local_root / name
-        else:
-            self._copies = self._copies or tempfile.TemporaryDirectory(prefix="draftcache-")
-            path = Path(self._copies.name) / name
-            path.write_bytes(self.storage.read(name))
-        expected, found = record["files"][name]["xxh3_128"], hash_file(path)
-        if found != expected:
-            raise ShardDamagedError(f"{self.storage.describe(name)}: expected xxh3-128 {expected}, found {found}")
-        return path
+        return self._top_files.paths()
 
     def vocab_map(self, size: int = 0) -> VocabMap:
         """Return the map of the declared draft vocabulary of `size`, or of the main one for 0.
@@ -199,10 +158,23 @@ class StoreReader:
             self._shards.move_to_end(shard)
             return self._shards[shard]
         record = self._uncommitted or require_shard(self.storage, shard, self.manifest.hash)
+        self._directories[shard] = record["directory"]
         self._shards[shard] = SHARD_READERS[self.manifest.layout](self.storage, record, self.specs)
         if len(self._shards) > _OPEN_SHARDS:
             self._shards.popitem(last=False)[1].close()
         return self._shards[shard]
+
+    def _has_moved(self, shard: int) -> bool:
+        """Return whether an object store now gives another commit record of a shard than when the shard was opened.
+
+        So it is where the first one was out of date, or the shard was repaired since. Its next read opens it anew.
+        """
+        for pause in self.storage.pauses if self._uncommitted is None and shard in self._directories else ():
+            if require_shard(self.storage, shard, self.manifest.hash)["directory"] != self._directories[shard]:
+                self._shards.pop(shard, None)
+                return True
+            time.sleep(pause)
+        return False
 
     def read(
         self,
@@ -225,24 +197,15 @@ class StoreReader:
         that the store does not hold, and ShardDamagedError where a file differs from its commit record or a checksum
         fails.
         """
-        row = self.index[number]
-        shard = self._shard(int(row["shard"]))
-        wanted = self._expand(names)
-        stored = [part for parts in wanted.values() for part in parts]
-        axes = {self.specs[name].axis for name in stored}
-        kept = self.manifest.window
-        selected = select_rows(shard, row, axes, tokens=tokens, window=window, stored_window=kept, where=self.location)
-        given = out or {}
-
-        def fetch(name: str) -> NDArray[Any]:
-            spec = self.specs[name]
-            return read_rows(shard, row, name, spec, selected[spec.axis], given.get(name))
-
-        if self.storage.local_root is None:
-            with ThreadPoolExecutor(_REMOTE_READS) as pool:
-                found = dict(zip(stored, pool.map(fetch, stored), strict=True))
-        else:
-            found = {name: fetch(name) for name in stored}
+        row, given = self.index[number], out or {}
+        stored = [part for parts in self._expand(names).values() for part in parts]
+        fetch = partial(self._fetch, row, stored, tokens, window, given)
+        try:
+            found = fetch()
+        except ShardDamagedError:
+            if not self._has_moved(int(row["shard"])):
+                raise
+            found = fetch()
         item = Conversation(
             content_hash=row["content_hash"].tobytes().hex(),
             split=int(row["split"]),
@@ -250,6 +213,27 @@ class StoreReader:
             arrays=found,
         )
         return self.decode(item, out=given) if decode else item
+
+    def _fetch(
+        self,
+        row: np.void,
+        stored: list[str],
+        tokens: tuple[int, int] | None,
+        window: int | None,
+        out: Mapping[str, NDArray[Any]],
+    ) -> dict[str, NDArray[Any]]:
+        """Return the rows of the `stored` arrays that `read` is asked for, by name."""
+        arrays = ConversationArrays(self._shard(int(row["shard"])), row)
+        axes, kept = {self.specs[name].axis for name in stored}, self.manifest.window
+        selected = select_rows(
+            arrays, self.specs, axes, tokens=tokens, window=window, stored_window=kept, where=self.location
+        )
+
+        def rows(name: str) -> NDArray[Any]:
+            spec = self.specs[name]
+            return read_rows(arrays, name, spec, selected[spec.axis], out.get(name))
+
+        return dict(zip(stored, ask_side_by_side(self.storage, rows, stored, at_once=_REMOTE_READS), strict=True))
 
     def decode(self, item: Conversation, *, out: Mapping[str, NDArray[Any]] | None = None) -> Conversation:
         """Return the same conversation with taps as states [R, H] instead of the parts that hold them.
@@ -285,9 +269,7 @@ class StoreReader:
         """Close open files and remove copies from an object store."""
         while self._shards:
             self._shards.popitem()[1].close()
-        if self._copies is not None:
-            self._copies.cleanup()
-            self._copies = None
+        self._top_files.close()
 
 
 def open_store(location: Location, *, allow_partial: bool = False) -> StoreReader:

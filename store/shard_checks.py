@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from draftcache.store.common.errors import DraftcacheError, ShardDamagedError, StoreError
-from draftcache.store.common.files import Buffer, hash_blocks
+from draftcache.store.common.errors import DraftcacheError, StoreError
+from draftcache.store.file_checks import checked_files
 from draftcache.store.format.array_spec import COUNT_FIELD, FIRST_FIELD
-from draftcache.store.format.commits import Record, record_name, require_shard, require_size, shard_name
+from draftcache.store.format.commits import Record, record_name, require_shard, shard_name
 from draftcache.store.format.index import INDEX_NAME, read_shard_index
 from draftcache.store.format.manifest import StoreManifest
+from draftcache.store.known_shards import KnownShard, known_shards
 from draftcache.store.layouts.registry import expected_files
 from draftcache.store.layouts.tar_samples import read_tar
 from draftcache.store.layouts.tar_shards import DATA_NAME
@@ -22,7 +23,6 @@ from draftcache.store.reader import StoreReader
 from draftcache.store.row_checks import check_conversation
 from draftcache.store.storage.base import Location, Storage, open_storage
 
-_READ_BYTES = 1 << 22
 REFUSED = (DraftcacheError, ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, MemoryError)
 """What reading or judging damaged bytes may raise. Any of it is damage to report, never the end of the verification."""
 
@@ -51,25 +51,32 @@ class ShardReport:
     damages: list[Damage]
 
 
-def check_shard(location: Location, number: int, *, quick: bool) -> ShardReport:
-    """Check one committed shard. With `quick`, only its commit record and the files' sizes are checked."""
+def check_shard(location: Location, number: int, known: KnownShard | None = None, *, quick: bool) -> ShardReport:
+    """Check one committed shard. With `quick`, only its commit record and the files' sizes are checked.
+
+    `known` is what an object store was found to hold of the shard. Every byte of such a shard is fetched once, to a
+    temporary directory, which needs room for it. Raises StorageError where an object store does not answer any more, or
+    that directory has no room.
+    """
     storage = open_storage(location)
-    manifest = StoreManifest.load(storage)
-    name = record_name(shard_name(number))
+    manifest = StoreManifest.load(storage) if known is None else known.manifest
+    if known is None and storage.local_root is None:
+        (known,) = known_shards(storage, manifest, [number], {})
     try:
-        record = require_shard(storage, number, manifest.hash)
+        record = require_shard(storage, number, manifest.hash) if known is None else known.require_record()
     except StoreError as exc:
-        damages = [Damage(name=name, problem=str(exc), shard=number)]
-        return ShardReport(number=number, record=None, damages=damages)
+        damage = Damage(name=record_name(shard_name(number)), problem=str(exc), shard=number)
+        return ShardReport(number=number, record=None, damages=[damage])
     needed = expected_files(manifest.layout, record, manifest.array_specs())
-    damaged = dict(damaged_files(storage, record, needed, quick=quick))
-    damages = []
+    sizes = None if known is None else known.sizes
+    damages: list[Damage] = []
     unread: dict[str, _Unread] = {}
-    if not quick:
-        damages, unread = _check_rows(storage, manifest, number, record)
-    damages = [*_file_damages(record, number, damaged, unread), *damages]
-    if not (quick or damages) and manifest.layout == "webdataset":
-        damages = _stream_damages(storage, manifest, number, record)
+    with checked_files(storage, record, [*record["files"], *needed], quick=quick, sizes=sizes) as (held, damaged):
+        if not quick:
+            damages, unread = _check_rows(held, manifest, number, record)
+        damages = [*_file_damages(record, number, damaged, unread), *damages]
+        if not (quick or damages) and manifest.layout == "webdataset":
+            damages = _stream_damages(held, manifest, number, record)
     return ShardReport(number=number, record=record, damages=damages)
 
 
@@ -102,36 +109,6 @@ def _file_damages(record: Record, number: int, damaged: dict[str, str], unread: 
             )
 
 
-def damaged_files(storage: Storage, record: Record, needed: Iterable[str], *, quick: bool) -> Iterator[tuple[str, str]]:
-    """Yield the name and the problem of each file of a commit record that is not as committed.
-
-    Every file's size is checked and, unless `quick`, its xxh3-128. The files `needed` must be in the record.
-    """
-    for name in {**record["files"], **dict.fromkeys(needed)}:
-        try:
-            require_size(storage, record, name)
-            expected = record["files"][name]
-            if not quick and (found := hash_blocks(_blocks(storage, name))) != expected["xxh3_128"]:
-                raise ShardDamagedError(
-                    f"{storage.describe(name)}: expected xxh3-128 {expected['xxh3_128']}, found {found}"
-                )
-        except DraftcacheError as exc:
-            yield name, str(exc)
-
-
-def _blocks(storage: Storage, name: str) -> Iterator[Buffer]:
-    """Yield a file's bytes in blocks of 4 MiB, each of which overwrites the one before."""
-    file = storage.open(name)
-    try:
-        buffer = np.empty(min(_READ_BYTES, file.size), np.uint8)
-        for offset in range(0, file.size, _READ_BYTES):
-            block = buffer[: min(_READ_BYTES, file.size - offset)]
-            file.read_into(offset, [block.data])
-            yield block.data
-    finally:
-        file.close()
-
-
 def _check_rows(
     storage: Storage, manifest: StoreManifest, number: int, record: Record
 ) -> tuple[list[Damage], dict[str, _Unread]]:
@@ -147,7 +124,7 @@ def _check_rows(
     unread: dict[str, _Unread] = {}
     if damages:
         return damages, unread
-    reader = StoreReader.of_shard(storage, manifest, index)
+    reader = StoreReader.of_shard(storage, manifest, index, record)
     for conversation, row in enumerate(index):
         about = describe_conversation(manifest, row)
         arrays: dict[str, NDArray[Any]] = {}

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -16,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from draftcache.store.common.errors import StoreError
+from draftcache.store.common.errors import StorageError, StoreError
+from draftcache.store.file_checks import checked_files
 from draftcache.store.format.commits import (
     SETTINGS_HASH,
     SHARDS_DIRECTORY,
     Record,
     committed_shards,
     read_committed,
-    read_record,
     record_name,
     require_manifest,
     require_record,
@@ -31,10 +32,11 @@ from draftcache.store.format.commits import (
     shard_number,
 )
 from draftcache.store.format.frozen import FROZEN_NAME, require_frozen
-from draftcache.store.format.index import INDEX_NAME, INDEX_RECORD, load_index, read_shard_index
+from draftcache.store.format.index import INDEX_NAME, INDEX_RECORD, find_index_record, join_indexes, load_index
 from draftcache.store.format.manifest import StoreManifest, top_level_names
 from draftcache.store.format.vocab_map import VocabMap
-from draftcache.store.shard_checks import REFUSED, Damage, ShardReport, brief, check_shard, damaged_files
+from draftcache.store.known_shards import KnownShard, known_shards, recorded_shards
+from draftcache.store.shard_checks import REFUSED, Damage, ShardReport, brief, check_shard
 from draftcache.store.storage.base import Location, Storage, open_storage
 
 _PROCESSES_FROM = 8
@@ -107,10 +109,12 @@ def verify_store(
         return report
     report.shards = manifest.shards
     report.damages += _check_top_level(storage, manifest, quick)
-    report.indexed = storage.size(record_name(INDEX_RECORD)) is not None
+    report.indexed = _is_indexed(storage)
+    listed = storage.list_sizes(SHARDS_DIRECTORY) if storage.local_root is None else {}
     numbers = _committed(storage, manifest, report)
     records: dict[int, Record] = {}
-    for found in _check_shards(location, numbers, quick, workers):
+    known = known_shards(storage, manifest, numbers, listed) if storage.local_root is None else [None] * len(numbers)
+    for found in _check_shards(location, numbers, known, quick, workers):
         report.damages += found.damages
         if found.record is not None:
             records[found.number] = found.record
@@ -121,7 +125,7 @@ def verify_store(
                 progress(size)
     if report.finished and not report.damages and not quick:
         report.damages += _check_store_index(storage, records)
-    report.strays = _strays(storage, records, report.damaged_shards)
+    report.strays = _strays(listed or storage.list(SHARDS_DIRECTORY), records, report.damaged_shards)
     return report
 
 
@@ -136,11 +140,21 @@ def _committed(storage: Storage, manifest: StoreManifest, report: VerifyReport) 
     report.damages += [_beyond_plan(number, manifest.shards) for number in listed if number >= manifest.shards]
     if report.indexed:
         unlisted = sorted(set(range(manifest.shards)) - set(inside))
-        there = {number for number in unlisted if storage.size(record_name(shard_name(number))) is not None}
+        there = recorded_shards(storage, unlisted)
         report.damages += [_lost_record(number) for number in unlisted if number not in there]
         inside = sorted({*inside, *there})
     report.committed = len(inside)
     return inside
+
+
+def _is_indexed(storage: Storage) -> bool:
+    """Return whether the store's index is committed. A damaged record counts: `_check_top_level` reports it."""
+    try:
+        return find_index_record(storage) is not None
+    except StorageError:
+        raise
+    except StoreError:
+        return True
 
 
 def _beyond_plan(number: int, shards: int) -> Damage:
@@ -153,50 +167,59 @@ def _lost_record(number: int) -> Damage:
     return Damage(name=name, problem="expected a commit record, found none", shard=number)
 
 
-def _strays(storage: Storage, records: dict[int, Record], damaged_shards: list[int]) -> list[str]:
-    """Return the files below shards/ that no record names, save those of damaged shards."""
+def _strays(listed: Iterable[str], records: dict[int, Record], damaged_shards: list[int]) -> list[str]:
+    """Return the listed files below shards/ that no record names, save those of damaged shards."""
     named = {name for record in records.values() for name in record["files"]}
-    return [
-        name
-        for name in storage.list(SHARDS_DIRECTORY)
-        if name not in named and shard_number(name) not in damaged_shards
-    ]
+    return [name for name in listed if name not in named and shard_number(name) not in damaged_shards]
 
 
-def _check_shards(location: Location, numbers: list[int], quick: bool, workers: int | None) -> Iterable[ShardReport]:
-    """Check the shards, in their order, side by side where there are enough of them."""
+def _check_shards(
+    location: Location, numbers: list[int], known: Sequence[KnownShard | None], quick: bool, workers: int | None
+) -> Iterable[ShardReport]:
+    """Check the shards, in their order, side by side where there are enough of them and something is left to read.
+
+    `known` is what an object store was found to hold of each of them.
+    """
     check = partial(check_shard, str(location), quick=quick)
     processes = min(workers or os.cpu_count() or 1, len(numbers))
-    if processes < 2 or len(numbers) < _PROCESSES_FROM:
-        yield from map(check, numbers)
+    if processes < 2 or len(numbers) < _PROCESSES_FROM or (quick and known[0] is not None):
+        yield from map(check, numbers, known)
         return
     # Processes are spawned, because a forked child would inherit the locks of whatever threads the caller has running.
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(check, numbers, chunksize=max(1, min(16, len(numbers) // (4 * processes))))
+        yield from pool.map(check, numbers, known, chunksize=max(1, min(16, len(numbers) // (4 * processes))))
 
 
 def _check_top_level(storage: Storage, manifest: StoreManifest, quick: bool) -> list[Damage]:
     """Check the frozen weights, the vocabulary maps, and the store's index where one is committed."""
     damages = []
     for name in (*top_level_names(manifest), INDEX_NAME):
-        stem = Path(name).stem
-        try:
-            record = read_record(storage, stem)
-            if record is None and name == INDEX_NAME:
-                continue  # the store is not finished
-            if record is None:
-                raise StoreError(f"{storage.describe(record_name(stem))}: expected a commit record, found none")
-            if name == INDEX_NAME:
-                require_manifest(storage, stem, record, manifest.hash)
-            else:
-                require_manifest(storage, stem, record, manifest.settings_hash, field=SETTINGS_HASH)
-            for damaged, problem in damaged_files(storage, record, [name], quick=quick):
-                damages.append(Damage(name=damaged, problem=problem))
-            if not quick and storage.local_root is not None and not any(item.name == name for item in damages):
-                _require_readable(storage.local_root / name, manifest)
-        except REFUSED as exc:
-            damages.append(Damage(name=name, problem=brief(exc)))
+        found = _check_top_file(storage, manifest, name, quick)
+        for pause in storage.pauses if found else ():  # the record itself may be one of a moment ago
+            time.sleep(pause)
+            found = found and _check_top_file(storage, manifest, name, quick)
+        damages += found
     return damages
+
+
+def _check_top_file(storage: Storage, manifest: StoreManifest, name: str, quick: bool) -> list[Damage]:
+    stem = Path(name).stem
+    try:
+        record = find_index_record(storage) if name == INDEX_NAME else require_record(storage, stem)
+        if record is None:
+            return []  # the store is not finished
+        if name == INDEX_NAME:
+            require_manifest(storage, stem, record, manifest.hash)
+        else:
+            require_manifest(storage, stem, record, manifest.settings_hash, field=SETTINGS_HASH)
+        with checked_files(storage, record, [*record["files"], name], quick=quick) as (held, damaged):
+            if not quick and held.local_root is not None and name not in damaged:
+                _require_readable(held.local_root / name, manifest)
+            return [Damage(name=file, problem=problem) for file, problem in damaged.items()]
+    except REFUSED as exc:
+        if isinstance(exc, StorageError) and storage.local_root is None:
+            raise  # an object store that does not answer is not damaged
+        return [Damage(name=name, problem=brief(exc))]
 
 
 def _require_readable(path: Path, manifest: StoreManifest) -> None:
@@ -215,7 +238,6 @@ def _check_store_index(storage: Storage, records: dict[int, Record]) -> list[Dam
     """Check that the store's index is its shards' indexes, one after the other."""
     record = require_record(storage, INDEX_RECORD)
     index = load_index(read_committed(storage, record, INDEX_NAME), storage.describe(INDEX_NAME))
-    parts = [read_shard_index(storage, records[number]) for number in sorted(records)]
-    if parts and not np.array_equal(index, np.concatenate(parts)):
+    if not np.array_equal(index, join_indexes(storage, [records[number] for number in sorted(records)])):
         return [Damage(name=INDEX_NAME, problem="expected the rows of the shards' indexes in order, found others")]
     return []

@@ -22,10 +22,12 @@ from draftcache.store.format.commits import (
     SETTINGS_HASH,
     SHARDS_DIRECTORY,
     Record,
+    RecordMissingError,
     committed_shards,
     read_record,
     record_name,
     require_manifest,
+    require_record,
     shard_name,
     write_record,
 )
@@ -35,6 +37,7 @@ from draftcache.store.format.schema import INDEX_DTYPE, Conversation
 from draftcache.store.layouts.registry import SHARD_WRITERS
 from draftcache.store.layouts.shard_files import write_small_file
 from draftcache.store.output_check import require_own_or_empty
+from draftcache.store.storage.asking import ask_side_by_side
 from draftcache.store.storage.base import Location, Lock, Stage, Storage, open_storage
 from draftcache.store.storage.local import LocalStorage
 
@@ -124,10 +127,16 @@ class StoreWriter:
             return False
         StoreManifest.load(self.storage).require_same(self.manifest, self.storage.describe())
         stems = [Path(name).stem for name in top_level_names(self.manifest)]
-        records = [read_record(self.storage, stem) for stem in stems]
+        records = list(ask_side_by_side(self.storage, self._top_level_record, stems))
         for stem, record in zip(stems, records, strict=True):
             require_manifest(self.storage, stem, record or {}, self.manifest.settings_hash, field=SETTINGS_HASH)
         return all(records)
+
+    def _top_level_record(self, stem: str) -> Record | None:
+        try:
+            return require_record(self.storage, stem)  # the manifest, which was written later, says that it is there
+        except RecordMissingError:
+            return None
 
     def _create(self, prepare_files: Callable[[Path], Sequence[Path]]) -> None:
         with tempfile.TemporaryDirectory(prefix="draftcache-") as directory:

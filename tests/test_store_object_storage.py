@@ -124,6 +124,9 @@ def test_list_is_recursive_sorted_and_keeps_to_the_directory(storage: Storage) -
         storage.put(name, b"")
     assert storage.list("b") == ["b/1/x/y", "b/2"]
     assert storage.list("") == ["a", "b/1/x/y", "b/2", "bb/3"]
+    storage.put("b/2", b"four")
+    assert list(storage.list_sizes("b").items()) == [("b/1/x/y", 0), ("b/2", 4)]
+    assert storage.list_sizes("c") == {}
     storage.delete_directory("b")
     assert storage.list("") == ["a", "bb/3"]
 
@@ -225,6 +228,18 @@ def test_list_pages(server: S3Server, connect: Connect, proxy: FlakyProxy) -> No
     server.fill(key(storage, name) for name in names)
     assert storage.list("d") == names
     assert len(proxy.log) == 3
+
+
+def test_an_object_of_known_size_is_opened_without_a_question(connect: Connect, proxy: FlakyProxy) -> None:
+    storage = connect()
+    storage.put("file", b"data")
+    proxy.log.clear()
+    file, target = storage.open("file", size=4), bytearray(4)
+    assert not proxy.log
+    file.read_into(0, [memoryview(target)])
+    assert (target, len(proxy.log)) == (b"data", 1)
+    with pytest.raises(ShardDamagedError, match=r"gone: expected 4 bytes, found no file any more"):
+        storage.open("gone", size=4).read_into(0, [memoryview(target)])
 
 
 def test_attempts_do_not_touch_each_other(server: S3Server, connect: Connect) -> None:
@@ -416,7 +431,7 @@ def test_objects_that_change_behind_a_reader(connect: Connect) -> None:
         with pytest.raises(ShardDamagedError, match=r"expected at least .* bytes, found 50"):
             file.read_into(offset, [memoryview(bytearray(100 - offset))])
     storage.delete("file")
-    with pytest.raises(StoreNotFoundError):
+    with pytest.raises(ShardDamagedError, match=r"file: expected 100 bytes, found no file any more; .* repair"):
         file.read_into(0, [memoryview(bytearray(100))])
 
 

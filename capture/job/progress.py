@@ -6,12 +6,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeAlias
 
 from draftcache.capture.job.work_plan import WorkPlan
 from draftcache.store.common.progress import progress_bar
 from draftcache.store.format.commits import committed_shards, require_record, shard_name
+from draftcache.store.storage.asking import ask_side_by_side
 from draftcache.store.storage.base import Storage
 
 _LOOK_S = 5.0  # between two listings of the shards that other jobs have committed
@@ -104,7 +106,8 @@ class JobProgress:
 
     def summary(self) -> CaptureSummary:
         """The command's summary, after the context has ended; the store must be whole."""
-        records = (require_record(self._storage, shard_name(shard)) for shard in range(len(self._work.shards)))
+        names = map(shard_name, range(len(self._work.shards)))
+        records = ask_side_by_side(self._storage, partial(require_record, self._storage), names)
         return replace(self._summary, quarantined=[item for record in records for item in record["quarantined"]])
 
     def _count(self, shards: Iterable[int]) -> None:

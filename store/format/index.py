@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
+from functools import partial
 from tokenize import TokenError
 from typing import Any
 
@@ -16,14 +18,20 @@ from draftcache.store.format.commits import (
     SHARDS_DIRECTORY,
     Record,
     committed_shards,
+    find_shards,
     read_committed,
     read_record,
-    require_shard,
+    read_records,
+    record_name,
+    require_manifest,
+    require_record,
+    require_shards,
     shard_name,
     write_record,
 )
 from draftcache.store.format.manifest import StoreManifest
 from draftcache.store.format.schema import INDEX_DTYPE
+from draftcache.store.storage.asking import ask_again, ask_side_by_side
 from draftcache.store.storage.base import Storage
 
 _NO_NPY = (OSError, ValueError, EOFError, SyntaxError, TokenError, TypeError, LookupError, MemoryError, Warning)
@@ -72,9 +80,9 @@ def read_shard_index(storage: Storage, record: Record) -> NDArray[Any]:
     return load_index(read_committed(storage, record, name), storage.describe(name))
 
 
-def join_indexes(storage: Storage, records: list[Record]) -> NDArray[Any]:
+def join_indexes(storage: Storage, records: Iterable[Record]) -> NDArray[Any]:
     """Return the index rows of several shards, one shard after the other. Raises ShardDamagedError."""
-    parts = [read_shard_index(storage, record) for record in records]
+    parts = list(ask_side_by_side(storage, partial(read_shard_index, storage), records))
     return np.concatenate(parts) if parts else np.empty(0, INDEX_DTYPE)
 
 
@@ -92,7 +100,7 @@ def indexed_records(storage: Storage, manifest: StoreManifest, index: NDArray[An
             f"shard {numbers.max()}; run `draftcache repair` on the store"
         )
     counts = np.bincount(numbers, minlength=manifest.shards).tolist()
-    found = [read_record(storage, shard_name(shard)) for shard in range(manifest.shards)]
+    found = list(find_shards(storage, range(manifest.shards), manifest.hash, expected=True))
     lost = [shard for shard, record in enumerate(found) if record is None]
     if lost:
         raise ShardDamagedError(
@@ -101,7 +109,7 @@ def indexed_records(storage: Storage, manifest: StoreManifest, index: NDArray[An
             f"{sum(counts[shard] for shard in lost)} of its {len(index)} conversations; run `draftcache repair` on the "
             "store, then the capture command again"
         )
-    records = [require_shard(storage, shard, manifest.hash, record) for shard, record in enumerate(found)]
+    records = [record for record in found if record is not None]
     for shard, record in enumerate(records):
         if record["conversations"] != counts[shard]:
             raise ShardDamagedError(
@@ -112,12 +120,41 @@ def indexed_records(storage: Storage, manifest: StoreManifest, index: NDArray[An
     return records
 
 
+def find_index_record(storage: Storage) -> Record | None:
+    """Return the commit record of the whole store's index, or None where the store is not finished.
+
+    Raises StoreError where it is damaged, and RecordMissingError where a list names it and yet it can't be read.
+    """
+    record = read_record(storage, INDEX_RECORD)
+    if record is None and storage.pauses and record_name(INDEX_RECORD) in storage.list(COMMIT_DIRECTORY):
+        return require_record(storage, INDEX_RECORD)
+    return record
+
+
+def read_store_index(storage: Storage, manifest: StoreManifest) -> NDArray[Any] | None:
+    """Return the rows of the whole store's index, or None where the store is not finished.
+
+    Raises StoreError where its commit record is damaged, and ShardDamagedError where the index is not as committed.
+    """
+
+    def look() -> NDArray[Any] | None:
+        record = find_index_record(storage)
+        if record is None:
+            return None
+        require_manifest(storage, INDEX_RECORD, record, manifest.hash)
+        return load_index(read_committed(storage, record, INDEX_NAME), storage.describe(INDEX_NAME))
+
+    return ask_again(storage, look)  # the record itself may be one of a moment ago
+
+
 def write_store_index(storage: Storage, manifest: StoreManifest) -> bool:
     """Write the whole store's index.npy, unless it is there. Returns False where shards are still missing."""
-    if set(range(manifest.shards)) - set(committed_shards(storage)):
+    unlisted = sorted(set(range(manifest.shards)) - set(committed_shards(storage)))
+    # A list may come back short: what it leaves out is missing only if there is no record of its name either.
+    if any(record is None for record in read_records(storage, map(shard_name, unlisted))):
         return False
     if read_record(storage, INDEX_RECORD) is None:
-        records = [require_shard(storage, shard, manifest.hash) for shard in range(manifest.shards)]
+        records = list(require_shards(storage, range(manifest.shards), manifest.hash))
         data = npy_bytes(join_indexes(storage, records))
         _remove_orphans(storage, {record["directory"] for record in records})
         storage.put(INDEX_NAME, data)
@@ -133,6 +170,6 @@ def _remove_orphans(storage: Storage, kept: set[str]) -> None:
     """
     if storage.local_root is not None:
         return
-    found = {"/".join(name.split("/")[:2]) for name in storage.list(SHARDS_DIRECTORY)}
-    for directory in sorted(found - kept):
-        storage.delete_directory(directory)
+    orphans = [name for name in storage.list(SHARDS_DIRECTORY) if "/".join(name.split("/")[:2]) not in kept]
+    for _ in ask_side_by_side(storage, storage.delete, orphans):
+        pass

@@ -12,11 +12,13 @@ from draftcache.store.common.sealed_json import seal, unseal
 from draftcache.store.common.strict_json import parse_json
 from draftcache.store.format.array_spec import ArraySpec
 from draftcache.store.format.channel_scales import ChannelScales
+from draftcache.store.format.commits import committed_shards
 from draftcache.store.format.frozen import FROZEN_NAME
 from draftcache.store.format.norm_band import NormBand, bands_from_json
 from draftcache.store.format.schema import array_specs
 from draftcache.store.format.tap_codecs import TapCodec, tap_codec
 from draftcache.store.format.teacher import DraftVocab, TeacherForm
+from draftcache.store.storage.asking import ask_again
 from draftcache.store.storage.base import Storage
 
 FORMAT = "draftcache-store"
@@ -189,7 +191,7 @@ class StoreManifest:
     @classmethod
     def exists(cls, storage: Storage) -> bool:
         """Return whether a store was begun here."""
-        return storage.size(MANIFEST_NAME) is not None
+        return _manifest_bytes(storage) is not None
 
     @classmethod
     def load(cls, storage: Storage) -> StoreManifest:
@@ -198,13 +200,21 @@ class StoreManifest:
         Raises StoreNotFoundError where there is none, StoreVersionError for another version of the layout, and
         StoreError where the file is no draftcache manifest or its bytes are not the ones that were written.
         """
-        where = storage.describe(MANIFEST_NAME)
-        if not cls.exists(storage):
+
+        def look() -> StoreManifest | None:
+            data = _manifest_bytes(storage)
+            return None if data is None else cls._parse(data, storage.describe(MANIFEST_NAME))
+
+        found = ask_again(storage, look)
+        if found is None:
             raise StoreNotFoundError(
                 f"{storage.describe()}: expected a draftcache store, found no {MANIFEST_NAME}"
                 + ("; this is a zarr group of another program" if storage.size("zarr.json") is not None else "")
             )
-        data = storage.read(MANIFEST_NAME)
+        return found
+
+    @classmethod
+    def _parse(cls, data: bytes, where: str) -> StoreManifest:
         _require_version(data, where)
         body = unseal(data, where)
         names = {item.name for item in fields(cls)}
@@ -215,6 +225,22 @@ class StoreManifest:
         values["taps"] = tuple(Tap(layer=tap["layer"], point=tap["point"]) for tap in body["taps"])
         values["splits"] = tuple(body["splits"])
         return cls(**values)
+
+
+def _manifest_bytes(storage: Storage) -> bytes | None:
+    """Return the bytes of manifest.json, or None where there is none.
+
+    It is written before any shard is. So where shards are committed and it is not there, it is asked for again.
+    """
+    try:
+        return storage.read(MANIFEST_NAME)
+    except StoreNotFoundError:
+        if not storage.pauses or not committed_shards(storage):
+            return None
+    try:
+        return ask_again(storage, lambda: storage.read(MANIFEST_NAME))
+    except StoreNotFoundError:
+        return None
 
 
 def _require_version(data: bytes, where: str) -> None:

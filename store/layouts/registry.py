@@ -23,6 +23,9 @@ from draftcache.store.storage.base import Stage, Storage
 class ShardReader(Protocol):
     """One committed shard that is open for reads of any conversation's arrays."""
 
+    whole_arrays: bool
+    """Whether a read of some rows of a conversation's array fetches all of them, as they share one checksum."""
+
     def read(self, row: np.void, name: str, first: int, count: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Read rows `first .. first+count` of one conversation's slice of the array `name`.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import tarfile
+import time
 from collections.abc import Iterator
 from typing import IO, Any, cast
 
@@ -21,7 +22,7 @@ from draftcache.store.common.errors import ShardDamagedError
 from draftcache.store.common.files import hash_bytes
 from draftcache.store.common.strict_json import parse_json
 from draftcache.store.format.array_spec import ArraySpec
-from draftcache.store.format.commits import Record, require_size
+from draftcache.store.format.commits import Record, open_committed
 from draftcache.store.format.index import load_npy
 from draftcache.store.format.schema import Conversation
 from draftcache.store.layouts.tar_shards import DATA_NAME, member_suffix, read_members
@@ -49,13 +50,39 @@ def read_tar(
             f"{storage.describe(record['directory'])}: expected the index's {len(index)} conversations, found "
             f"{len(table)}; {_EXCHANGED}"
         )
-    name = f"{record['directory']}/{DATA_NAME}"
-    require_size(storage, record, name)
+    done = 0
+    pauses = list(storage.pauses)
+    while True:
+        try:
+            for item in _read_from(storage, record, specs, index, table, done):
+                done, pauses = done + 1, list(storage.pauses)
+                yield item
+            return
+        except ShardDamagedError:
+            # An object store's answer can be damaged on its way: the sample is read again before the shard is blamed.
+            if not pauses:
+                raise
+            time.sleep(pauses.pop(0))
+
+
+def _read_from(
+    storage: Storage,
+    record: Record,
+    specs: dict[str, ArraySpec],
+    index: NDArray[Any],
+    table: NDArray[Any],
+    first: int,
+) -> Iterator[Conversation]:
+    """Yield the conversations from number `first` of the shard on. `table` holds the members [conversations, arrays].
+
+    Raises ShardDamagedError.
+    """
+    name, found = f"{record['directory']}/{DATA_NAME}", first
     where = storage.describe(name)
-    file = storage.open(name)
-    found = 0
+    file = open_committed(storage, record, name)
+    stream = cast("IO[bytes]", _Stream(file, _end_of_sample(table, first)))
     try:
-        with tarfile.open(fileobj=cast("IO[bytes]", _Stream(file)), mode="r|", bufsize=_READ_AHEAD) as tar:
+        with tarfile.open(fileobj=stream, mode="r|", bufsize=_READ_AHEAD) as tar:
             members = _checked_members(tar, where)
             for key, suffix, data in members:
                 if suffix != "json":
@@ -63,14 +90,22 @@ def read_tar(
                 item, crcs = _sample(specs, where, key, data, members)
                 if found < len(table):
                     _require_place(item, crcs, index[found], table[found], f"{where}: {key}")
-                yield item
                 found += 1
+                yield item
     except (tarfile.TarError, EOFError) as exc:
         raise ShardDamagedError(f"{where}: expected a whole tar file, could not read on ({exc})") from exc
     finally:
         file.close()
     if found != record["conversations"]:
         raise ShardDamagedError(f"{where}: expected {record['conversations']} samples, found {found}")
+
+
+def _end_of_sample(table: NDArray[Any], number: int) -> int:
+    """Return the offset at which the first `number` samples of a tar file end."""
+    if not number:
+        return 0
+    offset, size = (int(table[number - 1, -1][field]) for field in ("offset", "bytes"))
+    return offset + size + -size % tarfile.BLOCKSIZE
 
 
 def _checked_members(tar: tarfile.TarFile, where: str) -> Iterator[tuple[str, str, bytes]]:
@@ -148,8 +183,8 @@ def _array(data: bytes, spec: ArraySpec, where: str) -> NDArray[Any]:
 class _Stream(io.RawIOBase):
     """A committed file in the form that tarfile reads, forward only."""
 
-    def __init__(self, file: RangeFile) -> None:
-        self._file, self._offset = file, 0
+    def __init__(self, file: RangeFile, offset: int) -> None:
+        self._file, self._offset = file, offset
 
     def read(self, size: int = -1) -> bytes:
         """Return up to `size` bytes; all that are left for a negative size."""

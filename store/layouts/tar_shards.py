@@ -19,13 +19,14 @@ from awscrt.checksums import crc32c
 from numcodecs import Zstd
 from numpy.typing import NDArray
 
-from draftcache.store.common.errors import ShardDamagedError, StoreNotFoundError
+from draftcache.store.common.errors import ShardDamagedError
 from draftcache.store.common.files import Buffer, canonical_json, hash_bytes
 from draftcache.store.format.array_spec import COUNT_FIELD, ArraySpec
-from draftcache.store.format.commits import Record, read_committed, require_size
+from draftcache.store.format.commits import Record, open_committed, read_committed
 from draftcache.store.format.index import load_npy, npy_bytes
 from draftcache.store.format.schema import Conversation
 from draftcache.store.layouts.shard_files import PARALLEL_BYTES, Files, HashedFile, run_later, run_now, write_small_file
+from draftcache.store.storage.asking import ask_again
 from draftcache.store.storage.base import RangeFile, Stage, Storage
 
 DATA_NAME = "data.tar"
@@ -149,7 +150,7 @@ def read_members(storage: Storage, record: Record, specs: dict[str, ArraySpec]) 
             f"a table {table.shape} of {table.dtype}; run `draftcache repair` on the store, then the capture command "
             "again"
         )
-    size = require_size(storage, record, f"{record['directory']}/{DATA_NAME}")
+    size = int(record["files"][f"{record['directory']}/{DATA_NAME}"]["bytes"])
     members = table["members"]
     if ((members["bytes"] > size) | (members["offset"] > size - members["bytes"])).any():
         raise ShardDamagedError(f"{where}: expected members inside the {size} bytes of {DATA_NAME}, found others")
@@ -159,16 +160,15 @@ def read_members(storage: Storage, record: Record, specs: dict[str, ArraySpec]) 
 class TarShard:
     """Reads single conversations of one committed tar shard. Implements `ShardReader`."""
 
+    whole_arrays = True
+
     def __init__(self, storage: Storage, record: Record, specs: dict[str, ArraySpec]) -> None:
         self._storage = storage
         self._specs = specs
         self._numbers = {name: number for number, name in enumerate(specs)}
         self._name = f"{record['directory']}/{DATA_NAME}"
         self._table = read_members(storage, record, specs)
-        try:
-            self._file: RangeFile = storage.open(self._name)
-        except StoreNotFoundError as exc:
-            raise ShardDamagedError(str(exc)) from exc
+        self._file: RangeFile = open_committed(storage, record, self._name)
 
     def close(self) -> None:
         self._file.close()
@@ -180,13 +180,7 @@ class TarShard:
         if out is None:
             out = np.empty((count, *spec.inner), spec.stored_dtype)
         whole = out if count == rows else np.empty((rows, *spec.inner), spec.stored_dtype)
-        for last_try in (False, True) if self._storage.local_root is None else (True,):
-            try:
-                self._read_member(row, name, whole.reshape(-1).view(np.uint8))
-                break
-            except ShardDamagedError:
-                if last_try:
-                    raise
+        ask_again(self._storage, lambda: self._read_member(row, name, whole.reshape(-1).view(np.uint8)))
         if whole is not out:
             out[:] = whole[first : first + count]
         return out

@@ -6,6 +6,7 @@ The crc32c of every chunk that is touched is checked.
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,20 +14,24 @@ from awscrt.checksums import crc32c
 from numcodecs import Zstd
 from numpy.typing import NDArray
 
-from draftcache.store.common.errors import ShardDamagedError, StoreNotFoundError
+from draftcache.store.common.errors import ShardDamagedError
 from draftcache.store.common.files import hash_bytes
 from draftcache.store.format.array_spec import FIRST_FIELD, ArraySpec
-from draftcache.store.format.commits import Record, require_size
+from draftcache.store.format.commits import Record, open_committed
 from draftcache.store.layouts.zarr_format import CRC_BYTES, END_HASH, INDEX_ENTRY, data_file
+from draftcache.store.storage.asking import ask_again
 from draftcache.store.storage.base import RangeFile, Storage
 
 _ZSTD = Zstd(level=1)
+_REPAIR = "run `draftcache repair` on the store, then the capture command again"
 _HOT_BYTES = 1 << 20
 """Bytes of a group of chunks that are read by one call. A cache still holds that many when they are checksummed."""
 
 
 class ZarrShard:
     """Reads row ranges of one committed zarr shard. Implements `ShardReader`."""
+
+    whole_arrays = False
 
     def __init__(self, storage: Storage, record: Record, specs: dict[str, ArraySpec]) -> None:
         self._storage = storage
@@ -44,14 +49,7 @@ class ZarrShard:
             out = np.empty((count, *spec.inner), spec.stored_dtype)
         if count:
             start = int(row[FIRST_FIELD[spec.axis]]) + first
-            # A remote answer can be damaged on its way, so it is asked for once more before the shard is blamed.
-            for last_try in (False, True) if self._storage.local_root is None else (True,):
-                try:
-                    self._read(name, start, out.reshape(-1).view(np.uint8))
-                    break
-                except ShardDamagedError:
-                    if last_try:
-                        raise
+            self._read(name, start, out.reshape(-1).view(np.uint8))
         return out
 
     def close(self) -> None:
@@ -72,7 +70,9 @@ class ZarrShard:
         read = self._read_compressed if spec.compress else self._read_raw
         for run in _contiguous_runs(index, chunks):
             low, high = max(run.start * long, start), min(run.stop * long, start + rows)
-            read(name, file, run, low, out[(low - start) * spec.row_bytes : (high - start) * spec.row_bytes])
+            target = out[(low - start) * spec.row_bytes : (high - start) * spec.row_bytes]
+            # A remote answer can be damaged on its way, so it is asked for again before the shard is blamed.
+            ask_again(self._storage, partial(read, name, file, run, low, target))
 
     def _read_raw(self, name: str, file: RangeFile, run: range, start: int, out: NDArray[np.uint8]) -> None:
         """Read uncompressed rows, from row `start` of the shard on, straight into `out`.
@@ -140,14 +140,11 @@ class ZarrShard:
         if name not in self._open:
             spec = self._specs[name]
             path = f"{self._record['directory']}/{data_file(name, spec)}"
-            require_size(self._storage, self._record, path)
-            try:
-                file = self._storage.open(path)
-            except StoreNotFoundError as exc:
-                raise ShardDamagedError(str(exc)) from exc
-            rows = int(self._record["lengths"][spec.axis])
+            file = open_committed(self._storage, self._record, path)
+            chunks = -(-int(self._record["lengths"][spec.axis]) // spec.chunk_rows)
             end = self._record["files"][path].get(END_HASH)
-            self._open[name] = file, _read_index(file, -(-rows // spec.chunk_rows), self._where(name), end)
+            read = partial(_read_index, file, chunks, self._where(name), end)
+            self._open[name] = file, ask_again(self._storage, read)
         return self._open[name]
 
     def _where(self, name: str) -> str:
@@ -157,7 +154,7 @@ class ZarrShard:
         long = self._specs[name].chunk_rows
         return ShardDamagedError(
             f"{self._where(name)}: rows {chunk * long} to {(chunk + 1) * long} of the shard fail their "
-            "crc32c; run `draftcache repair` on the store, then the capture command again"
+            f"crc32c; {_REPAIR}"
         )
 
 
@@ -185,15 +182,16 @@ def _read_index(file: RangeFile, chunks: int, where: str, end: str | None) -> ND
         file.read_into(start - CRC_BYTES, [last_crc.data, data.data])
     crc = int.from_bytes(data[-CRC_BYTES:].tobytes(), "little")
     if start < CRC_BYTES or crc32c(data[:-CRC_BYTES]) != crc:
-        raise ShardDamagedError(f"{where}: expected an index of {chunks} chunks, its crc32c is wrong")
+        raise ShardDamagedError(f"{where}: expected an index of {chunks} chunks, its crc32c is wrong; {_REPAIR}")
     index = data[:-CRC_BYTES].view(INDEX_ENTRY)
     # A chunk that was never written has offset and size 2**64 - 1, which ends beyond any file.
     if (index["offset"] > start).any() or (index["bytes"] > start - index["offset"]).any():
-        raise ShardDamagedError(f"{where}: expected every chunk inside the file, found some missing or outside")
+        raise ShardDamagedError(
+            f"{where}: expected every chunk inside the file, found some missing or outside; {_REPAIR}"
+        )
     if end is not None and (found := hash_bytes(last_crc.data, data.data)) != end:
         raise ShardDamagedError(
             f"{where}: expected an array whose end has xxh3-128 {end}, found {found}; it is damaged, or another file "
-            "of the same size took its place: put the right one back, or run `draftcache repair` on the store, then "
-            "the capture command again"
+            f"of the same size took its place: put the right one back, or {_REPAIR}"
         )
     return index

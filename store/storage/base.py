@@ -29,7 +29,8 @@ class RangeFile(Protocol):
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill the writable buffers, one after the other, with the file's bytes from `offset` on.
 
-        Raises ShardDamagedError where the file ends before they are full, StorageError where it cannot be read.
+        Raises ShardDamagedError where the file ends before they are full or is there no more, and StorageError where
+        it cannot be read.
         """
 
     def close(self) -> None:
@@ -83,6 +84,13 @@ class Storage(Protocol):
     def local_root(self) -> Path | None:
         """The root directory, or None for an object store."""
 
+    @property
+    def pauses(self) -> Sequence[float]:
+        """Seconds to wait before each further look at something that must be there and is not, or is damaged.
+
+        Empty where the first answer is the truth, as on a disk. `asking.ask_again` looks again.
+        """
+
     def describe(self, name: str = "") -> str:
         """Return the path or URL of a name, for messages; of the root for an empty name."""
 
@@ -92,14 +100,21 @@ class Storage(Protocol):
     def read(self, name: str) -> bytes:
         """Read a whole file. Raises StoreNotFoundError where there is none, StorageError where it cannot be read."""
 
-    def open(self, name: str) -> RangeFile:
-        """Open a file for reading. Raises the same errors as `read`."""
+    def open(self, name: str, *, size: int | None = None) -> RangeFile:
+        """Open a file for reading. Raises the same errors as `read`.
+
+        `size` is the file's, in bytes, where it is known already. An object store is not asked for it again, and a
+        missing object is then noticed by the first read.
+        """
 
     def list(self, directory: str) -> list[str]:
         """Return the names, relative to the root and sorted, of all files below a directory and its subdirectories.
 
         The result is [] where there is no such directory. Files under temporary names are left out.
         """
+
+    def list_sizes(self, directory: str) -> dict[str, int]:
+        """Return the bytes of all files that `list` names, by name and in the same order."""
 
     def put(self, name: str, data: Buffer) -> None:
         """Write a whole file, atomically and durably, over any file that is there."""

@@ -73,6 +73,8 @@ class LocalRangeFile:
 class LocalStorage:
     """A directory, which the first write creates. Implements `Storage`."""
 
+    pauses: Sequence[float] = ()
+
     def __init__(self, root: Path) -> None:
         self.local_root = root
 
@@ -85,13 +87,21 @@ class LocalStorage:
             return path.stat().st_size if path.is_file() else None
 
     def read(self, name: str) -> bytes:
-        path = self.local_root / name
+        path = self._regular(name)
         with explained(path, "read"):
             _require_regular(path)
             return path.read_bytes()
 
-    def open(self, name: str) -> LocalRangeFile:
-        return LocalRangeFile(self.local_root / name)
+    def open(self, name: str, *, size: int | None = None) -> LocalRangeFile:
+        return LocalRangeFile(self._regular(name))
+
+    def _regular(self, name: str) -> Path:
+        """Return the path of a file. A pipe in its place would be waited for, so it counts as none."""
+        path = self.local_root / name
+        with explained(path, "read"):
+            if not path.is_file():
+                raise FileNotFoundError
+        return path
 
     def list(self, directory: str) -> list[str]:
         names = []
@@ -108,6 +118,10 @@ class LocalStorage:
                     seen.add((found.st_dev, found.st_ino))
                 names += [(base / item).as_posix() for item in files if not item.startswith(".")]
         return sorted(names)
+
+    def list_sizes(self, directory: str) -> dict[str, int]:
+        sizes = ((name, self.size(name)) for name in self.list(directory))
+        return {name: size for name, size in sizes if size is not None}  # it may have been removed since
 
     def put(self, name: str, data: Buffer) -> None:
         with self._beside(name) as (partial, final):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
-from draftcache.store.common.errors import ShardDamagedError, StorageError
+from draftcache.store.common.errors import ShardDamagedError, StorageError, StoreNotFoundError
 from draftcache.store.storage.obstore_module import PART
 
 _PARALLEL_CALLS = 8
@@ -27,6 +27,10 @@ class ReadableObjects(Protocol):
 
     def call(self, doing: str, name: str, call: Callable[[Any, Any], _T], *, writes: bool = False) -> _T:
         """Return `call(obstore, client)`, which is tried again where that can help. Raises StorageError."""
+
+
+class ShortAnswerError(OSError):
+    """An object store answered a range with fewer bytes than were asked for."""
 
 
 class ObjectRangeFile:
@@ -51,22 +55,30 @@ class ObjectRangeFile:
         def get(obstore: Any, client: Any) -> memoryview:
             data = memoryview(obstore.get_range(client, self._name, start=offset, length=length))
             if data.nbytes != length:
-                raise OSError(f"the answer held {data.nbytes} of {length} bytes")
+                raise ShortAnswerError(f"the answer held {data.nbytes} of {length} bytes")
             return data
 
         try:
             return self._storage.call(f"read bytes {offset} to {offset + length} of", self._name, get)
-        except StorageError:
+        except StoreNotFoundError as exc:
+            raise self._damaged(f"{self.size} bytes, found no file any more") from exc
+        except StorageError as exc:
             size = self._storage.size(self._name)
             if size is not None:
                 self._require(size, offset + length)  # the object may have been replaced by a shorter one
+            if isinstance(exc.__cause__, ShortAnswerError):
+                raise self._damaged(f"{length} bytes from {offset} on, but {exc.__cause__}") from exc
             raise
+
+    def _damaged(self, expected_and_found: str) -> ShardDamagedError:
+        return ShardDamagedError(
+            f"{self._storage.describe(self._name)}: expected {expected_and_found}; run `draftcache repair` on the "
+            "store, then the capture command again"
+        )
 
     def _require(self, size: int, end: int) -> None:
         if size < end:
-            raise ShardDamagedError(
-                f"{self._storage.describe(self._name)}: expected at least {end} bytes, found {size}; the file was cut"
-            )
+            raise self._damaged(f"at least {end} bytes, found {size}; the file was cut")
 
     def close(self) -> None:
         """Do nothing: an object that is read holds no resource between two reads."""

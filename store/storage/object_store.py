@@ -68,7 +68,8 @@ class ObjectStorage:
     connections, bodies that end early), with exponential backoff from `backoff` seconds on, and this class tries each
     call up to 3 times, which also covers requests that obstore must not repeat blindly. A request may take
     `request_timeout` seconds (set it for 8 MiB on the slowest link), a call `deadline` seconds and at most 3 request
-    timeouts more. Then StorageError is raised.
+    timeouts more. Then StorageError is raised. Answers that can't be right, such as a 404 for an object that a commit
+    record names, are for the caller to ask for again, after each of `pauses` (seconds, from `backoff`).
 
     Uploads that a killed process left unfinished, or whose first answer was lost, stay in the bucket, unseen, until a
     lifecycle rule (AbortIncompleteMultipartUpload) removes them: set one.
@@ -95,6 +96,7 @@ class ObjectStorage:
         self.url = url.rstrip("/")
         self.retries, self.backoff = retries, backoff
         self.request_timeout, self.deadline = request_timeout, deadline
+        self.pauses = (2 * backoff, 8 * backoff)
         self._client: Any = None
         load_obstore(self.url)
 
@@ -116,33 +118,41 @@ class ObjectStorage:
         def get(obstore: Any, client: Any) -> tuple[int, bytes | None]:
             answer = obstore.get(client, name)
             size = int(answer.meta["size"])
-            return size, bytes(answer.bytes()) if size <= PART else None
+            data = bytes(answer.bytes()) if size <= PART else None
+            if data is not None and len(data) != size:
+                raise OSError(f"the answer held {len(data)} of {size} bytes")
+            return size, data
 
         size, data = self.call("read", name, get)
         if data is None:
             whole = bytearray(size)
             ObjectRangeFile(self, name, size).read_into(0, [memoryview(whole)])
             return bytes(whole)
-        if len(data) != size:
-            raise StorageError(f"{self.describe(name)}: expected {size} bytes, the answer held {len(data)}; try again")
         return data
 
-    def open(self, name: str) -> ObjectRangeFile:
-        """Open an object, for one HEAD request."""
-        size = self.size(name)
+    def open(self, name: str, *, size: int | None = None) -> ObjectRangeFile:
+        """Open an object, for one HEAD request; for none where its size is given."""
+        size = self.size(name) if size is None else size
         if size is None:
             raise StoreNotFoundError(f"{self.describe(name)}: expected a file of the store, found nothing there")
         return ObjectRangeFile(self, name, size)
 
     def list(self, directory: str) -> Names:
-        return [name for name in self._names(directory) if not any(part.startswith(".") for part in name.split("/"))]
+        return [*self.list_sizes(directory)]
 
-    def _names(self, directory: str) -> Names:
-        def names(obstore: Any, client: Any) -> Names:
+    def list_sizes(self, directory: str) -> dict[str, int]:
+        """Return the sizes of all objects below a directory by name, for one request per 1,000 objects."""
+        found = self._objects(directory).items()
+        return {name: size for name, size in found if not any(part.startswith(".") for part in name.split("/"))}
+
+    def _objects(self, directory: str) -> dict[str, int]:
+        """Return the sizes of all objects below a directory, hidden ones too, by name and in the names' order."""
+
+        def sizes(obstore: Any, client: Any) -> dict[str, int]:
             pages = obstore.list(client, directory or None, chunk_size=1000)
-            return sorted(item["path"] for page in pages for item in page)
+            return dict(sorted((item["path"], int(item["size"])) for page in pages for item in page))
 
-        return self.call("list", directory, names)
+        return self.call("list", directory, sizes)
 
     def put(self, name: str, data: Buffer) -> None:
         body = bytes(flat(data))
@@ -182,7 +192,7 @@ class ObjectStorage:
             return  # S3 does not report that there was no object, the other stores do
 
     def delete_directory(self, directory: str) -> None:
-        in_parallel(self.delete, self._names(directory))
+        in_parallel(self.delete, [*self._objects(directory)])
 
     def move_directory(self, source: str, target: str) -> None:
         """Copy every object on the server, then remove the old ones.
@@ -194,7 +204,7 @@ class ObjectStorage:
             new = target + name.removeprefix(source)
             self.call(f"copy to {new}", name, lambda obstore, client: obstore.copy(client, name, new))
 
-        names = self._names(source)
+        names = [*self._objects(source)]
         in_parallel(copy, names)
         in_parallel(self.delete, names)
 

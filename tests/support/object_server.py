@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, urlsplit
@@ -42,6 +43,8 @@ class Request:
     conditional: bool
     started: float
     ended: float = 0.0
+    sent: int = 0
+    """Bytes of the body that the client was sent."""
     fault: str | None = None
 
     @property
@@ -52,10 +55,45 @@ class Request:
         return f"{self.method} {path} {sorted(set(query) - {'uploadId'})} {query.get('partNumber')} {self.range}"
 
 
+def rounds(log: Iterable[Request]) -> int:
+    """Count the requests of the longest chain in which each began after the one before had ended.
+
+    So many times a client waited for an answer, however many requests were under way meanwhile.
+    """
+    count, last = 0, -1.0
+    for request in sorted(log, key=lambda request: request.ended):
+        if request.started >= last:
+            count, last = count + 1, request.ended
+    return count
+
+
 Plan = Callable[[Request], str | None]
-"""Which fault a request meets: one of KINDS, "deny", "unlisted", or None."""
+"""Which fault a request meets: one of KINDS or of LIES, "deny", "unlisted", or None."""
 
 KINDS = ("error", "drop", "lose", "truncate", "stall", "slow")
+LIES = ("absent", "short", "stale", "shortlist")
+"""Whole answers that are not true: no such object, half of it, another content, half of a list."""
+
+
+class LyingPlan:
+    """Tells one lie, the first `times` times that the same thing is asked of an object whose path matches."""
+
+    def __init__(self, kind: str, times: float, *, path: str = "") -> None:
+        """`kind` is one of LIES, `path` a regular expression that is searched for in objects' paths."""
+        self.kind, self.times, self.path = kind, times, path
+        self._told: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def __call__(self, request: Request) -> str | None:
+        """Decide whether this request is lied to."""
+        is_list = "list-type" in request.query
+        if is_list != (self.kind == "shortlist") or request.method not in ("GET", "HEAD"):
+            return None
+        if not is_list and not re.search(self.path, request.path):
+            return None
+        with self._lock:
+            self._told[request.signature] += 1
+            return self.kind if self._told[request.signature] <= self.times else None
 
 
 class SeededPlan:
@@ -91,6 +129,8 @@ class FlakyProxy(ThreadingHTTPServer):
         self.upstream, self.stall, self.slow = upstream, stall, slow
         self.plan: Plan = lambda request: None
         self.log: list[Request] = []
+        self.former: dict[str, bytes] = {}
+        """What a stale answer holds, by the object's path; the object's bytes inverted where it is not given here."""
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
 
@@ -115,6 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: FlakyProxy
+    _request: Request
 
     def _serve(self) -> None:
         split = urlsplit(self.path)
@@ -129,6 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         request.fault = self.server.plan(request)
         self.server.log.append(request)
+        self._request = request
         try:
             self._answer(request, body)
         finally:
@@ -146,7 +188,12 @@ class _Handler(BaseHTTPRequestHandler):
         if request.fault == "drop":
             self.close_connection = True
             return
+        if request.fault == "absent":
+            self._send(404, {"Content-Type": "application/xml"}, b"<Error><Code>NoSuchKey</Code></Error>")
+            return
         status, headers, answer = self._forward(body)
+        if status in (200, 206):
+            headers, answer = self._lie(request, headers, answer)
         if request.fault == "lose":  # it was done, but the client does not learn of it
             self.close_connection = True
             return
@@ -155,6 +202,20 @@ class _Handler(BaseHTTPRequestHandler):
         if request.fault in ("stall", "slow"):
             time.sleep(self.server.stall if request.fault == "stall" else self.server.slow)
         self._send(status, headers, answer, cut=request.fault == "truncate")
+
+    def _lie(self, request: Request, headers: dict[str, str], answer: bytes) -> tuple[dict[str, str], bytes]:
+        """Return an answer that is whole but not true, where that is the request's fault."""
+        if request.fault == "stale":
+            former = self.server.former.get(request.path)
+            return headers, bytes(255 - byte for byte in answer) if former is None else former
+        if request.fault == "short":
+            sizes = {name: str(int(value) // 2) for name, value in headers.items() if name.lower() == "content-length"}
+            return headers | sizes, answer[: len(answer) // 2]
+        if request.fault == "shortlist":
+            parts = re.findall(rb"<Contents>.*?</Contents>", answer, flags=re.DOTALL)
+            for part in parts[len(parts) // 2 :]:
+                answer = answer.replace(part, b"")
+        return headers, answer
 
     def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection(*self.server.upstream, timeout=30)
@@ -176,7 +237,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", lengths[0] if self.command == "HEAD" and lengths else str(len(answer)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(answer[: len(answer) // 2] if cut else answer)
+            body = answer[: len(answer) // 2] if cut else answer
+            self.wfile.write(body)
+            self._request.sent = len(body)
         if cut:
             self.close_connection = True
 
@@ -214,6 +277,16 @@ class S3Server:
         backend = get_backend("s3")[DEFAULT_ACCOUNT_ID]["aws"]
         for key in keys:
             backend.put_object(BUCKET, key, b"")
+
+    def load(self, directory: Path, prefix: str) -> int:
+        """Put the files of a local directory under a prefix, past the protocol. Returns their bytes."""
+        backend, total = get_backend("s3")[DEFAULT_ACCOUNT_ID]["aws"], 0
+        for path in sorted(directory.rglob("*")):
+            name = path.relative_to(directory).as_posix()
+            if path.is_file() and not any(part.startswith(".") for part in name.split("/")):
+                backend.put_object(BUCKET, f"{prefix}/{name}", path.read_bytes())
+                total += path.stat().st_size
+        return total
 
     def keys(self, prefix: str) -> list[str]:
         """List the keys that begin with `prefix`, up to 1,000 of them."""

@@ -53,11 +53,10 @@ def _state(location: str, planned: int, committed: int) -> bool:
     Raises ShardDamagedError where it is finished, by the record of its index, and yet lacks commit records.
     """
     from draftcache.store.common.errors import ShardDamagedError
-    from draftcache.store.format.commits import read_record
-    from draftcache.store.format.index import INDEX_RECORD
+    from draftcache.store.format.index import find_index_record
     from draftcache.store.storage.base import open_storage
 
-    if read_record(open_storage(location), INDEX_RECORD) is None:
+    if find_index_record(open_storage(location)) is None:
         print(
             f"warning: {location} is not finished: {committed} of {planned} shards are committed, and only their "
             "conversations are shown; run the capture command to finish it",

@@ -35,7 +35,7 @@ def summarise(location: Location, *, allow_partial: bool = False) -> Summary:
     reader = StoreReader(location, allow_partial=allow_partial)
     try:
         totals = RecordTotals()
-        for name, record in commit_records(reader.storage, reader.manifest):
+        for name, record in commit_records(reader.storage, reader.manifest, finished=reader.finished):
             totals.add(name, record)
         return _manifest_figures(reader) | _index_figures(reader) | totals.figures(int(reader.index["tokens"].sum()))
     finally:

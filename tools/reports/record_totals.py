@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from draftcache.store.common.errors import StoreNotFoundError
 from draftcache.store.common.files import hash_json
 from draftcache.store.common.sealed_json import SEAL
 from draftcache.store.format.commits import (
@@ -23,24 +24,26 @@ from draftcache.store.format.commits import (
 from draftcache.store.format.index import INDEX_RECORD
 from draftcache.store.format.manifest import StoreManifest, top_level_names
 from draftcache.store.format.norm_band import NormBand
+from draftcache.store.storage.asking import ask_side_by_side
 from draftcache.store.storage.base import Storage
 
-_REMOTE_READS = 16  # records that are fetched at once from an object store
 
-
-def commit_records(storage: Storage, manifest: StoreManifest) -> Iterator[tuple[str, Record]]:
+def commit_records(
+    storage: Storage, manifest: StoreManifest, *, finished: bool = False
+) -> Iterator[tuple[str, Record]]:
     """Yield the stem and the content of every commit record, shards first; other files beside them are passed by.
 
-    Raises StoreError for a damaged record.
+    The records of a `finished` store are asked for by name, so that a list that came back short leaves none out; those
+    of another store are the listed ones. Raises StoreError for a damaged record, ShardDamagedError for a missing one.
     """
-    top_level = {INDEX_RECORD, *(Path(name).stem for name in top_level_names(manifest))}
-    listed = {name.rpartition("/")[2].removesuffix(".json") for name in storage.list(COMMIT_DIRECTORY)}
-    stems = [*map(shard_name, committed_shards(storage)), *sorted(top_level & listed)]
-    if storage.local_root is not None:
-        yield from ((stem, _record(storage, stem)) for stem in stems)
-        return
-    with ThreadPoolExecutor(_REMOTE_READS) as pool:
-        yield from zip(stems, pool.map(lambda stem: _record(storage, stem), stems), strict=True)
+    stems = list(map(shard_name, range(manifest.shards)))
+    others = sorted({INDEX_RECORD, *(Path(name).stem for name in top_level_names(manifest))})
+    if not finished:
+        listed = set(storage.list(COMMIT_DIRECTORY))
+        stems = list(map(shard_name, committed_shards(storage)))
+        others = [stem for stem in others if record_name(stem) in listed]
+    stems += others
+    yield from zip(stems, ask_side_by_side(storage, partial(_record, storage), stems), strict=True)
 
 
 def _record(storage: Storage, stem: str) -> Record:
@@ -49,7 +52,7 @@ def _record(storage: Storage, stem: str) -> Record:
         value = json.loads(storage.read(record_name(stem)))
         if value.pop(SEAL) == hash_json(value) and isinstance(value["files"], dict):
             return dict(value)
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (StoreNotFoundError, ValueError, TypeError, KeyError, AttributeError):
         pass
     return require_record(storage, stem)  # raises StoreError, which says what is wrong with the record
 
