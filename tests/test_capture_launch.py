@@ -35,9 +35,9 @@ from draftcache.store.format.norm_band import bands_from_json, bands_to_json
 from draftcache.store.reader import StoreReader
 from draftcache.store.storage.base import open_storage
 from draftcache.store.verify import verify_store
+from draftcache.tools.campaign.object_server import BUCKET, CREDENTIALS, s3_server
 from draftcache.tools.cli import main
 from support.capture_jobs import config, flags, prepare_rows, write_rows
-from support.object_server import BUCKET, CREDENTIALS, s3_server
 from support.processes import ONE_THREAD, children, wait_for
 from support.tiny_models import save_model
 

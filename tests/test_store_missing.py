@@ -17,8 +17,8 @@ from draftcache.store.storage.base import open_storage
 from draftcache.store.tar_stream import TarStream
 from draftcache.store.verify import verify_store
 from draftcache.store.writer import StoreWriter
+from draftcache.tools.campaign.object_server import BUCKET, CREDENTIALS, FlakyProxy, s3_server
 from draftcache.tools.cli import main
-from support.object_server import BUCKET, CREDENTIALS, FlakyProxy, s3_server
 from support.synthetic import items_of, manifest, write_files
 
 EXTRA: dict[str, Any] = {"quarantined": [], "gates": {}}

@@ -22,8 +22,8 @@ from draftcache.store.storage.base import open_storage
 from draftcache.store.storage.object_store import ObjectStorage
 from draftcache.store.verify import verify_store
 from draftcache.store.writer import StoreWriter
+from draftcache.tools.campaign.object_server import BUCKET, CREDENTIALS, FlakyProxy, S3Server, SeededPlan, s3_server
 from draftcache.tools.cli import main
-from support.object_server import BUCKET, CREDENTIALS, FlakyProxy, S3Server, SeededPlan, s3_server
 from support.synthetic import conversation, manifest, turns, write_files
 
 SHARDS = 3

@@ -24,8 +24,8 @@ from draftcache.store.storage.local import LocalStorage
 from draftcache.store.tar_stream import TarStream
 from draftcache.store.verify import verify_store
 from draftcache.store.writer import StoreWriter
+from draftcache.tools.campaign.object_server import BUCKET, FlakyProxy, Request, S3Server, rounds, s3_server
 from draftcache.tools.reports.inspection import summarise
-from support.object_server import BUCKET, FlakyProxy, Request, S3Server, rounds, s3_server
 from support.remote_stores import connect, store_in_bucket, write_shards
 from support.synthetic import manifest, write_files
 

@@ -25,9 +25,9 @@ from draftcache.store.format.teacher_stats import describe, tail_mass
 from draftcache.store.reader import StoreReader
 from draftcache.store.storage.base import open_storage
 from draftcache.store.writer import StoreWriter
+from draftcache.tools.campaign.object_server import BUCKET, CREDENTIALS, s3_server
 from draftcache.tools.commands import inspect
 from draftcache.tools.reports.inspection import decode_conversation, summarise
-from support.object_server import BUCKET, CREDENTIALS, s3_server
 from support.synthetic import LAYERS, TOP_K, VOCAB, conversation, manifest, turns, vocab_map, write_files, write_store
 
 MASKS = ((40, (6, 16), (22, 37)), (300, (250, 260)), (33, (3, 4)), (700, (10, 60), (500, 600)))

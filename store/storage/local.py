@@ -87,21 +87,13 @@ class LocalStorage:
             return path.stat().st_size if path.is_file() else None
 
     def read(self, name: str) -> bytes:
-        path = self._regular(name)
+        path = self.local_root / name
         with explained(path, "read"):
             _require_regular(path)
             return path.read_bytes()
 
     def open(self, name: str, *, size: int | None = None) -> LocalRangeFile:
-        return LocalRangeFile(self._regular(name))
-
-    def _regular(self, name: str) -> Path:
-        """Return the path of a file. A pipe in its place would be waited for, so it counts as none."""
-        path = self.local_root / name
-        with explained(path, "read"):
-            if not path.is_file():
-                raise FileNotFoundError
-        return path
+        return LocalRangeFile(self.local_root / name)
 
     def list(self, directory: str) -> list[str]:
         names = []

@@ -9,7 +9,7 @@ from typing import Any
 from draftcache.store.format.manifest import StoreManifest
 from draftcache.store.storage.object_store import ObjectStorage
 from draftcache.store.writer import StoreWriter
-from support.object_server import BUCKET, CREDENTIALS, FlakyProxy, S3Server
+from draftcache.tools.campaign.object_server import BUCKET, CREDENTIALS, FlakyProxy, S3Server
 from support.synthetic import items_of, manifest, write_files
 
 EXTRA: dict[str, Any] = {"quarantined": [], "gates": {}, "tail_mass": {"count": 0}}

@@ -25,7 +25,9 @@ def main() -> int:
     parser.add_argument("--mutations", type=int, default=3000, help="changed stores, datasets and checkpoints")
     parser.add_argument("--inputs", type=int, default=300, help="flags, files and rows that are wrong")
     parser.add_argument("--network", type=int, default=20, help="mixes of faults of an object store")
-    parser.add_argument("--only", help=f"parts to run, comma-separated, of {','.join(PARTS)}; or part of a row's name")
+    parser.add_argument(
+        "--only", help=f"parts or rows to run, comma-separated: {','.join(PARTS)}, train, store:zarr, .."
+    )
     parser.add_argument("--directory", type=Path, help="where to work: a filesystem to try (default: a temporary one)")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other instants and bytes")
     parser.add_argument("--output", type=Path, help="also write the counts to this JSON file")

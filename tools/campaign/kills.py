@@ -211,18 +211,18 @@ def scenarios(world: World, scratch: Path) -> list[Scenario]:
         )  # fmt: skip
 
     return [
-        store_scenario("zarr", name="capture, zarr"),
-        store_scenario("webdataset", name="capture, webdataset"),
-        store_scenario("zarr", name="capture, two at a time", writers=2),
-        store_scenario("zarr", name="capture, two without locks", writers=2, locks=False),
+        store_scenario("zarr", name="capture: zarr"),
+        store_scenario("webdataset", name="capture: webdataset"),
+        store_scenario("zarr", name="capture: two at a time", writers=2),
+        store_scenario("zarr", name="capture: two without locks", writers=2, locks=False),
         training(name="train"),
-        training(name="train, two at a time", writers=2, loser=(0, REFUSED)),
-        training(name="train, two without locks", writers=2, locks=False, loser=(0, REFUSED)),
+        training(name="train: two at a time", writers=2, loser=(0, REFUSED)),
+        training(name="train: two without locks", writers=2, locks=False, loser=(0, REFUSED)),
         conversion(name="convert"),
-        conversion(name="convert, two without locks", writers=2, locks=False, loser=(0, 1)),
+        conversion(name="convert: two without locks", writers=2, locks=False, loser=(0, 1)),
         preparing(name="prepare"),
-        preparing(name="prepare, two at a time", writers=2, loser=(0, REFUSED)),
-        preparing(name="prepare, two without locks", writers=2, locks=False, loser=(0, REFUSED)),
+        preparing(name="prepare: two at a time", writers=2, loser=(0, REFUSED)),
+        preparing(name="prepare: two without locks", writers=2, locks=False, loser=(0, REFUSED)),
         Scenario(
             name="repair", words=lambda path: ["repair", path], content=undamaged, reference=world.root / "zarr",
             start_from=damaged, again=(0, 1),

@@ -177,7 +177,7 @@ def targets(world: World, scratch: Path) -> list[Target]:
 
     stores = [
         Target(
-            name=f"store, {layout}", tree=world.root / layout, other=world.root / f"other-{layout}", judge=verified,
+            name=f"store:{layout}", tree=world.root / layout, other=world.root / f"other-{layout}", judge=verified,
             read=store_reading, heal=captured_again(layout), healed=store_content(world.root / layout),
         )
         for layout in ("zarr", "webdataset")

@@ -10,6 +10,7 @@ from pathlib import Path
 from draftcache.tools.campaign.inputs import try_all
 from draftcache.tools.campaign.kills import kill_again_and_again, scenarios
 from draftcache.tools.campaign.mutations import change_again_and_again, targets
+from draftcache.tools.campaign.network import mix_again_and_again
 from draftcache.tools.campaign.tally import Tally
 from draftcache.tools.campaign.world import World
 
@@ -19,13 +20,15 @@ def run_parts(root: Path, counts: Mapping[str, int], only: str | None, random_: 
     world = World(root / "world")
     tallies = []
     for part, name, count, attempt in _rows(world, root, counts, random_):
-        if count == 0 or (
-            only is not None and not any(word in (part, *name.split(", ")) or word == name for word in only.split(","))
-        ):
+        if count == 0 or (only is not None and not any(_is_named(word, part, name) for word in only.split(","))):
             continue
         tallies.append(attempt(count))
         print(f"{name}: {tallies[-1].attempts} attempts, {tallies[-1].faults.total()} faults", flush=True)
     return tallies
+
+
+def _is_named(word: str, part: str, name: str) -> bool:
+    return word in (part, name) or name.startswith(f"{word}:")
 
 
 def _rows(
@@ -39,4 +42,5 @@ def _rows(
     each = -(-counts["mutations"] // len(trees))
     mutations = [("mutations", tree.name, each, partial(change_again_and_again, tree, root, random_)) for tree in trees]
     inputs = ("inputs", "wrong inputs", counts["inputs"], partial(try_all, world, root, random_))
-    return [*kills, *mutations, inputs]
+    network = ("network", "object store: faults and lies", counts["network"])
+    return [*kills, *mutations, inputs, (*network, partial(mix_again_and_again, world, root, random_))]
