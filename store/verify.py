@@ -1,18 +1,15 @@
 """Checks whether a store is what its manifest and commit records say, and returns a report of the damage.
 
-`shard_checks` checks one shard; here are the store's other files, and the shards side by side in several processes.
+`shard_choice` says which shards are checked, `shard_workers` checks them side by side, `shard_checks` checks one. Here
+are the store's other files, and the order of the work.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,6 +24,7 @@ from draftcache.store.format.commits import (
     record_name,
     require_manifest,
     require_record,
+    require_shard,
     shard_name,
     shard_number,
 )
@@ -34,70 +32,51 @@ from draftcache.store.format.frozen import FROZEN_NAME, require_frozen
 from draftcache.store.format.index import INDEX_NAME, INDEX_RECORD, load_index, read_shard_index
 from draftcache.store.format.manifest import StoreManifest, top_level_names
 from draftcache.store.format.vocab_map import VocabMap
-from draftcache.store.shard_checks import REFUSED, Damage, ShardReport, brief, check_shard, damaged_files
+from draftcache.store.shard_checks import REFUSED, Damage, ShardReport, brief, damaged_files
+from draftcache.store.shard_choice import ShardChoice
+from draftcache.store.shard_workers import check_shards
 from draftcache.store.storage.base import Location, Storage, open_storage
+from draftcache.store.verify_journal import VerifyJournal
+from draftcache.store.verify_report import VerifyReport
 
-_PROCESSES_FROM = 8
-"""Shards from which on processes are started. Fewer are not worth the start."""
-
-
-@dataclass(kw_only=True)
-class VerifyReport:
-    """What `verify_store` looked at and what it found."""
-
-    location: str
-    """Path or URL of the store."""
-    quick: bool
-    """Whether only records and sizes were checked."""
-    shards: int = 0
-    """Shards that the manifest plans."""
-    committed: int = 0
-    """Shards that have a commit record."""
-    conversations: int = 0
-    """Conversations of the shards whose records can be read."""
-    bytes: int = 0
-    """Bytes of those shards' files, as the records say."""
-    indexed: bool = False
-    """Whether the store's index is committed, which capture writes last."""
-    damages: list[Damage] = field(default_factory=list)
-    """Everything that is not as it was committed."""
-    strays: list[str] = field(default_factory=list)
-    """Files below shards/ that no commit record names. They are no part of the store."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether every planned shard is committed, and the whole store's index too."""
-        return self.committed == self.shards and self.indexed
-
-    @property
-    def damaged_shards(self) -> list[int]:
-        """Numbers of the damaged shards, ascending."""
-        return sorted({item.shard for item in self.damages if item.shard is not None})
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        return asdict(self) | {"finished": self.finished, "damaged_shards": self.damaged_shards}
+_REMOTE_READS = 16  # records that are fetched at once from an object store
 
 
 def verify_store(
     location: Location,
     *,
     quick: bool = False,
+    shards: tuple[int, int] | None = None,
+    sample: float | None = None,
+    seed: int = 0,
+    journal: Path | None = None,
     workers: int | None = None,
+    planned: Callable[[int, int], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> VerifyReport:
     """Check a store against its manifest and commit records, and return the report.
 
     Every file's size and xxh3-128 is checked, every index against its arrays, and every conversation's values. With
-    `quick`, only that every record can be read and every file has its size. `workers` is the number of processes, by
-    default one per core; stores of few shards are checked in this process. `progress` is called with the bytes of each
-    shard that is done.
+    `quick`, only that every record can be read and every file has its size. `shards` limits this to the shards of two
+    numbers and between them. `sample` is the share of the shards that is read in full, above 0 and at most 1; the
+    others are checked as with `quick`. The same store, `sample` and `seed` give the same shards, and another `seed`
+    gives others (`shard_choice.SAMPLE_RULE`). The files beside the shards are checked always, and that every planned
+    shard of a finished store has a commit record.
+
+    `journal` is a file that notes each shard that was checked. After a kill, the same call goes on from it: a shard
+    that it calls good, and whose commit record is the same still, is not read again. The file is removed when the
+    report is made. `workers` is the number of processes, by default one per core; stores of few shards are checked in
+    this process. `planned` is called once, before shards are checked, with the bytes of all shards to check and how
+    many of them the journal has already; `progress` is called with the bytes of each shard that is done. Beside a
+    sample, shards that are checked by size count no bytes.
 
     All damage is part of the report, that of the manifest too. Raises StoreNotFoundError or StoreVersionError where
-    there is no store that could be verified.
+    there is no store that could be verified, InputError for settings that do not fit the store or one another, or for a
+    journal of another verification, WorkerError where a process dies, and OSError where the journal can't be written.
     """
+    choice = ShardChoice(quick=quick, shards=shards, sample=sample, seed=seed)
     storage = open_storage(location)
-    report = VerifyReport(location=storage.describe(), quick=quick)
+    report = VerifyReport(location=storage.describe(), quick=quick, choice=choice)
     try:
         manifest = StoreManifest.load(storage)
     except StoreError as exc:
@@ -106,23 +85,104 @@ def verify_store(
         report.damages.append(Damage(name="manifest.json", problem=str(exc)))
         return report
     report.shards = manifest.shards
-    report.damages += _check_top_level(storage, manifest, quick)
-    report.indexed = storage.size(record_name(INDEX_RECORD)) is not None
-    numbers = _committed(storage, manifest, report)
-    records: dict[int, Record] = {}
-    for found in _check_shards(location, numbers, quick, workers):
-        report.damages += found.damages
-        if found.record is not None:
-            records[found.number] = found.record
-            report.conversations += int(found.record["conversations"])
-            size = sum(item["bytes"] for item in found.record["files"].values())
-            report.bytes += size
-            if progress is not None:
-                progress(size)
-    if report.finished and not report.damages and not quick:
-        report.damages += _check_store_index(storage, records)
-    report.strays = _strays(storage, records, report.damaged_shards)
+    choice.chosen([], manifest.shards)  # refuses numbers beyond the plan before anything is read
+    with nullcontext() if journal is None else VerifyJournal(journal, storage, manifest.hash, choice) as notes:
+        report.damages += _check_top_level(storage, manifest, quick)
+        report.indexed = storage.size(record_name(INDEX_RECORD)) is not None
+        committed = _committed(storage, manifest, report)
+        plan = _Plan(storage, manifest, choice, committed, notes)
+        report.not_looked_at = len(committed) - len(plan.in_full)
+        report.from_journal = len(plan.noted)
+        if planned is not None:
+            planned(plan.bytes_of(plan.in_full), plan.bytes_of(plan.noted))
+        with closing(check_shards(location, plan.open, workers)) as results:
+            for found in results:
+                plan.take(found)
+                if notes is not None:
+                    notes.add(found, in_full=plan.in_full[found.number])
+                if progress is not None:
+                    progress(plan.bytes_of([found.number]))
+        plan.count(report)
+        if report.finished and not report.damages and not quick:
+            report.damages += _check_store_index(storage, plan.records_in_full(), whole=report.complete)
+        report.strays = _strays(storage, plan, report.damaged_shards)
+        if notes is not None:
+            notes.finish()
     return report
+
+
+class _Plan:
+    """The shards that are checked, what the journal knows of them, and what their checks find."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        manifest: StoreManifest,
+        choice: ShardChoice,
+        committed: list[int],
+        notes: VerifyJournal | None,
+    ) -> None:
+        chosen = choice.chosen(committed, manifest.shards)
+        full = choice.in_full(chosen, manifest.hash)
+        self.in_full = {number: number in full for number in chosen}
+        """The shards to check, and whether each of them is read in full."""
+        self.records = _read_records(storage, manifest, chosen)
+        """The commit records of these shards, where they can be read."""
+        self.noted = [
+            number
+            for number, record in self.records.items()
+            if notes is not None and notes.has(number, record, in_full=self.in_full[number])
+        ]
+        """Those that the journal calls good."""
+        known = set(self.noted)
+        self.open = {number: full for number, full in self.in_full.items() if number not in known}
+        """Those that are checked now."""
+        self.all_chosen = choice.shards is None
+        self._sampled = choice.sample is not None
+        self._damages: list[Damage] = []
+
+    def bytes_of(self, numbers: Iterable[int]) -> int:
+        """Return the bytes of shards' files, by which progress is measured, as the records say."""
+        counted = (number for number in numbers if self.in_full[number] or not self._sampled)
+        return sum(_record_bytes(self.records[number]) for number in counted if number in self.records)
+
+    def take(self, found: ShardReport) -> None:
+        """Keep what the checks of a shard found, and the commit record that they went by."""
+        self._damages += found.damages
+        self.records.pop(found.number, None)
+        if found.record is not None:
+            self.records[found.number] = found.record
+
+    def count(self, report: VerifyReport) -> None:
+        """Add the shards to the report, in the order of their numbers."""
+        report.damages += sorted(self._damages, key=lambda damage: damage.shard or 0)
+        report.read_in_full = len(self.records_in_full())
+        report.checked_by_size = len(self.records) - report.read_in_full
+        report.unreadable = len(self.in_full) - len(self.records)
+        report.conversations = sum(int(record["conversations"]) for record in self.records.values())
+        report.bytes = sum(map(_record_bytes, self.records.values()))
+
+    def records_in_full(self) -> dict[int, Record]:
+        """Return the commit records of the shards that were read in full."""
+        return {number: record for number, record in self.records.items() if self.in_full[number]}
+
+
+def _record_bytes(record: Record) -> int:
+    return sum(item["bytes"] for item in record["files"].values())
+
+
+def _read_records(storage: Storage, manifest: StoreManifest, numbers: list[int]) -> dict[int, Record]:
+    """Return the commit records of shards, without those that can't be read: their checks say why."""
+
+    def read(number: int) -> Record | None:
+        try:
+            return require_shard(storage, number, manifest.hash)
+        except REFUSED:
+            return None
+
+    with ThreadPoolExecutor(1 if storage.local_root is not None else _REMOTE_READS) as pool:
+        found = dict(zip(numbers, pool.map(read, numbers), strict=True))
+    return {number: record for number, record in found.items() if record is not None}
 
 
 def _committed(storage: Storage, manifest: StoreManifest, report: VerifyReport) -> list[int]:
@@ -153,26 +213,18 @@ def _lost_record(number: int) -> Damage:
     return Damage(name=name, problem="expected a commit record, found none", shard=number)
 
 
-def _strays(storage: Storage, records: dict[int, Record], damaged_shards: list[int]) -> list[str]:
-    """Return the files below shards/ that no record names, save those of damaged shards."""
-    named = {name for record in records.values() for name in record["files"]}
-    return [
-        name
-        for name in storage.list(SHARDS_DIRECTORY)
-        if name not in named and shard_number(name) not in damaged_shards
-    ]
-
-
-def _check_shards(location: Location, numbers: list[int], quick: bool, workers: int | None) -> Iterable[ShardReport]:
-    """Check the shards, in their order, side by side where there are enough of them."""
-    check = partial(check_shard, str(location), quick=quick)
-    processes = min(workers or os.cpu_count() or 1, len(numbers))
-    if processes < 2 or len(numbers) < _PROCESSES_FROM:
-        yield from map(check, numbers)
-        return
-    # Processes are spawned, because a forked child would inherit the locks of whatever threads the caller has running.
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(check, numbers, chunksize=max(1, min(16, len(numbers) // (4 * processes))))
+def _strays(storage: Storage, plan: _Plan, damaged_shards: list[int]) -> list[str]:
+    """Return the files below shards/ that no record names, save those of damaged shards and of shards that were not
+    looked at.
+    """
+    named = {name for record in plan.records.values() for name in record["files"]}
+    found = []
+    for name in storage.list(SHARDS_DIRECTORY):
+        number = shard_number(name)
+        judged = number is None or number in plan.in_full or plan.all_chosen
+        if judged and name not in named and number not in damaged_shards:
+            found.append(name)
+    return found
 
 
 def _check_top_level(storage: Storage, manifest: StoreManifest, quick: bool) -> list[Damage]:
@@ -211,11 +263,21 @@ def _require_readable(path: Path, manifest: StoreManifest) -> None:
         load_index(path.read_bytes(), str(path))
 
 
-def _check_store_index(storage: Storage, records: dict[int, Record]) -> list[Damage]:
-    """Check that the store's index is its shards' indexes, one after the other."""
+def _check_store_index(storage: Storage, records: dict[int, Record], *, whole: bool) -> list[Damage]:
+    """Check that the store's index is its shards' indexes, one after the other; unless `whole`, only at the rows of the
+    shards of these records.
+    """
     record = require_record(storage, INDEX_RECORD)
     index = load_index(read_committed(storage, record, INDEX_NAME), storage.describe(INDEX_NAME))
-    parts = [read_shard_index(storage, records[number]) for number in sorted(records)]
+    if not whole:
+        index = index[np.isin(index["shard"], list(records))]
+    parts = []
+    for number in sorted(records):
+        try:
+            parts.append(read_shard_index(storage, records[number]))
+        except StoreError as exc:  # of a shard that only the journal calls good
+            name = f"{records[number]['directory']}/{INDEX_NAME}"
+            return [Damage(name=name, problem=str(exc), shard=number)]
     if parts and not np.array_equal(index, np.concatenate(parts)):
         return [Damage(name=INDEX_NAME, problem="expected the rows of the shards' indexes in order, found others")]
     return []

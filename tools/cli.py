@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     named = arguments[0] if arguments else ""
+    resumes = named in RESUMED
 
     from draftcache.store.common.failures import DEBUG_VARIABLE, describe_failure, exit_code_of
 
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parsed = _parser(named).parse_args(arguments)
         if parsed.debug:
             os.environ[DEBUG_VARIABLE] = "1"
+        resumes = resumes or getattr(parsed, "journal", None) is not None
         module = importlib.import_module(COMMANDS[parsed.command][0])
         code = int(module.run(parsed))
         sys.stdout.flush()
@@ -70,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exit_code_of(exc)
     except KeyboardInterrupt as exc:
-        next_time = "goes on from what was saved" if named in RESUMED else "starts from the beginning"
+        next_time = "goes on from what was saved" if resumes else "starts from the beginning"
         print(f"draftcache {named}: interrupted; the same command {next_time}", file=sys.stderr)
         return exit_code_of(exc)
     except Exception as exc:

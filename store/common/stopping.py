@@ -129,3 +129,20 @@ def asked_by_signals(stop: StopRequest) -> Iterator[StopRequest]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def sigterm_stops() -> Iterator[None]:
+    """Have SIGTERM raise Stopped in the main thread, as Ctrl-C raises KeyboardInterrupt. A second one ends the process
+    at once, as without a handler.
+    """
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Stopped(number)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -41,8 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
         check=not arguments.no_check,
         allow_lossy_source=arguments.allow_lossy_source,
     )
-    with progress_bar(unit="B", unit_scale=True, desc="convert") as bar:
-        summary = conversion.run(progress=lambda size: bar.update(size))
+    with progress_bar(total=conversion.tokens, unit="tok", unit_scale=True, desc="convert") as bar:
+        summary = conversion.run(progress=lambda tokens: bar.update(tokens))
     tokens = max(summary.tokens, 1)
     print(
         f"{arguments.target}: {summary.shards} of {len(conversion.plan)} shards written now, "

@@ -17,13 +17,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     Returns 0 if nothing was damaged or the store is whole again, and 1 if capture has shards to make again.
     """
-    from draftcache.store.common.progress import progress_bar
+    from draftcache.store.common.progress import progress_bar, set_total
     from draftcache.store.repair import repair_store
     from draftcache.store.verify import verify_store
 
     with progress_bar(unit="B", unit_scale=True, desc="verify") as bar:
         report = verify_store(
-            arguments.store, quick=arguments.quick, workers=arguments.workers, progress=lambda size: bar.update(size)
+            arguments.store,
+            quick=arguments.quick,
+            workers=arguments.workers,
+            planned=lambda total, done: set_total(bar, total, done),
+            progress=lambda size: bar.update(size),
         )
     if not report.damages:
         print(f"{report.location}: nothing is damaged, nothing was changed")
