@@ -23,7 +23,8 @@ ROOMS = {
     "tools": {
         "arguments": 0,
         "speculative_decode": 0,
-        "cli": 0,
+        "results": 0,
+        "cli": 1,
         "reports": 1,
         "probe": 1,
         "demo": 2,

@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     resumes = named in RESUMED
 
     from draftcache.store.common.failures import DEBUG_VARIABLE, describe_failure, exit_code_of
+    from draftcache.tools.results import stdout_for_result
 
     try:
         parsed = _parser(named).parse_args(arguments)
@@ -64,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ[DEBUG_VARIABLE] = "1"
         resumes = resumes or getattr(parsed, "journal", None) is not None
         module = importlib.import_module(COMMANDS[parsed.command][0])
-        code = int(module.run(parsed))
+        with stdout_for_result(as_json=parsed.json):
+            code = int(module.run(parsed))
         sys.stdout.flush()
         return code
     except BrokenPipeError as exc:

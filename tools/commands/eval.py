@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from draftcache.tools.results import add_json, show
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the evaluation's flags."""
@@ -22,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="cuda, cuda:N, cpu, or auto")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -38,9 +41,9 @@ def run(arguments: argparse.Namespace) -> int:
         bigram_splits=arguments.bigram_splits.split(",") if arguments.bigram_splits else None,
         device=arguments.device,
     )
-    print(format_table(result))
     if arguments.output is not None:
         write_json(arguments.output, result)
+    show(arguments, result, format_table(result))
     return 0
 
 

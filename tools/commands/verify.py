@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from draftcache.tools.arguments import finite_number
+from draftcache.tools.results import add_json, show
 
 if TYPE_CHECKING:
+    from draftcache.capture.prepare.token_dataset import DatasetDamage
     from draftcache.store.verify_report import VerifyReport
 
 
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="note each checked shard in FILE: after a kill, the same command goes on from there; removed at the end",
     )
     parser.add_argument("--workers", type=int, help="processes (default: one per CPU)")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -61,29 +62,34 @@ def run(arguments: argparse.Namespace) -> int:
                 raise InputError(
                     f"--{name}: expected a store, found the prepared dataset {arguments.store}, which is checked whole"
                 )
-        return _verify_dataset(Path(arguments.store), as_json=arguments.json)
+        return _verify_dataset(arguments)
 
 
-def _verify_dataset(path: Path, *, as_json: bool) -> int:
+def _verify_dataset(arguments: argparse.Namespace) -> int:
     from draftcache.capture.prepare.token_dataset import TokenDataset, find_damages
     from draftcache.store.common.progress import progress_bar, set_total
 
+    path = Path(arguments.store)
     with progress_bar(unit="B", unit_scale=True, desc="verify") as bar:
         damages = find_damages(path, lambda size: bar.update(size), lambda total: set_total(bar, total))
-    if as_json:
-        print(json.dumps({"location": str(path), "damages": [asdict(damage) for damage in damages]}, indent=2))
-        return 1 if damages else 0
-    for damage in damages:
-        print(f"DAMAGED {damage.name}: {damage.problem}")
-        for number in damage.conversations:
-            print(f"  touches {damage.name.partition('/')[0]}[{number}]")
-    if damages:
-        print("Run the prepare command again with --overwrite.")
-    else:
+    rows = None
+    if not damages:
         dataset = TokenDataset.open(path)
         rows = sum(len(dataset.split(name)) for name in dataset.splits)
-        print(f"{path}: a prepared dataset of {rows:,} conversations, all files as they were written")
+    values = {"location": str(path), "conversations": rows, "damages": [asdict(damage) for damage in damages]}
+    show(arguments, values, format_dataset_damages(path, damages, rows))
     return 1 if damages else 0
+
+
+def format_dataset_damages(path: Path, damages: list[DatasetDamage], rows: int | None) -> str:
+    """Format what is damaged in a prepared dataset; of a good one, of how many conversations, `rows`, it is."""
+    if not damages:
+        return f"{path}: a prepared dataset of {rows:,} conversations, all files as they were written"
+    lines = []
+    for damage in damages:
+        lines.append(f"DAMAGED {damage.name}: {damage.problem}")
+        lines += [f"  touches {damage.name.partition('/')[0]}[{number}]" for number in damage.conversations]
+    return "\n".join([*lines, "Run the prepare command again with --overwrite."])
 
 
 def _verify_store(arguments: argparse.Namespace) -> int:
@@ -103,7 +109,7 @@ def _verify_store(arguments: argparse.Namespace) -> int:
             progress=lambda size: bar.update(size),
         )
     good = not report.damages and (report.finished or arguments.allow_partial)
-    print(json.dumps(report.to_json(), indent=2) if arguments.json else format_report(report))
+    show(arguments, report.to_json(), format_report(report))
     return 0 if good else 1
 
 
