@@ -12,6 +12,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 
 from draftcache.store.common.errors import WorkerError
+from draftcache.store.common.log_times import time_worker_lines
 from draftcache.store.shard_checks import ShardReport, check_shard
 from draftcache.store.storage.base import Location
 
@@ -77,6 +78,7 @@ def _check(location: Location, numbers: list[int], *, quick: bool) -> list[Shard
 
 def _end_with_pipe(pipe: Connection) -> None:
     """Have this worker process end when the other end of `pipe` is closed, which a kill of the parent does too."""
+    time_worker_lines()
     threading.Thread(target=_wait_and_end, args=(pipe,), daemon=True).start()
 
 

@@ -50,9 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand of `argv` (default: the process's own arguments) and return the exit code.
 
     `draftcache.store.common.failures` lists the codes. An error is printed in one line on stderr; --debug shows its
-    trace.
+    trace. Where stderr is no terminal, each of its lines begins with the time.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    from draftcache.store.common.log_times import times_on_stderr
+
+    with times_on_stderr():
+        return _run(list(sys.argv[1:] if argv is None else argv))
+
+
+def _run(arguments: list[str]) -> int:
     named = arguments[0] if arguments else ""
     resumes = named in RESUMED
 
