@@ -288,7 +288,7 @@ def test_a_killed_verification_of_several_processes_goes_on(store: Path, tmp_pat
         wait_for(lambda: journal.exists() and journal.read_bytes().count(b"\n") >= 3)
         workers = children(process.pid)
         process.kill()
-        process.communicate()
+        process.communicate(timeout=30)  # which a worker that lives on would hold up
     assert len(workers) == 2
     wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers), 10)
     good = {json.loads(line)["shard"] for line in journal.read_text().splitlines()[1:]}
