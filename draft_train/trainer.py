@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -166,7 +167,8 @@ class Trainer:
     def _run_steps(self) -> None:
         if self.config.loss_rows == "unshifted" and self.ranks.leads:
             left, wanted = left_out_pairs(self.store, self.members, self.needs.steps)
-            print(f"--loss-rows unshifted: no teacher is stored for {left} of its {wanted} pairs: left out")
+            line = f"--loss-rows unshifted: no teacher is stored for {left} of its {wanted} pairs: left out"
+            print(line, file=sys.stderr)
         with self._log() as log, self._prefetcher() as data:
             for plan in self.schedule.steps(self.step):
                 self._finish_step(log, self._train_step(plan, data))

@@ -82,6 +82,8 @@ class Conversion:
         self.source = StoreReader(source)
         self.target = target
         self.check = check
+        self.tokens = int(self.source.index["tokens"].sum())
+        """Tokens of the store, by which progress is measured."""
         self._records = list(self.source.records())
         manifest = self.source.manifest
         mode = mode or manifest.mode
@@ -143,18 +145,19 @@ class Conversion:
         """Write the shards that are missing, then the index.
 
         Where another run writes some of them at this moment, the copy is not finished yet, and the summary's `missing`
-        names them. `progress` is called with the bytes of each shard that was written, before compression. Raises
-        StoreError, which names the conversation, where values that were read back differ from those written, and the
-        errors of `StoreReader` and `StoreWriter`.
+        names them. `progress` is called with the tokens of each shard of the plan, `tokens` in all, when it is written
+        or was there already. Raises StoreError, which names the conversation, where values that were read back differ
+        from those written, and the errors of `StoreReader` and `StoreWriter`.
         """
-        summary = ConvertSummary(tokens=int(self.source.index["tokens"].sum()))
+        summary = ConvertSummary(tokens=self.tokens)
         with StoreWriter(self.target, self.manifest, self._top_level_files) as writer:
             done = writer.committed() & set(range(len(self.plan)))
             self._compare_earlier(writer.storage, sorted(done), summary)
             for shard, plan in enumerate(self.plan):
-                size = 0 if shard in done else self._copy(writer, shard, plan, summary)
+                if shard not in done:
+                    self._copy(writer, shard, plan, summary)
                 if progress is not None:
-                    progress(size)
+                    progress(int(self.source.index["tokens"][plan.first : plan.last].sum()))
             summary.finished = writer.finish()
             summary.bytes_before = sum(item["bytes"] for record in self._records for item in record["files"].values())
             self._count(writer.storage, summary)
@@ -165,18 +168,17 @@ class Conversion:
             )
         return summary
 
-    def _copy(self, writer: StoreWriter, shard: int, plan: _ShardPlan, summary: ConvertSummary) -> int:
+    def _copy(self, writer: StoreWriter, shard: int, plan: _ShardPlan, summary: ConvertSummary) -> None:
         """Write a shard, compare it and commit it then, so that a shard that differs is never a part of the target.
 
-        A shard that was committed without a comparison is compared now. Returns the bytes that were written, before
-        compression. Raises StoreError where a conversation differs.
+        A shard that was committed without a comparison is compared now. Raises StoreError where a conversation differs.
         """
         begun = writer.shard(shard)
         if begun is None:
             if read_record(writer.storage, shard_name(shard)) is not None:  # otherwise another run is writing it
                 record = require_shard(writer.storage, shard, self.manifest.hash)
                 self._compare_committed(writer.storage, shard, record, summary)
-            return 0
+            return
         extra, check = self._extra(shard, plan), None
         if self.check:
             extra[_COMPARED] = self.source.manifest.hash
@@ -186,7 +188,6 @@ class Conversion:
                 begun.append(self._converted(number))
             begun.commit(extra, check)
         summary.shards += 1
-        return begun.payload_bytes
 
     def _compare(self, storage: Storage, plan: _ShardPlan, summary: ConvertSummary, record: Record) -> None:
         """Read back the shard of a commit record, which need not be written yet, and compare it. Raises StoreError."""

@@ -15,7 +15,7 @@ from draftcache.store.format.commits import SHARDS_DIRECTORY, record_name, shard
 from draftcache.store.format.index import INDEX_NAME, INDEX_RECORD, write_store_index
 from draftcache.store.format.manifest import MANIFEST_NAME, StoreManifest, top_level_names
 from draftcache.store.storage.base import Location, Storage, open_storage
-from draftcache.store.verify import VerifyReport
+from draftcache.store.verify_report import VerifyReport
 
 QUARANTINE_DIRECTORY = "quarantine"
 

@@ -23,6 +23,7 @@ from draftcache.store.common.errors import DraftcacheError, InputError
 from draftcache.store.format.vocab_map import VocabMap
 from draftcache.tools.cli import main
 from support.chat_tokenizers import CHATML, TOKENIZER_TEXT, save_tokenizer
+from support.log_lines import without_times
 from support.paths import ROOT
 
 
@@ -355,7 +356,7 @@ def test_command_line_end_to_end(tokenizer_dir: Path, tmp_path: Path) -> None:
     assert manifest["splits"]["dev"]["rows"] == 7
     refused = subprocess.run([*command, "--max-length", "81"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
-    assert refused.stderr.startswith("draftcache prepare: error: --output")
+    assert without_times(refused.stderr).startswith("draftcache prepare: error: --output")
     assert "Traceback" not in refused.stderr
 
 

@@ -110,6 +110,6 @@ def test_training_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.Capture
     assert left_out_pairs(store, members, STEPS) == (4 * len(left), 4 * len(wanted))
     trainer = Trainer(config(tmp_path, loss_rows="unshifted", out_of_vocab="drop", ttt_steps=STEPS))
     trainer.run()
-    assert f"no teacher is stored for {4 * len(left)} of its {4 * len(wanted)} pairs" in capsys.readouterr().out
+    assert f"no teacher is stored for {4 * len(left)} of its {4 * len(wanted)} pairs" in capsys.readouterr().err
     with pytest.raises(InputError, match="--loss-rows: expected one of"):
         Trainer(config(tmp_path, loss_rows="shifted"))

@@ -25,7 +25,8 @@ from draftcache.store.storage.local import LocalStorage
 from draftcache.store.tar_stream import TarStream
 from draftcache.store.verify import verify_store
 from draftcache.store.writer import StoreWriter
-from draftcache.tools.campaign.object_server import BUCKET, LIES, FlakyProxy, LyingPlan, S3Server, s3_server
+from draftcache.tools.campaign.fault_plans import LyingPlan
+from draftcache.tools.campaign.object_server import BUCKET, LIES, FlakyProxy, S3Server, s3_server
 from draftcache.tools.cli import main
 from draftcache.tools.reports.inspection import summarise
 from support.remote_stores import EXTRA, connect, store_in_bucket

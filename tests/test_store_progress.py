@@ -46,6 +46,25 @@ def test_lines_come_as_often_as_they_should(
     assert len(capsys.readouterr().err.splitlines()) == 7  # at first, five, at last
 
 
+def test_a_total_that_is_known_later_is_counted_from_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was done before counts into the percentage, and not into the rate, which the time that is left follows."""
+    with progress.progress_bar(desc="x") as bar:
+        monkeypatch.setattr(bar, "_time", lambda: 1000.0)
+        progress.set_total(bar, 100, done=60)
+        monkeypatch.setattr(bar, "_time", lambda: 1010.0)
+        bar.update(10)  # in 10 seconds: the last 30 take another 30
+        assert bar.format_dict["elapsed"] == 10.0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1].startswith("x:  60%")
+    assert lines[-1].startswith("x:  70%")
+    assert "00:10<00:30" in lines[-1]
+    with progress.progress_bar(disable=True) as bar:
+        progress.set_total(bar, 100)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_bar_that_is_switched_off_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with progress.progress_bar(total=5, disable=True) as bar:
         bar.update(1)

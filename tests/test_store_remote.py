@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from draftcache.store.common.errors import ShardDamagedError, StorageError
+from draftcache.store.common.errors import InputError, ShardDamagedError, StorageError
 from draftcache.store.convert import Conversion
 from draftcache.store.reader import StoreReader
 from draftcache.store.repair import repair_store
@@ -22,7 +22,8 @@ from draftcache.store.storage.base import open_storage
 from draftcache.store.storage.object_store import ObjectStorage
 from draftcache.store.verify import verify_store
 from draftcache.store.writer import StoreWriter
-from draftcache.tools.campaign.object_server import BUCKET, CREDENTIALS, FlakyProxy, S3Server, SeededPlan, s3_server
+from draftcache.tools.campaign.fault_plans import SeededPlan
+from draftcache.tools.campaign.object_server import BUCKET, CREDENTIALS, FlakyProxy, S3Server, s3_server
 from draftcache.tools.cli import main
 from support.synthetic import conversation, manifest, turns, write_files
 
@@ -172,6 +173,27 @@ def test_damage_is_named_repaired_and_made_again(
     write(url)  # makes just that one again
     require_whole(url)
     assert main(["verify", url]) == 0
+
+
+def test_a_verification_of_a_bucket_goes_on_from_its_journal(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The notes are a local file, as nothing is appended in a bucket."""
+    write(url)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("draftcache.store.verify._strays", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            verify_store(url, journal=tmp_path / "notes")
+    with pytest.raises(InputError, match="quick: expected True, found False"):
+        verify_store(url, journal=tmp_path / "notes", quick=True)
+    report = verify_store(url, journal=tmp_path / "notes")
+    assert (report.from_journal, report.complete, report.damages) == (report.committed, True, [])
+    report = verify_store(url, sample=0.1, journal=tmp_path / "notes")
+    assert (report.from_journal, report.read_in_full, report.checked_by_size) == (0, 1, report.committed - 1)
 
 
 def test_the_command_line_works_on_a_bucket(proxy: FlakyProxy, url: str, tmp_path: Path) -> None:

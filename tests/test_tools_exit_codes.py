@@ -16,6 +16,7 @@ from draftcache.store.common.device import choose_device
 from draftcache.store.common.failures import describe_failure, exit_code_of
 from draftcache.store.common.stopping import Stopped
 from draftcache.tools.cli import COMMANDS, main
+from support.log_lines import without_times
 from support.paths import DEMO
 from support.processes import ONE_THREAD
 from support.synthetic import write_store
@@ -65,7 +66,7 @@ def test_an_unexpected_error_is_one_line_and_a_trace_with_debug(
     monkeypatch.delenv("DRAFTCACHE_DEBUG", raising=False)
     monkeypatch.setitem(os.environ, "DRAFTCACHE_DEBUG", "")  # restored after --debug has set it
     assert main(["verify", "somewhere"]) == 3
-    shown = capsys.readouterr().err
+    shown = without_times(capsys.readouterr().err)
     (line,) = [line for line in shown.splitlines() if "error" in line]
     assert line.startswith("draftcache verify: error: internal error, TypeError: a bug over two lines (run with")
     assert "Traceback" not in shown

@@ -50,19 +50,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand of `argv` (default: the process's own arguments) and return the exit code.
 
     `draftcache.store.common.failures` lists the codes. An error is printed in one line on stderr; --debug shows its
-    trace.
+    trace. Where stderr is no terminal, each of its lines begins with the time.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    from draftcache.store.common.log_times import times_on_stderr
+
+    with times_on_stderr():
+        return _run(list(sys.argv[1:] if argv is None else argv))
+
+
+def _run(arguments: list[str]) -> int:
     named = arguments[0] if arguments else ""
+    resumes = named in RESUMED
 
     from draftcache.store.common.failures import DEBUG_VARIABLE, describe_failure, exit_code_of
+    from draftcache.tools.results import stdout_for_result
 
     try:
         parsed = _parser(named).parse_args(arguments)
         if parsed.debug:
             os.environ[DEBUG_VARIABLE] = "1"
+        resumes = resumes or getattr(parsed, "journal", None) is not None
         module = importlib.import_module(COMMANDS[parsed.command][0])
-        code = int(module.run(parsed))
+        with stdout_for_result(as_json=parsed.json):
+            code = int(module.run(parsed))
         sys.stdout.flush()
         return code
     except BrokenPipeError as exc:
@@ -70,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exit_code_of(exc)
     except KeyboardInterrupt as exc:
-        next_time = "goes on from what was saved" if named in RESUMED else "starts from the beginning"
+        next_time = "goes on from what was saved" if resumes else "starts from the beginning"
         print(f"draftcache {named}: interrupted; the same command {next_time}", file=sys.stderr)
         return exit_code_of(exc)
     except Exception as exc:

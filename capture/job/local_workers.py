@@ -18,6 +18,7 @@ from draftcache.capture.job.progress import Event, JobProgress, Line
 from draftcache.capture.job.stopping import ParentSignals, StopSignals, StopSteps
 from draftcache.store.common.errors import DraftcacheError, WorkerError
 from draftcache.store.common.failures import describe_failure
+from draftcache.store.common.log_times import time_worker_lines
 from draftcache.store.common.stopping import Stopped, StopRequest
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ class _Worker:
 def worker_main(config: CaptureConfig, number: int, count: int, connection: Connection) -> None:
     """Main function of a worker process. Exit code 0: the store is whole; 143 or 130: stopped; 2 or 3: an error."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time_worker_lines()
     stop = StopRequest(config.grace_seconds)
     with StopSignals(stop, _GENTLE):
         threading.Thread(target=_leave_with_parent, daemon=True).start()

@@ -34,6 +34,7 @@ from draftcache.capture.verifier.load import Verifier, choose_dtype, load_verifi
 from draftcache.capture.verifier.ssm_precision import enforce_contract
 from draftcache.store.common.device import choose_device
 from draftcache.store.common.errors import DraftcacheError, InputError, WorkerError
+from draftcache.store.common.log_times import time_worker_lines
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
@@ -189,6 +190,7 @@ def _follow(config: CaptureConfig, rank: int, first: int, meeting: str, connecti
     """Main function of a follower's process, which ends when the worker closes the pipe or has died."""
     for number in (signal.SIGTERM, signal.SIGINT):  # they reach whole process groups, and the worker decides
         signal.signal(number, signal.SIG_IGN)
+    time_worker_lines()
     threading.Thread(target=_leave_with_leader, daemon=True).start()
     from transformers.utils import logging
 

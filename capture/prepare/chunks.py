@@ -19,6 +19,7 @@ from draftcache.capture.prepare.chat_tokens import ChatTokenizer
 from draftcache.capture.prepare.conversations import Rejection, RowRejectedError, TokenRow, parse_row, read_lines
 from draftcache.capture.prepare.token_dataset import CONVERSATION_DTYPE, conversation_hash
 from draftcache.capture.prepare.tokenizer_files import ChatTemplate, TokenizerFiles
+from draftcache.store.common.log_times import time_worker_lines
 
 # Large enough that passing a chunk to a process takes little beside encoding it (about 0.3 s), and small enough that
 # the encodings of one chunk (about 150 bytes per token) take some tens of megabytes at most.
@@ -144,6 +145,7 @@ def start_worker(files: TokenizerFiles, template: ChatTemplate, max_length: int)
     parent = parent_process()
     if parent is not None:
         threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
+    time_worker_lines()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker = ChunkWorker(files, template, max_length)
 

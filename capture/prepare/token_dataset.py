@@ -214,13 +214,18 @@ def is_prepared(path: Path) -> bool:
     return isinstance(manifest, dict) and manifest.get("format") == FORMAT
 
 
-def find_damages(path: Path, progress: Callable[[int], object] = lambda size: None) -> list[DatasetDamage]:
+def find_damages(
+    path: Path,
+    progress: Callable[[int], object] = lambda size: None,
+    planned: Callable[[int], object] = lambda size: None,
+) -> list[DatasetDamage]:
     """Read every file of a prepared dataset, and return those that differ from the manifest.
 
-    `progress` is called with the bytes of each file that was read. Raises InputError where the manifest itself can't be
-    trusted: then nothing is left to compare with.
+    `planned` is called once with the bytes of all files, `progress` with those of each file that was read. Raises
+    InputError where the manifest itself can't be trusted: then nothing is left to compare with.
     """
     dataset, damages = TokenDataset(path, _read_manifest(path)), []
+    planned(sum(record["bytes"] for record in dataset.manifest["files"].values()))
     for name, record in dataset.manifest["files"].items():
         problem = dataset._size_problem(name) or dataset._hash_problem(name)
         progress(record["bytes"])

@@ -20,6 +20,17 @@ def progress_bar(**settings: Any) -> Any:
     return _LogLines(**settings, mininterval=LOG_SECONDS, miniters=1, leave=False)
 
 
+def set_total(bar: Any, total: int, done: int = 0) -> None:
+    """Tell a bar how much work there is, once that is known, and how much of it was done before: from here on it shows
+    a percentage and the time that is left.
+    """
+    if not bar.disable:
+        bar.total = total
+        bar.initial = bar.n = bar.last_print_n = done
+        bar.start_t = bar.last_print_t = bar._time()
+        bar.refresh()
+
+
 class _Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
     """A tqdm that Ctrl-C may interrupt while it is made."""
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from draftcache.store.common.log_times import TimedLines, now
 
 
 class Stopped(KeyboardInterrupt):
@@ -116,7 +119,9 @@ def asked_by_signals(stop: StopRequest) -> Iterator[StopRequest]:
         if signal.SIGINT in previous:
             signal.signal(signal.SIGINT, interrupt)
         if number == signal.SIGINT:  # not print, which must not be entered twice
-            os.write(2, b"\nstopping after the step that is running; press Ctrl-C again to stop at once\n")
+            begin = now() if isinstance(sys.stderr, TimedLines) else "\n"
+            line = f"{begin}stopping after the step that is running; press Ctrl-C again to stop at once\n"
+            os.write(2, line.encode())
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -129,3 +134,20 @@ def asked_by_signals(stop: StopRequest) -> Iterator[StopRequest]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def sigterm_stops() -> Iterator[None]:
+    """Have SIGTERM raise Stopped in the main thread, as Ctrl-C raises KeyboardInterrupt. A second one ends the process
+    at once, as without a handler.
+    """
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Stopped(number)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

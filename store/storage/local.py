@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from draftcache.store.common.attempts import attempt_path, is_idle, remove_ended
-from draftcache.store.common.errors import ShardDamagedError
+from draftcache.store.common.errors import ShardDamagedError, StoreNotFoundError
 from draftcache.store.common.files import Buffer, fsync_directory
 from draftcache.store.common.locks import FileLock, take_lock
 from draftcache.store.storage.local_stage import LocalStage, LocalStageFile, explained, rest_after
@@ -32,9 +32,14 @@ def _unless_missing(exc: OSError) -> None:
 
 
 def _require_regular(path: Path) -> None:
-    """Raise OSError for a pipe or device, whose reading would wait for ever."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    """Raise StoreNotFoundError where there is no file, or a pipe, whose reading would wait for ever; StorageError."""
+    with explained(path, "read"):
+        try:
+            mode = path.stat().st_mode
+        except NotADirectoryError as exc:  # there is a file where the store's directory should be
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from exc
+    if not stat.S_ISREG(mode):
+        raise StoreNotFoundError(f"{path}: expected a file of the store, found something that is no regular file")
 
 
 class LocalRangeFile:
@@ -43,8 +48,8 @@ class LocalRangeFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor = -1
+        _require_regular(path)
         with explained(path, "opened"):
-            _require_regular(path)
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self.size = os.fstat(self._descriptor).st_size
 
@@ -88,8 +93,8 @@ class LocalStorage:
 
     def read(self, name: str) -> bytes:
         path = self.local_root / name
+        _require_regular(path)
         with explained(path, "read"):
-            _require_regular(path)
             return path.read_bytes()
 
     def open(self, name: str, *, size: int | None = None) -> LocalRangeFile:

@@ -108,7 +108,8 @@ def _server(root: Path, seed: int, kinds: tuple[str, ...]) -> Iterator[Callable[
 
 def _lies(seed: int) -> Callable[[Request], str | None]:
     """Return a plan that tells some lie about one answer in twenty, each once."""
-    from draftcache.tools.campaign.object_server import LIES, SeededPlan
+    from draftcache.tools.campaign.fault_plans import SeededPlan
+    from draftcache.tools.campaign.object_server import LIES
 
     about_lists = ("shortlist",)
     about_objects = tuple(kind for kind in LIES if kind not in about_lists)
@@ -145,7 +146,8 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 def _serve(told: Path, seed: int, kinds: tuple[str, ...]) -> int:
     """Serve until this process is killed. Threads begin here, after the fork."""
-    from draftcache.tools.campaign.object_server import CREDENTIALS, FlakyProxy, SeededPlan, s3_server
+    from draftcache.tools.campaign.fault_plans import SeededPlan
+    from draftcache.tools.campaign.object_server import CREDENTIALS, FlakyProxy, s3_server
 
     with s3_server() as server, FlakyProxy(server.address, stall=0.9) as faults, FlakyProxy(server.address) as lies:
         faults.plan = SeededPlan(seed, rate=0.15, most=2, kinds=kinds)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from draftcache.capture.job.config import CaptureConfig
 from draftcache.tools.arguments import add_settings, read_settings, refuse_renamed
+from draftcache.tools.results import add_json, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one flag per field of CaptureConfig."""
     add_settings(parser, CaptureConfig)
+    add_json(parser)
     refuse_renamed(parser, {"--shard": "--tensor-parallel", "--engine": "--launcher"})
 
 
@@ -37,12 +40,30 @@ def run(arguments: argparse.Namespace) -> int:
         return exc.exit_code
     store = StoreReader(config.output)
     tokens = int(store.index["tokens"].sum())
-    rate = f", {summary.tokens / summary.seconds:,.0f} tokens/s" if summary.shards else ""
-    print(
-        f"{config.output}: {len(store):,} conversations, {tokens:,} tokens, "
-        f"{store.bytes_on_disk() / max(tokens, 1):,.0f} bytes/token; "
-        f"{summary.shards} of {store.manifest.shards} shards written now{rate}; {len(summary.quarantined)} quarantined"
-    )
-    for item in summary.quarantined:
-        print(f"  quarantined {item['split']}[{item['dataset_index']}] {item['content_hash']}: {item['reason']}")
+    values = {
+        "store": str(config.output),
+        "conversations": len(store),
+        "tokens": tokens,
+        "bytes_per_token": store.bytes_on_disk() / max(tokens, 1),
+        "shards": store.manifest.shards,
+        "shards_written": summary.shards,
+        "tokens_per_second": summary.tokens / summary.seconds if summary.shards else None,
+        "quarantined": summary.quarantined,
+    }
+    show(arguments, values, format_summary(values))
     return 1 if summary.quarantined else 0
+
+
+def format_summary(values: dict[str, Any]) -> str:
+    """Format what a capture has written, then the quarantined conversations, one per line."""
+    rate = "" if values["tokens_per_second"] is None else f", {values['tokens_per_second']:,.0f} tokens/s"
+    lines = [
+        f"{values['store']}: {values['conversations']:,} conversations, {values['tokens']:,} tokens, "
+        f"{values['bytes_per_token']:,.0f} bytes/token; {values['shards_written']} of {values['shards']} shards "
+        f"written now{rate}; {len(values['quarantined'])} quarantined"
+    ]
+    lines += [
+        f"  quarantined {item['split']}[{item['dataset_index']}] {item['content_hash']}: {item['reason']}"
+        for item in values["quarantined"]
+    ]
+    return "\n".join(lines)

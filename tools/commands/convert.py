@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
+from typing import Any
+
+from draftcache.tools.results import add_json, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard-tokens", type=int, help="tokens per shard (default: the source's shards)")
     parser.add_argument("--no-check", action="store_true", help="do not read back and compare")
     parser.add_argument("--allow-lossy-source", action="store_true", help="convert from int8 or fp8 to another mode")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,16 +46,17 @@ def run(arguments: argparse.Namespace) -> int:
         check=not arguments.no_check,
         allow_lossy_source=arguments.allow_lossy_source,
     )
-    with progress_bar(unit="B", unit_scale=True, desc="convert") as bar:
-        summary = conversion.run(progress=lambda size: bar.update(size))
+    with progress_bar(total=conversion.tokens, unit="tok", unit_scale=True, desc="convert") as bar:
+        summary = conversion.run(progress=lambda tokens: bar.update(tokens))
     tokens = max(summary.tokens, 1)
-    print(
-        f"{arguments.target}: {summary.shards} of {len(conversion.plan)} shards written now, "
-        f"{summary.bytes_before / tokens:,.1f} -> {summary.bytes_after / tokens:,.1f} bytes/token, "
-        f"{summary.conversations:,} conversations stored, {summary.checked:,} of them read back and compared now"
-    )
-    for layer, error in summary.largest_error.items():
-        print(f"  tap {layer}: largest error of a conversation {error:.4f} of its channels' rms")
+    values = {
+        "target": arguments.target,
+        "planned_shards": len(conversion.plan),
+        **asdict(summary),
+        "bytes_per_token_before": summary.bytes_before / tokens,
+        "bytes_per_token_after": summary.bytes_after / tokens,
+    }
+    show(arguments, values, format_summary(values))
     if not summary.finished:
         print(
             f"warning: {arguments.target} is not finished: expected {len(conversion.plan)} shards committed, the "
@@ -59,3 +65,17 @@ def run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0 if summary.finished else 1
+
+
+def format_summary(values: dict[str, Any]) -> str:
+    """Format what a conversion did, then the largest error of each tap, where the mode loses something."""
+    lines = [
+        f"{values['target']}: {values['shards']} of {values['planned_shards']} shards written now, "
+        f"{values['bytes_per_token_before']:,.1f} -> {values['bytes_per_token_after']:,.1f} bytes/token, "
+        f"{values['conversations']:,} conversations stored, {values['checked']:,} of them read back and compared now"
+    ]
+    lines += [
+        f"  tap {layer}: largest error of a conversation {error:.4f} of its channels' rms"
+        for layer, error in values["largest_error"].items()
+    ]
+    return "\n".join(lines)

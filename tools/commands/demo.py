@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from draftcache.tools.results import add_json, show
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the demo's one flag."""
+    """Add the demo's flags."""
     parser.add_argument(
         "--output", type=Path, default=Path("runs/demo"), help="directory of the run (default: runs/demo)"
     )
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -22,6 +25,6 @@ def run(arguments: argparse.Namespace) -> int:
     from draftcache.tools.demo.report import format_summary
 
     summary = Demo(arguments.output, DemoSize()).run()
-    print("\n" + format_summary(summary))
-    print(f"\n{arguments.output}: summary.json, curves.png, draft/ (for vLLM); {summary['seconds']['total']:.0f} s")
+    where = f"{arguments.output}: summary.json, curves.png, draft/ (for vLLM); {summary['seconds']['total']:.0f} s"
+    show(arguments, {"output": str(arguments.output), **summary}, f"\n{format_summary(summary)}\n\n{where}")
     return 0 if summary["speculative_decode_lossless"] and summary["offline_equals_online"] else 1

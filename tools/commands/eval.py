@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from draftcache.tools.results import add_json, show
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the evaluation's flags."""
@@ -28,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="cuda, cuda:N, cpu, or auto")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -46,9 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
         compute=arguments.compute,
         progress=True,
     )
-    print(format_table(result))
     if arguments.output is not None:
         write_json(arguments.output, result)
+    show(arguments, result, format_table(result))
     return 0
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from draftcache.tools.results import add_json, show
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the export's flags."""
@@ -16,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine", required=True, choices=("vllm", "sglang"), help="whose convention numbers the aux layers"
     )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -23,5 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     from draftcache.draft_train.export import export
 
     path = export(arguments.checkpoint, arguments.output, engine=arguments.engine, dtype=arguments.dtype)
-    print(f"{path}: config.json and model.safetensors for {arguments.engine}")
+    files = ["config.json", "model.safetensors"]
+    values = {"output": str(path), "files": files, "engine": arguments.engine, "dtype": arguments.dtype}
+    show(arguments, values, f"{path}: {' and '.join(files)} for {arguments.engine}")
     return 0

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from draftcache.tools.results import add_json, show
 
 _BAR = 40
 
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", metavar="A,B", help="tokens A .. B-1 of the conversation (default: the first 64)")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer, to show tokens as text")
     parser.add_argument("--allow-partial", action="store_true", help="accept a store whose capture has not finished")
-    parser.add_argument("--json", action="store_true", help="print as JSON")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,10 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
                 raise InputError(f"--{flag}: expected --conversation, or --split and --index, beside it, found neither")
         result = summarise(arguments.store, allow_partial=arguments.allow_partial)
         result["finished"] = _state(arguments.store, result["shards_planned"], result["shards_committed"])
-        print(json.dumps(result, indent=2) if arguments.json else format_summary(result))
+        show(arguments, result, format_summary(result))
         return 0
     result = _conversation(arguments)
-    print(json.dumps(result, indent=2) if arguments.json else format_conversation(result))
+    show(arguments, result, format_conversation(result))
     return 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from draftcache.store.common.errors import InputError
+from draftcache.tools.results import add_json, show
 
 # A split's name becomes the name of a directory beside manifest.json, and of a table row beside the row `union`.
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished dataset")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -77,9 +79,14 @@ def run(arguments: argparse.Namespace) -> int:
             overwrite=arguments.overwrite,
         )
     )
-    _report(result.manifest)
     state = "was already made by this job" if result.reused else "written"
-    print(f"\n{arguments.output}: {state}")
+    values = {
+        "output": str(arguments.output),
+        "reused": result.reused,
+        "quarantined_rows": result.quarantined_rows,
+        "dataset": result.manifest,
+    }
+    show(arguments, values, f"{format_dataset(result.manifest)}\n\n{arguments.output}: {state}")
     if result.quarantined_rows:
         print(
             f"{result.quarantined_rows:,} rows were quarantined: see {arguments.output}/*/{QUARANTINE}",
@@ -103,16 +110,20 @@ def read_splits(pairs: list[str]) -> dict[str, list[Path]]:
     return splits
 
 
-def _report(details: dict[str, Any]) -> None:
+def format_dataset(details: dict[str, Any]) -> str:
+    """Format the manifest of a prepared dataset: its tables, and why rows were quarantined."""
     from draftcache.tools.reports.accounting import accounting_table, coverage_text
 
-    print(f"vocabulary: {details['vocab_size']:,} ids, from {details['vocab_size_from']}")
-    print(f"chat template: {details['chat_template']['source']}, {details['chat_template']['matched']}\n")
-    print(accounting_table(details))
+    lines = [
+        f"vocabulary: {details['vocab_size']:,} ids, from {details['vocab_size_from']}",
+        f"chat template: {details['chat_template']['source']}, {details['chat_template']['matched']}",
+        "",
+        accounting_table(details),
+    ]
     for name, record in details["splits"].items():
-        for reason, rows in record["quarantined_by_reason"].items():
-            print(f"{name}: {rows:,} x {reason}")
+        lines += [f"{name}: {rows:,} x {reason}" for reason, rows in record["quarantined_by_reason"].items()]
     vocabulary = details["draft_vocabulary"]
     if vocabulary is not None:
-        print(f"\ndraft vocabulary {vocabulary['hash']}\n")
-        print(coverage_text(vocabulary["coverage"], vocabulary["size"]))
+        coverage = coverage_text(vocabulary["coverage"], vocabulary["size"])
+        lines += ["", f"draft vocabulary {vocabulary['hash']}", "", coverage]
+    return "\n".join(lines)

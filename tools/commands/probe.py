@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftcache.tools.arguments import finite_number
+from draftcache.tools.results import add_json, show
 
 if TYPE_CHECKING:
     from draftcache.tools.probe.compare import Comparison, Match
 
 _INPUT = ("output", "layers", "text", "token_ids", "only_layers", "source")
 _DUMP_ONLY = (*_INPUT, "device", "compute_dtype", "allow_fallback", "trust_remote_code")
-_COMPARE_ONLY = ("ids", "axis", "tolerance", "json")
+_COMPARE_ONLY = ("ids", "axis", "tolerance")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="largest |ours - other| / |other| of a match (default: 0.05)",
     )
-    compare.add_argument("--json", action="store_true", help="print the comparison as JSON")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -92,20 +92,26 @@ def _dump(arguments: argparse.Namespace) -> int:
 
     given = {name: value for name, value in settings.items() if value is not None}
     details = dump_states(ProbeConfig(verifier=arguments.verifier, **given))
-    print(
-        f"{arguments.output}: {len(details['tensors'])} states of {details['tokens']} tokens, {details['dtype']}, "
+    show(arguments, {"output": str(arguments.output), **details}, format_dump(arguments.output, details))
+    return 0
+
+
+def format_dump(output: Path, details: dict[str, Any]) -> str:
+    """Format what `draftcache.tools.probe.dump.dump_states` returns: a line on all states, then one per tap."""
+    lines = [
+        f"{output}: {len(details['tensors'])} states of {details['tokens']} tokens, {details['dtype']}, "
         f"forward {details['forward']}, SSM state {'proved float32' if details['ssm'] else 'none'}"
-    )
+    ]
     for layer in details["layers"]:
         names = details["tensors"][f"hidden_states.{layer}"]
         index = names["hf_hidden_states_index"]
-        print(
+        lines.append(
             f"  tap: output of block {layer} = "
             + (f"HF hidden_states[{index}]" if index is not None else "no entry of HF's hidden_states")
             + f" = vLLM aux id {names['vllm_aux_id']}"
         )
-    print("Run the other engine on this file's token_ids, then: draftcache probe --compare THIS ITS_FILE")
-    return 0
+    lines.append("Run the other engine on this file's token_ids, then: draftcache probe --compare THIS ITS_FILE")
+    return "\n".join(lines)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -121,7 +127,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     ours, other = arguments.compare
     tolerance = TOLERANCE if arguments.tolerance is None else arguments.tolerance
     found = compare_files(ours, other, ids=ids, layer_axis=arguments.axis, tolerance=tolerance)
-    print(json.dumps(found.to_json(), indent=2) if arguments.json else format_comparison(found))
+    show(arguments, found.to_json(), format_comparison(found))
     return 0 if found.fits else 1
 
 

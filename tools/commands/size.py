@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftcache.draft_train.config import MEMORY_SETTINGS, TrainConfig
 from draftcache.tools.arguments import add_settings, count, finite_number
+from draftcache.tools.results import add_json, show
 
 if TYPE_CHECKING:
     from draftcache.capture.job.store_size import Counts
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--train", action="store_true", help="GPU memory of training instead: see the flags below")
     add_settings(parser.add_argument_group("with --train, as of `draftcache train`"), TrainConfig, MEMORY_SETTINGS)
-    parser.add_argument("--json", action="store_true", help="print as JSON")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -73,12 +73,12 @@ def run(arguments: argparse.Namespace) -> int:
         from draftcache.tools.reports.training_memory import format_training_memory, training_memory
 
         memory = training_memory(arguments, _config(arguments.verifier))
-        print(json.dumps(memory, indent=2) if arguments.json else format_training_memory(memory))
+        show(arguments, memory, format_training_memory(memory))
         return 0
     result = size(arguments)
     from draftcache.tools.reports.sizes_text import format_sizes
 
-    print(json.dumps(result, indent=2) if arguments.json else format_sizes(result))
+    show(arguments, result, format_sizes(result))
     return 0
 
 

@@ -9,11 +9,13 @@ import sys
 from draftcache.draft_train.config import TrainConfig
 from draftcache.store.common.failures import describe_failure, exit_code_of
 from draftcache.tools.arguments import add_settings, read_settings
+from draftcache.tools.results import add_json, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one flag per field of TrainConfig."""
     add_settings(parser, TrainConfig)
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -23,9 +25,9 @@ def run(arguments: argparse.Namespace) -> int:
     """
     config = read_settings(TrainConfig, arguments)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return _train(config)
+        return _train(config, arguments)
     try:
-        code = _train(config)
+        code = _train(config, arguments)
     except Exception as exc:
         print(f"draftcache train: error: {describe_failure(exc)}", file=sys.stderr)
         code = exit_code_of(exc)
@@ -38,14 +40,15 @@ def run(arguments: argparse.Namespace) -> int:
     os._exit(code)
 
 
-def _train(config: TrainConfig) -> int:
+def _train(config: TrainConfig, arguments: argparse.Namespace) -> int:
     from draftcache.draft_train.ranks import joined_ranks
     from draftcache.draft_train.trainer import Trainer, TrainingStopped
     from draftcache.store.common.stopping import StopRequest, asked_by_signals
 
     try:
         with asked_by_signals(StopRequest()) as stop, joined_ranks(config.device) as ranks:
-            last = Trainer(config, ranks, stop).run()
+            trainer = Trainer(config, ranks, stop)
+            last = trainer.run()
     except TrainingStopped as exc:
         print(
             f"draftcache train: stopped after step {exc.step}, which is saved: run the same command again to go on",
@@ -53,5 +56,6 @@ def _train(config: TrainConfig) -> int:
         )
         return exc.exit_code
     if ranks.leads:
-        print(f"checkpoint: {last}")
+        values = {"output": str(config.output), "checkpoint": str(last), "steps": trainer.total_steps}
+        show(arguments, values, f"checkpoint: {last}")
     return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from draftcache.store.common.errors import InputError, ManifestMismatchError
+from draftcache.tools.results import add_json, show
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,10 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, required=True, metavar="N", help="ids in the draft vocabulary")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .safetensors map to write")
     parser.add_argument("--overwrite", action="store_true", help="replace another map at --output")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Build the map from the union of the inputs' token counts, print what it covers and write it. Returns 0.
+    """Build the map from the union of the inputs' token counts, write it and print what it covers. Returns 0.
 
     Raises InputError if another map exists at --output and --overwrite was not given.
     """
@@ -36,9 +38,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     counts = read_counts(arguments.inputs)
     vocab_map = build_vocab_map(counts, arguments.size)
-    print(f"draft vocabulary {vocab_map.hash}\n")
-    coverage = [row.as_json() for row in coverage_table(counts, vocab_map)]
-    print(coverage_text(coverage, len(vocab_map)))
     output = arguments.output
     if output.exists() and not arguments.overwrite and VocabMap.load(output).hash != vocab_map.hash:
         raise InputError(
@@ -46,7 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
             "captured or trained on it needs it, so choose another path, or replace it with --overwrite"
         )
     vocab_map.save(output)
-    print(f"\n{output}: written")
+    coverage = [row.as_json() for row in coverage_table(counts, vocab_map)]
+    table = coverage_text(coverage, len(vocab_map))
+    values = {"output": str(output), "hash": vocab_map.hash, "size": len(vocab_map), "coverage": coverage}
+    show(arguments, values, f"draft vocabulary {vocab_map.hash}\n\n{table}\n\n{output}: written")
     return 0
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
 from draftcache.store.common.errors import DraftcacheError
 from draftcache.store.common.files import read_json, write_json
+from draftcache.store.common.log_times import time_worker_lines
 
 ASSETS = Path(__file__).parent / "assets"
 VERIFIER = ASSETS / "verifier"
@@ -78,11 +78,6 @@ def load_demo_verifier() -> Verifier:
     return verifier
 
 
-def _peak_memory_gib() -> float:
-    """Return the peak memory of this process so far, in GiB. Linux counts ru_maxrss in KiB."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-
-
 _worker_model: Any = None
 
 
@@ -90,6 +85,7 @@ def _start_worker() -> None:
     global _worker_model
     import torch
 
+    time_worker_lines()
     torch.set_num_threads(1)
     _worker_model = load_demo_verifier().model
 
@@ -163,6 +159,7 @@ class Demo:
         """Write the verifier's greedy answers to train prompts that stage 1 does not see and to held-out prompts."""
         from transformers import AutoTokenizer
 
+        from draftcache.tools.demo.report import peak_memory_gib
         from draftcache.tools.demo.traces import prompt_of, write_traces
 
         size = self.size
@@ -191,7 +188,7 @@ class Demo:
                     self.path("data", f"{split}.jsonl"),
                     max_prompt_tokens=size.max_prompt_tokens,
                 )
-            self.memory["each verifier process"] = pool.submit(_peak_memory_gib).result()
+            self.memory["each verifier process"] = pool.submit(peak_memory_gib).result()
         self.seconds["traces"] = round(time.monotonic() - started, 1)
 
     def _prepare(self) -> None:
@@ -251,7 +248,7 @@ class Demo:
         from transformers import AutoTokenizer
 
         from draftcache.tools.demo.picture import draw_curves
-        from draftcache.tools.demo.report import summarize
+        from draftcache.tools.demo.report import peak_memory_gib, summarize
         from draftcache.tools.demo.truth import truth_check
 
         started = time.monotonic()
@@ -279,7 +276,7 @@ class Demo:
         summary = summarize([self.path("stores", name) for name in ("real", "traces")], evaluations, truth)
         summary["in_domain_split"] = IN_DOMAIN
         summary["size"] = asdict(self.size)
-        summary["peak_memory_gib"] = {**self.memory, "main process": _peak_memory_gib()}
+        summary["peak_memory_gib"] = {**self.memory, "main process": peak_memory_gib()}
         if find_spec("matplotlib") is None:
             print("curves.png is not drawn, as matplotlib is not installed: pip install 'draftcache[plot]'")
             return summary

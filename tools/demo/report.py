@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
 from draftcache.store.reader import StoreReader
 from draftcache.tools.demo.truth import TruthResult
+
+
+def peak_memory_gib() -> float:
+    """Return the peak memory of this process so far, in GiB. Linux counts ru_maxrss in KiB."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
 
 def store_totals(path: Path) -> dict[str, float]:
