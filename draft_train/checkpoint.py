@@ -7,7 +7,6 @@ hashes of the files beside it, and its own hash).
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import nn
 from draftcache.draft_train.drafts.protocol import CheckpointState, Draft
 from draftcache.draft_train.drafts.registry import find_architecture
 from draftcache.draft_train.state_file import STATE_NAME, read_state, state_bytes
+from draftcache.store.common.attempts import remove_ended
 from draftcache.store.common.errors import CheckpointError
 from draftcache.store.common.files import atomic_directory, hash_file, read_json, remove_directory, write_json
 from draftcache.store.common.tensor_files import save_tensors
@@ -215,6 +215,8 @@ def prune_checkpoints(output: Path, keep: int) -> None:
 
 
 def remove_leftovers(output: Path) -> None:
-    """Delete what killed processes left half written or half deleted. Only the run's own process may call this."""
-    for path in (output / "checkpoints").glob(".step_*.partial"):
-        shutil.rmtree(path)
+    """Delete what killed processes left half written or half deleted.
+
+    A process that may still live keeps its files: where locks do not lock, it could publish them while they go.
+    """
+    remove_ended(output / "checkpoints")

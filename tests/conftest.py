@@ -14,6 +14,14 @@ pytest.register_assert_rewrite("support")  # before its first import: its failed
 
 from support.chat_tokenizers import CHATML, save_tokenizer  # noqa: E402
 
+LONGEST = ("test_kernels_interpreted", "test_tools_campaign", "test_capture_launch", "test_draft_train_parallel")
+"""Files of tests that take minutes. Begun last, one of them would keep a single process busy at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the longest files first."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)  # a stable sort
+
 
 @pytest.fixture
 def seeded() -> None:

@@ -36,7 +36,7 @@ def test_captures_former_flags_are_refused_by_their_new_name(
     new = "--tensor-parallel" if words[0].startswith("--shard") else "--launcher"
     assert main(["capture", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("draftcache capture: error: ")
+    assert "draftcache capture: error: " in line
     assert new in line
 
 
@@ -49,5 +49,5 @@ def test_former_flags_are_not_shown_and_take_nothing_from_longer_ones() -> None:
     required = ["--verifier", "v", "--dataset", "d", "--output", "o", "--layers", "1"]
     parsed = parser.parse_args([*required, "--shard-tokens", "5", "--tensor-parallel", "2", "--launcher", "ray"])
     settings = {item.name for item in dataclasses.fields(CaptureConfig)}
-    assert vars(parsed).keys() == settings
+    assert vars(parsed).keys() == settings | {"json"}
     assert (parsed.shard_tokens, parsed.tensor_parallel, parsed.launcher) == (5, 2, "ray")

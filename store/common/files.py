@@ -130,9 +130,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def remove_directory(path: Path) -> None:
-    """Delete a directory so that a kill leaves it whole, or under a hidden name that ends in .partial."""
-    partial = path.with_name(f".{path.name}.removed.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    """Delete a directory so that a kill leaves it whole, or under the hidden name of an attempt."""
+    partial = attempt_path(path)
     path.rename(partial)
     fsync_directory(path.parent)
     shutil.rmtree(partial)
