@@ -70,6 +70,7 @@ def content(root: Path) -> dict[str, bytes]:
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
 
 
+@pytest.mark.slow
 def test_two_writers_killed_200_times_then_finished_equal_an_uninterrupted_one(tmp_path: Path) -> None:
     write_all(tmp_path / "whole")
     rng = np.random.default_rng(0)

@@ -136,7 +136,7 @@ def test_a_commit_whose_answer_never_came_keeps_the_files(url: str, monkeypatch:
     assert not verify_store(url).damages
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_a_failing_network_does_no_harm(
     proxy: FlakyProxy, url: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

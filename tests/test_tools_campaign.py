@@ -18,7 +18,7 @@ from draftcache.tools.campaign.tally import FAULTS, Tally, table
 from draftcache.tools.campaign.world import tree_content
 from support.processes import ONE_THREAD
 
-SHORT = ["--kills", "19", "--mutations", "40", "--inputs", "25"]
+SHORT = ["--kills", "19", "--mutations", "24", "--inputs", "15"]
 
 
 def campaign(tmp_path: Path, *words: str) -> list[dict[str, object]]:
@@ -32,9 +32,9 @@ def campaign(tmp_path: Path, *words: str) -> list[dict[str, object]]:
 
 
 def test_a_short_campaign_finds_no_fault(tmp_path: Path) -> None:
-    kills = ("capture: two without locks", "train: two without locks", "prepare")
+    kills = ("train: two without locks", "prepare: two without locks")
     rows = campaign(tmp_path, *SHORT, "--only", ",".join((*kills, "mutations", "inputs")))
-    assert len(rows) == 10
+    assert len(rows) == 7
     assert all(int(str(row["attempts"])) > 0 for row in rows)
 
 
