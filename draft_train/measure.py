@@ -24,6 +24,8 @@ from draftcache.store.reader import StoreReader
 
 PACK_TOKENS = 32_768
 """Tokens of a micro-batch, unless one conversation has more."""
+MOST_BYTES = 8_000_000_000
+"""Host memory for reading ahead."""
 _AHEAD = 3
 """Micro-batches of the largest size for which there is host memory."""
 
@@ -41,7 +43,7 @@ def measure(
     window: int | None,
     device: torch.device,
     pack_tokens: int = PACK_TOKENS,
-    most_bytes: int = 8_000_000_000,
+    most_bytes: int = MOST_BYTES,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> dict[str, AcceptanceCounts]:
     """Return the acceptance of each of `drafts` on conversations `members` of a store.
@@ -95,7 +97,7 @@ def measure_draft(
     draft_tokens: int = 5,
     compute: str = "auto",
     pack_tokens: int = PACK_TOKENS,
-    most_bytes: int = 8_000_000_000,
+    most_bytes: int = MOST_BYTES,
 ) -> AcceptanceCounts:
     """Return the acceptance of one draft; the arguments are those of `measure` and `draft_hits`."""
     hits = draft_hits(draft, frozen, store, draft_tokens=draft_tokens, compute=compute)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ stand_in_for_extension()  # before any test module imports transformers' Nemotro
 pytest.register_assert_rewrite("support")  # before its first import: its failed asserts show their values too
 
 from support.chat_tokenizers import CHATML, save_tokenizer  # noqa: E402
+
+if TYPE_CHECKING:
+    from draftcache.tools.campaign.object_server import S3Server
 
 LONGEST = ("test_kernels_interpreted", "test_tools_campaign", "test_capture_launch", "test_draft_train_parallel")
 """Files of tests that take minutes. Begun last, one of them would keep a single process busy at the end."""
@@ -27,6 +32,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def seeded() -> None:
     """The same random numbers in every test."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    """An S3 server on loopback, for the tests of a module."""
+    from draftcache.tools.campaign.object_server import s3_server  # it takes a second
+
+    with s3_server() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from draftcache.store.tar_stream import TarStream
 from draftcache.store.verify import verify_store
 from draftcache.store.writer import StoreWriter
 from draftcache.tools.campaign.fault_plans import LyingPlan
-from draftcache.tools.campaign.object_server import BUCKET, LIES, FlakyProxy, S3Server, s3_server
+from draftcache.tools.campaign.object_server import BUCKET, LIES, FlakyProxy, S3Server
 from draftcache.tools.cli import main
 from draftcache.tools.reports.inspection import summarise
 from support.remote_stores import EXTRA, connect, store_in_bucket
@@ -37,12 +37,6 @@ ALWAYS = math.inf
 LAYOUTS = ["zarr", "webdataset"]
 WRONG = [kind for kind in LIES if kind != "shortlist"]
 """Lies about an object."""
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with s3_server() as running:
-        yield running
 
 
 @pytest.fixture

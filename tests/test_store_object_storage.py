@@ -26,17 +26,11 @@ from draftcache.store.storage.base import Storage, open_storage
 from draftcache.store.storage.local import LocalStorage
 from draftcache.store.storage.object_store import ObjectStorage
 from draftcache.tools.campaign.fault_plans import SeededPlan
-from draftcache.tools.campaign.object_server import BUCKET, CREDENTIALS, KINDS, FlakyProxy, Request, S3Server, s3_server
+from draftcache.tools.campaign.object_server import BUCKET, CREDENTIALS, KINDS, FlakyProxy, Request, S3Server
 from support.paths import ROOT
 
 MIB = 1 << 20
 Connect = Callable[..., ObjectStorage]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with s3_server() as running:
-        yield running
 
 
 @pytest.fixture

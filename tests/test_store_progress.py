@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import gc
-import os
-import pty
 import subprocess
 import sys
-import termios
 
 import pytest
 from tqdm import tqdm
 
 from draftcache.store.common import progress
 from support.paths import ROOT
+from support.processes import on_terminal
 
 SCRIPT = """
 from draftcache.store.common.progress import progress_bar
@@ -84,16 +82,6 @@ def test_ctrl_c_while_a_bar_is_made_leaves_nothing_to_close(monkeypatch: pytest.
 
 
 def test_a_terminal_gets_a_line_that_moves() -> None:
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(ours, (24, 100))
-    with subprocess.Popen([sys.executable, "-c", SCRIPT], cwd=ROOT, stderr=theirs) as process:
-        os.close(theirs)
-        written = b""
-        try:
-            while part := os.read(ours, 4096):
-                written += part
-        except OSError:  # how Linux says that the other end is closed
-            pass
-        os.close(ours)
-    assert process.returncode == 0
+    code, written = on_terminal([sys.executable, "-c", SCRIPT], cwd=ROOT)
+    assert code == 0
     assert written.count(b"\rwork:") >= 2

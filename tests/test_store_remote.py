@@ -23,18 +23,12 @@ from draftcache.store.storage.object_store import ObjectStorage
 from draftcache.store.verify import verify_store
 from draftcache.store.writer import StoreWriter
 from draftcache.tools.campaign.fault_plans import SeededPlan
-from draftcache.tools.campaign.object_server import BUCKET, CREDENTIALS, FlakyProxy, S3Server, s3_server
+from draftcache.tools.campaign.object_server import BUCKET, CREDENTIALS, FlakyProxy, S3Server
 from draftcache.tools.cli import main
 from support.synthetic import conversation, manifest, turns, write_files
 
 SHARDS = 3
 EXTRA: dict[str, Any] = {"quarantined": [], "gates": {}}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with s3_server() as running:
-        yield running
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from draftcache.store.storage.local import LocalStorage
 from draftcache.store.tar_stream import TarStream
 from draftcache.store.verify import verify_store
 from draftcache.store.writer import StoreWriter
-from draftcache.tools.campaign.object_server import BUCKET, FlakyProxy, Request, S3Server, rounds, s3_server
+from draftcache.tools.campaign.object_server import BUCKET, FlakyProxy, Request, S3Server, rounds
 from draftcache.tools.reports.inspection import summarise
 from support.remote_stores import connect, store_in_bucket, write_shards
 from support.synthetic import manifest, write_files
@@ -34,12 +34,6 @@ STILL = 24
 """Rounds that an operation may take whatever the number of shards is."""
 OVERLAP = SIDE_BY_SIDE // 4
 """Requests that a round answers at least: a busy machine does not get all 32 under way within 30 ms."""
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with s3_server() as running:
-        yield running
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from support.log_lines import without_times
 from support.paths import DEMO
 from support.processes import ONE_THREAD
 from support.synthetic import write_store
+from support.wrong_words import words_naming
 
 CLI = [sys.executable, "-m", "draftcache.tools.cli"]
 
@@ -129,20 +130,9 @@ def test_no_command_has_a_traceback_for_paths_that_are_no_data(name: str, tmp_pa
     """Each path flag names a text file, and each command refuses it with code 2 or 1, in words."""
     text = tmp_path / "text"
     text.write_text("neither JSON nor a directory")
-    flags = {
-        "prepare": ["--tokenizer", text, "--output", tmp_path / "out", f"train={text}"],
-        "vocab": ["--size", "10", "--output", tmp_path / "out", text],
-        "capture": ["--verifier", text, "--dataset", text, "--output", tmp_path / "out", "--layers", "0,1"],
-        "train": ["--store", text, "--splits", "a", "--output", tmp_path / "out"],
-        "eval": ["--store", text, "--checkpoint", text, "--splits", "a"],
-        "export": ["--checkpoint", text, "--output", tmp_path / "out", "--engine", "vllm"],
-        "size": ["--dataset", text, "--verifier", text],
-        "inspect": [text],
-        "probe": ["--verifier", DEMO, "--text", text, "--output", text / "out", "--layers", "0,1"],
-        "verify": [text],
-        "convert": [text, tmp_path / "out"],
-        "repair": [text],
-    }[name]
+    flags = words_naming(text, tmp_path / "out")[name]
+    if name == "probe":
+        flags = ["--verifier", DEMO, "--text", text, "--output", text / "out", "--layers", "0,1"]
     done = run(name, *flags)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr

@@ -18,6 +18,7 @@ from draftcache.tools.results import show, stdout_for_result
 from support import capture_jobs, training_runs
 from support.synthetic import write_store
 from support.tiny_models import save_model
+from support.wrong_words import words_naming
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -186,21 +187,7 @@ def test_a_figure_that_is_missing_would_be_noticed() -> None:
 def test_a_failure_prints_nothing_on_stdout(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text"
     text.write_text("neither JSON nor a directory")
-    flags = {
-        "prepare": ["--tokenizer", text, "--output", tmp_path / "out", f"train={text}"],
-        "vocab": ["--size", "10", "--output", tmp_path / "out", text],
-        "capture": ["--verifier", text, "--dataset", text, "--output", tmp_path / "out", "--layers", "0,1"],
-        "train": ["--store", text, "--splits", "a", "--output", tmp_path / "out"],
-        "eval": ["--store", text, "--checkpoint", text, "--splits", "a"],
-        "export": ["--checkpoint", text, "--output", tmp_path / "out", "--engine", "vllm"],
-        "size": ["--dataset", text, "--verifier", text],
-        "inspect": [text],
-        "probe": ["--compare", text, text],
-        "verify": [text],
-        "convert": [text, tmp_path / "out"],
-        "repair": [text],
-        "demo": ["--output", text],
-    }[name]
+    flags = words_naming(text, tmp_path / "out")[name]
     assert main([name, *map(str, flags), "--json"]) == 2
     out, err = capfd.readouterr()
     assert out == ""

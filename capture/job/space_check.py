@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 
 from draftcache.capture.job.config import CaptureConfig
-from draftcache.capture.job.store_size import count_dataset, frozen_bytes, shard_bytes, specs_of
+from draftcache.capture.job.store_size import count_dataset, frozen_bytes, shard_bytes, sized_teacher, specs_of
 from draftcache.capture.job.work_plan import WorkPlan
 from draftcache.store.common.errors import InputError
 from draftcache.store.format.commits import committed_shards
-from draftcache.store.format.teacher import DraftVocab, TeacherForm
 from draftcache.store.storage.base import Storage
 
 
@@ -32,14 +31,13 @@ def bytes_left(
     What is committed already counts by its share of the tokens.
     """
     compute_dtype = str(dtype).removeprefix("torch.")
-    main, *more = draft_vocab_sizes
-    teacher = TeacherForm(
-        kind=config.teacher,
+    teacher = sized_teacher(
+        config.teacher,
         top_k=config.top_k,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         compute_dtype=compute_dtype,
-        vocabularies=(DraftVocab(size=main, hash=""), *map(DraftVocab.further, more)),
+        draft_vocab_sizes=draft_vocab_sizes,
     )
     specs = specs_of(config.mode, layers=config.layers, hidden_size=hidden_size, teacher=teacher)
     counts = count_dataset(work.dataset, config.window or None, config.shard_tokens, work.splits)

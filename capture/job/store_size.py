@@ -22,7 +22,7 @@ from draftcache.store.format.channel_scales import ChannelScales
 from draftcache.store.format.rows import rows_in_reach, teacher_positions
 from draftcache.store.format.schema import INDEX_DTYPE, array_specs
 from draftcache.store.format.tap_codecs import tap_codec
-from draftcache.store.format.teacher import TeacherForm
+from draftcache.store.format.teacher import DraftVocab, TeacherForm
 from draftcache.store.layouts.zarr_format import array_metadata
 
 # Compressed bytes per byte, by zstd at level 1, chunk by chunk. The ratio of high planes was 0.37 to 0.40 on states of
@@ -165,6 +165,24 @@ def specs_of(mode: str, *, layers: Sequence[int], hidden_size: int, teacher: Tea
     scales = ChannelScales({layer: np.ones(hidden_size, np.float32) for layer in layers})
     codec = tap_codec(mode, layers=layers, hidden_size=hidden_size, channel_scales=scales)
     return array_specs(codec=codec, teacher=teacher)
+
+
+def sized_teacher(
+    kind: str, *, top_k: int, vocab_size: int, hidden_size: int, compute_dtype: str, draft_vocab_sizes: Sequence[int]
+) -> TeacherForm:
+    """Return the form of a teacher whose vocabularies are known by size alone. It affects no sizes which ids they hold.
+
+    The first of `draft_vocab_sizes` is the main vocabulary's.
+    """
+    main, *more = draft_vocab_sizes
+    return TeacherForm(
+        kind=kind,
+        top_k=top_k,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        compute_dtype=compute_dtype,
+        vocabularies=(DraftVocab(size=main, hash=""), *map(DraftVocab.further, more)),
+    )
 
 
 def shard_bytes(counts: Counts, specs: Mapping[str, ArraySpec], layout: str) -> dict[str, float]:

@@ -11,15 +11,11 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # of f
 
 
 class FileLock:
-    """A lock that is held until `release`, or until the process ends. Implements `draftcache.store.storage.base.Lock`.
+    """A lock, held until `release` or the end of the process. Implements `draftcache.store.storage.base.Lock`."""
 
-    `works` is False where the filesystem said that it has no locks: then nothing keeps others out.
-    """
-
-    def __init__(self, descriptor: int, *, works: bool) -> None:
+    def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         """Open for reading and writing. It is -1 once the lock is released."""
-        self.works = works
 
     def release(self) -> None:
         """Release the lock. The file stays."""
@@ -31,7 +27,8 @@ class FileLock:
 def take_lock(path: Path, *, shared: bool = False) -> FileLock | None:
     """Take the lock of the file `path`, which is created, or return None where another process holds it.
 
-    A `shared` lock may be held by several processes at once. Raises OSError.
+    A `shared` lock may be held by several processes at once. Where the filesystem has no locks, everyone gets one:
+    nothing may depend on them alone. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Opened for writing, because NFS locks bytes instead, and an exclusive lock on bytes needs that.
@@ -42,8 +39,7 @@ def take_lock(path: Path, *, shared: bool = False) -> FileLock | None:
         os.close(descriptor)
         return None
     except OSError as exc:
-        if exc.errno in _NO_LOCKS:
-            return FileLock(descriptor, works=False)
-        os.close(descriptor)
-        raise
-    return FileLock(descriptor, works=True)
+        if exc.errno not in _NO_LOCKS:
+            os.close(descriptor)
+            raise
+    return FileLock(descriptor)

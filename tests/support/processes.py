@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pty
+import subprocess
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +24,22 @@ def wait_for(what: Callable[[], Any], seconds: float = 90.0) -> None:
     while not what():
         assert time.monotonic() < deadline
         time.sleep(0.002)
+
+
+def on_terminal(command: list[str], **more: Any) -> tuple[int, bytes]:
+    """Run a command whose stderr is a terminal of 100 columns. Returns its exit code and what it wrote there."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(ours, (24, 100))
+    with subprocess.Popen(command, stderr=theirs, **more) as process:
+        os.close(theirs)
+        written = b""
+        try:
+            while part := os.read(ours, 4096):
+                written += part
+        except OSError:  # how Linux says that the other end is closed
+            pass
+        os.close(ours)
+    return process.returncode, written
 
 
 def children(pid: int) -> list[int]:

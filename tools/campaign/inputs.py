@@ -13,7 +13,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from draftcache.tools.campaign.processes import start
+from draftcache.tools.campaign.processes import run
 from draftcache.tools.campaign.tally import Tally
 from draftcache.tools.campaign.world import World
 from draftcache.tools.campaign.wrong_content import WRONG_FILES, WRONG_ROWS, make_directory
@@ -43,14 +43,7 @@ def try_all(world: World, root: Path, random_: random.Random, attempts: int) -> 
         place = root / "wrong"
         place.mkdir()
         tally.attempts += 1
-        words = case.make(place)
-        ended = start(words).wait()
-        if ended.has_trace:
-            tally.fault("tracebacks", f"{case.name}: {ended}\n{ended.errors[-2000:]}")
-        elif ended.code == 0 and 0 not in case.codes:
-            tally.fault("undetected", f"{case.name}: {ended.words}")
-        elif ended.code not in case.codes:
-            tally.fault("wrong codes", f"{case.name}: expected one of {case.codes}: {ended}")
+        tally.judge(run(case.make(place)), case.codes, case.name)
         shutil.rmtree(place)
     return tally
 

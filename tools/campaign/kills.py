@@ -60,7 +60,7 @@ def kill_again_and_again(scenario: Scenario, root: Path, random_: random.Random,
         for process, killed in zip(processes, alive, strict=True):
             ended = process.wait()
             if not killed:
-                _judge(tally, ended, (0, *scenario.loser, *scenario.again))
+                tally.judge(ended, (0, *scenario.loser, *scenario.again))
         tally.attempts += sum(alive)
         kept = _check_kept(tally, scenario, place, kept)
         rounds -= 1
@@ -78,13 +78,6 @@ def _measure(scenario: Scenario, root: Path) -> float:
     ended = run(scenario.words(place))
     shutil.rmtree(place.parent)
     return ended.seconds
-
-
-def _judge(tally: Tally, ended: Ended, codes: tuple[int, ...]) -> None:
-    if ended.has_trace:
-        tally.fault("tracebacks", f"{ended}\n{ended.errors[-3000:]}")
-    elif ended.code not in codes:
-        tally.fault("wrong codes", f"expected one of {codes}: {ended}")
 
 
 def _check_kept(tally: Tally, scenario: Scenario, place: Path, kept: dict[str, Any]) -> dict[str, Any]:
@@ -114,12 +107,12 @@ def _finish(tally: Tally, scenario: Scenario, place: Path, expected: Any) -> Non
     processes = [start(scenario.words(place), locks=scenario.locks) for _ in range(scenario.writers)]
     ends = [process.wait() for process in processes]
     for ended in ends:
-        _judge(tally, ended, (0, *scenario.loser, *scenario.again))
+        tally.judge(ended, (0, *scenario.loser, *scenario.again))
     if not any(ended.code in (0, *scenario.again) for ended in ends):
         tally.fault("wrong codes", f"of several writers none succeeded: {', '.join(map(str, ends))}")
         return
     ended = run(scenario.words(place))  # one more: what is finished stays as it is
-    _judge(tally, ended, (0, *scenario.again))
+    tally.judge(ended, (0, *scenario.again))
     try:
         found = scenario.content(place)
     except (DraftcacheError, OSError, LookupError) as exc:

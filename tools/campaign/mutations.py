@@ -56,7 +56,7 @@ def change_again_and_again(target: Target, root: Path, random_: random.Random, c
             continue  # the other file has the same content
         tally.attempts += 1
         for ended, codes in target.judge(place):
-            _judge(tally, what, ended, codes)
+            tally.judge(ended, codes, what)
         if read is not None:
             reading = call(read)
             if reading.has_trace:
@@ -121,15 +121,6 @@ def _change(place: Path, other: Path, victims: list[str], random_: random.Random
 def _restore(place: Path, before: dict[str, bytes]) -> None:
     for name, data in before.items():
         (place / name).write_bytes(data)
-
-
-def _judge(tally: Tally, what: str, ended: Ended, codes: tuple[int, ...]) -> None:
-    if ended.has_trace:
-        tally.fault("tracebacks", f"{what}: {ended}")
-    elif ended.code == 0 and 0 not in codes:
-        tally.fault("undetected", f"{what}: {ended.words} found nothing")
-    elif ended.code not in codes:
-        tally.fault("wrong codes", f"{what}: expected one of {codes}: {ended}")
 
 
 def _heal(tally: Tally, target: Target, what: str, place: Path) -> None:

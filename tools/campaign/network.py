@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 from draftcache.store.common.errors import DraftcacheError
 from draftcache.store.common.files import read_json, write_json
 from draftcache.store.storage.object_store import ObjectStorage
-from draftcache.tools.campaign.processes import Ended, Process, call, start
+from draftcache.tools.campaign.processes import Ended, Process, begin, call, start
 from draftcache.tools.campaign.tally import Tally
 from draftcache.tools.campaign.world import World, store_content, store_reading
 
@@ -73,10 +73,7 @@ def _mix(world: World, root: Path, random_: random.Random, mixes: int) -> Tally:
 
 def _judge(tally: Tally, kinds: tuple[str, ...], ends: list[Ended]) -> None:
     for ended in ends:
-        if ended.has_trace:
-            tally.fault("tracebacks", f"{kinds}: {ended}\n{ended.errors[-2000:]}")
-        elif ended.code != 0:
-            tally.fault("wrong codes", f"{kinds}: {ended}")
+        tally.judge(ended, (0,), str(kinds))
 
 
 @contextmanager
@@ -98,7 +95,7 @@ def _server(root: Path, seed: int, kinds: tuple[str, ...]) -> Iterator[Callable[
 
         def connect(network: str, what: Any) -> Process:
             with _environment(addresses["environment"] | {"AWS_ENDPOINT_URL": addresses[network]}):
-                return Process(what_runs(what), words=str(what)) if callable(what) else start(what)
+                return begin(what) if callable(what) else start(what)
 
         yield connect
     finally:
@@ -121,16 +118,6 @@ def _lies(seed: int) -> Callable[[Request], str | None]:
         return (lists if "list-type" in request.query else objects)(request)
 
     return decide
-
-
-def what_runs(function: Callable[[], Any]) -> Callable[[], int]:
-    """Return a function that prints what another one returns, as `processes.call` does."""
-
-    def run() -> int:
-        print(function())
-        return 0
-
-    return run
 
 
 @contextmanager

@@ -123,8 +123,8 @@ def run(words: Sequence[object]) -> Ended:
     return start(words).wait()
 
 
-def call(function: Callable[[], Any]) -> Ended:
-    """Run a function in a process of its own, which prints what it returns. An error ends it as it ends a command."""
+def begin(function: Callable[[], Any]) -> Process:
+    """Start a function in a process of its own, which prints what it returns. An error ends it as it ends a command."""
     from draftcache.store.common.failures import describe_failure, exit_code_of
 
     def guarded() -> int:
@@ -135,4 +135,9 @@ def call(function: Callable[[], Any]) -> Ended:
             return exit_code_of(exc)
         return 0
 
-    return Process(guarded, words=getattr(function, "__name__", "a function")).wait()
+    return Process(guarded, words=getattr(function, "__name__", "a function"))
+
+
+def call(function: Callable[[], Any]) -> Ended:
+    """Run a function to its end as `begin` does."""
+    return begin(function).wait()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from draftcache.tools.campaign.processes import Ended
+
 FAULTS = ("undetected", "lost", "tracebacks", "wrong codes")
 """Undetected: other content was read, or called whole. Lost: what was committed is gone, or not what an uninterrupted
 run makes. Tracebacks: an error without a message of its own. Wrong codes: an exit code that says something else than
@@ -28,6 +30,19 @@ class Tally:
         self.faults[kind] += 1
         self.said.append(f"{self.name}: {kind}: {what}")
         print(f"FAULT {self.said[-1]}", flush=True)
+
+    def judge(self, ended: Ended, codes: tuple[int, ...], what: str = "") -> None:
+        """Count a fault unless a process ended with one of these exit codes and without a trace.
+
+        An exit code of 0 that is not among them means that something wrong went unnoticed.
+        """
+        about = f"{what}: {ended}" if what else str(ended)
+        if ended.has_trace:
+            self.fault("tracebacks", f"{about}\n{ended.errors[-2000:]}")
+        elif ended.code == 0 and 0 not in codes:
+            self.fault("undetected", about)
+        elif ended.code not in codes:
+            self.fault("wrong codes", f"expected one of {codes}: {about}")
 
 
 def table(tallies: list[Tally]) -> str:

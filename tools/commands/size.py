@@ -224,17 +224,15 @@ def _specs(
     arguments: argparse.Namespace, mode: str, hidden: int, sizes: tuple[int, ...], vocab_size: int | None
 ) -> dict[str, ArraySpec]:
     """Return the arrays of a shard in a mode. The states of teacher "hidden" are in the compute dtype."""
-    from draftcache.capture.job.store_size import specs_of
-    from draftcache.store.format.teacher import DraftVocab, TeacherForm
+    from draftcache.capture.job.store_size import sized_teacher, specs_of
 
-    main, *more = sizes
-    teacher = TeacherForm(
-        kind=arguments.teacher,
+    teacher = sized_teacher(
+        arguments.teacher,
         top_k=arguments.top_k,
         vocab_size=vocab_size or 0,
         hidden_size=hidden,
         compute_dtype="float32" if mode == "float32" else arguments.compute_dtype,
-        vocabularies=(DraftVocab(size=main, hash=""), *map(DraftVocab.further, more)),
+        draft_vocab_sizes=sizes,
     )
     return specs_of(mode, layers=arguments.layers, hidden_size=hidden, teacher=teacher)
 

@@ -1,0 +1,24 @@
+"""Every command with paths that hold nothing it could use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def words_naming(text: Path, out: Path) -> dict[str, list[object]]:
+    """Return the words behind each command's name: every path to read is `text`, every one to write is `out`."""
+    return {
+        "prepare": ["--tokenizer", text, "--output", out, f"train={text}"],
+        "vocab": ["--size", "10", "--output", out, text],
+        "capture": ["--verifier", text, "--dataset", text, "--output", out, "--layers", "0,1"],
+        "train": ["--store", text, "--splits", "a", "--output", out],
+        "eval": ["--store", text, "--checkpoint", text, "--splits", "a"],
+        "export": ["--checkpoint", text, "--output", out, "--engine", "vllm"],
+        "size": ["--dataset", text, "--verifier", text],
+        "inspect": [text],
+        "probe": ["--compare", text, text],
+        "verify": [text],
+        "convert": [text, out],
+        "repair": [text],
+        "demo": ["--output", text],
+    }
