@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from draftcache.tools.campaign.inputs import SET_ASIDE, all_cases
-from draftcache.tools.campaign.kills import Scenario, kill_again_and_again
+from draftcache.tools.campaign.kills import kill_again_and_again
 from draftcache.tools.campaign.mutations import Target, change_again_and_again
 from draftcache.tools.campaign.processes import Process, call, run
+from draftcache.tools.campaign.scenarios import Scenario
 from draftcache.tools.campaign.tally import FAULTS, Tally, table
 from draftcache.tools.campaign.world import tree_content
 from support.processes import ONE_THREAD

@@ -4,42 +4,13 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from draftcache.store.common.errors import DraftcacheError
-from draftcache.tools.campaign.processes import Ended, call, run, start
+from draftcache.tools.campaign.processes import run, start
+from draftcache.tools.campaign.scenarios import Scenario
 from draftcache.tools.campaign.tally import Tally
-from draftcache.tools.campaign.world import World, committed, run_content, store_content, tree_content
-
-REFUSED = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scenario:
-    """A command, what it writes, and what must hold of that."""
-
-    name: str
-    words: Callable[[Path], list[object]]
-    """The command that writes to a path."""
-    content: Callable[[Path], Any]
-    """What the path holds in the end. It equals that of `reference`."""
-    reference: Path
-    whole: Callable[[Path], Ended | None] = lambda path: None
-    """Run after every kill where the path exists: a command that has to succeed, and None where there is nothing to
-    check."""
-    kept: Callable[[Path], dict[str, Any]] = lambda path: {}
-    """What is committed at the path, which no later kill may take away or change."""
-    start_from: Callable[[Path], None] = lambda path: None
-    """Makes the path before the first run."""
-    writers: int = 1
-    locks: bool = True
-    loser: tuple[int, ...] = (0,)
-    """Exit codes of all writers but one, where several are at work."""
-    again: tuple[int, ...] = (0,)
-    """Exit codes of the command where it has ended already."""
 
 
 def kill_again_and_again(scenario: Scenario, root: Path, random_: random.Random, kills: int) -> Tally:
@@ -131,106 +102,3 @@ def _difference(found: Any, expected: Any) -> str:
             f"{name}: {str(found.get(name))[:200]} != {str(expected.get(name))[:200]}" for name in names[:3]
         )
     return f"{found} != {expected}"
-
-
-def scenarios(world: World, scratch: Path) -> list[Scenario]:
-    """Return every command that writes, and those that only read, alone and two at a time."""
-
-    def verified(path: Path) -> Ended | None:
-        return run(["verify", path, "--allow-partial"]) if (path / "manifest.json").exists() else None
-
-    def dataset(path: Path) -> Ended:
-        return run(["verify", path])
-
-    def exportable(path: Path) -> Ended | None:
-        if not any((path / "checkpoints").glob("step_*")):
-            return None
-        shutil.rmtree(scratch, ignore_errors=True)
-        return run(world.export(scratch, path))
-
-    def same_as(reference: Path) -> Callable[[Path], Ended | None]:
-        def compare(path: Path) -> Ended | None:
-            def unchanged() -> str:
-                if tree_content(path) != tree_content(reference):
-                    raise DraftcacheError(f"{path}: half of a result")
-                return "equal"
-
-            return call(unchanged)
-
-        return compare
-
-    def damaged(path: Path) -> None:
-        shutil.copytree(world.root / "zarr", path)
-        victim = next(iter(sorted((path / "shards").glob("*1/tap_2_lo/c.*"))), None)
-        victim = victim or min((path / "shards" / "00001").glob("tap_2_lo/**/c*"))
-        data = bytearray(victim.read_bytes())
-        data[len(data) // 2] ^= 1
-        victim.write_bytes(data)
-
-    def undamaged(path: Path) -> Any:
-        run(world.capture(path))
-        return store_content(path)
-
-    def store_scenario(layout: str, **more: Any) -> Scenario:
-        return Scenario(
-            words=lambda path: world.capture(path, layout=layout),
-            content=store_content, reference=world.root / layout, whole=verified, kept=committed, **more,
-        )  # fmt: skip
-
-    def training(**more: Any) -> Scenario:
-        return Scenario(words=world.train, content=run_content, reference=world.root / "run", whole=exportable, **more)
-
-    def conversion(**more: Any) -> Scenario:
-        return Scenario(
-            words=lambda path: world.convert(path, "webdataset"), content=store_content, whole=verified, kept=committed,
-            reference=world.root / "converted-webdataset", **more,
-        )  # fmt: skip
-
-    def preparing(**more: Any) -> Scenario:
-        return Scenario(
-            words=world.prepare, content=tree_content, reference=world.root / "prepared", whole=dataset, **more
-        )
-
-    def copied(name: str) -> Callable[[Path], None]:
-        def copy(path: Path) -> None:
-            shutil.copytree(world.root / name, path)
-
-        return copy
-
-    def reading(name: str) -> Scenario:
-        return Scenario(
-            name=name, words=lambda path: [name, path], content=tree_content, start_from=copied("zarr"),
-            reference=world.root / "zarr", whole=same_as(world.root / "zarr"),
-        )  # fmt: skip
-
-    return [
-        store_scenario("zarr", name="capture: zarr"),
-        store_scenario("webdataset", name="capture: webdataset"),
-        store_scenario("zarr", name="capture: two at a time", writers=2),
-        store_scenario("zarr", name="capture: two without locks", writers=2, locks=False),
-        training(name="train"),
-        training(name="train: two at a time", writers=2, loser=(0, REFUSED)),
-        training(name="train: two without locks", writers=2, locks=False, loser=(0, REFUSED)),
-        conversion(name="convert"),
-        conversion(name="convert: two without locks", writers=2, locks=False, loser=(0, 1)),
-        preparing(name="prepare"),
-        preparing(name="prepare: two at a time", writers=2, loser=(0, REFUSED)),
-        preparing(name="prepare: two without locks", writers=2, locks=False, loser=(0, REFUSED)),
-        Scenario(
-            name="repair", words=lambda path: ["repair", path], content=undamaged, reference=world.root / "zarr",
-            start_from=damaged, again=(0, 1),
-        ),
-        *(
-            Scenario(
-                name=name, words=words, content=tree_content, reference=world.root / output,
-                whole=same_as(world.root / output), again=again,
-            )
-            for name, words, output, again in (
-                ("export", world.export, "draft", (0, REFUSED)),
-                ("eval", world.evaluate, "eval.json", (0,)),
-                ("vocab", world.vocab, "map.safetensors", (0,)),
-                ("probe", world.probe, "probe.safetensors", (0, REFUSED)),
-            )
-        ),
-        *map(reading, ("verify", "inspect")),
-    ]  # fmt: skip

@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from draftcache.tools.campaign.inputs import try_all
-from draftcache.tools.campaign.kills import kill_again_and_again, scenarios
+from draftcache.tools.campaign.kills import kill_again_and_again
 from draftcache.tools.campaign.mutations import change_again_and_again, targets
 from draftcache.tools.campaign.network import mix_again_and_again
+from draftcache.tools.campaign.scenarios import scenarios
 from draftcache.tools.campaign.tally import Tally
 from draftcache.tools.campaign.world import World
 
