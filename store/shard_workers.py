@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
 from collections.abc import Generator, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
 
 from draftcache.store.common.errors import WorkerError
-from draftcache.store.common.log_times import time_worker_lines
+from draftcache.store.common.worker_pool import WorkerPool
 from draftcache.store.known_shards import KnownShard
 from draftcache.store.shard_checks import ShardReport, check_shard
 from draftcache.store.storage.base import Location
@@ -39,35 +35,18 @@ def check_shards(
         for number, full in in_full.items():
             yield check_shard(location, number, known.get(number), quick=not full)
         return
-    # Processes are spawned, because a forked child would inherit the locks of whatever threads the caller has running.
-    context = get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with_pipe, initargs=(ours,))
-    # Ctrl-C reaches the processes too, and SIGTERM may: they leave both to this process, which closes the pipe. The
-    # signals are blocked before the processes start, which inherit that; so they never print a trace of their own.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
-        try:
-            tasks = _tasks(in_full, processes)
+        with WorkerPool(processes) as pool:
             futures = [
                 pool.submit(_check, str(location), [(number, known.get(number)) for number in numbers], quick=quick)
-                for numbers, quick in tasks
+                for numbers, quick in _tasks(in_full, processes)
             ]
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        for future in as_completed(futures):
-            yield from future.result()
+            for future in as_completed(futures):
+                yield from future.result()
     except BrokenProcessPool as exc:
         raise WorkerError(
             "verify: a worker process died (killed, or out of memory); nothing was changed. Try fewer --workers"
         ) from exc
-    except BaseException:
-        theirs.close()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-        theirs.close()
-        ours.close()
 
 
 def _tasks(in_full: Mapping[int, bool], processes: int) -> Iterator[tuple[list[int], bool]]:
@@ -80,14 +59,3 @@ def _tasks(in_full: Mapping[int, bool], processes: int) -> Iterator[tuple[list[i
 
 def _check(location: Location, shards: list[tuple[int, KnownShard | None]], *, quick: bool) -> list[ShardReport]:
     return [check_shard(location, number, known, quick=quick) for number, known in shards]
-
-
-def _end_with_pipe(pipe: Connection) -> None:
-    """Have this worker process end when the other end of `pipe` is closed, which a kill of the parent does too."""
-    time_worker_lines()
-    threading.Thread(target=_wait_and_end, args=(pipe,), daemon=True).start()
-
-
-def _wait_and_end(pipe: Connection) -> None:
-    wait([pipe])
-    os._exit(1)

@@ -19,7 +19,7 @@ from draftcache.capture.job.stopping import ParentSignals, StopSignals, StopStep
 from draftcache.store.common.errors import DraftcacheError, WorkerError
 from draftcache.store.common.failures import describe_failure
 from draftcache.store.common.log_times import time_worker_lines
-from draftcache.store.common.stopping import Stopped, StopRequest
+from draftcache.store.common.stopping import Stopped, StopRequest, signals_held_back
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
@@ -88,7 +88,8 @@ class _Worker:
         self.error: DraftcacheError | None = None
         self.connection, theirs = context.Pipe(duplex=False)
         self.process: SpawnProcess = context.Process(target=worker_main, args=(config, number, count, theirs))
-        self.process.start()
+        with signals_held_back():
+            self.process.start()
         theirs.close()
 
     def receive(self, progress: JobProgress, *, quietly: bool) -> None:
@@ -140,6 +141,8 @@ def worker_main(config: CaptureConfig, number: int, count: int, connection: Conn
 
 
 def _work(config: CaptureConfig, number: int, count: int, connection: Connection, stop: StopRequest) -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # blocked as the process started
+
     from transformers.utils import logging
 
     from draftcache.capture.job.shard_worker import WorkerRole

@@ -35,6 +35,7 @@ from draftcache.capture.verifier.ssm_precision import enforce_contract
 from draftcache.store.common.device import choose_device
 from draftcache.store.common.errors import DraftcacheError, InputError, WorkerError
 from draftcache.store.common.log_times import time_worker_lines
+from draftcache.store.common.stopping import signals_held_back
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
@@ -62,7 +63,8 @@ class TensorParallelGroup:
             arguments = (config, rank, self._first, self._meeting.name, theirs)
             # A daemon process is ended when this process exits normally; `_leave_with_leader` covers all other ends.
             process = context.Process(target=_follow, args=arguments, daemon=True)
-            process.start()
+            with signals_held_back():
+                process.start()
             theirs.close()
             self._connections.append(ours)
             self._processes.append(process)
@@ -92,6 +94,9 @@ class TensorParallelGroup:
             raise
 
     def _exit_report(self) -> str:
+        for process in self._processes:
+            if wait([process.sentinel], timeout=0):
+                process.join()  # the sentinel closes a moment before the exit code is known
         return (
             f"expected {self._size - 1} followers of this worker to hold their parts of the verifier, found exit codes "
             f"{[process.exitcode for process in self._processes]} (-9: killed, perhaps for memory); what was committed "

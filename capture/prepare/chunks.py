@@ -6,11 +6,8 @@ A chunk holds about a mebibyte of lines for any number of workers, so that the o
 from __future__ import annotations
 
 import os
-import signal
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from multiprocessing import connection, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +16,6 @@ from draftcache.capture.prepare.chat_tokens import ChatTokenizer
 from draftcache.capture.prepare.conversations import Rejection, RowRejectedError, TokenRow, parse_row, read_lines
 from draftcache.capture.prepare.token_dataset import CONVERSATION_DTYPE, conversation_hash
 from draftcache.capture.prepare.tokenizer_files import ChatTemplate, TokenizerFiles
-from draftcache.store.common.log_times import time_worker_lines
 
 # Large enough that passing a chunk to a process takes little beside encoding it (about 0.3 s), and small enough that
 # the encodings of one chunk (about 150 bytes per token) take some tens of megabytes at most.
@@ -139,13 +135,8 @@ _worker: ChunkWorker | None = None
 
 
 def start_worker(files: TokenizerFiles, template: ChatTemplate, max_length: int) -> None:
-    """Initialise a worker process, which ends when its parent ends."""
+    """Initialise a worker process."""
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the pool, so workers print no tracebacks
-    parent = parent_process()
-    if parent is not None:
-        threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
-    time_worker_lines()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker = ChunkWorker(files, template, max_length)
 
@@ -155,9 +146,3 @@ def run_in_worker(chunk: Chunk) -> ChunkResult:
     if _worker is None:
         raise RuntimeError("start_worker was not called in this process")
     return _worker.run(chunk)
-
-
-def _exit_with(sentinel: int) -> None:
-    # A pool's workers hold both ends of its pipes, so without this they would outlive a parent killed by SIGKILL.
-    connection.wait([sentinel])
-    os._exit(1)

@@ -9,12 +9,10 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +34,7 @@ from draftcache.capture.prepare.tokenizer_files import (
 from draftcache.store.common.errors import InputError, WorkerError
 from draftcache.store.common.files import hash_json
 from draftcache.store.common.progress import progress_bar
+from draftcache.store.common.worker_pool import WorkerPool
 from draftcache.store.format.vocab_map import VOCAB_MAP_NAME
 
 # Conversations per file that both templates render, and conversations in all that transformers tokenises as well.
@@ -164,22 +163,19 @@ def _in_order(chunks: Iterator[Chunk], workers: int, arguments: tuple[Any, ...])
     if workers == 1:
         yield from map(ChunkWorker(*arguments).run, chunks)
         return
-    # Workers are spawned: a forked copy of a process that has loaded torch and tokenizers may hold their locks.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=arguments)
     pending: deque[Any] = deque()
     try:
-        for chunk in chunks:
-            pending.append(pool.submit(run_in_worker, chunk))
-            if len(pending) > 2 * workers:
+        with WorkerPool(workers, start_worker, arguments) as pool:
+            for chunk in chunks:
+                pending.append(pool.submit(run_in_worker, chunk))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
     except BrokenProcessPool as exc:
         raise WorkerError(
             "prepare: a worker process died (killed, or out of memory); nothing was written. Try fewer --workers"
         ) from exc
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _refuse_empty(name: str, split: SplitWriter) -> None:

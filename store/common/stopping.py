@@ -151,3 +151,32 @@ def sigterm_stops() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Hold SIGINT and SIGTERM back while worker processes are started, which have both blocked from then on.
+
+    Ctrl-C reaches the workers too, and SIGTERM may: they leave both to this process, so that no worker prints a trace.
+    A worker that this process has begun to start is started whole. What came meanwhile is handled at the end.
+    """
+    held = (signal.SIGINT, signal.SIGTERM)
+    came: list[int] = []
+    previous: dict[signal.Signals, signal._HANDLER] = {}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        # Blocking is not enough: another thread receives the signal then, and Python handles it in the main thread.
+        if threading.current_thread() is threading.main_thread():
+            for number in held:
+                handler = signal.getsignal(number)
+                if handler not in (None, signal.SIG_IGN):
+                    previous[number] = handler
+                    signal.signal(number, lambda late, _frame: came.append(late))
+        signal.pthread_sigmask(signal.SIG_BLOCK, held)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for late in dict.fromkeys(came):
+            signal.raise_signal(late)

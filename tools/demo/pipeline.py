@@ -12,11 +12,9 @@ import gzip
 import json
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
 
 from draftcache.store.common.errors import DraftcacheError
 from draftcache.store.common.files import read_json, write_json
-from draftcache.store.common.log_times import time_worker_lines
+from draftcache.store.common.worker_pool import WorkerPool
 
 ASSETS = Path(__file__).parent / "assets"
 VERIFIER = ASSETS / "verifier"
@@ -85,7 +83,6 @@ def _start_worker() -> None:
     global _worker_model
     import torch
 
-    time_worker_lines()
     torch.set_num_threads(1)
     _worker_model = load_demo_verifier().model
 
@@ -177,7 +174,7 @@ class Demo:
         started = time.monotonic()
         tokenizer = AutoTokenizer.from_pretrained(VERIFIER)
         # There is one single-threaded process per core: on models this small a second thread gains nothing.
-        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=_start_worker) as pool:
+        with WorkerPool(os.cpu_count() or 1, _start_worker) as pool:
             answer = partial(_answer, max_new_tokens=size.max_new_tokens, eos_token_id=int(tokenizer.eos_token_id))
             for split, (name, first, count) in sources.items():
                 rows = read_conversations(ASSETS / name, first, count)
