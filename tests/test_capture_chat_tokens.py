@@ -8,10 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from draftcache.capture.prepare.chat_tokens import ChatTokenizer, RenderedChat, check_template_compiles, render_chat
-from draftcache.capture.prepare.conversations import ChatRow, RowRejectedError
-from draftcache.capture.prepare.template_check import check_against_transformers, first_template_difference
-from draftcache.capture.prepare.tokenizer_files import SHIPPED_TEMPLATE, ChatTemplate, choose_template, load_tokenizer
+from draftcache.capture.prepare.chat.chat_tokens import (
+    ChatTokenizer,
+    RenderedChat,
+    check_template_compiles,
+    render_chat,
+)
+from draftcache.capture.prepare.chat.template_check import check_against_transformers, first_template_difference
+from draftcache.capture.prepare.chat.tokenizer_files import (
+    SHIPPED_TEMPLATE,
+    ChatTemplate,
+    choose_template,
+    load_tokenizer,
+)
+from draftcache.capture.prepare.rows.conversations import ChatRow, RowRejectedError
 from draftcache.store.common.errors import InputError
 from support.chat_tokenizers import CHATML, save_tokenizer
 
@@ -370,7 +380,7 @@ def test_a_template_that_never_ends_costs_its_row_only(monkeypatch: pytest.Monke
         "{% if messages | length > 2 %}{% for i in range(99999) %}{% for j in range(99999) %}"
         "{% for k in range(99999) %}{% endfor %}{% endfor %}{% endfor %}{% endif %}" + BARE
     )
-    monkeypatch.setattr("draftcache.capture.prepare.chat_tokens.ROW_SECONDS", 0.2)
+    monkeypatch.setattr("draftcache.capture.prepare.chat.chat_tokens.ROW_SECONDS", 0.2)
     with pytest.raises(RowRejectedError, match=r"TimeoutError: rendering takes more than 0\.2 s"):
         render_chat(template_of(endless), row_of("a", "b", "c"), {})
     assert render_chat(template_of(endless), row_of("a", "b"), {}).text == "a\n:b\n"

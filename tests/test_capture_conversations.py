@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from draftcache.capture.prepare.conversations import (
+from draftcache.capture.prepare.rows.conversations import (
     ChatRow,
     Rejection,
     RowRejectedError,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from draftcache.capture.prepare.tokenizer_files import choose_template
+from draftcache.capture.prepare.chat.tokenizer_files import choose_template
 from draftcache.capture.verifier.weights import weight_files
 from draftcache.store.common.errors import DraftcacheError, InputError, StorageError
 from draftcache.store.common.failures import REFUSED, exit_code_of

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from draftcache.capture.prepare.chat_tokens import ChatTokenizer
-from draftcache.capture.prepare.conversations import Rejection, RowRejectedError, TokenRow, parse_row, read_lines
+from draftcache.capture.prepare.chat.chat_tokens import ChatTokenizer
+from draftcache.capture.prepare.chat.tokenizer_files import ChatTemplate, TokenizerFiles
+from draftcache.capture.prepare.rows.conversations import Rejection, RowRejectedError, TokenRow, parse_row, read_lines
 from draftcache.capture.prepare.token_dataset import CONVERSATION_DTYPE, conversation_hash
-from draftcache.capture.prepare.tokenizer_files import ChatTemplate, TokenizerFiles
 
 # Large enough that passing a chunk to a process takes little beside encoding it (about 0.3 s), and small enough that
 # the encodings of one chunk (about 150 bytes per token) take some tens of megabytes at most.

@@ -16,21 +16,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from draftcache.capture.prepare.chat_tokens import check_template_compiles, one_thread_per_process
-from draftcache.capture.prepare.chunks import Chunk, ChunkResult, ChunkWorker, read_chunks, run_in_worker, start_worker
-from draftcache.capture.prepare.conversations import ChatRow, Rejection, read_conversations
-from draftcache.capture.prepare.draft_vocabulary import build_vocab_map, coverage_table
-from draftcache.capture.prepare.sources import describe_sources, refuse_shared_files
-from draftcache.capture.prepare.template_check import Sample, check_against_transformers, first_template_difference
-from draftcache.capture.prepare.token_dataset import TokenDataset, is_prepared
-from draftcache.capture.prepare.token_dataset_writer import DatasetWriter, SplitWriter, check_output
-from draftcache.capture.prepare.tokenizer_files import (
+from draftcache.capture.prepare.chat.chat_tokens import check_template_compiles, one_thread_per_process
+from draftcache.capture.prepare.chat.template_check import Sample, check_against_transformers, first_template_difference
+from draftcache.capture.prepare.chat.tokenizer_files import (
     NO_TEMPLATE,
     ChatTemplate,
     TokenizerFiles,
     choose_template,
     load_tokenizer,
 )
+from draftcache.capture.prepare.chunks import Chunk, ChunkResult, ChunkWorker, read_chunks, run_in_worker, start_worker
+from draftcache.capture.prepare.draft_vocabulary import build_vocab_map, coverage_table
+from draftcache.capture.prepare.rows.conversations import ChatRow, Rejection, read_conversations
+from draftcache.capture.prepare.rows.sources import describe_sources, refuse_shared_files
+from draftcache.capture.prepare.token_dataset import TokenDataset, is_prepared
+from draftcache.capture.prepare.token_dataset_writer import DatasetWriter, SplitWriter, check_output
 from draftcache.store.common.errors import InputError, WorkerError
 from draftcache.store.common.files import hash_json
 from draftcache.store.common.progress import progress_bar

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 
 from draftcache.capture.job.config import require_ascending
-from draftcache.capture.prepare.tokenizer_files import load_tokenizer
+from draftcache.capture.prepare.chat.tokenizer_files import load_tokenizer
 from draftcache.capture.verifier.load import Verifier, choose_dtype, describe_verifier, load_verifier
 from draftcache.capture.verifier.ssm_precision import enforce_contract
 from draftcache.store.common.device import choose_device

@@ -14,7 +14,7 @@ from typing import Any
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.files import canonical_json, hash_bytes, hash_file, hash_json, read_json, require_file
 
-SHIPPED_TEMPLATE = Path(__file__).parent / "templates" / "nemotron_chatml.jinja"
+SHIPPED_TEMPLATE = Path(__file__).parents[1] / "templates" / "nemotron_chatml.jinja"
 
 # The files that decide which ids a text becomes. The chat template has its own hash.
 _FILES = (

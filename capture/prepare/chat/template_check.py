@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from draftcache.capture.prepare.chat_tokens import ChatTokenizer, render_chat, without_nones
-from draftcache.capture.prepare.conversations import ChatRow, RowRejectedError
-from draftcache.capture.prepare.tokenizer_files import ChatTemplate, TokenizerFiles
+from draftcache.capture.prepare.chat.chat_tokens import ChatTokenizer, render_chat, without_nones
+from draftcache.capture.prepare.chat.tokenizer_files import ChatTemplate, TokenizerFiles
+from draftcache.capture.prepare.rows.conversations import ChatRow, RowRejectedError
 from draftcache.store.common.errors import InputError
 
 _CONTEXT = 40  # characters shown before a difference
