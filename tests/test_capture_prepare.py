@@ -16,6 +16,7 @@ import pytest
 
 from draftcache.capture.prepare import chunks as prepare_chunks
 from draftcache.capture.prepare import job as prepare_job
+from draftcache.capture.prepare.chat.settings import ChatSettings
 from draftcache.capture.prepare.chunks import Chunk
 from draftcache.capture.prepare.job import PrepareConfig, PrepareResult, prepare
 from draftcache.capture.prepare.token_dataset import TokenDataset
@@ -61,7 +62,7 @@ ROWS_THAT_ENDED_JOBS = {
     "huge-id": (b'{"token_ids": [' + b"9" * 5000 + b'], "loss_mask": [1]}', "malformed-json"),
     "deep-tools": (chat("hi", "yo") | {"tools": "[" * 100_000 + "]" * 100_000}, "bad-tools"),
     "deep-row": (b"[" * 100_000 + b"]" * 100_000, "malformed-json"),
-    "surrogate": (b'{"messages": [{"role": "\\ud800", "content": 1}]}', "template-rejected"),
+    "surrogate": (b'{"messages": [{"role": "\\ud800", "content": 1}]}', "content-kind"),
 }
 
 
@@ -186,31 +187,34 @@ def test_pre_tokenised_rows_are_taken_as_they_are(tokenizer_dir: Path, tmp_path:
     assert (ids.tolist(), mask.tolist()) == ([70, 71], [False, True])
 
 
-def test_rows_of_token_ids_need_no_template(untagged_tokenizer_dir: Path, tmp_path: Path) -> None:
-    """A tokenizer whose template has no generation tags is refused for conversations, and for them alone."""
+def test_rows_of_token_ids_need_no_template(tmp_path: Path) -> None:
+    """A tokenizer without a chat template is refused for conversations, and for them alone."""
+    bare = save_tokenizer(tmp_path / "bare", None)
     tokens = [{"token_ids": [70, 71, number], "loss_mask": [0, 1, 1]} for number in range(70)]
     rows = write_rows(tmp_path / "rows.jsonl", [*tokens, chat("late", "conversation")])
-    manifest = run(untagged_tokenizer_dir, tmp_path / "out", {"traces": [rows]}).manifest
+    manifest = run(bare, tmp_path / "out", {"traces": [rows]}).manifest
     assert manifest["chat_template"]["source"] == "none"
     assert len(TokenDataset.open(tmp_path / "out").split("traces")) == 70
     (record,) = quarantine_of(tmp_path / "out", "traces")
     assert record["line"] == 71
     assert "no template was needed; give one" in record["found"]
     mixed = write_rows(tmp_path / "mixed.jsonl", [tokens[0], chat("early", "conversation")])
-    with pytest.raises(InputError, match=r"expected a \{% generation %\} block"):
-        run(untagged_tokenizer_dir, tmp_path / "mixed", {"traces": [mixed]})
+    with pytest.raises(InputError, match="expected a chat template, found none"):
+        run(bare, tmp_path / "mixed", {"traces": [mixed]})
 
 
-def test_when_every_mask_is_zero_the_split_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
-    never = CHATML.replace("{%- generation -%}", "{%- if false -%}{%- generation -%}{%- endgeneration -%}{%- endif -%}")
-    never = never.replace("<|im_end|>' -}}{%- endgeneration -%}", "<|im_end|>' -}}")
-    template = tmp_path / "never.jinja"
-    template.write_text(never)
-    path = write_rows(tmp_path / "rows.jsonl", random_rows(5))
-    with pytest.raises(InputError, match=r"split train: .* 5, all set aside .*rows.jsonl:1: .*Every mask is all zero"):
-        run(tokenizer_dir, tmp_path / "out", {"train": [path]}, chat_template=template)
+def test_when_no_row_has_an_answer_the_split_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [chat("only a question")] * 5)
+    with pytest.raises(InputError, match=r"split train: .* 5, all set aside .*rows.jsonl:1: .*are the roles right"):
+        run(tokenizer_dir, tmp_path / "out", {"train": [path]})
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out.*"))
+
+
+def test_tags_that_are_not_there_are_refused(untagged_tokenizer_dir: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", random_rows(2))
+    with pytest.raises(InputError, match=r"--loss-mask tags: expected a \{% generation %\} block"):
+        run(untagged_tokenizer_dir, tmp_path / "out", {"train": [path]}, chat=ChatSettings(loss_mask="tags"))
 
 
 def test_splits_without_usable_rows_are_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
@@ -221,7 +225,7 @@ def test_splits_without_usable_rows_are_refused(tokenizer_dir: Path, tmp_path: P
         run(tokenizer_dir, tmp_path / "out", {"a": [good], "b": [empty]})
     with pytest.raises(InputError, match=r"split b: .* found 2, all set aside .*broken.jsonl:1: malformed") as caught:
         run(tokenizer_dir, tmp_path / "out", {"a": [good], "b": [broken]})
-    assert "Every mask" not in str(caught.value)
+    assert "roles right" not in str(caught.value)
     with pytest.raises(InputError, match=r"none\.jsonl"):
         run(tokenizer_dir, tmp_path / "out", {"a": [tmp_path / "none.jsonl"]})
 
@@ -232,7 +236,9 @@ def test_given_template_must_render_the_own_ones_text(untagged_tokenizer_dir: Pa
     template = tmp_path / "mine.jinja"
     template.write_text(CHATML)
     result = run(untagged_tokenizer_dir, tmp_path / "same", inputs, chat_template=template)
-    assert result.manifest["chat_template"]["matched"].startswith("same text as the tokenizer's own template on 5")
+    assert result.manifest["chat_template"]["matched"].startswith(
+        "compared with the tokenizer's own template on every row"
+    )
     template.write_text(CHATML.replace("'<|im_end|>'", "' <|im_end|>'", 1))
     with pytest.raises(InputError, match=r"rows.jsonl:1: at character \d+ .*--allow-template-difference"):
         run(untagged_tokenizer_dir, tmp_path / "other", inputs, chat_template=template)

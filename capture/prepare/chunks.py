@@ -12,9 +12,21 @@ from pathlib import Path
 
 import numpy as np
 
-from draftcache.capture.prepare.chat.chat_tokens import ChatTokenizer
+from draftcache.capture.prepare.chat.encoding import ChatTokenizer
+from draftcache.capture.prepare.chat.learned_rows import LearnedRow, LearnedText
+from draftcache.capture.prepare.chat.rendering import Renderer
+from draftcache.capture.prepare.chat.settings import ChatSettings
+from draftcache.capture.prepare.chat.template_check import template_difference
 from draftcache.capture.prepare.chat.tokenizer_files import ChatTemplate, TokenizerFiles
-from draftcache.capture.prepare.rows.conversations import Rejection, RowRejectedError, TokenRow, parse_row, read_lines
+from draftcache.capture.prepare.notes import Notes
+from draftcache.capture.prepare.rows.conversations import (
+    ChatRow,
+    Rejection,
+    RowRejectedError,
+    TokenRow,
+    parse_row,
+    read_lines,
+)
 from draftcache.capture.prepare.token_dataset import CONVERSATION_DTYPE, conversation_hash
 
 # Large enough that passing a chunk to a process takes little beside encoding it (about 0.3 s), and small enough that
@@ -42,6 +54,7 @@ class ChunkResult:
     loss_mask: np.ndarray
     conversations: np.ndarray
     rejections: list[Rejection]
+    notes: Notes
 
 
 def read_chunks(split: str, file_index: int, path: Path) -> Iterator[Chunk]:
@@ -62,33 +75,49 @@ def read_chunks(split: str, file_index: int, path: Path) -> Iterator[Chunk]:
         yield Chunk(split=split, file_index=file_index, file=str(path), lines=lines, rejections=rejections)
 
 
-class ChunkWorker:
-    """Turns chunks into results with one tokenizer, keeping `max_length` tokens of a conversation."""
+@dataclass(frozen=True, kw_only=True)
+class RowSettings:
+    """What decides which ids and masks a row becomes, beside the tokenizer and the template."""
 
-    def __init__(self, files: TokenizerFiles, template: ChatTemplate, max_length: int) -> None:
-        self.tokenizer = ChatTokenizer(files, template)
+    max_length: int  # tokens kept of a conversation
+    chat: ChatSettings = field(default_factory=ChatSettings)
+    allow_template_difference: bool = False
+
+
+class ChunkWorker:
+    """Turns chunks into results with one tokenizer and one template."""
+
+    def __init__(self, files: TokenizerFiles, template: ChatTemplate, settings: RowSettings) -> None:
+        self.tokenizer = ChatTokenizer(files, template, settings.chat)
         self.vocab_size = files.vocab_size
-        self.max_length = max_length
+        self.settings = settings
+        own = files.own_template
+        variables = self.tokenizer.renderer.variables
+        self._own = None if own in (None, template) else Renderer(own, variables, settings.chat.date)
 
     def run(self, chunk: Chunk) -> ChunkResult:
         """Parse, render, encode, truncate and check every line of the chunk."""
-        rejections = list(chunk.rejections)
-        rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        chats = {}
+        rejections, notes = list(chunk.rejections), Notes()
+        rows: list[tuple[int, np.ndarray, np.ndarray]] = []
+        texts: list[tuple[int, LearnedText]] = []
         for number, line in chunk.lines:
             try:
                 row = parse_row(line)
                 if isinstance(row, TokenRow):
-                    rows[number] = row.token_ids, row.loss_mask
-                else:
-                    chats[number] = self.tokenizer.render(row)
+                    rows.append((number, row.token_ids, row.loss_mask))
+                    continue
+                learned = self._learned(row)
             except RowRejectedError as exc:
                 rejections.append(exc.at(chunk.file, number))
-        rows.update(zip(chats, self.tokenizer.encode(list(chats.values())), strict=True))
+                continue
+            texts += [(number, text) for text in learned.texts]
+            notes.merge(learned.notes, f"{chunk.file}:{number}: ")
+        encoded = self.tokenizer.encode([text for _, text in texts])
+        rows += [(number, ids, mask) for (number, _), (ids, mask) in zip(texts, encoded, strict=True)]
         kept, records = [], []
-        for number in sorted(rows):
+        for number, token_ids, loss_mask in sorted(rows, key=lambda row: row[0]):
             try:
-                ids, mask, record = self._checked(*rows[number])
+                ids, mask, record = self._checked(token_ids, loss_mask)
             except RowRejectedError as exc:
                 rejections.append(exc.at(chunk.file, number))
                 continue
@@ -100,13 +129,30 @@ class ChunkWorker:
             loss_mask=np.concatenate([np.zeros(0, np.bool_), *(mask for _, mask in kept)]),
             conversations=np.array(records, dtype=CONVERSATION_DTYPE),
             rejections=sorted(rejections, key=lambda rejection: rejection.line),
+            notes=notes,
         )
+
+    def _learned(self, row: ChatRow) -> LearnedRow:
+        learned = self.tokenizer.learned(row)
+        if self._own is not None:
+            normalised = self.tokenizer.conversations.normalised(row)
+            difference = template_difference(self.tokenizer.renderer, self._own, normalised)
+            if difference is not None:
+                if not self.settings.allow_template_difference:
+                    raise RowRejectedError(
+                        "template-difference",
+                        expected="the text of the tokenizer's own template; correct the given template, or go on with "
+                        "--allow-template-difference",
+                        found=difference,
+                    )
+                learned.notes.add("text that differs from the tokenizer's own template, as allowed", difference)
+        return learned
 
     def _checked(
         self, token_ids: np.ndarray, loss_mask: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, tuple[np.void, int, int, int, int]]:
         """Ids, mask and record fields of one conversation, truncated. Raises RowRejectedError where it is unusable."""
-        untruncated = len(token_ids)
+        untruncated, max_length = len(token_ids), self.settings.max_length
         if not loss_mask.any():
             raise RowRejectedError(
                 "no-assistant-tokens",
@@ -120,11 +166,11 @@ class ChunkWorker:
                 found=str(largest),
             )
         first = int(loss_mask.argmax())
-        token_ids, loss_mask = token_ids[: self.max_length], loss_mask[: self.max_length]
+        token_ids, loss_mask = token_ids[:max_length], loss_mask[:max_length]
         if not loss_mask.any():
             raise RowRejectedError(
                 "no-assistant-tokens-after-truncation",
-                expected=f"an assistant token among the first {self.max_length}",
+                expected=f"an assistant token among the first {max_length}",
                 found=f"the first one at position {first} of {untruncated}",
             )
         digest = np.void(conversation_hash(token_ids, loss_mask))
@@ -134,11 +180,11 @@ class ChunkWorker:
 _worker: ChunkWorker | None = None
 
 
-def start_worker(files: TokenizerFiles, template: ChatTemplate, max_length: int) -> None:
+def start_worker(files: TokenizerFiles, template: ChatTemplate, settings: RowSettings) -> None:
     """Initialise a worker process."""
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = ChunkWorker(files, template, max_length)
+    _worker = ChunkWorker(files, template, settings)
 
 
 def run_in_worker(chunk: Chunk) -> ChunkResult:

@@ -10,25 +10,32 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from draftcache.capture.prepare.chat.chat_tokens import check_template_compiles, one_thread_per_process
-from draftcache.capture.prepare.chat.template_check import Sample, check_against_transformers, first_template_difference
+from draftcache.capture.prepare.chat.encoding import one_thread_per_process
+from draftcache.capture.prepare.chat.rendering import check_template_compiles
+from draftcache.capture.prepare.chat.settings import ChatSettings
 from draftcache.capture.prepare.chat.tokenizer_files import (
-    NO_TEMPLATE,
     ChatTemplate,
     TokenizerFiles,
-    choose_template,
     load_tokenizer,
 )
-from draftcache.capture.prepare.chunks import Chunk, ChunkResult, ChunkWorker, read_chunks, run_in_worker, start_worker
+from draftcache.capture.prepare.chunks import (
+    Chunk,
+    ChunkResult,
+    ChunkWorker,
+    RowSettings,
+    read_chunks,
+    run_in_worker,
+    start_worker,
+)
 from draftcache.capture.prepare.draft_vocabulary import build_vocab_map, coverage_table
-from draftcache.capture.prepare.rows.conversations import ChatRow, Rejection, read_conversations
+from draftcache.capture.prepare.notes import Notes
 from draftcache.capture.prepare.rows.sources import describe_sources, refuse_shared_files
+from draftcache.capture.prepare.sample_check import check_sample, job_template
 from draftcache.capture.prepare.token_dataset import TokenDataset, is_prepared
 from draftcache.capture.prepare.token_dataset_writer import DatasetWriter, SplitWriter, check_output
 from draftcache.store.common.errors import InputError, WorkerError
@@ -37,11 +44,7 @@ from draftcache.store.common.progress import progress_bar
 from draftcache.store.common.worker_pool import WorkerPool
 from draftcache.store.format.vocab_map import VOCAB_MAP_NAME
 
-# Conversations per file that both templates render, and conversations in all that transformers tokenises as well.
-TEMPLATE_SAMPLE = 64
-TRANSFORMERS_SAMPLE = 8
-
-_ROWS_VERSION = 1
+_ROWS_VERSION = 2
 """Part of a job's hash: it changes when the same rows would become other ids or masks."""
 
 
@@ -57,6 +60,7 @@ class PrepareConfig:
     draft_vocab_size: int | None = None
     chat_template: Path | None = None
     allow_template_difference: bool = False
+    chat: ChatSettings = field(default_factory=ChatSettings)
     trust_remote_code: bool = False
     workers: int = 0  # 0: one per core
     overwrite: bool = False
@@ -100,24 +104,37 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         files, tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
         sources = {name: describe_sources(paths) for name, paths in config.all_splits.items()}
         refuse_shared_files(sources, held_out=config.held_out)
-        template = _template(config, files)
+        template = job_template(config.chat_template, files, config.all_splits)
         check_template_compiles(template)
         job = _job_hash(config, files, template, sources)
         if not config.overwrite and (manifest := _finished_by(config.output, job)):
             return PrepareResult(manifest=manifest, reused=True)
         check_output(config.output, overwrite=config.overwrite)
-        matched = _check_sample(config, files, template, tokenizer)
+        rows = RowSettings(
+            max_length=config.max_length,
+            chat=config.chat,
+            allow_template_difference=config.allow_template_difference,
+        )
+        checked = check_sample(files, template, rows, tokenizer, config.all_splits)
         manifest = {
             "job": job,
             "tokenizer": {"directory": files.directory, "hash": files.hash, "files": files.files},
-            "chat_template": {"hash": template.hash, "source": template.source, "matched": matched},
+            "chat_template": {
+                "hash": template.hash,
+                "source": template.source,
+                **checked,
+                "settings": config.chat.as_json(),
+                "stop_tokens": list(files.stop_tokens),
+            },
             "versions": {name: version(name) for name in ("transformers", "tokenizers")},
             "vocab_size": files.vocab_size,
             "vocab_size_from": files.vocab_size_from,
             "max_length": config.max_length,
         }
         with DatasetWriter(config.output, overwrite=config.overwrite) as dataset:
-            splits = _tokenise(config, dataset, files, template)
+            notes = Notes()
+            splits = _tokenise(config, dataset, (files, template, rows), notes)
+            manifest["notes"] = notes.as_json()
             manifest["splits"] = {
                 name: {"held_out": name in config.held_out, "sources": sources[name], **split.record()}
                 for name, split in splits.items()
@@ -129,10 +146,10 @@ def prepare(config: PrepareConfig) -> PrepareResult:
 def _tokenise(
     config: PrepareConfig,
     dataset: DatasetWriter,
-    files: TokenizerFiles,
-    template: ChatTemplate,
+    arguments: tuple[TokenizerFiles, ChatTemplate, RowSettings],
+    notes: Notes,
 ) -> dict[str, SplitWriter]:
-    splits = {name: dataset.split(name, files.vocab_size) for name in config.all_splits}
+    splits = {name: dataset.split(name, arguments[0].vocab_size) for name in config.all_splits}
     workers = config.workers or os.cpu_count() or 1
     chunks = (
         chunk
@@ -142,8 +159,9 @@ def _tokenise(
     )
     rows, quarantined = 0, 0
     with progress_bar(unit="tok", unit_scale=True, desc="prepare", disable=not config.progress) as bar:
-        for result in _in_order(chunks, workers, (files, template, config.max_length)):
+        for result in _in_order(chunks, workers, arguments):
             split = splits[result.split]
+            notes.merge(result.notes)
             for rejection in result.rejections:
                 split.reject(rejection)
             if len(result.conversations):
@@ -185,7 +203,7 @@ def _refuse_empty(name: str, split: SplitWriter) -> None:
         raise InputError(f"split {name}: expected at least one row, found none")
     hint = ""
     if set(split.quarantined) <= {"no-assistant-tokens"}:
-        hint = ". Every mask is all zero: is the template's generation block where assistant turns render?"
+        hint = ". No row has an answer of the assistant's: are the roles right (--role NAME=ROLE)?"
     raise InputError(
         f"split {name}: expected at least one usable row, found {split.quarantined.total()}, all set aside "
         f"({dict(split.quarantined)}); the first: {split.first_rejection}{hint}"
@@ -205,52 +223,6 @@ def _write_vocab_map(
     return {"size": len(vocab_map), "hash": vocab_map.hash, "coverage": [row.as_json() for row in rows]}
 
 
-def _template(config: PrepareConfig, files: TokenizerFiles) -> ChatTemplate:
-    """The template that renders conversations; NO_TEMPLATE where none is usable and the files begin with token ids."""
-    try:
-        return choose_template(files, config.chat_template)
-    except InputError:
-        if config.chat_template is not None or _sample(config):
-            raise
-        return NO_TEMPLATE
-
-
-def _sample(config: PrepareConfig) -> list[Sample]:
-    """The first conversations of every file, those of token ids left out."""
-    return [row for paths in config.all_splits.values() for path in paths for row in _first_rows(path)]
-
-
-def _check_sample(config: PrepareConfig, files: TokenizerFiles, template: ChatTemplate, tokenizer: Any) -> str:
-    """Check the first conversations of every file; returns the manifest's text about the template.
-
-    Raises InputError where ids differ from transformers', or the text from the tokenizer's own template.
-    """
-    if template is NO_TEMPLATE:
-        return "rows of token ids need none"
-    sample = _sample(config)
-    check_against_transformers(files, template, tokenizer, sample[:TRANSFORMERS_SAMPLE])
-    own = files.own_template
-    if config.chat_template is None:
-        return "the tokenizer's own template"
-    if own is None:
-        return "not matched: the tokenizer has no template of its own"
-    difference = first_template_difference(template, own, sample, files.special_tokens)
-    if difference is None:
-        return f"same text as the tokenizer's own template on {len(sample)} conversations"
-    if not config.allow_template_difference:
-        raise InputError(
-            f"--chat-template {config.chat_template}: expected the text of the tokenizer's own template, found "
-            f"a difference: {difference}. Correct the template, or go on with --allow-template-difference"
-        )
-    return f"differs from the tokenizer's own template, as allowed: {difference}"
-
-
-def _first_rows(path: Path) -> list[Sample]:
-    usable = (item for item in read_conversations(path) if not isinstance(item, Rejection))
-    rows = islice(usable, TEMPLATE_SAMPLE)
-    return [(str(path), number, row) for number, row in rows if isinstance(row, ChatRow)]
-
-
 def _job_hash(
     config: PrepareConfig,
     files: TokenizerFiles,
@@ -261,7 +233,15 @@ def _job_hash(
     inputs = [
         [name, name in config.held_out, [source["xxh3_128"] for source in sources[name]]] for name in config.all_splits
     ]
-    settings = [config.max_length, config.draft_vocab_size, files.vocab_size, files.special_tokens]
+    settings = [
+        config.max_length,
+        config.draft_vocab_size,
+        files.vocab_size,
+        files.special_tokens,
+        files.stop_tokens,
+        config.chat.as_json(),
+        config.allow_template_difference,
+    ]
     return hash_json([_ROWS_VERSION, files.hash, template.hash, settings, inputs])
 
 

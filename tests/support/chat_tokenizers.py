@@ -26,6 +26,7 @@ CHATML = """\
 {%- endif -%}
 {{- '\\n' -}}
 {%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
 
 

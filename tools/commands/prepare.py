@@ -44,12 +44,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat-template",
         type=Path,
         metavar="FILE",
-        help="Jinja template with generation tags (default: the tokenizer's own); its text must equal the own one's",
+        help="Jinja template (default: the tokenizer's own); its text must equal the own one's on every row",
     )
     parser.add_argument(
         "--allow-template-difference",
         action="store_true",
         help="go on where --chat-template renders other text than the tokenizer's own template",
+    )
+    parser.add_argument(
+        "--template-arg",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a variable for the template, such as enable_thinking=false; JSON where it is JSON, else text (repeatable)",
+    )
+    parser.add_argument(
+        "--date", default="2026-01-01", metavar="YYYY-MM-DD", help="what templates take for today's date (%(default)s)"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="a system message for rows that have none")
+    parser.add_argument(
+        "--turns",
+        choices=("auto", "all", "each", "last"),
+        default="auto",
+        help="answers that carry loss: all in one row; each in a row of its own, rendered as it was generated; the last "
+        "alone; auto: each for rows whose earlier answers the template rewrites, all for others (%(default)s)",
+    )
+    parser.add_argument(
+        "--loss-mask",
+        choices=("prompt", "tags"),
+        default="prompt",
+        help="what says which text is an answer: the generation prompt, or the template's generation tags (%(default)s)",
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="set rows aside of which the template drops text, instead of counting them",
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that the tokenizer directory holds"
@@ -61,6 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prepare the dataset and print its tables. Returns 1 if rows were quarantined, else 0."""
+    from draftcache.capture.prepare.chat.settings import ChatSettings, parse_template_args
     from draftcache.capture.prepare.job import PrepareConfig, prepare
     from draftcache.capture.prepare.token_dataset import QUARANTINE
 
@@ -74,6 +104,14 @@ def run(arguments: argparse.Namespace) -> int:
             draft_vocab_size=arguments.draft_vocab_size,
             chat_template=arguments.chat_template,
             allow_template_difference=arguments.allow_template_difference,
+            chat=ChatSettings(
+                turns=arguments.turns,
+                template_args=parse_template_args(arguments.template_arg),
+                date=arguments.date,
+                system=arguments.system,
+                loss_mask=arguments.loss_mask,
+                strict=arguments.strict,
+            ),
             trust_remote_code=arguments.trust_remote_code,
             workers=arguments.workers,
             overwrite=arguments.overwrite,
@@ -117,13 +155,41 @@ def format_dataset(details: dict[str, Any]) -> str:
     lines = [
         f"vocabulary: {details['vocab_size']:,} ids, from {details['vocab_size_from']}",
         f"chat template: {details['chat_template']['source']}, {details['chat_template']['matched']}",
+        *template_lines(details["chat_template"]),
         "",
         accounting_table(details),
     ]
     for name, record in details["splits"].items():
         lines += [f"{name}: {rows:,} x {reason}" for reason, rows in record["quarantined_by_reason"].items()]
+    lines += notes_lines(details.get("notes", []))
     vocabulary = details["draft_vocabulary"]
     if vocabulary is not None:
         coverage = coverage_text(vocabulary["coverage"], vocabulary["size"])
         lines += ["", f"draft vocabulary {vocabulary['hash']}", "", coverage]
     return "\n".join(lines)
+
+
+def notes_lines(notes: list[dict[str, Any]]) -> list[str]:
+    """Format what was noticed about rows that were kept: the count, the kind, and one example."""
+    lines = []
+    for note in notes:
+        lines += [f"{note['count']:,} x {note['kind']}", f"    {note['example']!r}"]
+    return ["", *lines] if lines else []
+
+
+def template_lines(template: dict[str, Any]) -> list[str]:
+    """Say what a dataset's chat template was found to want, and how its answers were found."""
+    traits, settings = template.get("traits"), template.get("settings")
+    if traits is None or settings is None:
+        return []
+    calls = {"object": "with arguments as objects", "text": "with arguments as JSON texts", None: "not rendered"}
+    by = "the generation prompt" if settings["loss_mask"] == "prompt" else "generation tags"
+    stops = ", ".join(template["stop_tokens"]) or "none is known"
+    return [
+        f"  system messages {'rendered' if traits['system'] else 'NOT rendered'}; developer messages "
+        f"{'rendered' if traits['developer'] else 'as system messages'}; tool calls {calls[traits['arguments']]}; "
+        f"reasoning {'under ' + traits['reasoning'] if traits['reasoning'] else 'not rendered'}",
+        f"  answers by {by}, up to one of: {stops}; turns: {settings['turns']}"
+        + ("; earlier answers are rewritten by the template" if traits["rewrites_history"] else "")
+        + (f"; today's date is {settings['date']}" if traits["reads_date"] else ""),
+    ]

@@ -1,12 +1,13 @@
-"""Two checks on the first conversations: text against the tokenizer's own template, ids against transformers."""
+"""Checks of a job's template: its text against the tokenizer's own template's, its ids against transformers'."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from draftcache.capture.prepare.chat.chat_tokens import ChatTokenizer, render_chat, without_nones
-from draftcache.capture.prepare.chat.tokenizer_files import ChatTemplate, TokenizerFiles
+from draftcache.capture.prepare.chat.encoding import ChatTokenizer
+from draftcache.capture.prepare.chat.learned_rows import LearnedText
+from draftcache.capture.prepare.chat.rendering import Renderer
 from draftcache.capture.prepare.rows.conversations import ChatRow, RowRejectedError
 from draftcache.store.common.errors import InputError
 
@@ -15,52 +16,52 @@ _CONTEXT = 40  # characters shown before a difference
 Sample = tuple[str, int, ChatRow]  # file, line, row
 
 
-def first_template_difference(
-    given: ChatTemplate, own: ChatTemplate, rows: Sequence[Sample], variables: dict[str, str]
-) -> str | None:
-    """A text that says where the two templates first render different text; None where they agree on every row.
+def template_difference(given: Renderer, own: Renderer, row: ChatRow) -> str | None:
+    """Say where two templates render different text of a row; None where they render the same.
 
     A row that both templates refuse is no difference; a row that only one of them refuses is one.
     """
-    for file, line, row in rows:
-        mine, theirs = (_text_or_refusal(template, row, variables) for template in (given, own))
-        if mine is None and theirs is None:
-            continue
-        if mine is None or theirs is None:
-            refuser, other = (given, own) if mine is None else (own, given)
-            return f"{file}:{line}: {refuser.source} refuses the conversation that {other.source} renders"
-        if mine != theirs:
-            shorter = min(len(mine), len(theirs))
-            at = next((i for i in range(shorter) if mine[i] != theirs[i]), shorter)
-            window = slice(max(0, at - _CONTEXT), at + _CONTEXT)
-            return (
-                f"{file}:{line}: at character {at} expected (the tokenizer's own template) {theirs[window]!r}, "
-                f"found ({given.source}) {mine[window]!r}"
-            )
-    return None
+    mine, theirs = (_text_or_refusal(renderer, row) for renderer in (given, own))
+    if mine is None and theirs is None:
+        return None
+    if mine is None or theirs is None:
+        refuser, other = (given, own) if mine is None else (own, given)
+        return f"{refuser.template.source} refuses the conversation that {other.template.source} renders"
+    if mine == theirs:
+        return None
+    shorter = min(len(mine), len(theirs))
+    at = next((i for i in range(shorter) if mine[i] != theirs[i]), shorter)
+    window = slice(max(0, at - _CONTEXT), at + _CONTEXT)
+    return (
+        f"at character {at} expected (the tokenizer's own template) {theirs[window]!r}, found "
+        f"({given.template.source}) {mine[window]!r}"
+    )
 
 
-def check_against_transformers(
-    files: TokenizerFiles, template: ChatTemplate, tokenizer: Any, rows: Sequence[Sample]
-) -> None:
+def check_against_transformers(ours: ChatTokenizer, tokenizer: Any, rows: Sequence[Sample]) -> None:
     """Encode `rows` by ChatTokenizer and by `tokenizer.apply_chat_template`. Raises InputError where ids differ.
 
     They differ where a tokenizer class changes text or ids outside of its `tokenizers` backend.
     """
-    ours = ChatTokenizer(files, template)
+    template = ours.renderer.template
     for file, line, row in rows:
         try:
-            chat = ours.render(row)
+            row = ours.conversations.normalised(row)
+            text = ours.renderer.render(row.messages, row.tools)
         except RowRejectedError:
             continue
-        found = ours.encode([chat])[0][0].tolist()
-        expected = tokenizer.apply_chat_template(
-            without_nones(row.messages),
-            tools=row.tools,
-            chat_template=template.text(row.tools),
-            tokenize=True,
-            return_dict=True,
-        )["input_ids"]
+        found = ours.encode([LearnedText(text=text, spans=[])])[0][0].tolist()
+        if ours.renderer.reads_date:  # transformers takes no other date than today's
+            expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            expected = tokenizer.apply_chat_template(
+                row.messages,
+                tools=row.tools,
+                chat_template=template.text(row.tools),
+                tokenize=True,
+                return_dict=True,
+                **ours.settings.template_args,
+            )["input_ids"]
         if found != list(expected):
             raise InputError(
                 f"{file}:{line}: expected the {len(expected)} ids of transformers' apply_chat_template, found "
@@ -69,8 +70,8 @@ def check_against_transformers(
             )
 
 
-def _text_or_refusal(template: ChatTemplate, row: ChatRow, variables: dict[str, str]) -> str | None:
+def _text_or_refusal(renderer: Renderer, row: ChatRow) -> str | None:
     try:
-        return render_chat(template, row, variables, spans=False).text
+        return renderer.render(row.messages, row.tools)
     except RowRejectedError:
         return None

@@ -6,7 +6,6 @@ it.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ _FILES = (
     "vocab.json",
 )
 _CONFIG = "tokenizer_config.json"
-_GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +61,7 @@ class TokenizerFiles:
     backend_json: str  # the `tokenizers` serialisation
     special_tokens: dict[str, str]  # template variables such as `bos_token`
     encode_special_tokens: bool  # transformers' `split_special_tokens`
+    stop_tokens: tuple[str, ...]  # texts of the tokens at which generation stops
     own_template: ChatTemplate | None
     vocab_size: int
     vocab_size_from: str
@@ -104,6 +103,7 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> tuple
         backend_json=tokenizer.backend_tokenizer.to_str(),
         special_tokens=dict(tokenizer.special_tokens_map),
         encode_special_tokens=bool(getattr(tokenizer, "split_special_tokens", False)),
+        stop_tokens=_stop_tokens(directory, tokenizer),
         own_template=_own_template(directory, tokenizer.chat_template),
         vocab_size=vocab_size,
         vocab_size_from=vocab_size_from,
@@ -112,10 +112,7 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> tuple
 
 
 def choose_template(files: TokenizerFiles, template_file: Path | None) -> ChatTemplate:
-    """The template of `--chat-template`, else the tokenizer's own.
-
-    Raises InputError where there is none, or where it has no generation tags.
-    """
+    """The template of `--chat-template`, else the tokenizer's own. Raises InputError where there is none."""
     if template_file is not None:
         require_file(template_file, "--chat-template to be a text file")
         try:
@@ -129,20 +126,20 @@ def choose_template(files: TokenizerFiles, template_file: Path | None) -> ChatTe
         raise InputError(
             f"--tokenizer {files.directory}: expected a chat template, found none; give --chat-template FILE"
         )
-    for text in (template.plain, template.with_tools):
-        if not _GENERATION_TAG.search(text):
-            raise InputError(_no_generation_tag(template.source))
     return template
 
 
-def _no_generation_tag(source: str) -> str:
-    return (
-        f"chat template ({source}): expected a {{% generation %}} block around what the assistant writes, "
-        "found none, so no loss mask can be made. Copy the template to a file, put {% generation %} before the "
-        "assistant's content and {% endgeneration %} after its end-of-turn token, and give it with "
-        f"--chat-template FILE. For Nemotron-3-style ChatML models one ships with draftcache "
-        f"({SHIPPED_TEMPLATE}); its text is matched against the tokenizer's own template when it is used"
-    )
+def _stop_tokens(directory: Path, tokenizer: Any) -> tuple[str, ...]:
+    """The texts of the tokens at which engines stop: those of generation_config.json and the tokenizer's own."""
+    path = directory / "generation_config.json"
+    found = read_json(path).get("eos_token_id") if path.is_file() else None
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(isinstance(token, int) and token >= 0 for token in ids):
+        raise InputError(f"{path}: expected eos_token_id to be token ids, found {found!r}")
+    if tokenizer.eos_token_id is not None:
+        ids = [*ids, tokenizer.eos_token_id]
+    known = [token for token in ids if token < len(tokenizer)]
+    return tuple(dict.fromkeys(tokenizer.decode([token]) for token in known))
 
 
 def _own_template(directory: Path, template: Any) -> ChatTemplate | None:

@@ -83,6 +83,8 @@ class ChatRow:
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
+    unlearned: frozenset[int] = frozenset()
+    """Indices of the assistant messages that carry no loss."""
 
 
 @dataclass(frozen=True, kw_only=True)

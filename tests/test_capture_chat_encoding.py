@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from draftcache.capture.prepare.chat.chat_tokens import (
-    ChatTokenizer,
-    RenderedChat,
-    check_template_compiles,
-    render_chat,
-)
-from draftcache.capture.prepare.chat.template_check import check_against_transformers, first_template_difference
+from draftcache.capture.prepare.chat.encoding import ChatTokenizer
+from draftcache.capture.prepare.chat.learned_rows import LearnedText
+from draftcache.capture.prepare.chat.rendering import Renderer, check_template_compiles
+from draftcache.capture.prepare.chat.settings import ChatSettings
+from draftcache.capture.prepare.chat.template_check import check_against_transformers, template_difference
 from draftcache.capture.prepare.chat.tokenizer_files import (
     SHIPPED_TEMPLATE,
     ChatTemplate,
@@ -64,11 +62,19 @@ def loaded(tokenizer_dir: Path) -> tuple[Any, Any]:
     return load_tokenizer(tokenizer_dir)
 
 
-def both_ways(loaded: tuple[Any, Any], template: str, row: ChatRow) -> tuple[list[Any], list[Any], RenderedChat]:
-    """[ids, mask] ours, [ids, mask] of transformers, and the rendering."""
+TAGS = ChatSettings(loss_mask="tags")
+
+
+def only_text(ours: ChatTokenizer, row: ChatRow) -> LearnedText:
+    (text,) = ours.learned(row).texts
+    return text
+
+
+def both_ways(loaded: tuple[Any, Any], template: str, row: ChatRow) -> tuple[list[Any], list[Any], LearnedText]:
+    """[ids, mask] ours by the template's tags, [ids, mask] of transformers, and the text."""
     files, tokenizer = loaded
-    ours = ChatTokenizer(files, template_of(template))
-    chat = ours.render(row)
+    ours = ChatTokenizer(files, template_of(template), TAGS)
+    chat = only_text(ours, row)
     ids, mask = ours.encode([chat])[0]
     assert (ids.dtype, mask.dtype) == (np.uint32, np.bool_)
     expected = tokenizer.apply_chat_template(
@@ -115,7 +121,7 @@ def test_merges_across_span_boundaries_equal_transformers(loaded: tuple[Any, Any
         ours, expected, chat = both_ways(loaded, BARE, row_of(*contents))
         assert ours == expected
         inside = tokenizer.decode([i for i, m in zip(*ours, strict=True) if m])
-        crossing += inside != "".join(chat.text[first:last] for first, last in chat.assistant_spans)
+        crossing += inside != "".join(chat.text[first:last] for first, last in chat.spans)
     assert crossing == 2  # else no merge crossed a boundary and the test shows nothing
 
 
@@ -137,8 +143,8 @@ def edited_tokenizer(directory: Path, template: str, **changes: Any) -> Path:
 def test_a_span_that_starts_at_a_trimmed_space_keeps_its_tokens(tmp_path: Path) -> None:
     trimming = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     files, tokenizer = load_tokenizer(edited_tokenizer(tmp_path / "trimming", BARE, post_processor=trimming))
-    ours = ChatTokenizer(files, template_of(BARE))
-    ids, mask = ours.encode([ours.render(row_of("why", " the fox"))])[0]
+    ours = ChatTokenizer(files, template_of(BARE), TAGS)
+    ids, mask = ours.encode([only_text(ours, row_of("why", " the fox"))])[0]
     assert tokenizer.decode(ids[mask].tolist()) == " the fox"
 
 
@@ -164,24 +170,24 @@ def test_truncation_and_padding_in_the_file_are_ignored_as_transformers_does(tmp
 def test_an_empty_span_inside_a_token_marks_nothing(loaded: tuple[Any, Any]) -> None:
     files, _ = loaded
     text = "{{ ':' }}{% generation %}{{ messages[0].content }}{% endgeneration %}{{ ':' }}"
-    ours = ChatTokenizer(files, template_of(text))
-    ids, mask = ours.encode([ours.render(row_of(""))])[0]
+    ours = ChatTokenizer(files, template_of(text), TAGS)
+    ids, mask = ours.encode([only_text(ours, row_of(""))])[0]
     assert len(ids) == 1  # "::" is one token, and the empty span lies inside it
     assert not mask.any()
-    _, mask = ours.encode([ours.render(row_of("x"))])[0]
+    _, mask = ours.encode([only_text(ours, row_of("x"))])[0]
     assert mask.tolist() == [False, True, False]
 
 
-def test_none_values_render_as_missing_keys(loaded: tuple[Any, Any]) -> None:
+def test_none_values_render_as_missing_keys_and_as_empty_contents(loaded: tuple[Any, Any]) -> None:
     files, tokenizer = loaded
     user = {"role": "user", "content": "hi"}
     with_nones = ChatRow(messages=[{**user, "name": None}, {"role": "assistant", "content": None}], tools=None)
-    without = ChatRow(messages=[user, {"role": "assistant"}], tools=None)
+    without = ChatRow(messages=[user, {"role": "assistant", "content": ""}], tools=None)
     ours, expected, _ = both_ways(loaded, CHATML, without)
     assert ours == expected
     chat = ChatTokenizer(files, template_of(CHATML))
-    assert chat.render(with_nones) == chat.render(without)
-    check_against_transformers(files, template_of(CHATML), tokenizer, [("f.jsonl", 1, with_nones)])
+    assert chat.learned(with_nones) == chat.learned(without)
+    check_against_transformers(chat, tokenizer, [("f.jsonl", 1, with_nones)])
 
 
 def test_variables_set_inside_a_generation_block_do_not_leak() -> None:
@@ -189,28 +195,22 @@ def test_variables_set_inside_a_generation_block_do_not_leak() -> None:
         "{% set x = 'outer' %}{% generation %}{% set x = 'inner' %}{{ x }}{% endgeneration %}|{{ x }}|"
         "{{ y is defined }}{% generation %}{% set y = 1 %}{% endgeneration %}{{ y is defined }}"
     )
-    chat = render_chat(template_of(text), row_of("q", "a"), {})
-    assert chat.text == "inner|outer|FalseFalse"
-    assert chat.assistant_spans == [(0, 5), (17, 17)]
+    found, spans = Renderer(template_of(text), {}).render_tagged(row_of("q", "a").messages, None)
+    assert found == "inner|outer|FalseFalse"
+    assert spans == [(0, 5), (17, 17)]
 
 
 def test_a_refusing_template_names_its_reason(loaded: tuple[Any, Any]) -> None:
     row = ChatRow(messages=[{"role": "assistant", "content": "first"}], tools=None)
     with pytest.raises(RowRejectedError, match="starts with a user or system turn") as caught:
-        render_chat(template_of(CHATML), row, {})
+        Renderer(template_of(CHATML), {}).render(row.messages, None)
     assert caught.value.reason == "template-rejected"
 
 
 def test_a_lone_surrogate_is_rejected_before_it_reaches_the_tokenizer() -> None:
     with pytest.raises(RowRejectedError, match=r"U\+D83D") as caught:
-        render_chat(template_of(CHATML), row_of("q", "half \ud83d"), {})
+        Renderer(template_of(CHATML), {}).render(row_of("q", "half \ud83d").messages, None)
     assert caught.value.reason == "lone-surrogate"
-
-
-def test_a_template_without_generation_tags_is_refused(untagged_tokenizer_dir: Path) -> None:
-    files, _ = load_tokenizer(untagged_tokenizer_dir)
-    with pytest.raises(InputError, match=r"endgeneration %\} after its end-of-turn.*nemotron_chatml.jinja"):
-        choose_template(files, None)
 
 
 def test_no_template_at_all_is_refused(tmp_path: Path) -> None:
@@ -251,30 +251,31 @@ def test_tokenizer_hash_follows_the_files_but_not_the_template(tmp_path: Path) -
     assert first.hash != other_merges.hash
 
 
-def test_first_template_difference_is_reported() -> None:
-    rows = [("f.jsonl", 3, row_of("q", "same")), ("f.jsonl", 4, row_of("q", "a much longer answer"))]
-    given = template_of(CHATML)
+def test_a_template_difference_is_reported() -> None:
+    def difference(given: str, own: str, row: ChatRow) -> str | None:
+        return template_difference(Renderer(template_of(given), {}), Renderer(template_of(own), {}), row)
+
     untagged = CHATML.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
-    assert first_template_difference(given, template_of(untagged), rows, {}) is None
-    other = template_of(CHATML.replace("{{- '\\n' -}}", "{{- '\\n' if message.content | length < 9 else ' ' -}}"))
-    found = first_template_difference(given, other, rows, {})
-    assert found is not None
-    assert found.startswith("f.jsonl:4: at character")
-    refusing = template_of("{{ raise_exception('never') }}")
-    assert "refuses" in (first_template_difference(given, refusing, rows, {}) or "")
+    other = CHATML.replace("{{- '\\n' -}}", "{{- '\\n' if message.content | length < 9 else ' ' -}}")
+    short, long = row_of("q", "same"), row_of("q", "a much longer answer")
+    assert difference(CHATML, untagged, long) is None
+    assert difference(CHATML, other, short) is None
+    assert (difference(CHATML, other, long) or "").startswith("at character")
+    assert "refuses" in (difference(CHATML, "{{ raise_exception('never') }}", short) or "")
 
 
 def test_ids_that_differ_from_transformers_are_refused(loaded: tuple[Any, Any]) -> None:
     files, tokenizer = loaded
     sample = [("f.jsonl", 7, row_of("q", "a"))]
-    check_against_transformers(files, template_of(CHATML), tokenizer, sample)
+    ours = ChatTokenizer(files, template_of(CHATML))
+    check_against_transformers(ours, tokenizer, sample)
 
     class Meddling:
         def apply_chat_template(self, *arguments: Any, **settings: Any) -> dict[str, list[int]]:
             return {"input_ids": [1, *tokenizer.apply_chat_template(*arguments, **settings)["input_ids"]]}
 
     with pytest.raises(InputError, match=r"f.jsonl:7: .*Meddling does more"):
-        check_against_transformers(files, template_of(CHATML), Meddling(), sample)
+        check_against_transformers(ours, Meddling(), sample)
 
 
 # --- the shipped template ---
@@ -293,8 +294,8 @@ TOOLS = [
 
 
 def spans_of(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> tuple[str, list[str]]:
-    chat = render_chat(template_of(NEMOTRON), ChatRow(messages=messages, tools=tools), {})
-    return chat.text, [chat.text[first:last] for first, last in chat.assistant_spans]
+    text, spans = Renderer(template_of(NEMOTRON), {}).render_tagged(messages, tools)
+    return text, [text[first:last] for first, last in spans]
 
 
 def test_nemotron_template_marks_what_the_model_writes() -> None:
@@ -375,13 +376,16 @@ def test_nemotron_template_refuses_what_it_would_render_wrongly(message: dict[st
         spans_of([{"role": "user", "content": "q"}, message])
 
 
-def test_a_template_that_never_ends_costs_its_row_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_that_never_ends_costs_its_row_only(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     endless = (
-        "{% if messages | length > 2 %}{% for i in range(99999) %}{% for j in range(99999) %}"
+        "{% if messages | length > 5 %}{% for i in range(99999) %}{% for j in range(99999) %}"
         "{% for k in range(99999) %}{% endfor %}{% endfor %}{% endfor %}{% endif %}" + BARE
     )
-    monkeypatch.setattr("draftcache.capture.prepare.chat.chat_tokens.ROW_SECONDS", 0.2)
-    with pytest.raises(RowRejectedError, match=r"TimeoutError: rendering takes more than 0\.2 s"):
-        render_chat(template_of(endless), row_of("a", "b", "c"), {})
-    assert render_chat(template_of(endless), row_of("a", "b"), {}).text == "a\n:b\n"
+    ours = ChatTokenizer(loaded[0], template_of(endless))
+    monkeypatch.setattr("draftcache.capture.prepare.chat.rendering.ROW_SECONDS", 0.2)
+    with pytest.raises(RowRejectedError, match=r"rendering takes more than 0\.2 s"):
+        ours.learned(row_of(*"abcdef"))
+    assert only_text(ours, row_of("a", "b")).text == "a\n:b\n"
     sum(range(20_000_000))  # the timer of a row that is done does not fire later
