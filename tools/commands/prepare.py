@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a variable for the template, such as enable_thinking=false; JSON where it is JSON, else text (repeatable)",
+        help="a variable for the template, such as enable_thinking=false: JSON if it is that, else text (repeatable)",
     )
     parser.add_argument(
         "--date", default="2026-01-01", metavar="YYYY-MM-DD", help="what templates take for today's date (%(default)s)"
@@ -66,19 +66,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--turns",
         choices=("auto", "all", "each", "last"),
         default="auto",
-        help="answers that carry loss: all in one row; each in a row of its own, rendered as it was generated; the last "
-        "alone; auto: each for rows whose earlier answers the template rewrites, all for others (%(default)s)",
+        help="answers that carry loss: all in one row; each in a row of its own, as it was generated; the last alone; "
+        "auto: each for rows whose earlier answers the template rewrites, all for others (%(default)s)",
     )
     parser.add_argument(
         "--loss-mask",
         choices=("prompt", "tags"),
         default="prompt",
-        help="what says which text is an answer: the generation prompt, or the template's generation tags (%(default)s)",
+        help="what tells the text of an answer: the generation prompt, or the template's generation tags (%(default)s)",
     )
     parser.add_argument(
         "--strict",
         action="store_true",
-        help="set rows aside of which the template drops text, instead of counting them",
+        help="set rows aside whose text the template drops, instead of counting them",
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that the tokenizer directory holds"
@@ -190,6 +190,7 @@ def template_lines(template: dict[str, Any]) -> list[str]:
         f"{'rendered' if traits['developer'] else 'as system messages'}; tool calls {calls[traits['arguments']]}; "
         f"reasoning {'under ' + traits['reasoning'] if traits['reasoning'] else 'not rendered'}",
         f"  answers by {by}, up to one of: {stops}; turns: {settings['turns']}"
+        + ("" if traits["generation_prompt"] else "; the template has no generation prompt")
         + ("; earlier answers are rewritten by the template" if traits["rewrites_history"] else "")
         + (f"; today's date is {settings['date']}" if traits["reads_date"] else ""),
     ]

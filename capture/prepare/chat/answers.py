@@ -70,6 +70,15 @@ class AnswerRule:
             return match.end(), True
         return max(start, len(text.rstrip())), False
 
+    def end_in(self, whole: str, answer: Answer) -> int:
+        """Return where an answer ends in a text that continues it, with the token behind it if that stops generation.
+
+        Some models end their turn by writing the token that opens the user's.
+        """
+        if not answer.stops and self._stop is not None and (match := self._stop.match(whole, answer.end)):
+            return match.end()
+        return answer.end
+
     def start_in(self, prompt: str, history: str, text: str) -> int | None:
         """Return where an answer begins in a `text` that continues `history`; None where it does not continue it.
 
@@ -99,8 +108,8 @@ class AnswerRule:
         # The text renders the history otherwise than the prompt, as where a template treats the last message its own
         # way. What is served is the prompt, and the answer is what follows the generation prompt in the text.
         opening, common = prompt[_common(prompt, history) :], _common(prompt, text)
-        if opening and text.count(opening, common) == 1:
-            return len(prompt), prompt + text[text.index(opening, common) + len(opening) :], True
+        if opening and text.count(opening, common) == prompt.count(opening, common):
+            return len(prompt), prompt + text[text.rindex(opening) + len(opening) :], True
         raise RowRejectedError(
             "no-answer-found",
             expected=f"message {index + 1} (assistant) to be rendered behind the generation prompt, which has "

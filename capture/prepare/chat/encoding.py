@@ -37,6 +37,8 @@ class ChatTokenizer:
         # tokenizer.json may set truncation and padding; transformers resets both on every call.
         self._backend.no_truncation()
         self._backend.no_padding()
+        # Without special tokens to add, a post-processor does no more than trim blanks off the offsets.
+        self._backend.post_processor = None
         variables = {**files.special_tokens, **self.settings.template_args}
         self.renderer = Renderer(template, variables, self.settings.date)
         self.conversations = ConversationRenderer(

@@ -101,13 +101,8 @@ class ConversationRenderer:
                 # Most templates refuse to be asked for an answer to nothing.
                 notes.add("answers to nothing: a conversation's first message, without loss", clip(message["content"]))
                 continue
-            if not found.stops:
-                notes.add("answers that end without a token that stops generation", clip(found.text[-40:]))
             if found.joined:
-                notes.add(
-                    "answers put behind the prompt that was served, which the template later rewrites",
-                    clip(found.text[-80:]),
-                )
+                notes.add("answers put behind the prompt as it was served", clip(found.text[-80:]))
             answers.append(found)
         return answers
 
@@ -122,30 +117,32 @@ class ConversationRenderer:
             turns = "each" if rewritten else "all"
         if turns == "last":
             if len(answers) > 1:
-                notes.add(
-                    "answers without loss by --turns last",
-                    clip(row.messages[answers[0].message]["content"]),
-                    len(answers) - 1,
-                )
+                example = clip(row.messages[answers[0].message]["content"])
+                notes.add("answers without loss, by --turns last", example, len(answers) - 1)
             answers = answers[-1:]
         if turns != "all":
             if len(answers) > 1:
                 notes.add("rows added: one per answer", f"{len(answers)} answers", len(answers) - 1)
-            return [LearnedText(text=answer.text, spans=[(answer.start, answer.end)]) for answer in answers]
-        spans = [
-            self._span_in(row, whole, answer) if answer in rewritten else (answer.start, answer.end)
-            for answer in answers
-        ]
-        if rewritten:
-            notes.add(
-                "answers learned otherwise than they were generated, by --turns all",
-                _example_of(rewritten[0]),
-                len(rewritten),
-            )
-        return [LearnedText(text=whole, spans=spans)]
+            texts = [LearnedText(text=answer.text, spans=[(answer.start, answer.end)]) for answer in answers]
+            endless = [answer for answer in answers if not answer.stops]
+        else:
+            spans = [self._span_in(row, whole, answer, rewritten, notes) for answer in answers]
+            texts = [LearnedText(text=whole, spans=spans)]
+            endless = [
+                answer
+                for answer, (_, end) in zip(answers, spans, strict=True)
+                if not answer.stops and answer not in rewritten and end == answer.end
+            ]
+        if endless:
+            example = clip(endless[0].text[-40:])
+            notes.add("answers that end without a token that stops generation", example, len(endless))
+        return texts
 
-    def _span_in(self, row: ChatRow, whole: str, answer: Answer) -> Span:
-        """Where the template, in the whole conversation, renders an answer that it rewrites."""
+    def _span_in(self, row: ChatRow, whole: str, answer: Answer, rewritten: list[Answer], notes: Notes) -> Span:
+        """Where the template renders an answer in the whole conversation, which may be otherwise than it was."""
+        if answer not in rewritten:
+            return answer.start, self._rule.end_in(whole, answer)
+        notes.add("answers learned otherwise than they were generated, by --turns all", _example_of(answer))
         prompt, history = self._rule.prompt_and_history(row.messages, row.tools, answer.message)
         start = self._rule.start_in(prompt, history, whole)
         if start is None:

@@ -33,6 +33,9 @@ class TemplateTraits:
     """The form in which tool calls' arguments are rendered without being encoded twice; None where calls are not."""
     reasoning: str | None
     """The key under which the template reads an assistant's reasoning; None where it reads none of REASONING_NAMES."""
+    generation_prompt: bool
+    """Whether asking for a generation prompt adds any text. Where it adds none, an answer begins behind the question,
+    with all that the template writes there."""
     rewrites_history: bool
     """Whether an earlier answer is rendered otherwise once more messages follow it."""
     reads_date: bool
@@ -61,6 +64,7 @@ def probe_template(renderer: Renderer) -> TemplateTraits:
             developer=_renders_role(renderer, "developer"),
             arguments=_arguments_form(renderer),
             reasoning=reasoning,
+            generation_prompt=_text(renderer, [user]) != _text(renderer, [user], generation_prompt=True),
             rewrites_history=_rewrites_history(renderer, reasoning),
             reads_date=renderer.reads_date,
         )
@@ -111,8 +115,10 @@ def _rewrites_history(renderer: Renderer, reasoning: str | None) -> bool:
     return not late.startswith(early[: answered + len("First answer.")])
 
 
-def _text(renderer: Renderer, messages: list[Message], tools: Tools = None) -> str | None:
+def _text(
+    renderer: Renderer, messages: list[Message], tools: Tools = None, *, generation_prompt: bool = False
+) -> str | None:
     try:
-        return renderer.render(messages, tools)
+        return renderer.render(messages, tools, generation_prompt=generation_prompt)
     except RowRejectedError:
         return None
