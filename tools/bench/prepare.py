@@ -3,9 +3,9 @@
 `python -m draftcache.tools.bench.prepare [--output FILE]` measures both. The text is this Python's standard library,
 cut into conversations of two to eight turns; the tokenizer is a byte-level BPE trained on it. The case `encode-batch`
 is `Tokenizer.encode_batch` over the rendered texts with its threads on every core: no files, no JSON, no template, no
-masks. `prepare` is the whole job from JSONL to a committed dataset, with the start of its workers; a cold command adds
-the import of transformers, about two seconds once. Wall time misleads if other programs share the cores, so tokens per
-CPU second are reported too.
+masks. `prepare` is the whole job from JSONL to a committed dataset, with masks by the generation prompt, the check of
+every message's text and the start of its workers; a cold command adds the import of transformers, about two seconds
+once. Wall time misleads if other programs share the cores, so tokens per CPU second are reported too.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from typing import Any
 from draftcache.tools.bench.parts.rows import cpu_name, report, result_row
 
 _TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}"
-    "{% if message.role == 'assistant' %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
 
@@ -87,7 +86,7 @@ def python_texts() -> Iterator[str]:
 
 
 def train_tokenizer(directory: Path, vocab_size: int) -> None:
-    """Train and save a byte-level BPE with ChatML tokens and a template with generation tags."""
+    """Train and save a byte-level BPE with ChatML tokens and a template without generation tags."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
