@@ -26,7 +26,7 @@ from draftcache.capture.prepare.chat.tokenizer_files import (
     load_tokenizer,
 )
 from draftcache.capture.prepare.chunks import Chunk, ChunkResult, ChunkWorker, read_chunks, run_in_worker, start_worker
-from draftcache.capture.prepare.draft_vocabulary import build_vocab_map, coverage_table
+from draftcache.capture.prepare.draft_vocabulary import build_vocab_map, coverage_curve, coverage_table
 from draftcache.capture.prepare.rows.conversations import ChatRow, Rejection, read_conversations
 from draftcache.capture.prepare.rows.sources import describe_sources, refuse_shared_files
 from draftcache.capture.prepare.token_dataset import TokenDataset, is_prepared
@@ -55,6 +55,7 @@ class PrepareConfig:
     held_out: dict[str, list[Path]]  # only reported
     max_length: int = 32768  # tokens kept of each conversation
     draft_vocab_size: int | None = None
+    drop_duplicates: bool = False  # keep only the first of equal conversations, over all splits in their order
     chat_template: Path | None = None
     allow_template_difference: bool = False
     trust_remote_code: bool = False
@@ -116,12 +117,19 @@ def prepare(config: PrepareConfig) -> PrepareResult:
             "vocab_size_from": files.vocab_size_from,
             "max_length": config.max_length,
         }
-        with DatasetWriter(config.output, overwrite=config.overwrite) as dataset:
+        with DatasetWriter(
+            config.output, overwrite=config.overwrite, drop_duplicates=config.drop_duplicates
+        ) as dataset:
+            dataset.write_tokenizer(files.backend_json)
             splits = _tokenise(config, dataset, files, template)
             manifest["splits"] = {
                 name: {"held_out": name in config.held_out, "sources": sources[name], **split.record()}
                 for name, split in splits.items()
             }
+            counts = {name: split.counts for name, split in splits.items()}
+            manifest["coverage_curve"] = coverage_curve(
+                {name: counts[name] for name in config.splits}, {name: counts[name] for name in config.held_out}
+            )
             manifest["draft_vocabulary"] = _write_vocab_map(config, dataset, splits)
             return PrepareResult(manifest=dataset.commit(manifest), reused=False)
 
@@ -181,6 +189,11 @@ def _in_order(chunks: Iterator[Chunk], workers: int, arguments: tuple[Any, ...])
 def _refuse_empty(name: str, split: SplitWriter) -> None:
     if split.totals["rows"]:
         return
+    if dropped := split.dropped_rows:
+        raise InputError(
+            f"split {name}: expected at least one row to keep, found that --drop-duplicates drops all that are usable "
+            f"(equal to rows of: {dropped}); leave the split out, or take other rows for it"
+        )
     if split.first_rejection is None:
         raise InputError(f"split {name}: expected at least one row, found none")
     hint = ""
@@ -261,7 +274,9 @@ def _job_hash(
     inputs = [
         [name, name in config.held_out, [source["xxh3_128"] for source in sources[name]]] for name in config.all_splits
     ]
-    settings = [config.max_length, config.draft_vocab_size, files.vocab_size, files.special_tokens]
+    settings: list[Any] = [config.max_length, config.draft_vocab_size, files.vocab_size, files.special_tokens]
+    if config.drop_duplicates:  # only then, so that the hashes of older datasets stay what they were
+        settings.append("drop-duplicates")
     return hash_json([_ROWS_VERSION, files.hash, template.hash, settings, inputs])
 
 

@@ -6,14 +6,13 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 from draftcache.store.common.errors import InputError
 from draftcache.tools.results import add_json, show
 
 # A split's name becomes the name of a directory beside manifest.json, and of a table row beside the row `union`.
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_RESERVED = ("manifest.json", "vocab_map.safetensors", "union")
+_RESERVED = ("manifest.json", "vocab_map.safetensors", "tokenizer.json", "union")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--draft-vocab-size", type=int, metavar="N", help="build a draft-vocabulary map of N ids (default: none)"
     )
     parser.add_argument(
+        "--drop-duplicates",
+        action="store_true",
+        help="of conversations with equal ids and masks, as stored, keep the first one over all splits, held-out ones "
+        "last: what a held-out split has in common with another split is dropped from the held-out split",
+    )
+    parser.add_argument(
         "--chat-template",
         type=Path,
         metavar="FILE",
@@ -55,6 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trust-remote-code", action="store_true", help="run Python code that the tokenizer directory holds"
     )
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
+    parser.add_argument(
+        "--show",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print N rows of each split with the loss marked before anything is written (%(default)s)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a finished dataset")
     add_json(parser)
 
@@ -63,7 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Prepare the dataset and print its tables. Returns 1 if rows were quarantined, else 0."""
     from draftcache.capture.prepare.job import PrepareConfig, prepare
     from draftcache.capture.prepare.token_dataset import QUARANTINE
+    from draftcache.tools.reports.dataset_text import format_dataset, leakage_warnings
 
+    if arguments.show < 0:
+        raise InputError(f"--show: expected a number of rows of at least 0, found {arguments.show}")
     result = prepare(
         PrepareConfig(
             tokenizer=arguments.tokenizer,
@@ -72,6 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
             held_out=read_splits(arguments.held_out),
             max_length=arguments.max_length,
             draft_vocab_size=arguments.draft_vocab_size,
+            drop_duplicates=arguments.drop_duplicates,
             chat_template=arguments.chat_template,
             allow_template_difference=arguments.allow_template_difference,
             trust_remote_code=arguments.trust_remote_code,
@@ -87,6 +103,8 @@ def run(arguments: argparse.Namespace) -> int:
         "dataset": result.manifest,
     }
     show(arguments, values, f"{format_dataset(result.manifest)}\n\n{arguments.output}: {state}")
+    for warning in leakage_warnings(result.manifest):
+        print(warning, file=sys.stderr)
     if result.quarantined_rows:
         print(
             f"{result.quarantined_rows:,} rows were quarantined: see {arguments.output}/*/{QUARANTINE}",
@@ -108,22 +126,3 @@ def read_splits(pairs: list[str]) -> dict[str, list[Path]]:
             )
         splits.setdefault(name, []).append(Path(file))
     return splits
-
-
-def format_dataset(details: dict[str, Any]) -> str:
-    """Format the manifest of a prepared dataset: its tables, and why rows were quarantined."""
-    from draftcache.tools.reports.accounting import accounting_table, coverage_text
-
-    lines = [
-        f"vocabulary: {details['vocab_size']:,} ids, from {details['vocab_size_from']}",
-        f"chat template: {details['chat_template']['source']}, {details['chat_template']['matched']}",
-        "",
-        accounting_table(details),
-    ]
-    for name, record in details["splits"].items():
-        lines += [f"{name}: {rows:,} x {reason}" for reason, rows in record["quarantined_by_reason"].items()]
-    vocabulary = details["draft_vocabulary"]
-    if vocabulary is not None:
-        coverage = coverage_text(vocabulary["coverage"], vocabulary["size"])
-        lines += ["", f"draft vocabulary {vocabulary['hash']}", "", coverage]
-    return "\n".join(lines)

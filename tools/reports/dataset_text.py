@@ -1,0 +1,78 @@
+"""What a prepared dataset holds, from its manifest alone: the tables that prepare and inspect print.
+
+A dataset of an earlier draftcache lacks some of the figures; their tables are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from draftcache.tools.reports.accounting import accounting_table, coverage_text, curve_text
+from draftcache.tools.reports.histogram import format_lengths
+from draftcache.tools.reports.terminal_text import quoted
+
+_FOUND_WIDTH = 60
+
+
+def format_dataset(manifest: Mapping[str, Any]) -> str:
+    """Return the tables of a manifest: tokens, quarantine, duplicates, lengths, and what draft vocabularies cover."""
+    lines = [
+        f"vocabulary: {manifest['vocab_size']:,} ids, from {manifest['vocab_size_from']}",
+        f"chat template: {manifest['chat_template']['source']}, {manifest['chat_template']['matched']}",
+        "",
+        accounting_table(manifest),
+    ]
+    for name, record in manifest["splits"].items():
+        lines += _quarantine(name, record)
+    lines += _duplicates(manifest)
+    for name, record in manifest["splits"].items():
+        for label, key in (("conversations", "lengths"), ("answers", "answer_lengths")):
+            if key in record:
+                lines += ["", *format_lengths(f"{name}, {label}:", record[key])]
+    if curve := curve_text(manifest.get("coverage_curve", [])):
+        lines += ["", curve]
+    vocabulary = manifest["draft_vocabulary"]
+    if vocabulary is not None:
+        coverage = coverage_text(vocabulary["coverage"], vocabulary["size"])
+        lines += ["", f"draft vocabulary {vocabulary['hash']}", "", coverage]
+    return "\n".join(lines)
+
+
+def leakage_warnings(manifest: Mapping[str, Any]) -> list[str]:
+    """Return a line for each held-out split that has rows of a split that is not held out: they would be learnt."""
+    held_out = {name: record["held_out"] for name, record in manifest["splits"].items()}
+    pairs = [(*pair["splits"], pair["rows"]) for pair in manifest.get("shared_rows", [])]
+    return [
+        f"warning: {rows:,} rows of {second} (held out) are also in {first}, so figures of {second} would be too good; "
+        "prepare with --drop-duplicates, or take them out of one of the files"
+        for first, second, rows in pairs
+        if held_out[second] and not held_out[first]
+    ]
+
+
+def _quarantine(name: str, record: Mapping[str, Any]) -> list[str]:
+    if "quarantine" not in record:
+        return [f"{name}: {rows:,} x {reason}" for reason, rows in record["quarantined_by_reason"].items()]
+    lines = []
+    for reason, found in record["quarantine"].items():
+        example = found["example"]
+        where = quoted(f"{example['file']}:{example['line']}", 1000)[1:-1]
+        lines.append(
+            f"{name}: {found['rows']:,} x {reason} ({found['fraction']:.2%} of {record['read_rows']:,} rows), first "
+            f"{where}: found {quoted(example['found'], _FOUND_WIDTH)}"
+        )
+    return lines
+
+
+def _duplicates(manifest: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"{pair['splits'][1]}: {pair['rows']:,} rows that {pair['splits'][0]} has too"
+        for pair in manifest.get("shared_rows", [])
+    ]
+    for name, record in manifest["splits"].items():
+        lines += [
+            f"{name}: {rows:,} duplicates dropped of rows of {origin}"
+            for origin, rows in record.get("dropped_duplicates", {}).items()
+        ]
+    return lines
