@@ -360,7 +360,9 @@ def test_command_line_end_to_end(tokenizer_dir: Path, tmp_path: Path) -> None:
     assert "Traceback" not in refused.stderr
 
 
-@pytest.mark.parametrize("pair", ["rows.jsonl", "=rows.jsonl", "a=", "../a=rows.jsonl", "union=rows.jsonl", "tokenizer.json=rows.jsonl"])
+@pytest.mark.parametrize(
+    "pair", ["rows.jsonl", "=rows.jsonl", "a=", "../a=rows.jsonl", "union=rows.jsonl", "tokenizer.json=rows.jsonl"]
+)
 def test_bad_split_names_are_refused(pair: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", "--tokenizer", str(tmp_path), "--output", str(tmp_path / "out"), pair]) == 2
     assert "expected NAME=FILE" in capsys.readouterr().err

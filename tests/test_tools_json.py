@@ -39,7 +39,8 @@ SUMMARY = {
 DERIVED = {
     "capture": r"[\d,]+ tokens/s",
     "size": r"[\d.]+x|(?im:^spec.*)",
-    **dict.fromkeys(("inspect", "inspect dataset", "inspect dataset --conversation", "prepare"), r"\.\. [\d,]+"),
+    **dict.fromkeys(("inspect", "inspect dataset", "prepare"), r"\.\. [\d,]+"),
+    **dict.fromkeys(("inspect dataset --conversation", "inspect dataset --rows"), r"\.\. \d+,?"),
 }
 """What a text has that its JSON has not: another run's rate, ratios of two figures, ends that are others less 1."""
 
