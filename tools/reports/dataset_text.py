@@ -10,7 +10,7 @@ from typing import Any
 
 from draftcache.tools.reports.accounting import accounting_table, coverage_text, curve_text
 from draftcache.tools.reports.histogram import format_lengths
-from draftcache.tools.reports.terminal_text import quoted
+from draftcache.tools.reports.terminal_text import on_one_line, quoted
 
 _FOUND_WIDTH = 60
 
@@ -57,10 +57,9 @@ def _quarantine(name: str, record: Mapping[str, Any]) -> list[str]:
     lines = []
     for reason, found in record["quarantine"].items():
         example = found["example"]
-        where = quoted(f"{example['file']}:{example['line']}", 1000)[1:-1]
         lines.append(
             f"{name}: {found['rows']:,} x {reason} ({found['fraction']:.2%} of {record['read_rows']:,} rows), first "
-            f"{where}: found {quoted(example['found'], _FOUND_WIDTH)}"
+            f"{on_one_line(example['file'])}:{example['line']}: found {quoted(example['found'], _FOUND_WIDTH)}"
         )
     return lines
 

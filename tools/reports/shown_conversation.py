@@ -17,7 +17,7 @@ import numpy as np
 
 from draftcache.capture.prepare.statistics import loss_runs
 from draftcache.store.common.errors import InputError
-from draftcache.tools.reports.terminal_text import quoted, shows_colour, visible
+from draftcache.tools.reports.terminal_text import on_one_line, quoted, shows_colour, visible
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -186,8 +186,7 @@ def _header(found: dict[str, Any]) -> list[str]:
     runs = [f"{first} .. {last - 1}" for first, last in found["loss_runs"]]
     more = ["..."] if len(runs) > _MOST_RUNS else []
     return [
-        f"conversation {found['conversation']} of {found['split']}, {visible(found['file'], also=chr(10))}:"
-        f"{found['line']}",
+        f"conversation {found['conversation']} of {found['split']}, {on_one_line(found['file'])}:{found['line']}",
         f"tokens      {found['tokens']:,}"
         + (f", cut from {found['untruncated_tokens']:,}" if cut else " (nothing cut off)")
         + f"; {found['loss_tokens']:,} with loss",

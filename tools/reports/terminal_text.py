@@ -17,6 +17,11 @@ def visible(text: str, also: str = "") -> str:
     return "".join(_escaped(char) if char in also or _is_hidden(char) else char for char in text)
 
 
+def on_one_line(text: str) -> str:
+    """Return the text, such as a file's name, with newlines and tabs escaped too."""
+    return visible(text, also="\n\t")
+
+
 def quoted(text: str, width: int = 14) -> str:
     """Return the text in quotes and on one line, all that isn't printable escaped, cut to `width` characters."""
     escaped = "".join(char if char.isprintable() else _escaped(char) for char in text)
