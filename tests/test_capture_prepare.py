@@ -123,7 +123,7 @@ def test_output_does_not_depend_on_the_number_of_workers(
         run(tokenizer_dir, tmp_path / str(workers), inputs, workers=workers, draft_vocab_size=100)
     one, three = files_of(tmp_path / "1"), files_of(tmp_path / "3")
     assert one.keys() == three.keys()
-    assert len(one) == 12
+    assert len(one) == 13
     for name in one:
         assert one[name] == three[name], name
     split = TokenDataset.open(tmp_path / "3").split("a")
@@ -353,7 +353,7 @@ def test_command_line_end_to_end(tokenizer_dir: Path, tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     assert "| Rows / conversations " in done.stdout
     assert "dev (held out)" in done.stdout
-    assert "train: 1 x malformed-json" in done.stdout
+    assert "train: 1 x malformed-json (3.57% of 28 rows), first " in done.stdout
     assert "Coverage by top 200" in done.stdout
     assert "1 rows were quarantined" in done.stderr
     manifest = TokenDataset.open(tmp_path / "out").manifest
@@ -366,7 +366,9 @@ def test_command_line_end_to_end(tokenizer_dir: Path, tmp_path: Path) -> None:
     assert "Traceback" not in refused.stderr
 
 
-@pytest.mark.parametrize("pair", ["rows.jsonl", "=rows.jsonl", "a=", "../a=rows.jsonl", "union=rows.jsonl"])
+@pytest.mark.parametrize(
+    "pair", ["rows.jsonl", "=rows.jsonl", "a=", "../a=rows.jsonl", "union=rows.jsonl", "tokenizer.json=rows.jsonl"]
+)
 def test_bad_split_names_are_refused(pair: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", "--tokenizer", str(tmp_path), "--output", str(tmp_path / "out"), pair]) == 2
     assert "expected NAME=FILE" in capsys.readouterr().err
@@ -403,7 +405,7 @@ def test_sigkill_leaves_nothing_that_opens(tokenizer_dir: Path, tmp_path: Path) 
     small = write_rows(tmp_path / "small.jsonl", random_rows(5))
     run(tokenizer_dir, tmp_path / "out", {"other": [small]})
     TokenDataset.open(tmp_path / "out").verify()
-    assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == ["manifest.json", "other"]
+    assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == ["manifest.json", "other", "tokenizer.json"]
     assert not list(tmp_path.glob(".out.*"))
 
 

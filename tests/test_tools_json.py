@@ -39,7 +39,8 @@ SUMMARY = {
 DERIVED = {
     "capture": r"[\d,]+ tokens/s",
     "size": r"[\d.]+x|(?im:^spec.*)",
-    "inspect": r"\.\. [\d,]+",
+    **dict.fromkeys(("inspect", "inspect dataset", "prepare"), r"\.\. [\d,]+"),
+    **dict.fromkeys(("inspect dataset --conversation", "inspect dataset --rows"), r"\.\. \d+,?"),
 }
 """What a text has that its JSON has not: another run's rate, ratios of two figures, ends that are others less 1."""
 
@@ -94,6 +95,9 @@ CASES: dict[str, tuple[int, Words]] = {
     "size --train": (0, lambda *_: ["--train", "--length", 4096, "--hidden-size", 512, "--vocab-size", 4096]),
     "inspect": (0, lambda inputs, *_: [inputs / "store"]),
     "inspect --conversation": (0, lambda inputs, *_: [inputs / "store", "--conversation", 1, "--rows", "3,9"]),
+    "inspect dataset": (0, lambda inputs, *_: [inputs / "prepared"]),
+    "inspect dataset --conversation": (0, lambda inputs, *_: [inputs / "prepared", "--conversation", 1]),
+    "inspect dataset --rows": (0, lambda inputs, *_: [inputs / "prepared", "--conversation", 1, "--rows", "2,4"]),
     "probe": (0, lambda inputs, out, _: dump(inputs, out / "states.safetensors")),
     "probe --compare": (0, lambda inputs, *_: ["--compare", inputs / "dump.safetensors", inputs / "dump.safetensors"]),
     "verify": (1, lambda inputs, *_: [inputs / "damaged"]),

@@ -25,7 +25,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("draftcache.tools.commands.eval", "offline acceptance length of a draft, from a store"),
     "export": ("draftcache.tools.commands.export", "write a checkpoint in the form that an inference engine serves"),
     "size": ("draftcache.tools.commands.size", "bytes and time of a capture, or memory of training, beforehand"),
-    "inspect": ("draftcache.tools.commands.inspect", "what is in a store, or in one of its conversations"),
+    "inspect": (
+        "draftcache.tools.commands.inspect",
+        "what is in a store or prepared dataset, or in one conversation",
+    ),
     "probe": (
         "draftcache.tools.commands.probe",
         "dump the verifier's states on a fixed input, or compare them with an engine's",

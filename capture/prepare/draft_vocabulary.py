@@ -17,6 +17,8 @@ from draftcache.store.common.errors import InputError
 from draftcache.store.format.vocab_map import VocabMap
 
 UNION = "union"
+CURVE_SIZES = tuple(1024 << power for power in range(7))
+"""Sizes of draft vocabularies, 1,024 .. 65,536 ids, at which `coverage_curve` says what they would cover."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +55,14 @@ def build_vocab_map(counts: Mapping[str, np.ndarray], size: int) -> VocabMap:
     total = union_counts(counts)
     if not 0 < size <= len(total):
         raise InputError(f"draft vocabulary size: expected 1..{len(total)} (the vocabulary), found {size}")
-    # The sort is stable, so equal counts (zero included) stay in id order, which breaks ties and fills the map.
-    most_frequent = np.argsort(-total, kind="stable")[:size]
-    ids = np.sort(most_frequent).astype(np.int64)
+    ids = np.sort(_by_frequency(total)[:size]).astype(np.int64)
     return VocabMap(target_ids=ids, vocab_size=len(total), sources=tuple(counts))
+
+
+def _by_frequency(total: np.ndarray) -> np.ndarray:
+    """All ids by (count descending, id ascending), from counts int64 [V]."""
+    # The sort is stable, so equal counts (zero included) stay in id order, which breaks ties and fills a map.
+    return np.argsort(-total, kind="stable")
 
 
 def load_vocab_maps(main: Path, more: Sequence[Path]) -> list[VocabMap]:
@@ -111,3 +117,32 @@ def coverage_table(
     rows = [coverage_of(name, array, vocab_map) for name, array in counts.items()]
     rows.append(coverage_of(UNION, union_counts(counts), vocab_map))
     return rows + [coverage_of(name, array, vocab_map) for name, array in (held_out or {}).items()]
+
+
+def coverage_curve(
+    counts: Mapping[str, np.ndarray],
+    held_out: Mapping[str, np.ndarray] | None = None,
+    sizes: Sequence[int] = CURVE_SIZES,
+) -> list[dict[str, Any]]:
+    """Say what draft vocabularies of several sizes would cover, each of the most frequent ids over all counted inputs.
+
+    Returns the inputs as in `coverage_table`, each with its `name`, its `loss_tokens` and its `points`: `size`,
+    `covered_tokens` and `fraction`, as `Coverage` has them for the map of that size. Sizes above V are left out. Both
+    kinds of counts are int64 [V]. Raises InputError where there is no input or V differs.
+    """
+    total = union_counts(counts)
+    order = _by_frequency(total)
+    rows = []
+    for name, array in {**counts, UNION: total, **(held_out or {})}.items():
+        covered, loss_tokens = np.cumsum(array[order]).tolist(), int(array.sum())
+        points = [
+            {
+                "size": size,
+                "covered_tokens": covered[size - 1],
+                "fraction": covered[size - 1] / loss_tokens if loss_tokens else 1.0,
+            }
+            for size in sizes
+            if size <= len(total)
+        ]
+        rows.append({"name": name, "loss_tokens": loss_tokens, "points": points})
+    return rows

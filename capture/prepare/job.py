@@ -32,7 +32,7 @@ from draftcache.capture.prepare.chunks import (
     run_in_worker,
     start_worker,
 )
-from draftcache.capture.prepare.draft_vocabulary import build_vocab_map, coverage_table
+from draftcache.capture.prepare.draft_vocabulary import build_vocab_map, coverage_curve, coverage_table
 from draftcache.capture.prepare.notes import Notes
 from draftcache.capture.prepare.rows.sources import describe_sources, refuse_shared_files
 from draftcache.capture.prepare.sample_check import check_sample, job_template
@@ -58,6 +58,7 @@ class PrepareConfig:
     held_out: dict[str, list[Path]]  # only reported
     max_length: int = 32768  # tokens kept of each conversation
     draft_vocab_size: int | None = None
+    drop_duplicates: bool = False  # keep only the first of equal conversations, over all splits in their order
     chat_template: Path | None = None
     allow_template_difference: bool = False
     chat: ChatSettings = field(default_factory=ChatSettings)
@@ -83,6 +84,15 @@ class PrepareConfig:
     def all_splits(self) -> dict[str, list[Path]]:
         """Counted splits, then held-out ones."""
         return {**self.splits, **self.held_out}
+
+    @property
+    def row_settings(self) -> RowSettings:
+        """What decides which ids and masks a row becomes."""
+        return RowSettings(
+            max_length=self.max_length,
+            chat=self.chat,
+            allow_template_difference=self.allow_template_difference,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +120,7 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         if not config.overwrite and (manifest := _finished_by(config.output, job)):
             return PrepareResult(manifest=manifest, reused=True)
         check_output(config.output, overwrite=config.overwrite)
-        rows = RowSettings(
-            max_length=config.max_length,
-            chat=config.chat,
-            allow_template_difference=config.allow_template_difference,
-        )
+        rows = config.row_settings
         checked = check_sample(files, template, rows, tokenizer, config.all_splits)
         manifest = {
             "job": job,
@@ -131,14 +137,21 @@ def prepare(config: PrepareConfig) -> PrepareResult:
             "vocab_size_from": files.vocab_size_from,
             "max_length": config.max_length,
         }
-        with DatasetWriter(config.output, overwrite=config.overwrite) as dataset:
+        with DatasetWriter(
+            config.output, overwrite=config.overwrite, drop_duplicates=config.drop_duplicates
+        ) as dataset:
             notes = Notes()
+            dataset.write_tokenizer(files.backend_json)
             splits = _tokenise(config, dataset, (files, template, rows), notes)
             manifest["notes"] = notes.as_json()
             manifest["splits"] = {
                 name: {"held_out": name in config.held_out, "sources": sources[name], **split.record()}
                 for name, split in splits.items()
             }
+            counts = {name: split.counts for name, split in splits.items()}
+            manifest["coverage_curve"] = coverage_curve(
+                {name: counts[name] for name in config.splits}, {name: counts[name] for name in config.held_out}
+            )
             manifest["draft_vocabulary"] = _write_vocab_map(config, dataset, splits)
             return PrepareResult(manifest=dataset.commit(manifest), reused=False)
 
@@ -199,6 +212,11 @@ def _in_order(chunks: Iterator[Chunk], workers: int, arguments: tuple[Any, ...])
 def _refuse_empty(name: str, split: SplitWriter) -> None:
     if split.totals["rows"]:
         return
+    if dropped := split.dropped_rows:
+        raise InputError(
+            f"split {name}: expected at least one row to keep, found that --drop-duplicates drops all that are usable "
+            f"(equal to rows of: {dropped}); leave the split out, or take other rows for it"
+        )
     if split.first_rejection is None:
         raise InputError(f"split {name}: expected at least one row, found none")
     hint = ""
@@ -236,6 +254,7 @@ def _job_hash(
     settings = [
         config.max_length,
         config.draft_vocab_size,
+        config.drop_duplicates,
         files.vocab_size,
         files.special_tokens,
         files.stop_tokens,

@@ -2,6 +2,7 @@
 
     manifest.json                sealed with its own hash; written last: a directory without it is not a dataset
     vocab_map.safetensors        if a draft vocabulary was asked for (store/format/vocab_map.py)
+    tokenizer.json               the tokenizer that made the ids, as `tokenizers` serialises it; older datasets lack it
     SPLIT/token_ids.npy          uint32 [tokens], conversations packed flat
     SPLIT/loss_mask.npy          bool [tokens], True where the assistant wrote the token
     SPLIT/conversations.npy      CONVERSATION_DTYPE [rows]
@@ -31,6 +32,7 @@ VERSION = 2
 _UNSEALED_VERSION = 1  # of datasets whose manifest.json has no hash of its own
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
+TOKENIZER = "tokenizer.json"
 
 CONVERSATION_DTYPE = np.dtype(
     [
@@ -159,6 +161,11 @@ class TokenDataset:
     def tokenizer_hash(self) -> str:
         """Hash of the tokenizer files that decide the ids."""
         return str(self.manifest["tokenizer"]["hash"])
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the dataset holds the tokenizer that made its ids, as an older one does not."""
+        return TOKENIZER in self.manifest["files"]
 
     @property
     def chat_template_hash(self) -> str:

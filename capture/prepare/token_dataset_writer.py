@@ -15,12 +15,15 @@ from typing import IO, Any
 
 import numpy as np
 
+from draftcache.capture.prepare.duplicates import DuplicateTable
 from draftcache.capture.prepare.rows.conversations import Rejection
+from draftcache.capture.prepare.statistics import SplitStatistics
 from draftcache.capture.prepare.token_dataset import (
     CONVERSATION_DTYPE,
     FORMAT,
     MANIFEST,
     QUARANTINE,
+    TOKENIZER,
     VERSION,
     is_prepared,
 )
@@ -63,23 +66,34 @@ class _GrowingArray:
 
 
 class SplitWriter:
-    """Appends conversations to one split; `record()` are its totals for the manifest."""
+    """Appends conversations to one split; `record()` are its totals for the manifest.
 
-    def __init__(self, path: Path, vocab_size: int) -> None:
+    `duplicates` is the table of all splits of the dataset, which are written one after the other.
+    """
+
+    def __init__(self, path: Path, vocab_size: int, duplicates: DuplicateTable) -> None:
         path.mkdir(parents=True)
         self.path = path
         self.counts = np.zeros(vocab_size, np.int64)
         self.quarantined: Counter[str] = Counter()
         self.first_rejection: Rejection | None = None
         self.totals: Counter[str] = Counter()
-        self._seen: set[bytes] = set()
+        self._statistics = SplitStatistics()
+        self._duplicates = duplicates
         self._token_ids = _GrowingArray(path / "token_ids.npy", np.dtype("<u4"))
         self._loss_mask = _GrowingArray(path / "loss_mask.npy", np.dtype("?"))
         self._conversations = _GrowingArray(path / "conversations.npy", CONVERSATION_DTYPE)
         self._quarantine = (path / QUARANTINE).open("w", encoding="utf-8")
 
     def append(self, token_ids: np.ndarray, loss_mask: np.ndarray, conversations: np.ndarray) -> None:
-        """Append packed conversations: uint32 [t], bool [t], CONVERSATION_DTYPE [n]; sets their `first_token`."""
+        """Append packed conversations: uint32 [t], bool [t], CONVERSATION_DTYPE [n]; sets their `first_token`.
+
+        Those that the table of duplicates does not keep are left out.
+        """
+        keep = self._duplicates.keep(self.path.name, conversations["content_hash"].tolist())
+        if not keep.all():
+            kept_tokens = np.repeat(keep, conversations["tokens"])
+            token_ids, loss_mask, conversations = token_ids[kept_tokens], loss_mask[kept_tokens], conversations[keep]
         lengths = conversations["tokens"]
         conversations["first_token"] = self._token_ids.length + np.cumsum(lengths) - lengths
         self.totals["rows"] += len(conversations)
@@ -87,9 +101,7 @@ class SplitWriter:
         self.totals["untruncated_tokens"] += int(conversations["untruncated_tokens"].sum())
         self.totals["truncated_rows"] += int((conversations["untruncated_tokens"] > lengths).sum())
         self.totals["loss_tokens"] += int(conversations["loss_tokens"].sum())
-        for digest in conversations["content_hash"].tolist():
-            self.totals["duplicate_rows"] += digest in self._seen
-            self._seen.add(digest)
+        self._statistics.add(loss_mask, lengths)
         self.counts += np.bincount(token_ids[loss_mask], minlength=len(self.counts))
         self._token_ids.append(token_ids)
         self._loss_mask.append(loss_mask)
@@ -99,6 +111,7 @@ class SplitWriter:
         """Record a row that cannot be used."""
         self.first_rejection = self.first_rejection or rejection
         self.quarantined[rejection.reason] += 1
+        self._statistics.reject(rejection)
         self._quarantine.write(json.dumps(rejection.as_json(), ensure_ascii=True) + "\n")
 
     def close(self) -> None:
@@ -115,7 +128,10 @@ class SplitWriter:
         self._quarantine.close()
 
     def record(self) -> dict[str, Any]:
-        """Rows, token totals, averages and quarantine counts, for the manifest."""
+        """Rows, token totals, averages, lengths, duplicates and quarantine counts, for the manifest.
+
+        `read_rows` are all rows: those that are stored, quarantined or, by `dropped_duplicates`, dropped.
+        """
         totals = {
             key: self.totals[key]
             for key in (
@@ -124,12 +140,13 @@ class SplitWriter:
                 "tokens",
                 "truncated_rows",
                 "loss_tokens",
-                "duplicate_rows",
             )
         }
+        read_rows = totals["rows"] + self.quarantined.total() + sum(self.dropped_rows.values())
         rows, tokens = max(totals["rows"], 1), max(totals["tokens"], 1)
         return {
             **totals,
+            "duplicate_rows": self._duplicates.repeated_rows(self.path.name),
             "truncation_loss_tokens": totals["untruncated_tokens"] - totals["tokens"],
             "loss_fraction": totals["loss_tokens"] / tokens,
             "average_untruncated_tokens": totals["untruncated_tokens"] / rows,
@@ -138,7 +155,15 @@ class SplitWriter:
             "unique_loss_ids": int(np.count_nonzero(self.counts)),
             "quarantined_rows": self.quarantined.total(),
             "quarantined_by_reason": dict(sorted(self.quarantined.items())),
+            "read_rows": read_rows,
+            "dropped_duplicates": self.dropped_rows,
+            **self._statistics.record(read_rows),
         }
+
+    @property
+    def dropped_rows(self) -> dict[str, int]:
+        """Rows that were left out, by the split that has the first row of the same content."""
+        return self._duplicates.dropped_rows(self.path.name)
 
 
 class DatasetWriter:
@@ -148,10 +173,11 @@ class DatasetWriter:
     lock keeps a second run from working in vain.
     """
 
-    def __init__(self, output: Path, *, overwrite: bool = False) -> None:
+    def __init__(self, output: Path, *, overwrite: bool = False, drop_duplicates: bool = False) -> None:
         self.output = output
         self.overwrite = overwrite
         self.partial = attempt_path(output)
+        self.duplicates = DuplicateTable(drop=drop_duplicates)
         self._cleanup = ExitStack()
 
     def __enter__(self) -> DatasetWriter:
@@ -173,10 +199,14 @@ class DatasetWriter:
         self._cleanup.close()
 
     def split(self, name: str, vocab_size: int) -> SplitWriter:
-        """Start one split."""
-        split = SplitWriter(self.partial / name, vocab_size)
+        """Start one split. Splits are written in the order in which their first rows are appended."""
+        split = SplitWriter(self.partial / name, vocab_size, self.duplicates)
         self._cleanup.callback(split.abandon)
         return split
+
+    def write_tokenizer(self, backend_json: str) -> None:
+        """Write the tokenizer that made the ids, as `tokenizers` serialises it, so that they can be shown as text."""
+        (self.partial / TOKENIZER).write_text(backend_json, encoding="utf-8")
 
     def commit(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Complete the manifest with sizes and hashes, write it last, make all files durable and rename the directory.
@@ -188,6 +218,8 @@ class DatasetWriter:
             "format": FORMAT,
             "version": VERSION,
             **manifest,
+            "drop_duplicates": self.duplicates.drop,
+            "shared_rows": self.duplicates.shared_rows(),
             "files": {
                 path.relative_to(self.partial).as_posix(): {
                     "bytes": path.stat().st_size,

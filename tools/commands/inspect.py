@@ -1,4 +1,4 @@
-"""`draftcache inspect`: what a store holds, in a second; or one of its conversations, decoded token by token."""
+"""`draftcache inspect`: what a store or a prepared dataset holds, in a second; or one of its conversations, decoded."""
 
 from __future__ import annotations
 
@@ -7,34 +7,61 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from draftcache.tools.reports.histogram import format_lengths
+from draftcache.tools.reports.terminal_text import quoted
 from draftcache.tools.results import add_json, show
-
-_BAR = 40
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that choose a store and, optionally, one of its conversations."""
-    parser.add_argument("store", help="directory, file://, s3:// or gs:// URL of a store")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--conversation", type=int, metavar="N", help="decode the conversation N of the store's index")
-    which.add_argument("--split", help="decode a conversation of this split: needs --index")
-    parser.add_argument("--index", type=int, metavar="N", help="with --split: its number in the prepared dataset")
-    parser.add_argument("--rows", metavar="A,B", help="tokens A .. B-1 of the conversation (default: the first 64)")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer, to show tokens as text")
+    """Add the flags that choose a store or a dataset and, optionally, one of its conversations."""
+    parser.add_argument("store", help="directory, file://, s3:// or gs:// URL of a store; or a prepared dataset")
+    parser.add_argument(
+        "--conversation",
+        type=int,
+        metavar="N",
+        help="show the conversation N: of a store's index, or of a split of a prepared dataset",
+    )
+    parser.add_argument(
+        "--split", help="a store: decode a conversation of this split, with --index; a dataset: default the first"
+    )
+    parser.add_argument("--index", type=int, metavar="N", help="a store, with --split: number in the prepared dataset")
+    parser.add_argument(
+        "--rows",
+        metavar="A,B",
+        help="tokens A .. B-1 of the conversation as a table (default: the first 64 of a store's; a dataset's as text)",
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="tokenizer, to show tokens as text (a dataset has its own)"
+    )
     parser.add_argument("--allow-partial", action="store_true", help="accept a store whose capture has not finished")
     add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print a summary of the store, or the chosen conversation. Returns 0.
+    """Print a summary of the store or dataset, or the chosen conversation. Returns 0.
 
     Raises InputError for flags that do not go together.
     """
+    from draftcache.capture.prepare.token_dataset import is_prepared
+
+    if is_prepared(Path(arguments.store)):
+        from draftcache.tools.commands.inspect_dataset import run_dataset
+
+        return run_dataset(arguments, None if arguments.rows is None else parse_rows(arguments.rows))
+    return _run_store(arguments)
+
+
+def _run_store(arguments: argparse.Namespace) -> int:
     from draftcache.store.common.errors import InputError
     from draftcache.tools.reports.inspection import summarise
 
     if (arguments.split is None) != (arguments.index is None):
-        raise InputError("expected --split and --index together, found one of them")
+        raise InputError(
+            "expected --split and --index together, found one of them (--split goes with --conversation for prepared "
+            f"datasets, and {arguments.store} is none)"
+        )
+    if arguments.conversation is not None and arguments.split is not None:
+        raise InputError("expected --conversation, or --split and --index, found all of them")
     if arguments.conversation is None and arguments.split is None:
         for flag in ("rows", "tokenizer"):
             if getattr(arguments, flag) is not None:
@@ -134,7 +161,7 @@ def format_summary(found: dict[str, Any]) -> str:
         f"loss        {found['loss_tokens']:,} tokens ({found['loss_fraction']:.1%}), "
         f"teacher at {found['teacher_positions']:,} positions",
         f"reach       {found['rows']:,} rows kept, {found['reach_saved']:.1%} saved",
-        *_format_lengths(found["lengths"]),
+        *format_lengths("lengths", found["lengths"]),
         "",
         *_format_bytes(sizes),
         "",
@@ -152,21 +179,6 @@ def format_summary(found: dict[str, Any]) -> str:
 
 def _pairs(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
-
-
-def _format_lengths(lengths: dict[str, Any]) -> list[str]:
-    if not lengths["bins"]:
-        return ["lengths     none"]
-    most = max(item["count"] for item in lengths["bins"])
-    return [
-        f"lengths     min {lengths['min']:,}, mean {lengths['mean']:,.0f}, p50 {lengths['p50']:,.0f}, "
-        f"p90 {lengths['p90']:,.0f}, max {lengths['max']:,} tokens",
-        *(
-            f"  {item['from']:>9,} .. {item['to'] - 1:<9,} {item['count']:>9,} "
-            f"{'#' * (-(-item['count'] * _BAR // most))}"
-            for item in lengths["bins"]
-        ),
-    ]
 
 
 def _format_bytes(sizes: dict[str, Any]) -> list[str]:
@@ -211,7 +223,7 @@ def format_conversation(found: dict[str, Any]) -> str:
         head,
     ]
     for row in found["table"]:
-        cells = f"{row['position']:>7} {row['token_id']:>7} " + (f"{_shown(row['text']):<16} " if with_text else "")
+        cells = f"{row['position']:>7} {row['token_id']:>7} " + (f"{quoted(row['text']):<16} " if with_text else "")
         cells += f"{'x' if row['loss'] else '':>4} "
         cells += "".join(f"{'-' if row['taps'] is None else format(row['taps'][name], '.4g'):>9} " for name in layers)
         lines.append((cells + _format_teacher(row["teacher"])).rstrip())
@@ -222,14 +234,8 @@ def _format_teacher(teacher: dict[str, Any] | None) -> str:
     if teacher is None:
         return ""
     choices = "  ".join(
-        f"{item['token_id'] if item['text'] is None else _shown(item['text'])} {item['probability']:.3f}"
+        f"{item['token_id'] if item['text'] is None else quoted(item['text'])} {item['probability']:.3f}"
         for item in teacher["choices"]
     )
     tail = "-" if teacher["tail_mass"] is None else f"{teacher['tail_mass']:.1e}"
     return f"{teacher['next_token_probability']:>8.4f} {tail:>8}  {choices}"
-
-
-def _shown(text: str) -> str:
-    """Return `text` in quotes, with control characters escaped, cut to the width of a table cell."""
-    escaped = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-    return f"'{escaped if len(escaped) <= 14 else escaped[:13] + '…'}'"

@@ -6,14 +6,13 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 from draftcache.store.common.errors import InputError
 from draftcache.tools.results import add_json, show
 
 # A split's name becomes the name of a directory beside manifest.json, and of a table row beside the row `union`.
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_RESERVED = ("manifest.json", "vocab_map.safetensors", "union")
+_RESERVED = ("manifest.json", "vocab_map.safetensors", "tokenizer.json", "union")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--draft-vocab-size", type=int, metavar="N", help="build a draft-vocabulary map of N ids (default: none)"
+    )
+    parser.add_argument(
+        "--drop-duplicates",
+        action="store_true",
+        help="of conversations with equal ids and masks, as stored, keep the first one over all splits, held-out ones "
+        "last: what a held-out split has in common with another split is dropped from the held-out split",
     )
     parser.add_argument(
         "--chat-template",
@@ -84,6 +89,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trust-remote-code", action="store_true", help="run Python code that the tokenizer directory holds"
     )
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
+    parser.add_argument(
+        "--show",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print N rows of each split with the loss marked before anything is written (%(default)s)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a finished dataset")
     add_json(parser)
 
@@ -93,30 +105,38 @@ def run(arguments: argparse.Namespace) -> int:
     from draftcache.capture.prepare.chat.settings import ChatSettings, parse_template_args
     from draftcache.capture.prepare.job import PrepareConfig, prepare
     from draftcache.capture.prepare.token_dataset import QUARANTINE
+    from draftcache.tools.reports.dataset_text import format_dataset, leakage_warnings
 
-    result = prepare(
-        PrepareConfig(
-            tokenizer=arguments.tokenizer,
-            output=arguments.output,
-            splits=read_splits(arguments.inputs),
-            held_out=read_splits(arguments.held_out),
-            max_length=arguments.max_length,
-            draft_vocab_size=arguments.draft_vocab_size,
-            chat_template=arguments.chat_template,
-            allow_template_difference=arguments.allow_template_difference,
-            chat=ChatSettings(
-                turns=arguments.turns,
-                template_args=parse_template_args(arguments.template_arg),
-                date=arguments.date,
-                system=arguments.system,
-                loss_mask=arguments.loss_mask,
-                strict=arguments.strict,
-            ),
-            trust_remote_code=arguments.trust_remote_code,
-            workers=arguments.workers,
-            overwrite=arguments.overwrite,
-        )
+    if arguments.show < 0:
+        raise InputError(f"--show: expected a number of rows of at least 0, found {arguments.show}")
+    config = PrepareConfig(
+        tokenizer=arguments.tokenizer,
+        output=arguments.output,
+        splits=read_splits(arguments.inputs),
+        held_out=read_splits(arguments.held_out),
+        max_length=arguments.max_length,
+        draft_vocab_size=arguments.draft_vocab_size,
+        drop_duplicates=arguments.drop_duplicates,
+        chat_template=arguments.chat_template,
+        allow_template_difference=arguments.allow_template_difference,
+        chat=ChatSettings(
+            turns=arguments.turns,
+            template_args=parse_template_args(arguments.template_arg),
+            date=arguments.date,
+            system=arguments.system,
+            loss_mask=arguments.loss_mask,
+            strict=arguments.strict,
+        ),
+        trust_remote_code=arguments.trust_remote_code,
+        workers=arguments.workers,
+        overwrite=arguments.overwrite,
     )
+    if arguments.show:
+        from draftcache.capture.prepare.preview import preview
+        from draftcache.tools.reports.shown_conversation import show_samples
+
+        show_samples(*preview(config, arguments.show), sys.stdout)
+    result = prepare(config)
     state = "was already made by this job" if result.reused else "written"
     values = {
         "output": str(arguments.output),
@@ -125,6 +145,8 @@ def run(arguments: argparse.Namespace) -> int:
         "dataset": result.manifest,
     }
     show(arguments, values, f"{format_dataset(result.manifest)}\n\n{arguments.output}: {state}")
+    for warning in leakage_warnings(result.manifest):
+        print(warning, file=sys.stderr)
     if result.quarantined_rows:
         print(
             f"{result.quarantined_rows:,} rows were quarantined: see {arguments.output}/*/{QUARANTINE}",
@@ -146,51 +168,3 @@ def read_splits(pairs: list[str]) -> dict[str, list[Path]]:
             )
         splits.setdefault(name, []).append(Path(file))
     return splits
-
-
-def format_dataset(details: dict[str, Any]) -> str:
-    """Format the manifest of a prepared dataset: its tables, and why rows were quarantined."""
-    from draftcache.tools.reports.accounting import accounting_table, coverage_text
-
-    lines = [
-        f"vocabulary: {details['vocab_size']:,} ids, from {details['vocab_size_from']}",
-        f"chat template: {details['chat_template']['source']}, {details['chat_template']['matched']}",
-        *template_lines(details["chat_template"]),
-        "",
-        accounting_table(details),
-    ]
-    for name, record in details["splits"].items():
-        lines += [f"{name}: {rows:,} x {reason}" for reason, rows in record["quarantined_by_reason"].items()]
-    lines += notes_lines(details.get("notes", []))
-    vocabulary = details["draft_vocabulary"]
-    if vocabulary is not None:
-        coverage = coverage_text(vocabulary["coverage"], vocabulary["size"])
-        lines += ["", f"draft vocabulary {vocabulary['hash']}", "", coverage]
-    return "\n".join(lines)
-
-
-def notes_lines(notes: list[dict[str, Any]]) -> list[str]:
-    """Format what was noticed about rows that were kept: the count, the kind, and one example."""
-    lines = []
-    for note in notes:
-        lines += [f"{note['count']:,} x {note['kind']}", f"    {note['example']!r}"]
-    return ["", *lines] if lines else []
-
-
-def template_lines(template: dict[str, Any]) -> list[str]:
-    """Say what a dataset's chat template was found to want, and how its answers were found."""
-    traits, settings = template.get("traits"), template.get("settings")
-    if traits is None or settings is None:
-        return []
-    calls = {"object": "with arguments as objects", "text": "with arguments as JSON texts", None: "not rendered"}
-    by = "the generation prompt" if settings["loss_mask"] == "prompt" else "generation tags"
-    stops = ", ".join(template["stop_tokens"]) or "none is known"
-    return [
-        f"  system messages {'rendered' if traits['system'] else 'NOT rendered'}; developer messages "
-        f"{'rendered' if traits['developer'] else 'as system messages'}; tool calls {calls[traits['arguments']]}; "
-        f"reasoning {'under ' + traits['reasoning'] if traits['reasoning'] else 'not rendered'}",
-        f"  answers by {by}, up to one of: {stops}; turns: {settings['turns']}"
-        + ("" if traits["generation_prompt"] else "; the template has no generation prompt")
-        + ("; earlier answers are rewritten by the template" if traits["rewrites_history"] else "")
-        + (f"; today's date is {settings['date']}" if traits["reads_date"] else ""),
-    ]

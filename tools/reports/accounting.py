@@ -9,6 +9,7 @@ _SPLIT_ROWS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
     ("Rows / conversations", lambda r: f"{r['rows']:,}"),
     ("Rows quarantined", lambda r: f"{r['quarantined_rows']:,}"),
     ("Exact duplicates (kept)", lambda r: f"{r['duplicate_rows']:,}"),
+    ("Exact duplicates (dropped)", lambda r: f"{sum(r.get('dropped_duplicates', {}).values()):,}"),
     ("Untruncated total tokens (1)", lambda r: f"{r['untruncated_tokens']:,}"),
     ("Truncated total tokens (2)", lambda r: f"{r['tokens']:,}"),
     ("Rows truncated", lambda r: f"{r['truncated_rows']:,}"),
@@ -49,6 +50,16 @@ def coverage_text(coverage: Sequence[Mapping[str, Any]], size: int) -> str:
         for row in coverage
     ]
     return text_table(header, rows)
+
+
+def curve_text(curve: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table of `coverage_curve`: one row per input, one column per size; "" where there is no size."""
+    if not curve or not curve[0]["points"]:
+        return ""
+    header = ["Loss-masked tokens covered by top", *(f"{point['size']:,}" for point in curve[0]["points"])]
+    return text_table(
+        header, [[row["name"], *(f"{point['fraction']:.4%}" for point in row["points"])] for row in curve]
+    )
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from draftcache.store.common.errors import InputError
+from draftcache.store.common.length_counts import LengthCounts
 from draftcache.store.format.array_spec import tap_name
 from draftcache.store.format.bf16 import bf16_to_float32
 from draftcache.store.format.schema import Conversation
@@ -80,27 +80,7 @@ def _index_figures(reader: StoreReader) -> Summary:
         "reach_saved": 1 - rows / tokens if tokens else 0.0,
         "teacher_positions": int(index["teacher_rows"].sum()),
         "splits": splits,
-        "lengths": _lengths(index["tokens"]),
-    }
-
-
-def _lengths(tokens: NDArray[np.int64]) -> Summary:
-    """Return quantiles of the conversations' lengths [N] in tokens, and counts of lengths in bins [2^n, 2^(n+1))."""
-    if not len(tokens):
-        return {"bins": []}
-    p50, p90 = np.quantile(tokens, [0.5, 0.9])
-    powers = np.frexp(np.maximum(tokens, 1).astype(np.float64))[1] - 1
-    counts = np.bincount(powers)
-    first = int(powers.min())
-    return {
-        "min": int(tokens.min()),
-        "mean": float(tokens.mean()),
-        "p50": float(p50),
-        "p90": float(p90),
-        "max": int(tokens.max()),
-        "bins": [
-            {"from": 1 << power, "to": 2 << power, "count": int(counts[power])} for power in range(first, len(counts))
-        ],
+        "lengths": LengthCounts(index["tokens"]).as_json(),
     }
 
 
