@@ -1,6 +1,6 @@
-"""The work of prepare's worker processes: from a chunk of JSONL lines to packed ids, masks and records.
+"""The work of prepare's worker processes: from a chunk of rows to packed ids, masks and records.
 
-A chunk holds about a mebibyte of lines for any number of workers, so that the output depends on the input alone.
+A chunk holds about a mebibyte of rows for any number of workers, so that the output depends on the input alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ import numpy as np
 
 from draftcache.capture.prepare.chat.chat_tokens import ChatTokenizer
 from draftcache.capture.prepare.chat.tokenizer_files import ChatTemplate, TokenizerFiles
-from draftcache.capture.prepare.rows.conversations import Rejection, RowRejectedError, TokenRow, parse_row, read_lines
+from draftcache.capture.prepare.rows.files import Row, read_sized_rows
+from draftcache.capture.prepare.rows.forms import BUILT_IN_ROLES, parse_row
+from draftcache.capture.prepare.rows.rejections import Rejection, RowRejectedError
+from draftcache.capture.prepare.rows.roles import RoleMap
+from draftcache.capture.prepare.rows.token_rows import TokenRow
 from draftcache.capture.prepare.token_dataset import CONVERSATION_DTYPE, conversation_hash
 
 # Large enough that passing a chunk to a process takes little beside encoding it (about 0.3 s), and small enough that
@@ -24,12 +28,12 @@ CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Lines of one file of one split with their numbers, in order, and the rejections that reading them made."""
+    """Rows of one file of one split with their numbers, in order, and the rejections that reading them made."""
 
     split: str
     file_index: int
     file: str
-    lines: list[tuple[int, bytes]]
+    lines: list[tuple[int, Row]]
     rejections: list[Rejection] = field(default_factory=list)
 
 
@@ -45,16 +49,17 @@ class ChunkResult:
 
 
 def read_chunks(split: str, file_index: int, path: Path) -> Iterator[Chunk]:
-    """Cut one JSONL file into chunks of about CHUNK_BYTES."""
-    lines: list[tuple[int, bytes]] = []
+    """Cut one file into chunks of about CHUNK_BYTES, by the sizes of its rows alone."""
+    lines: list[tuple[int, Row]] = []
     rejections: list[Rejection] = []
     size = 0
-    for item in read_lines(path):
+    for item in read_sized_rows(path):
         if isinstance(item, Rejection):
             rejections.append(item)
             continue
-        lines.append(item)
-        size += len(item[1])
+        number, row, row_bytes = item
+        lines.append((number, row))
+        size += row_bytes
         if size >= CHUNK_BYTES:
             yield Chunk(split=split, file_index=file_index, file=str(path), lines=lines)
             lines, size = [], 0
@@ -63,21 +68,27 @@ def read_chunks(split: str, file_index: int, path: Path) -> Iterator[Chunk]:
 
 
 class ChunkWorker:
-    """Turns chunks into results with one tokenizer, keeping `max_length` tokens of a conversation."""
+    """Turns chunks into results with one tokenizer, keeping `max_length` tokens of a conversation.
 
-    def __init__(self, files: TokenizerFiles, template: ChatTemplate, max_length: int) -> None:
+    `roles` says which role each speaker's name stands for.
+    """
+
+    def __init__(
+        self, files: TokenizerFiles, template: ChatTemplate, max_length: int, roles: RoleMap = BUILT_IN_ROLES
+    ) -> None:
         self.tokenizer = ChatTokenizer(files, template)
         self.vocab_size = files.vocab_size
         self.max_length = max_length
+        self.roles = roles
 
     def run(self, chunk: Chunk) -> ChunkResult:
-        """Parse, render, encode, truncate and check every line of the chunk."""
+        """Parse, render, encode, truncate and check every row of the chunk."""
         rejections = list(chunk.rejections)
         rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         chats = {}
         for number, line in chunk.lines:
             try:
-                row = parse_row(line)
+                row = parse_row(line, self.roles)
                 if isinstance(row, TokenRow):
                     rows[number] = row.token_ids, row.loss_mask
                 else:
@@ -134,11 +145,13 @@ class ChunkWorker:
 _worker: ChunkWorker | None = None
 
 
-def start_worker(files: TokenizerFiles, template: ChatTemplate, max_length: int) -> None:
+def start_worker(
+    files: TokenizerFiles, template: ChatTemplate, max_length: int, roles: RoleMap = BUILT_IN_ROLES
+) -> None:
     """Initialise a worker process."""
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = ChunkWorker(files, template, max_length)
+    _worker = ChunkWorker(files, template, max_length, roles)
 
 
 def run_in_worker(chunk: Chunk) -> ChunkResult:

@@ -1,4 +1,4 @@
-"""The prepare job: JSONL conversations -> a prepared dataset and its draft-vocabulary map.
+"""The prepare job: conversations -> a prepared dataset and its draft-vocabulary map.
 
 One process per core runs, each with the tokenizer's own threads off. Rows are written in the order in which they were
 read, so that the output is the same for any number of workers. The output is renamed to its name when it is complete.
@@ -27,7 +27,10 @@ from draftcache.capture.prepare.chat.tokenizer_files import (
 )
 from draftcache.capture.prepare.chunks import Chunk, ChunkResult, ChunkWorker, read_chunks, run_in_worker, start_worker
 from draftcache.capture.prepare.draft_vocabulary import build_vocab_map, coverage_table
-from draftcache.capture.prepare.rows.conversations import ChatRow, Rejection, read_conversations
+from draftcache.capture.prepare.rows.files import read_conversations
+from draftcache.capture.prepare.rows.forms import ChatRow
+from draftcache.capture.prepare.rows.rejections import Rejection
+from draftcache.capture.prepare.rows.roles import RoleMap
 from draftcache.capture.prepare.rows.sources import describe_sources, refuse_shared_files
 from draftcache.capture.prepare.token_dataset import TokenDataset, is_prepared
 from draftcache.capture.prepare.token_dataset_writer import DatasetWriter, SplitWriter, check_output
@@ -41,7 +44,7 @@ from draftcache.store.format.vocab_map import VOCAB_MAP_NAME
 TEMPLATE_SAMPLE = 64
 TRANSFORMERS_SAMPLE = 8
 
-_ROWS_VERSION = 1
+_ROWS_VERSION = 2
 """Part of a job's hash: it changes when the same rows would become other ids or masks."""
 
 
@@ -58,13 +61,14 @@ class PrepareConfig:
     chat_template: Path | None = None
     allow_template_difference: bool = False
     trust_remote_code: bool = False
+    roles: tuple[str, ...] = ()  # NAME=ROLE, names of roles beside the built-in ones
     workers: int = 0  # 0: one per core
     overwrite: bool = False
     progress: bool = True
 
     def __post_init__(self) -> None:
         if not self.splits:
-            raise InputError("prepare: expected at least one NAME=FILE that is not held out, found none")
+            raise InputError("prepare: expected at least one NAME=INPUT that is not held out, found none")
         if both := sorted(set(self.splits) & set(self.held_out)):
             raise InputError(f"prepare: expected other names for held-out splits, found {both} in both")
         for flag, value, least in (
@@ -74,6 +78,12 @@ class PrepareConfig:
         ):
             if value < least:
                 raise InputError(f"{flag}: expected at least {least}, found {value}")
+        RoleMap.with_names(self.roles)
+
+    @property
+    def role_map(self) -> RoleMap:
+        """The names of roles, built-in and given."""
+        return RoleMap.with_names(self.roles)
 
     @property
     def all_splits(self) -> dict[str, list[Path]]:
@@ -142,7 +152,7 @@ def _tokenise(
     )
     rows, quarantined = 0, 0
     with progress_bar(unit="tok", unit_scale=True, desc="prepare", disable=not config.progress) as bar:
-        for result in _in_order(chunks, workers, (files, template, config.max_length)):
+        for result in _in_order(chunks, workers, (files, template, config.max_length, config.role_map)):
             split = splits[result.split]
             for rejection in result.rejections:
                 split.reject(rejection)
@@ -217,7 +227,7 @@ def _template(config: PrepareConfig, files: TokenizerFiles) -> ChatTemplate:
 
 def _sample(config: PrepareConfig) -> list[Sample]:
     """The first conversations of every file, those of token ids left out."""
-    return [row for paths in config.all_splits.values() for path in paths for row in _first_rows(path)]
+    return [row for paths in config.all_splits.values() for path in paths for row in _first_rows(path, config.role_map)]
 
 
 def _check_sample(config: PrepareConfig, files: TokenizerFiles, template: ChatTemplate, tokenizer: Any) -> str:
@@ -245,8 +255,8 @@ def _check_sample(config: PrepareConfig, files: TokenizerFiles, template: ChatTe
     return f"differs from the tokenizer's own template, as allowed: {difference}"
 
 
-def _first_rows(path: Path) -> list[Sample]:
-    usable = (item for item in read_conversations(path) if not isinstance(item, Rejection))
+def _first_rows(path: Path, roles: RoleMap) -> list[Sample]:
+    usable = (item for item in read_conversations(path, roles) if not isinstance(item, Rejection))
     rows = islice(usable, TEMPLATE_SAMPLE)
     return [(str(path), number, row) for number, row in rows if isinstance(row, ChatRow)]
 
@@ -261,7 +271,10 @@ def _job_hash(
     inputs = [
         [name, name in config.held_out, [source["xxh3_128"] for source in sources[name]]] for name in config.all_splits
     ]
-    settings = [config.max_length, config.draft_vocab_size, files.vocab_size, files.special_tokens]
+    settings = [
+        *(config.max_length, config.draft_vocab_size, files.vocab_size, files.special_tokens),
+        sorted(config.role_map.added.items()),
+    ]
     return hash_json([_ROWS_VERSION, files.hash, template.hash, settings, inputs])
 
 

@@ -26,7 +26,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from draftcache.capture.prepare.chat.tokenizer_files import ChatTemplate, TokenizerFiles
-from draftcache.capture.prepare.rows.conversations import ChatRow, RowRejectedError, clip
+from draftcache.capture.prepare.rows.forms import ChatRow
+from draftcache.capture.prepare.rows.rejections import RowRejectedError, clip
 from draftcache.store.common.errors import InputError
 
 Span = tuple[int, int]  # characters, end exclusive

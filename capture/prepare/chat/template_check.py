@@ -7,7 +7,8 @@ from typing import Any
 
 from draftcache.capture.prepare.chat.chat_tokens import ChatTokenizer, render_chat, without_nones
 from draftcache.capture.prepare.chat.tokenizer_files import ChatTemplate, TokenizerFiles
-from draftcache.capture.prepare.rows.conversations import ChatRow, RowRejectedError
+from draftcache.capture.prepare.rows.forms import ChatRow
+from draftcache.capture.prepare.rows.rejections import RowRejectedError
 from draftcache.store.common.errors import InputError
 
 _CONTEXT = 40  # characters shown before a difference
