@@ -14,7 +14,8 @@ from draftcache.capture.prepare.chat.encoding import ChatTokenizer
 from draftcache.capture.prepare.chat.learned_rows import REWRITTEN, LearnedRow
 from draftcache.capture.prepare.chat.settings import ChatSettings, parse_template_args
 from draftcache.capture.prepare.chat.tokenizer_files import ChatTemplate, TokenizerFiles, load_tokenizer
-from draftcache.capture.prepare.rows.conversations import ChatRow, RowRejectedError
+from draftcache.capture.prepare.rows.forms import ChatRow
+from draftcache.capture.prepare.rows.rejections import RowRejectedError
 from draftcache.store.common.errors import InputError
 from support.chat_templates import CONVERSATION, FIRST, KINDS, SECOND, TemplateKind
 

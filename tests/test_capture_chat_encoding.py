@@ -19,7 +19,8 @@ from draftcache.capture.prepare.chat.tokenizer_files import (
     choose_template,
     load_tokenizer,
 )
-from draftcache.capture.prepare.rows.conversations import ChatRow, RowRejectedError
+from draftcache.capture.prepare.rows.forms import ChatRow
+from draftcache.capture.prepare.rows.rejections import RowRejectedError
 from draftcache.store.common.errors import InputError
 from support.chat_tokenizers import CHATML, save_tokenizer
 

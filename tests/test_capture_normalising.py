@@ -12,7 +12,8 @@ from draftcache.capture.prepare.chat.normalising import normalise
 from draftcache.capture.prepare.chat.rendering import Renderer
 from draftcache.capture.prepare.chat.tokenizer_files import ChatTemplate
 from draftcache.capture.prepare.chat.traits import TemplateTraits, probe_template
-from draftcache.capture.prepare.rows.conversations import ChatRow, RowRejectedError
+from draftcache.capture.prepare.rows.forms import ChatRow
+from draftcache.capture.prepare.rows.rejections import RowRejectedError
 
 PLAIN = TemplateTraits(
     system=True,

@@ -62,7 +62,7 @@ ROWS_THAT_ENDED_JOBS = {
     "huge-id": (b'{"token_ids": [' + b"9" * 5000 + b'], "loss_mask": [1]}', "malformed-json"),
     "deep-tools": (chat("hi", "yo") | {"tools": "[" * 100_000 + "]" * 100_000}, "bad-tools"),
     "deep-row": (b"[" * 100_000 + b"]" * 100_000, "malformed-json"),
-    "surrogate": (b'{"messages": [{"role": "\\ud800", "content": 1}]}', "content-kind"),
+    "surrogate": (b'{"messages": [{"role": "\\ud800", "content": 1}]}', "unknown-role"),
 }
 
 
@@ -143,7 +143,7 @@ def test_bad_rows_are_quarantined_and_good_ones_kept(tokenizer_dir: Path, tmp_pa
         ({"token_ids": [1, vocab_size], "loss_mask": [0, 1]}, "token-id-out-of-vocabulary"),
         ({"token_ids": [1, 2, 3], "loss_mask": [0, 1]}, "length-mismatch"),
         ({"token_ids": [1, 2, 3], "loss_mask": [0, 0, 0]}, "no-assistant-tokens"),
-        ({"conversations": [{"from": "martian", "value": "x"}]}, "bad-message"),
+        ({"conversations": [{"from": "martian", "value": "x"}]}, "unknown-role"),
         (chat("a very long question " * 30, "cut off"), "no-assistant-tokens-after-truncation"),
         (chat("q", "half an emoji \ud83d"), "lone-surrogate"),
         ({"prompt": "x"}, "unknown-form"),
@@ -316,7 +316,7 @@ def test_a_damaged_dataset_is_no_no_op(tokenizer_dir: Path, tmp_path: Path) -> N
         ({"max_length": 1}, "--max-length: expected at least 2, found 1"),
         ({"draft_vocab_size": 0}, "--draft-vocab-size: expected at least 1"),
         ({"workers": -1}, "--workers"),
-        ({"splits": {}}, "expected at least one NAME=FILE"),
+        ({"splits": {}}, "expected at least one NAME=INPUT"),
         ({"held_out": {"train": []}}, r"found \['train'\] in both"),
     ],
 )
@@ -371,7 +371,7 @@ def test_command_line_end_to_end(tokenizer_dir: Path, tmp_path: Path) -> None:
 )
 def test_bad_split_names_are_refused(pair: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", "--tokenizer", str(tmp_path), "--output", str(tmp_path / "out"), pair]) == 2
-    assert "expected NAME=FILE" in capsys.readouterr().err
+    assert "expected NAME=INPUT" in capsys.readouterr().err
 
 
 def test_parsing_imports_nothing_heavy() -> None:

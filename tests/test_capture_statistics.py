@@ -16,7 +16,7 @@ from draftcache.capture.prepare import chunks as prepare_chunks
 from draftcache.capture.prepare.draft_vocabulary import build_vocab_map, coverage_curve, coverage_of, coverage_table
 from draftcache.capture.prepare.duplicates import DuplicateTable
 from draftcache.capture.prepare.job import PrepareConfig, PrepareResult, prepare
-from draftcache.capture.prepare.rows.conversations import Rejection
+from draftcache.capture.prepare.rows.rejections import Rejection
 from draftcache.capture.prepare.statistics import SplitStatistics, loss_runs
 from draftcache.capture.prepare.token_dataset import TokenDataset
 from draftcache.store.common.errors import InputError

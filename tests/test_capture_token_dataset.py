@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from draftcache.capture.prepare.rows.conversations import Rejection
+from draftcache.capture.prepare.rows.rejections import Rejection
 from draftcache.capture.prepare.token_dataset import CONVERSATION_DTYPE, TokenDataset, conversation_hash, find_damages
 from draftcache.capture.prepare.token_dataset_writer import DatasetWriter
 from draftcache.store.common.attempts import attempt_path

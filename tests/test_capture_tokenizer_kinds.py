@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from draftcache.capture.prepare.chat.encoding import ChatTokenizer
 from draftcache.capture.prepare.chat.learned_rows import LearnedText
 from draftcache.capture.prepare.chat.tokenizer_files import ChatTemplate, TokenizerFiles
-from draftcache.capture.prepare.rows.conversations import ChatRow
+from draftcache.capture.prepare.rows.forms import ChatRow
 from support.tokenizer_kinds import KINDS, train
 
 CHATML = (

@@ -1,6 +1,6 @@
-"""The work of prepare's worker processes: from a chunk of JSONL lines to packed ids, masks and records.
+"""The work of prepare's worker processes: from a chunk of rows to packed ids, masks and records.
 
-A chunk holds about a mebibyte of lines for any number of workers, so that the output depends on the input alone.
+A chunk holds about a mebibyte of rows for any number of workers, so that the output depends on the input alone.
 """
 
 from __future__ import annotations
@@ -19,14 +19,11 @@ from draftcache.capture.prepare.chat.settings import ChatSettings
 from draftcache.capture.prepare.chat.template_check import template_difference
 from draftcache.capture.prepare.chat.tokenizer_files import ChatTemplate, TokenizerFiles
 from draftcache.capture.prepare.notes import Notes
-from draftcache.capture.prepare.rows.conversations import (
-    ChatRow,
-    Rejection,
-    RowRejectedError,
-    TokenRow,
-    parse_row,
-    read_lines,
-)
+from draftcache.capture.prepare.rows.files import Row, read_sized_rows
+from draftcache.capture.prepare.rows.forms import BUILT_IN_ROLES, ChatRow, parse_row
+from draftcache.capture.prepare.rows.rejections import Rejection, RowRejectedError
+from draftcache.capture.prepare.rows.roles import RoleMap
+from draftcache.capture.prepare.rows.token_rows import TokenRow
 from draftcache.capture.prepare.token_dataset import CONVERSATION_DTYPE, conversation_hash
 
 # Large enough that passing a chunk to a process takes little beside encoding it (about 0.3 s), and small enough that
@@ -36,12 +33,12 @@ CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Lines of one file of one split with their numbers, in order, and the rejections that reading them made."""
+    """Rows of one file of one split with their numbers, in order, and the rejections that reading them made."""
 
     split: str
     file_index: int
     file: str
-    lines: list[tuple[int, bytes]]
+    lines: list[tuple[int, Row]]
     rejections: list[Rejection] = field(default_factory=list)
 
 
@@ -58,16 +55,17 @@ class ChunkResult:
 
 
 def read_chunks(split: str, file_index: int, path: Path) -> Iterator[Chunk]:
-    """Cut one JSONL file into chunks of about CHUNK_BYTES."""
-    lines: list[tuple[int, bytes]] = []
+    """Cut one file into chunks of about CHUNK_BYTES, by the sizes of its rows alone."""
+    lines: list[tuple[int, Row]] = []
     rejections: list[Rejection] = []
     size = 0
-    for item in read_lines(path):
+    for item in read_sized_rows(path):
         if isinstance(item, Rejection):
             rejections.append(item)
             continue
-        lines.append(item)
-        size += len(item[1])
+        number, row, row_bytes = item
+        lines.append((number, row))
+        size += row_bytes
         if size >= CHUNK_BYTES:
             yield Chunk(split=split, file_index=file_index, file=str(path), lines=lines)
             lines, size = [], 0
@@ -82,6 +80,7 @@ class RowSettings:
     max_length: int  # tokens kept of a conversation
     chat: ChatSettings = field(default_factory=ChatSettings)
     allow_template_difference: bool = False
+    roles: RoleMap = BUILT_IN_ROLES
 
 
 class ChunkWorker:
@@ -102,7 +101,7 @@ class ChunkWorker:
         texts: list[tuple[int, LearnedText]] = []
         for number, line in chunk.lines:
             try:
-                row = parse_row(line)
+                row = parse_row(line, self.settings.roles)
                 if isinstance(row, TokenRow):
                     rows.append((number, row.token_ids, row.loss_mask))
                     continue

@@ -1,4 +1,4 @@
-"""The prepare job: JSONL conversations -> a prepared dataset and its draft-vocabulary map.
+"""The prepare job: conversations -> a prepared dataset and its draft-vocabulary map.
 
 One process per core runs, each with the tokenizer's own threads off. Rows are written in the order in which they were
 read, so that the output is the same for any number of workers. The output is renamed to its name when it is complete.
@@ -34,6 +34,7 @@ from draftcache.capture.prepare.chunks import (
 )
 from draftcache.capture.prepare.draft_vocabulary import build_vocab_map, coverage_curve, coverage_table
 from draftcache.capture.prepare.notes import Notes
+from draftcache.capture.prepare.rows.roles import RoleMap
 from draftcache.capture.prepare.rows.sources import describe_sources, refuse_shared_files
 from draftcache.capture.prepare.sample_check import check_sample, job_template
 from draftcache.capture.prepare.token_dataset import TokenDataset, is_prepared
@@ -63,13 +64,14 @@ class PrepareConfig:
     allow_template_difference: bool = False
     chat: ChatSettings = field(default_factory=ChatSettings)
     trust_remote_code: bool = False
+    roles: tuple[str, ...] = ()  # NAME=ROLE, names of roles beside the built-in ones
     workers: int = 0  # 0: one per core
     overwrite: bool = False
     progress: bool = True
 
     def __post_init__(self) -> None:
         if not self.splits:
-            raise InputError("prepare: expected at least one NAME=FILE that is not held out, found none")
+            raise InputError("prepare: expected at least one NAME=INPUT that is not held out, found none")
         if both := sorted(set(self.splits) & set(self.held_out)):
             raise InputError(f"prepare: expected other names for held-out splits, found {both} in both")
         for flag, value, least in (
@@ -79,6 +81,12 @@ class PrepareConfig:
         ):
             if value < least:
                 raise InputError(f"{flag}: expected at least {least}, found {value}")
+        RoleMap.with_names(self.roles)
+
+    @property
+    def role_map(self) -> RoleMap:
+        """The names of roles, built-in and given."""
+        return RoleMap.with_names(self.roles)
 
     @property
     def all_splits(self) -> dict[str, list[Path]]:
@@ -92,6 +100,7 @@ class PrepareConfig:
             max_length=self.max_length,
             chat=self.chat,
             allow_template_difference=self.allow_template_difference,
+            roles=self.role_map,
         )
 
 
@@ -114,7 +123,7 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         files, tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
         sources = {name: describe_sources(paths) for name, paths in config.all_splits.items()}
         refuse_shared_files(sources, held_out=config.held_out)
-        template = job_template(config.chat_template, files, config.all_splits)
+        template = job_template(config.chat_template, files, config.all_splits, config.role_map)
         check_template_compiles(template)
         job = _job_hash(config, files, template, sources)
         if not config.overwrite and (manifest := _finished_by(config.output, job)):
@@ -260,6 +269,7 @@ def _job_hash(
         files.stop_tokens,
         config.chat.as_json(),
         config.allow_template_difference,
+        sorted(config.role_map.added.items()),
     ]
     return hash_json([_ROWS_VERSION, files.hash, template.hash, settings, inputs])
 

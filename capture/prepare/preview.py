@@ -33,7 +33,7 @@ def preview(config: PrepareConfig, rows: int) -> tuple[list[PreviewRow], str]:
     """
     with one_thread_per_process():
         files, _ = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
-        template = job_template(config.chat_template, files, config.all_splits)
+        template = job_template(config.chat_template, files, config.all_splits, config.role_map)
         worker = ChunkWorker(files, template, config.row_settings)
         found: list[PreviewRow] = []
         for split in config.all_splits:

@@ -11,7 +11,10 @@ from draftcache.capture.prepare.chat.rendering import Renderer
 from draftcache.capture.prepare.chat.template_check import Sample, check_against_transformers, template_difference
 from draftcache.capture.prepare.chat.tokenizer_files import NO_TEMPLATE, ChatTemplate, TokenizerFiles, choose_template
 from draftcache.capture.prepare.chunks import RowSettings
-from draftcache.capture.prepare.rows.conversations import ChatRow, Rejection, RowRejectedError, read_conversations
+from draftcache.capture.prepare.rows.files import read_conversations
+from draftcache.capture.prepare.rows.forms import ChatRow
+from draftcache.capture.prepare.rows.rejections import Rejection, RowRejectedError
+from draftcache.capture.prepare.rows.roles import RoleMap
 from draftcache.store.common.errors import InputError
 
 # Conversations per file that both templates render, and conversations in all that transformers tokenises as well.
@@ -19,7 +22,9 @@ TEMPLATE_SAMPLE = 64
 TRANSFORMERS_SAMPLE = 8
 
 
-def job_template(given: Path | None, files: TokenizerFiles, splits: dict[str, list[Path]]) -> ChatTemplate:
+def job_template(
+    given: Path | None, files: TokenizerFiles, splits: dict[str, list[Path]], roles: RoleMap
+) -> ChatTemplate:
     """Return the template that renders conversations; NO_TEMPLATE where none is there and files begin with token ids.
 
     Raises InputError where none is there and a file begins with conversations.
@@ -27,7 +32,7 @@ def job_template(given: Path | None, files: TokenizerFiles, splits: dict[str, li
     try:
         return choose_template(files, given)
     except InputError:
-        if given is not None or _sample(splits):
+        if given is not None or _sample(splits, roles):
             raise
         return NO_TEMPLATE
 
@@ -57,7 +62,7 @@ def check_sample(
             f"--loss-mask tags: expected a {{% generation %}} block in the chat template ({template.source}), found "
             "none; leave the flag out, and the generation prompt tells what the model writes"
         )
-    sample = _sample(splits)
+    sample = _sample(splits, settings.roles)
     check_against_transformers(ours, tokenizer, sample[:TRANSFORMERS_SAMPLE])
     return {"matched": _matched(files, ours, settings, sample), "traits": ours.conversations.traits.as_json()}
 
@@ -86,12 +91,12 @@ def _matched(files: TokenizerFiles, ours: ChatTokenizer, settings: RowSettings, 
     return "compared with the tokenizer's own template on every row"
 
 
-def _sample(splits: dict[str, list[Path]]) -> list[Sample]:
+def _sample(splits: dict[str, list[Path]], roles: RoleMap) -> list[Sample]:
     """The first conversations of every file, those of token ids left out."""
-    return [row for paths in splits.values() for path in paths for row in _first_rows(path)]
+    return [row for paths in splits.values() for path in paths for row in _first_rows(path, roles)]
 
 
-def _first_rows(path: Path) -> list[Sample]:
-    usable = (item for item in read_conversations(path) if not isinstance(item, Rejection))
+def _first_rows(path: Path, roles: RoleMap) -> list[Sample]:
+    usable = (item for item in read_conversations(path, roles) if not isinstance(item, Rejection))
     rows = islice(usable, TEMPLATE_SAMPLE)
     return [(str(path), number, row) for number, row in rows if isinstance(row, ChatRow)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from draftcache.capture.prepare.rows.conversations import Rejection
+from draftcache.capture.prepare.rows.rejections import Rejection
 from draftcache.store.common.length_counts import LengthCounts
 
 

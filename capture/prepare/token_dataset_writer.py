@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 
 from draftcache.capture.prepare.duplicates import DuplicateTable
-from draftcache.capture.prepare.rows.conversations import Rejection
+from draftcache.capture.prepare.rows.rejections import Rejection
 from draftcache.capture.prepare.statistics import SplitStatistics
 from draftcache.capture.prepare.token_dataset import (
     CONVERSATION_DTYPE,

@@ -20,9 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "inputs",
         nargs="+",
-        metavar="NAME=FILE",
-        help="JSONL (.gz and .zst too) of one split; a repeated NAME is one split of several files; "
-        "these splits are counted into the draft vocabulary",
+        metavar="NAME=INPUT",
+        help="conversations of one split: a file, a folder, a glob, a folder of datasets.save_to_disk, or "
+        "ORG/NAME[:SPLIT] of the Hugging Face hub; a repeated NAME is one split of several inputs; these splits are "
+        "counted into the draft vocabulary",
     )
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="the verifier's tokenizer")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the dataset to write")
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--held-out",
         action="append",
         default=[],
-        metavar="NAME=FILE",
+        metavar="NAME=INPUT",
         help="a split that is prepared but not counted into the draft vocabulary (repeatable)",
     )
     parser.add_argument(
@@ -88,6 +89,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that the tokenizer directory holds"
     )
+    parser.add_argument(
+        "--role",
+        action="append",
+        default=[],
+        metavar="NAME=ROLE",
+        help="read the messages of NAME as those of ROLE: system, developer, user, assistant or tool (repeatable)",
+    )
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
     parser.add_argument(
         "--show",
@@ -128,6 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
             strict=arguments.strict,
         ),
         trust_remote_code=arguments.trust_remote_code,
+        roles=tuple(arguments.role),
         workers=arguments.workers,
         overwrite=arguments.overwrite,
     )
@@ -157,14 +166,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read_splits(pairs: list[str]) -> dict[str, list[Path]]:
-    """Parse NAME=FILE pairs into {name: files}, in order. Raises InputError for any other text or a reserved name."""
+    """Parse NAME=INPUT pairs into {name: files}, in order.
+
+    Raises InputError for any other text, a reserved name, and an input that names no files.
+    """
+    from draftcache.capture.prepare.rows.sources import expand_input
+
     splits: dict[str, list[Path]] = {}
     for pair in pairs:
-        name, equals, file = pair.partition("=")
-        if not equals or not file or not _SPLIT_NAME.fullmatch(name) or name in _RESERVED:
+        name, equals, text = pair.partition("=")
+        if not equals or not text or not _SPLIT_NAME.fullmatch(name) or name in _RESERVED:
             raise InputError(
-                f"{pair!r}: expected NAME=FILE, NAME of letters, digits, '.', '_' and '-' "
+                f"{pair!r}: expected NAME=INPUT, NAME of letters, digits, '.', '_' and '-' "
                 f"and none of {', '.join(_RESERVED)}"
             )
-        splits.setdefault(name, []).append(Path(file))
+        splits.setdefault(name, []).extend(expand_input(text))
     return splits

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from draftcache.capture.prepare.chat.rendering import Message, Renderer, Tools
-from draftcache.capture.prepare.rows.conversations import RowRejectedError
+from draftcache.capture.prepare.rows.rejections import RowRejectedError
 
 _CONTEXT = 40  # characters shown around a difference
 

@@ -22,7 +22,7 @@ from draftcache.capture.prepare.chat.learned_rows import ConversationRenderer, L
 from draftcache.capture.prepare.chat.rendering import Renderer, Span
 from draftcache.capture.prepare.chat.settings import ChatSettings
 from draftcache.capture.prepare.chat.tokenizer_files import ChatTemplate, TokenizerFiles
-from draftcache.capture.prepare.rows.conversations import ChatRow
+from draftcache.capture.prepare.rows.forms import ChatRow
 
 
 class ChatTokenizer:

@@ -14,7 +14,8 @@ from draftcache.capture.prepare.chat.tag_check import compare_tags
 from draftcache.capture.prepare.chat.tokenizer_files import TokenizerFiles
 from draftcache.capture.prepare.chat.traits import TemplateTraits, probe_template
 from draftcache.capture.prepare.notes import Notes
-from draftcache.capture.prepare.rows.conversations import ChatRow, RowRejectedError, clip
+from draftcache.capture.prepare.rows.forms import ChatRow
+from draftcache.capture.prepare.rows.rejections import RowRejectedError, clip
 
 REWRITTEN = "history rewritten: rows whose earlier answers the template renders otherwise than they were generated"
 

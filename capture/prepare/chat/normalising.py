@@ -9,7 +9,8 @@ from typing import Any
 
 from draftcache.capture.prepare.chat.rendering import Message
 from draftcache.capture.prepare.chat.traits import REASONING_NAMES, TemplateTraits
-from draftcache.capture.prepare.rows.conversations import ChatRow, RowRejectedError, clip
+from draftcache.capture.prepare.rows.forms import ChatRow
+from draftcache.capture.prepare.rows.rejections import RowRejectedError, clip
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("thinking", "reasoning")

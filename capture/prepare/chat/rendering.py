@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from draftcache.capture.prepare.chat.tokenizer_files import ChatTemplate
-from draftcache.capture.prepare.rows.conversations import RowRejectedError, clip
+from draftcache.capture.prepare.rows.rejections import RowRejectedError, clip
 from draftcache.store.common.errors import InputError
 
 Message = dict[str, Any]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from draftcache.capture.prepare.chat.answers import Answer
 from draftcache.capture.prepare.chat.rendering import Renderer
 from draftcache.capture.prepare.notes import Notes
-from draftcache.capture.prepare.rows.conversations import ChatRow, clip
+from draftcache.capture.prepare.rows.forms import ChatRow
+from draftcache.capture.prepare.rows.rejections import clip
 
 _SHOWN = 24  # characters of a difference, which is part of its kind
 

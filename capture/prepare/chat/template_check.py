@@ -8,7 +8,8 @@ from typing import Any
 from draftcache.capture.prepare.chat.encoding import ChatTokenizer
 from draftcache.capture.prepare.chat.learned_rows import LearnedText
 from draftcache.capture.prepare.chat.rendering import Renderer
-from draftcache.capture.prepare.rows.conversations import ChatRow, RowRejectedError
+from draftcache.capture.prepare.rows.forms import ChatRow
+from draftcache.capture.prepare.rows.rejections import RowRejectedError
 from draftcache.store.common.errors import InputError
 
 _CONTEXT = 40  # characters shown before a difference

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from draftcache.capture.prepare.chat.rendering import Message, Renderer, Tools, row_time_limit
-from draftcache.capture.prepare.rows.conversations import RowRejectedError
+from draftcache.capture.prepare.rows.rejections import RowRejectedError
 
 REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
 """Keys by which data sets and templates call what an assistant thought before its answer."""
