@@ -282,3 +282,16 @@ def test_keys_that_a_table_filled_with_none_are_dropped() -> None:
     assert row.messages == [user([{"type": "text", "text": "a"}]), assistant(None, tool_calls=[call])]
     assert row.tools == [{"type": "function", "function": {"name": "f", "parameters": {"x": {"type": "string"}}}}]
     assert row.unlearned == {1}
+
+
+def test_a_sharegpt_turn_that_is_a_call() -> None:
+    call = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+    turns = [
+        {"from": "human", "value": "q"},
+        {"from": "function_call", "value": call},
+        {"from": "observation", "value": "r"},
+    ]
+    row = parse_row(encode({"conversations": turns}))
+    assert isinstance(row, ChatRow)
+    assert row.messages[1] == {"role": "assistant", "content": "", "tool_calls": call}
+    assert row.messages[2]["role"] == "tool"

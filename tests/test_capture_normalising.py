@@ -140,7 +140,8 @@ def test_a_legacy_function_call_is_a_tool_call() -> None:
     call = {"name": "f", "arguments": '{"a": 1}'}
     expected = [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]
     assert only({"role": "assistant", "function_call": call})["tool_calls"] == expected
-    assert only({"role": "assistant", "tool_calls": json.dumps([call])})["tool_calls"] == expected
+    for calls in ([call], call):
+        assert only({"role": "assistant", "tool_calls": json.dumps(calls)})["tool_calls"] == expected
     assert only({"role": "function", "name": "f", "content": "2"})["role"] == "tool"
 
 
@@ -148,7 +149,8 @@ def test_a_legacy_function_call_is_a_tool_call() -> None:
     ("tool_calls", "found"),
     [
         ("[", "tool_calls as JSON"),
-        ({"a": 1}, "a list of tool calls"),
+        ({"a": 1}, "a function's name"),
+        (7, "a list of tool calls"),
         ([3], "a function's name"),
         ([{"function": {"arguments": {}}}], "a function's name"),
         ([{"function": {"name": "f", "arguments": "{city"}}], "arguments of a tool call as JSON"),

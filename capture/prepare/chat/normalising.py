@@ -92,6 +92,8 @@ def _set_tool_calls(message: Message, where: str, traits: TemplateTraits) -> Non
         calls = [legacy]
     if not calls:
         return
+    if isinstance(calls, dict):
+        calls = [calls]
     if not isinstance(calls, list):
         raise _rejected("tool-call", where, "a list of tool calls", clip(calls))
     message["tool_calls"] = [_tool_call(call, where, traits) for call in calls]

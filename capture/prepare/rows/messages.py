@@ -16,6 +16,7 @@ from draftcache.capture.prepare.rows.roles import ROLES, RoleMap
 
 _CHANGED_KEYS = ("from", "value", "weight", "train")
 """A message with none of these keys and a role of ROLES is handed on as it is."""
+_CALLS = ("function_call", "tool_call")  # speakers of ShareGPT's turns
 
 
 def read_messages(values: Any, roles: RoleMap) -> tuple[list[dict[str, Any]], frozenset[int]]:
@@ -44,6 +45,9 @@ def _message(number: int, message: Any, roles: RoleMap) -> dict[str, Any]:
             found=f"message {number}: {clip(message)}",
         )
     role = roles.role(speaker)
+    if role is None and speaker.strip().lower() in _CALLS and isinstance(message.get("value"), str):
+        # A turn of its own, whose text is the call, or a list of calls, as JSON.
+        return {"role": "assistant", "content": "", "tool_calls": message["value"]}
     if role is None:
         raise RowRejectedError(
             "unknown-role",
