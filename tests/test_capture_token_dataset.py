@@ -42,7 +42,7 @@ def packed(rows: list[tuple[np.ndarray, np.ndarray]], line: int) -> tuple[np.nda
 
 def write(output: Path, *, overwrite: bool = False, vocab: int = VOCAB) -> dict[str, Any]:
     with DatasetWriter(output, overwrite=overwrite) as dataset:
-        split = dataset.split("train", vocab)
+        split = dataset.open_splits(["train"], vocab)["train"]
         split.append(*packed(ROWS[:2], 1))
         split.append(*packed(ROWS[2:], 3))
         split.reject(BAD)
@@ -262,7 +262,7 @@ def test_an_error_leaves_nothing_and_a_killed_runs_leftovers_go(tmp_path: Path) 
 
     def fail() -> None:
         with DatasetWriter(output) as dataset:
-            dataset.split("train", VOCAB)
+            dataset.open_splits(["train"], VOCAB)
             raise InputError("no")
 
     with pytest.raises(InputError, match="no"):
@@ -292,7 +292,7 @@ def test_two_writers_without_locks_leave_the_dataset_of_the_first(
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     output = tmp_path / "out"
     with DatasetWriter(output) as late:
-        late.split("late", VOCAB).close()
+        late.open_splits(["late"], VOCAB)["late"].close()
         write(output)
         first = hash_file(output / "manifest.json")
         with pytest.raises(InputError, match="another prepare has just finished"):

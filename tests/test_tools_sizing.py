@@ -63,7 +63,7 @@ def write_dataset(output: Path, conversations: int) -> TokenDataset:
     with DatasetWriter(output) as dataset:
         splits = {}
         for name, part in (("train", drawn[: conversations * 3 // 4]), ("val", drawn[conversations * 3 // 4 :])):
-            split = dataset.split(name, VOCAB)
+            split = dataset.open_splits([name], VOCAB)[name]
             for line, mask in enumerate(part, 1):
                 ids = np.minimum(rng.geometric(0.2, mask.size), VOCAB - 1).astype(np.uint32)
                 about = (np.void(conversation_hash(ids, mask)), 0, mask.size, mask.size, mask.sum(), line, 0)

@@ -7,7 +7,7 @@ splits of a dataset, which are written one after the other, and holds about 150 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,3 +61,11 @@ class DuplicateTable:
     def shared_rows(self) -> list[dict[str, Any]]:
         """Return {"splits": [a, b], "rows": n} of every pair with n > 0: rows of b, the later one, that a has too."""
         return [{"splits": list(pair), "rows": rows} for pair, rows in self._shared.items()]
+
+    def all_dropped(self) -> dict[str, dict[str, int]]:
+        """Return the counts of `dropped_rows` of every split that has any."""
+        return {split: dict(counts) for split, counts in self._dropped.items()}
+
+    def restore_dropped(self, dropped: Mapping[str, Mapping[str, int]]) -> None:
+        """Take over the counts of `all_dropped` of an earlier run, whose kept rows are noted by `keep` again."""
+        self._dropped = {split: Counter(counts) for split, counts in dropped.items()}

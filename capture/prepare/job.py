@@ -7,11 +7,14 @@ read, so that the output is the same for any number of workers. The output is re
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +40,17 @@ from draftcache.capture.prepare.notes import Notes
 from draftcache.capture.prepare.rows.roles import RoleMap
 from draftcache.capture.prepare.rows.sources import describe_sources, refuse_shared_files
 from draftcache.capture.prepare.sample_check import check_sample, job_template
+from draftcache.capture.prepare.split_writer import SplitWriter
 from draftcache.capture.prepare.token_dataset import TokenDataset, is_prepared
-from draftcache.capture.prepare.token_dataset_writer import DatasetWriter, SplitWriter, check_output
+from draftcache.capture.prepare.token_dataset_writer import DatasetWriter, check_output
 from draftcache.store.common.errors import InputError, WorkerError
 from draftcache.store.common.files import hash_json
 from draftcache.store.common.progress import progress_bar
 from draftcache.store.common.worker_pool import WorkerPool
 from draftcache.store.format.vocab_map import VOCAB_MAP_NAME
 
+SAVE_SECONDS = 10.0
+"""How often the job makes durable what it has finished, from where the same command goes on."""
 _ROWS_VERSION = 2
 """Part of a job's hash: it changes when the same rows would become other ids or masks."""
 
@@ -147,11 +153,10 @@ def prepare(config: PrepareConfig) -> PrepareResult:
             "max_length": config.max_length,
         }
         with DatasetWriter(
-            config.output, overwrite=config.overwrite, drop_duplicates=config.drop_duplicates
+            config.output, job=job, overwrite=config.overwrite, drop_duplicates=config.drop_duplicates
         ) as dataset:
-            notes = Notes()
+            splits, notes = _tokenise(config, dataset, (files, template, rows))
             dataset.write_tokenizer(files.backend_json)
-            splits = _tokenise(config, dataset, (files, template, rows), notes)
             manifest["notes"] = notes.as_json()
             manifest["splits"] = {
                 name: {"held_out": name in config.held_out, "sources": sources[name], **split.record()}
@@ -166,12 +171,10 @@ def prepare(config: PrepareConfig) -> PrepareResult:
 
 
 def _tokenise(
-    config: PrepareConfig,
-    dataset: DatasetWriter,
-    arguments: tuple[TokenizerFiles, ChatTemplate, RowSettings],
-    notes: Notes,
-) -> dict[str, SplitWriter]:
-    splits = {name: dataset.split(name, arguments[0].vocab_size) for name in config.all_splits}
+    config: PrepareConfig, dataset: DatasetWriter, arguments: tuple[TokenizerFiles, ChatTemplate, RowSettings]
+) -> tuple[dict[str, SplitWriter], Notes]:
+    splits = dataset.open_splits(config.all_splits, arguments[0].vocab_size)
+    notes, finished = Notes.from_json(dataset.progress.notes), dataset.progress.chunks
     workers = config.workers or os.cpu_count() or 1
     chunks = (
         chunk
@@ -179,9 +182,15 @@ def _tokenise(
         for index, path in enumerate(paths)
         for chunk in read_chunks(name, index, path)
     )
-    rows, quarantined = 0, 0
-    with progress_bar(unit="tok", unit_scale=True, desc="prepare", disable=not config.progress) as bar:
-        for result in _in_order(chunks, workers, arguments):
+    rows = sum(split.totals["rows"] for split in splits.values())
+    quarantined = sum(split.quarantined.total() for split in splits.values())
+    if finished and config.progress:
+        print(f"prepare: an earlier run left {rows:,} rows, going on behind them", file=sys.stderr)
+    saved = time.monotonic()
+    tokens = sum(split.totals["tokens"] for split in splits.values())
+    with progress_bar(unit="tok", unit_scale=True, desc="prepare", disable=not config.progress, initial=tokens) as bar:
+        results = _in_order(islice(chunks, finished, None), workers, arguments)
+        for done, result in enumerate(results, start=finished + 1):
             split = splits[result.split]
             notes.merge(result.notes)
             for rejection in result.rejections:
@@ -191,11 +200,14 @@ def _tokenise(
             rows, quarantined = rows + len(result.conversations), quarantined + len(result.rejections)
             bar.update(len(result.token_ids))
             bar.set_postfix(rows=rows, quarantined=quarantined, refresh=False)
+            if time.monotonic() - saved >= SAVE_SECONDS:
+                dataset.save_progress(done, notes, splits)
+                saved = time.monotonic()
     for split in splits.values():
         split.close()
     for name, split in splits.items():
         _refuse_empty(name, split)
-    return splits
+    return splits, notes
 
 
 def _in_order(chunks: Iterator[Chunk], workers: int, arguments: tuple[Any, ...]) -> Iterator[ChunkResult]:
@@ -214,7 +226,8 @@ def _in_order(chunks: Iterator[Chunk], workers: int, arguments: tuple[Any, ...])
                 yield pending.popleft().result()
     except BrokenProcessPool as exc:
         raise WorkerError(
-            "prepare: a worker process died (killed, or out of memory); nothing was written. Try fewer --workers"
+            "prepare: a worker process died (killed, or out of memory); the same command goes on from what was "
+            "finished; try fewer --workers"
         ) from exc
 
 

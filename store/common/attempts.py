@@ -38,6 +38,10 @@ class Attempt:
         match = _ATTEMPT.fullmatch(path.name)
         return cls(match[1], match[2], int(match[3])) if match else None
 
+    def is_of_this_process(self) -> bool:
+        """Return whether this process made it."""
+        return self.machine == _machine() and self.process == os.getpid()
+
     def has_ended(self) -> bool:
         """Return whether its process has certainly ended. False where nothing is known of the process."""
         if self.machine != _machine():
