@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -390,3 +391,42 @@ def test_a_template_that_never_ends_costs_its_row_only(
         ours.learned(row_of(*"abcdef"))
     assert only_text(ours, row_of("a", "b")).text == "a\n:b\n"
     sum(range(20_000_000))  # the timer of a row that is done does not fire later
+
+
+@pytest.mark.parametrize(("reasoning", "arguments"), [("why", {}), (None, {"enable_thinking": False})])
+def test_nemotron_templates_tags_are_what_the_generation_prompt_tells(
+    loaded: tuple[Any, Any], reasoning: str | None, arguments: dict[str, Any]
+) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    thought = {} if reasoning is None else {"reasoning_content": reasoning}
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "q1"},
+        {"role": "assistant", "content": "a1", **thought},
+        {"role": "user", "content": "q2"},
+        {"role": "assistant", "content": None, "tool_calls": [call], **thought},
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": "a2", **thought},
+    ]
+    files = replace(loaded[0], stop_tokens=("<|im_end|>",))
+    settings = ChatSettings(template_args=arguments)
+    found = ChatTokenizer(files, template_of(NEMOTRON), settings).learned(ChatRow(messages=messages, tools=TOOLS))
+    assert not [note for note in found.notes if "tags" in note]
+    # With thinking, the first answer's is gone from the later texts, so each answer has a row of its own.
+    assert len(found.texts) == (3 if reasoning else 1)
+    tagged = ChatTokenizer(files, template_of(NEMOTRON), replace(settings, loss_mask="tags"))
+    ours = [found.texts[-1].text[first:last] for first, last in found.texts[-1].spans]
+    (theirs,) = tagged.learned(ChatRow(messages=messages, tools=TOOLS)).texts
+    assert theirs.text == found.texts[-1].text
+    assert [theirs.text[first:last] for first, last in theirs.spans][-len(ours) :] == ours
+
+
+def test_nemotron_templates_tags_leave_out_the_end_of_a_thought_that_is_not_there(loaded: tuple[Any, Any]) -> None:
+    """Where thinking is on, and a row has none: the prompt opens the thought, and the model writes its end."""
+    files = replace(loaded[0], stop_tokens=("<|im_end|>",))
+    found = ChatTokenizer(files, template_of(NEMOTRON)).learned(row_of("q", "a"))
+    (text,) = found.texts
+    assert [text.text[first:last] for first, last in text.spans] == ["</think>a<|im_end|>"]
+    assert [note for note in found.notes if "tags" in note] == [
+        "generation tags leave out at an answer's begin: '</think>'"
+    ]

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from draftcache.capture.job.config import CaptureConfig
     from draftcache.capture.job.launch import capture
+    from draftcache.capture.prepare.chat.settings import ChatSettings
     from draftcache.capture.prepare.job import PrepareConfig, prepare
     from draftcache.draft_train.config import TrainConfig
     from draftcache.draft_train.evaluate import evaluate
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CaptureConfig",
+    "ChatSettings",
     "DraftcacheError",
     "PrepareConfig",
     "TrainConfig",
@@ -51,6 +53,7 @@ __all__ = [
 
 _HOMES = {
     "CaptureConfig": "draftcache.capture.job.config",
+    "ChatSettings": "draftcache.capture.prepare.chat.settings",
     "DraftcacheError": "draftcache.store.common.errors",
     "PrepareConfig": "draftcache.capture.prepare.job",
     "TrainConfig": "draftcache.draft_train.config",
