@@ -22,6 +22,10 @@ def check_config(config: CaptureConfig, work: WorkPlan) -> PretrainedConfig:
     InputError unless the verifier has the blocks of `--layers`, and positions for the longest conversation.
     """
     model = load_config(config.verifier, trust_remote_code=config.trust_remote_code)
+    for name in ("hidden_size", "vocab_size", "num_hidden_layers"):
+        value = getattr(model, name, 1)
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{config.verifier / 'config.json'}: expected {name} to be above 0, found {value!r}")
     blocks = getattr(model, "num_hidden_layers", None)
     if blocks is not None and config.layers[-1] >= blocks:
         raise InputError(

@@ -26,7 +26,8 @@ DEBUG_VARIABLE = "DRAFTCACHE_DEBUG"
 """Environment variable that asks for traces. `--debug` sets it, so that worker processes inherit it."""
 
 _WRONG_PATHS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
-_WRONG_PATH_NUMBERS = (errno.ELOOP, errno.ENAMETOOLONG)
+WRONG_PATH_NUMBERS = (errno.ELOOP, errno.ENAMETOOLONG)
+"""Numbers of OSErrors that no mended cause and no second try changes: the path that was handed in is none."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -38,7 +39,7 @@ def exit_code_of(error: BaseException) -> int:
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):
         return NOBODY_READS
-    wrong_path = isinstance(error, OSError) and error.errno in _WRONG_PATH_NUMBERS
+    wrong_path = isinstance(error, OSError) and error.errno in WRONG_PATH_NUMBERS
     return REFUSED if wrong_path or isinstance(error, _WRONG_PATHS) else FAILED
 
 

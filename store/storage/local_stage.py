@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from draftcache.store.common.attempts import Attempt, attempt_path
-from draftcache.store.common.errors import StorageError, StoreNotFoundError
+from draftcache.store.common.errors import InputError, StorageError, StoreNotFoundError
+from draftcache.store.common.failures import WRONG_PATH_NUMBERS
 from draftcache.store.common.files import Buffer, fsync_directory
 
 _IOV_MAX = 1024  # buffers per system call, on Linux
@@ -26,12 +27,17 @@ _IOV_MAX = 1024  # buffers per system call, on Linux
 
 @contextmanager
 def explained(path: Path, doing: str) -> Iterator[None]:
-    """Turn the OSErrors of the code inside into StoreNotFoundError and StorageError, which name the path."""
+    """Turn the OSErrors of the code inside into errors of ours, which name the path.
+
+    StoreNotFoundError: nothing is there; InputError: this can be no path; StorageError: all else.
+    """
     try:
         yield
     except FileNotFoundError as exc:
         raise StoreNotFoundError(f"{path}: expected a file of the store, found nothing there") from exc
     except OSError as exc:
+        if exc.errno in WRONG_PATH_NUMBERS:
+            raise InputError(f"{path}: expected the path of a store's file, found none ({exc.strerror})") from exc
         raise StorageError(
             f"{path}: could not be {doing} ({exc.strerror or exc}); what was committed before is untouched: "
             "mend the cause and run the same command again"
