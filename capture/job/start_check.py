@@ -11,6 +11,7 @@ from draftcache.capture.job.calibration import PIECE
 from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.work_plan import WorkPlan
 from draftcache.capture.verifier.load import Verifier, load_config
+from draftcache.capture.verifier.reading import prove_reading
 from draftcache.capture.verifier.self_check import TOKENS, self_check
 from draftcache.store.common.errors import InputError
 
@@ -50,10 +51,15 @@ def check_tokens(work: WorkPlan) -> Tensor:
     return torch.from_numpy(np.resize(token_ids[:TOKENS].astype(np.int64), TOKENS))
 
 
-def check_verifier(verifier: Verifier, config: CaptureConfig, work: WorkPlan) -> dict[str, float]:
-    """`self_check` on the job's data, with a prefill in pieces where the job reads a conversation in several pieces.
+def check_verifier(verifier: Verifier, config: CaptureConfig, work: WorkPlan) -> tuple[Verifier, dict[str, float]]:
+    """`self_check` and `prove_reading` on the job's data, in pieces where the job reads a conversation in several.
 
-    Returns the differences by name, for the store's provenance. Raises InputError where one is too large.
+    Returns the verifier as it may read, and the differences by name for the store's provenance. Raises InputError where
+    one is too large.
     """
     in_pieces = work.longest > min(PIECE, config.prefill_chunk)
-    return self_check(verifier, config.layers, check_tokens(work), in_pieces=in_pieces)
+    token_ids = check_tokens(work)
+    found = self_check(verifier, config.layers, token_ids)
+    drift = max(found[f"tap_{layer}"] for layer in config.layers)
+    verifier, reading = prove_reading(verifier, config.layers, token_ids, in_pieces=in_pieces, drift=drift)
+    return verifier, found | reading

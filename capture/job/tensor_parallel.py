@@ -212,7 +212,7 @@ def _follow(config: CaptureConfig, rank: int, first: int, meeting: str, connecti
                 tensor_parallel=config.tensor_parallel,
             )
             enforce_contract(verifier.model, config.verifier, allow_fallback=config.allow_fallback)
-            check_verifier(verifier, config, WorkPlan.of(config))
+            verifier, _ = check_verifier(verifier, config, WorkPlan.of(config))
         except DraftcacheError:
             sys.exit(1)  # the worker raises the same error and reports it
         while True:

@@ -107,7 +107,7 @@ class CaptureJob:
         )
         self._require_fit()
         self.ssm = enforce_contract(self.verifier.model, config.verifier, allow_fallback=config.allow_fallback)
-        self.self_check = check_verifier(self.verifier, config, self.work)
+        self.verifier, self.self_check = check_verifier(self.verifier, config, self.work)
 
     def close(self) -> None:
         """End the other processes that hold parts of the verifier with `--tensor-parallel`."""

@@ -1,22 +1,23 @@
 """Proof at start-up, on the machine and the weights that the job will use, that states are what their names say.
 
-Five things are compared, each of which has gone wrong somewhere without anyone noticing:
+Several things are compared, each of which has gone wrong somewhere without anyone noticing:
 
-- `tap_K`: the captured output of block K is `output_hidden_states[K + 1]` of the model's own code. Through our own
-  forward the two drift apart with depth (another order of sums, now and then another expert), so there the tap has to
-  be *nearest* to that state among the states of all blocks: rounding is orthogonal to what a block adds, so a tap that
-  is off by one block is noticed at any depth.
+- `stream`: what the model's blocks return is the residual stream, [batch, tokens, hidden]: the same states as its
+  `output_hidden_states`, or, where it gives none, the states that the final norm gets.
+- `tap_K`: the captured output of block K is what block K of the model's own code returns. Through our own forward the
+  two drift apart with depth (another order of sums, now and then another expert), so there the tap has to be *nearest*
+  to that state among the states of all blocks: rounding is orthogonal to what a block adds, so a tap that is off by one
+  block is noticed at any depth.
 - `final`: the final norm's output is the one of the model's own code.
 - `logits`: the head on the final norm's output gives the model's logits, so nothing scales or caps them. Both sides are
   computed from one state.
 - `block`: each block of our own forward adds to the residual stream what the model's block adds, both from the state of
   the model's own code. Differences do not accumulate, so a kernel that computes something else is noticed, and a deep
   model is not refused for rounding.
-- `pieces`, where conversations are long enough for it to matter: a prefill in several pieces gives the states of a
-  prefill in one piece, so the state is carried and not forgotten.
 
 A difference is the median over rows of |found - expected| / |expected|: in a norm over all rows one row of massive
 activations outweighs the others. The difference of a block is over all rows, as a kernel may be wrong in a few of them.
+`reading.py` proves how conversations may be read: side by side, and in pieces.
 """
 
 from __future__ import annotations
@@ -40,60 +41,87 @@ _DRIFT = 0.5
 """Limit for our own forward's taps and final state; 50 blocks of random weights drift by 0.04 in bfloat16 (0.07 to 0.13
 in a norm over all rows), 12 blocks of trained weights by 0.01."""
 
-_PIECE = 128
-_PIECES = {torch.float32: 1e-3, torch.bfloat16: 0.05}
-"""The limit is three times the drift where that is larger, as the drift says how far this model amplifies rounding. The
-demo's verifier is at 0.14 where its SSM state is forgotten."""
 _TIE = 1.02
 """A tap's distance may exceed the nearest by this factor: a block that adds next to nothing leaves the states of its
 neighbours as near as its own."""
 
 
 @torch.inference_mode()
-def self_check(
-    verifier: Verifier, layers: tuple[int, ...], token_ids: Tensor, *, in_pieces: bool = True
-) -> dict[str, float]:
+def self_check(verifier: Verifier, layers: tuple[int, ...], token_ids: Tensor) -> dict[str, float]:
     """Compare the states of `token_ids` [L] int64 as the module's docstring says; returns the differences by name.
 
     Raises InputError where a difference is too large: for a model that scales or soft-caps its logits, whose blocks do
     not return the residual stream, or whose states our forward does not compute.
     """
     token_ids = token_ids.to(verifier.device)
+    expected, stream, final, logits = _own_states(verifier, token_ids)
     states = verifier.forward(token_ids, layers)
-    expected, final, logits = _own_states(verifier, token_ids)
     blocks = verifier.body_forward.block_differences(token_ids[None])
-    found = {f"tap_{layer}": _difference(states.taps[layer], expected[layer + 1]) for layer in layers}
-    found["final"] = _difference(states.final, final)
-    found["logits"] = _difference(head_logits(final, verifier.head), logits)
+    found = {"stream": stream}
+    found |= {f"tap_{layer}": row_difference(states.taps[layer], expected[layer + 1]) for layer in layers}
+    found["final"] = row_difference(states.final, final)
+    found["logits"] = row_difference(head_logits(final, verifier.head), logits)
     if blocks:
         found["block"] = float(np.max(blocks))  # NaN where any of them is NaN
     _require(verifier, found, blocks)
     _require_nearest(verifier, states.taps, expected)
-    if in_pieces and token_ids.shape[0] > _PIECE:
-        drift = max(found[f"tap_{layer}"] for layer in layers)
-        found["pieces"] = _require_pieces(verifier, token_ids, states.taps, drift)
     return found
 
 
-def _own_states(verifier: Verifier, token_ids: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-    """States by the model's own code: hidden_states [L, H] each, the final norm's output [L, H] and logits [L, V].
-
-    The last entry of hidden_states is the last block's output, read by a hook; the model's own list ends with the final
-    norm's output instead.
+def _own_states(verifier: Verifier, token_ids: Tensor) -> tuple[list[Tensor], float, Tensor, Tensor]:
+    """By the model's own code: the states before all blocks and behind each, [L, H]; how far what blocks return is from
+    the residual stream that the model itself reports; the final norm's output [L, H] and the logits [L, V].
     """
-    seen: list[Tensor] = []
+    states: list[Tensor] = []
+    normed: list[tuple[Tensor, Tensor]] = []
+
+    def begin(_module: Any, inputs: Any, named: Any) -> None:
+        states.append(inputs[0] if inputs else named["hidden_states"])
 
     def keep(_module: Any, _inputs: Any, output: Any) -> None:
-        seen.append((output[0] if isinstance(output, tuple) else output)[0])
+        states.append(output[0] if isinstance(output, tuple) else output)
 
-    handles = [module.register_forward_hook(keep) for module in (verifier.blocks[-1], verifier.final_norm)]
+    def keep_normed(_module: Any, inputs: Any, output: Any) -> None:
+        normed.append((inputs[0], output))
+
+    handles = [block.register_forward_hook(keep) for block in verifier.blocks]
+    handles.append(verifier.blocks[0].register_forward_pre_hook(begin, with_kwargs=True))
+    handles.append(verifier.final_norm.register_forward_hook(keep_normed))
     try:
         output = verifier.model(input_ids=token_ids[None], use_cache=False, output_hidden_states=True)
     finally:
         for handle in handles:
             handle.remove()
-    last, final = seen
-    return [*(state[0] for state in output.hidden_states[:-1]), last], final, output.logits[0]
+    shape = (1, token_ids.shape[0], verifier.hidden_size)
+    wrong = sorted({tuple(state.shape) for state in states if tuple(state.shape) != shape})
+    if wrong or len(states) != len(verifier.blocks) + 1:
+        raise InputError(
+            f"{type(verifier.model).__name__}: expected {len(verifier.blocks)} blocks that each return one state per "
+            f"token, of shape {shape}, found {len(states) - 1} outputs, of the shapes {wrong or shape}; a model with "
+            "several residual streams, or with blocks that run twice, has no state that an engine hands to a draft"
+        )
+    (before, final) = normed[-1]
+    return (
+        [state[0] for state in states],
+        _stream_difference(states, output.hidden_states, before),
+        final[0],
+        (output.logits[0]),
+    )
+
+
+def _stream_difference(states: list[Tensor], reported: Any, before_norm: Tensor) -> float:
+    """The largest difference of the states to those that the model reports, at the better of two conventions.
+
+    Most models report the state before every block, some the state behind it. What a model reports last is behind its
+    final norm.
+    """
+    if not reported or len(reported) < len(states) - 1:
+        return row_difference(states[-1][0], before_norm[0])
+    by_convention = []
+    for shift in (0, 1):
+        pairs = zip(states[1:-1], reported[1 - shift :], strict=False)
+        by_convention.append(float(np.max([row_difference(own[0], theirs[0]) for own, theirs in pairs])))
+    return float(np.nanmin(by_convention)) if not np.isnan(by_convention).all() else float("nan")
 
 
 def _require(verifier: Verifier, found: dict[str, float], blocks: list[float]) -> None:
@@ -112,7 +140,7 @@ def _require(verifier: Verifier, found: dict[str, float], blocks: list[float]) -
         )
     if wrong:
         raise InputError(
-            f"{type(verifier.model).__name__}: expected block outputs to equal output_hidden_states[i + 1] and "
+            f"{type(verifier.model).__name__}: expected block outputs to equal the model's own hidden states and "
             f"head(final norm) to equal the model's logits within { {name: limits[name] for name in wrong} }, found "
             f"relative differences {wrong}; this model's conventions are not supported"
         )
@@ -120,32 +148,17 @@ def _require(verifier: Verifier, found: dict[str, float], blocks: list[float]) -
 
 def _require_nearest(verifier: Verifier, taps: dict[int, Tensor], expected: list[Tensor]) -> None:
     for layer, tap in taps.items():
-        distances = [_difference(tap, state) for state in expected]
+        distances = [row_difference(tap, state) for state in expected]
         nearest = min(range(len(distances)), key=distances.__getitem__)
         if not distances[layer + 1] <= _TIE * distances[nearest]:
             raise InputError(
-                f"{type(verifier.model).__name__}: expected tap {layer} to be output_hidden_states[{layer + 1}], found "
-                f"it nearer to [{nearest}] ({distances[nearest]:.3g} against {distances[layer + 1]:.3g}); this model's "
-                "conventions are not supported"
+                f"{type(verifier.model).__name__}: expected tap {layer} to be the output of block {layer}, found "
+                f"it nearer to that of block {nearest - 1} ({distances[nearest]:.3g} against "
+                f"{distances[layer + 1]:.3g}); this model's conventions are not supported"
             )
 
 
-def _require_pieces(verifier: Verifier, token_ids: Tensor, whole: dict[int, Tensor], drift: float) -> float:
-    """The largest difference of any tap [L, H] of `whole`, over the rows after the first piece. Raises InputError."""
-    pieces = list(verifier.prefill(token_ids[None], tuple(whole), _PIECE))
-    later = {layer: torch.cat([piece.taps[layer][0] for piece in pieces[1:]]) for layer in whole}
-    found = float(np.max([_difference(later[layer], tap[_PIECE:]) for layer, tap in whole.items()]))
-    limit = max(_PIECES[verifier.head.weight.dtype], 3 * drift)
-    if not found <= limit:
-        raise InputError(
-            f"{type(verifier.model).__name__}: expected a prefill in pieces of {_PIECE} tokens to give the states of "
-            f"one in one piece within {limit:.3g}, found {found:.3g}; forward {verifier.body_forward.name} does not "
-            "carry this model's state with these versions: update them"
-        )
-    return found
-
-
-def _difference(found: Tensor, expected: Tensor) -> float:
+def row_difference(found: Tensor, expected: Tensor) -> float:
     """The median over rows of the relative difference, in float32; NaN where any row holds NaN."""
     rows = (found.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1).clamp(min=1e-30)
     return float(rows.median())
