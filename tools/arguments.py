@@ -21,7 +21,8 @@ def add_settings(
 ) -> None:
     """Add one `--kebab-case` flag per field of `settings`, or per field that `only` names.
 
-    The flag of a field without a default is required. The flag of a tuple takes a,b,c.
+    The flag of a field without a default is required. The flag of a tuple takes a,b,c. A field's metadata may hold
+    `words`, values by the texts that stand for them.
     """
     hints = typing.get_type_hints(settings)
     for item in dataclasses.fields(settings):
@@ -39,7 +40,7 @@ def add_settings(
             flag,
             required=required,
             default=None if required else item.default,
-            type=_converter(hints[item.name]),
+            type=_converter(hints[item.name], item.metadata.get("words", {})),
             help=help_text,
             metavar=item.name.upper(),
         )
@@ -93,7 +94,18 @@ class _Refusal(argparse.Action):
         raise InputError(f"{self.option_strings[0]}: expected the flag's new name {self.const}, found the old one")
 
 
-def _converter(hint: Any) -> Any:
+def _converter(hint: Any, words: Mapping[str, Any]) -> Any:
+    convert = _plain_converter(hint)
+    if not words:
+        return convert
+
+    def word_or_value(text: str) -> Any:
+        return words[text] if text in words else convert(text)
+
+    return word_or_value
+
+
+def _plain_converter(hint: Any) -> Any:
     if isinstance(hint, types.UnionType):
         hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
     if typing.get_origin(hint) is tuple:

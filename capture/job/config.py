@@ -19,6 +19,16 @@ def _doc(text: str) -> dict[str, str]:
     return {"help": text}
 
 
+def layers_by_depth(blocks: int, model_type: str = "") -> tuple[int, ...]:
+    """Return an early, a middle and a late block of a model of so many blocks, as the published recipes take them."""
+    if (model_type, blocks) == ("nemotron_h", 52):
+        return 2, 26, 48
+    early, middle, late = 2, blocks // 2, blocks - 3
+    if early < middle < late:
+        return early, middle, late
+    return tuple(sorted({0, blocks // 2, blocks - 1}))
+
+
 def require_ascending(layers: tuple[int, ...]) -> None:
     """Raise InputError unless these are ascending, distinct block numbers."""
     if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
@@ -33,7 +43,12 @@ class CaptureConfig:
     dataset: Path = field(metadata=_doc("prepared dataset: the --output of `draftcache prepare`"))
     output: Location = field(metadata=_doc("store to create or resume"))
     layers: tuple[int, ...] = field(
-        metadata=_doc("blocks whose outputs are kept, counted from 0, ascending (2,26,48 for Nemotron-Cascade-2)")
+        default=(),
+        metadata=_doc(
+            "blocks whose outputs are kept, counted from 0, ascending; auto (the same: early,middle,late) takes 2, "
+            "n//2 and n-3 of n blocks, and 2,26,48 for Nemotron-Cascade-2 (default: auto)"
+        )
+        | {"words": {"auto": (), "early,middle,late": ()}},
     )
     vocab_map: Path | None = field(
         default=None, metadata=_doc("draft-vocabulary map (default: the dataset's vocab_map.safetensors)")
@@ -114,7 +129,8 @@ class CaptureConfig:
 
     def __post_init__(self) -> None:
         require_finite(self)
-        require_ascending(self.layers)
+        if self.layers:  # none: they are chosen by depth
+            require_ascending(self.layers)
         for name, choices in (("mode", MODES), ("layout", LAYOUTS), ("launcher", LAUNCHERS), ("teacher", TEACHERS)):
             if getattr(self, name) not in choices:
                 raise InputError(f"--{name}: expected one of {list(choices)}, found {getattr(self, name)!r}")

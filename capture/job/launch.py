@@ -5,6 +5,7 @@ from __future__ import annotations
 from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.local_workers import run_processes, worker_count
 from draftcache.capture.job.progress import CaptureSummary, JobProgress
+from draftcache.capture.job.start_check import with_layers
 from draftcache.capture.job.stopping import StopSignals
 from draftcache.capture.job.work_plan import WorkPlan
 from draftcache.capture.job.worker_job import CaptureJob
@@ -18,6 +19,7 @@ def capture(config: CaptureConfig) -> CaptureSummary:
     Raises Stopped after SIGTERM or SIGINT, and DraftcacheErrors. With several workers each one imports the caller's
     `__main__`, as always with `spawn`, so a script has to guard its calls by `if __name__ == "__main__"`.
     """
+    config = with_layers(config)
     stop = StopRequest(config.grace_seconds)
     workers = config.workers or worker_count(config.device, config.tensor_parallel)
     if config.launcher == "local" and workers == 1:

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from draftcache.capture.job.calibration import PIECE
-from draftcache.capture.job.config import CaptureConfig
+from draftcache.capture.job.config import CaptureConfig, layers_by_depth
 from draftcache.capture.job.work_plan import WorkPlan
 from draftcache.capture.verifier.load import Verifier, load_config
 from draftcache.capture.verifier.reading import prove_reading
 from draftcache.capture.verifier.self_check import TOKENS, self_check
 from draftcache.store.common.errors import InputError
+
+
+def with_layers(config: CaptureConfig) -> CaptureConfig:
+    """Return the settings with the layers that a job without any takes, by its verifier's depth. Raises InputError."""
+    if config.layers:
+        return config
+    model = load_config(config.verifier, trust_remote_code=config.trust_remote_code)
+    blocks = getattr(model, "num_hidden_layers", None)
+    if not isinstance(blocks, int) or blocks < 1:
+        raise InputError(
+            f"{config.verifier / 'config.json'}: expected a number of blocks in num_hidden_layers, found {blocks!r}; "
+            "give --layers A,B,C"
+        )
+    return replace(config, layers=layers_by_depth(blocks, str(model.model_type)))
 
 
 def check_config(config: CaptureConfig, work: WorkPlan) -> PretrainedConfig:

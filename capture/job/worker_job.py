@@ -26,7 +26,7 @@ from draftcache.capture.job.progress import CaptureSummary, JobProgress, Line
 from draftcache.capture.job.shard_capture import ShardCapture
 from draftcache.capture.job.shard_worker import POLL_S, ShardWorker, WorkerRole
 from draftcache.capture.job.space_check import bytes_left, require_space
-from draftcache.capture.job.start_check import check_config, check_verifier
+from draftcache.capture.job.start_check import check_config, check_verifier, with_layers
 from draftcache.capture.job.tensor_parallel import TensorParallelGroup
 from draftcache.capture.job.work_plan import WorkPlan
 from draftcache.capture.prepare.draft_vocabulary import load_vocab_maps
@@ -54,7 +54,7 @@ class CaptureJob:
     verifier: Verifier
 
     def __init__(self, config: CaptureConfig) -> None:
-        self.config = config
+        self.config = config = with_layers(config)
         self.work = WorkPlan.of(config)
         self.vocab_maps = load_vocab_maps(config.vocab_map or config.dataset / VOCAB_MAP_NAME, config.more_vocab_maps)
         if config.teacher == "draft" and config.top_k > (most := len(self.vocab_maps[0])):

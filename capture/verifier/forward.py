@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from draftcache.capture.verifier.blocks import find_blocks, text_body
 from draftcache.capture.verifier.flops import Flops, gated_flops
 from draftcache.capture.verifier.ssm_precision import mamba_mixers
 
@@ -98,7 +99,7 @@ class PlainForward:
 
     @classmethod
     def of(cls, model: Any, blocks: nn.ModuleList, final_norm: nn.Module, reason: str) -> Self:
-        return cls(model.base_model, blocks, final_norm, reason)
+        return cls(text_body(model, find_blocks(model)[0]), blocks, final_norm, reason)
 
     @staticmethod
     def flops(config: Mapping[str, Any]) -> Flops | None:

@@ -7,7 +7,7 @@ the right ones.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ import torch
 import transformers
 from torch import nn
 
+from draftcache.capture.verifier.blocks import find_blocks, find_final_norm, model_class, text_body
 from draftcache.capture.verifier.families import choose_forward
 from draftcache.capture.verifier.forward import Forward, Piece
+from draftcache.capture.verifier.rope import pin_rope
 from draftcache.capture.verifier.ssm_precision import mamba_mixers, stand_in_for_extension, torch_forms_on_the_cpu
 from draftcache.capture.verifier.weights import (
     full_weights_hash,
@@ -50,6 +52,8 @@ class Verifier:
     device: torch.device
     body_forward: Forward
     """Runs the body; `choose_forward` chose it."""
+    rope: str | None = None
+    """What rotary embeddings that choose by the length of a call were pinned to; None where there are none."""
 
     @property
     def hidden_size(self) -> int:
@@ -96,8 +100,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def load_config(path: Path, *, trust_remote_code: bool) -> Any:
     """Return a model directory's configuration, of its text part where it has several. Raises InputError."""
-    if not (path / "config.json").is_file():
-        raise InputError(f"{path}: expected a model directory, found no config.json")
+    _require_config(path)
     try:
         config = transformers.AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=True
@@ -106,7 +109,7 @@ def load_config(path: Path, *, trust_remote_code: bool) -> Any:
     except Exception as exc:  # whatever a config's contents make a config class raise
         raise InputError(
             f"{path / 'config.json'}: expected the configuration of a language model, found one that could not be "
-            f"loaded ({type(exc).__name__}: {exc})"
+            f"loaded ({type(exc).__name__}: {exc}){_remedy(exc)}"
         ) from exc
 
 
@@ -118,13 +121,15 @@ def load_verifier(
     With `tensor_parallel` > 1 this process is one of that many ranks of a process group, each of which loads its part
     of the weights. Raises InputError where the directory holds no such model, or one that does not fit on the GPU.
     """
-    if not (path / "config.json").is_file():
-        raise InputError(f"{path}: expected a model directory, found no config.json")
+    _require_config(path)
     if tensor_parallel == 1 and device.type == "cuda":  # a rank's part of the weights is known only after loading
         require_room(path, device, dtype)
     stand_in_for_extension()
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        model, report = model_class(config).from_pretrained(
             path,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported with all other differences, and refused below
@@ -138,14 +143,36 @@ def load_verifier(
         raise
     except Exception as exc:  # whatever a config's or a checkpoint's contents make a model class raise
         raise InputError(
-            f"{path}: could not be loaded as a causal language model ({type(exc).__name__}: {exc})"
+            f"{path}: could not be loaded as a causal language model ({type(exc).__name__}: {exc}){_remedy(exc)}"
         ) from exc
     require_all_weights(path, report)
     if tensor_parallel == 1:
         model.to(device)
     model.eval().requires_grad_(False)
     torch_forms_on_the_cpu(mamba_mixers(model))
-    return find_modules(model, device)
+    return replace(find_modules(model, device), rope=pin_rope(model))
+
+
+def _remedy(exc: Exception) -> str:
+    """What to do about an error of loading, where transformers names an argument that is a flag here."""
+    if "trust_remote_code" in str(exc):
+        return ". Pass --trust-remote-code to run the code that the checkpoint brings along"
+    return ""
+
+
+def _require_config(path: Path) -> None:
+    """Raise InputError where a model directory has no config.json, which those of GGUF files lack."""
+    if (path / "config.json").is_file():
+        return
+    ggufs = sorted(path.glob("*.gguf")) if path.is_dir() else [path] if path.suffix == ".gguf" else []
+    if ggufs:
+        raise InputError(
+            f"{ggufs[0]}: expected a model directory with config.json and safetensors, found a GGUF file; convert it "
+            f"once: with `pip install gguf`, AutoModelForCausalLM.from_pretrained({str(ggufs[0].parent)!r}, "
+            f"gguf_file={ggufs[0].name!r}), then `model.hf_quantizer = None`, `del model.config.quantization_config`, "
+            "`model.save_pretrained(DIRECTORY)`, and the same with AutoTokenizer"
+        )
+    raise InputError(f"{path}: expected a model directory, found no config.json")
 
 
 def _tensor_parallel_plan(path: Path, ranks: int, trust_remote_code: bool) -> dict[str, Any]:
@@ -171,23 +198,8 @@ def _tensor_parallel_plan(path: Path, ranks: int, trust_remote_code: bool) -> di
 
 def find_modules(model: Any, device: torch.device) -> Verifier:
     """Find blocks, embeddings, final norm and head of a causal LM. Raises InputError naming what is missing."""
-    body = model.base_model
-    count = model.config.get_text_config().num_hidden_layers
-    stacks = [
-        (name, module)
-        for name, module in body.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    if not stacks:
-        raise InputError(f"{type(model).__name__}: expected a ModuleList of {count} blocks, found none")
-    stack_name, blocks = min(stacks, key=lambda item: item[0].count("."))
-    parent = body.get_submodule(stack_name.rpartition(".")[0])
-    norms = [module for name, module in parent.named_children() if "norm" in name.lower() or name == "ln_f"]
-    if len(norms) != 1:
-        raise InputError(
-            f"{type(model).__name__}: expected one final norm beside the blocks, "
-            f"found {[type(module).__name__ for module in norms]}"
-        )
+    holder, blocks = find_blocks(model)
+    final_norm = find_final_norm(model, holder, blocks)
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if not isinstance(head, nn.Linear) or not isinstance(embeddings, nn.Embedding):
         raise InputError(
@@ -196,13 +208,13 @@ def find_modules(model: Any, device: torch.device) -> Verifier:
         )
     return Verifier(
         model=model,
-        body=body,
+        body=text_body(model, holder),
         blocks=blocks,
         embeddings=embeddings,
-        final_norm=norms[0],
+        final_norm=final_norm,
         head=head,
         device=device,
-        body_forward=choose_forward(model, blocks, norms[0]),
+        body_forward=choose_forward(model, blocks, final_norm),
     )
 
 
@@ -230,4 +242,5 @@ def describe_verifier(path: Path, verifier: Verifier, *, full_hash: bool = False
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
+        **({"rope": verifier.rope} if verifier.rope else {}),
     }

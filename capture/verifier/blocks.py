@@ -1,0 +1,93 @@
+"""Finds the parts of a causal LM that capture reads, in any model class, also inside of a model for images and text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from draftcache.store.common.errors import InputError
+
+
+def model_class(config: Any) -> Any:
+    """Return the class of transformers that loads a language model of this configuration.
+
+    A model for images or sound and text has a language model inside, of which only the text is used.
+    """
+    if getattr(config, "auto_map", None):
+        return transformers.AutoModelForCausalLM
+    for candidate in (
+        transformers.AutoModelForCausalLM,
+        transformers.AutoModelForImageTextToText,
+        transformers.AutoModelForMultimodalLM,
+    ):
+        if type(config) in candidate._model_mapping:
+            return candidate
+    return transformers.AutoModelForCausalLM  # which says what it knows
+
+
+def find_blocks(model: Any) -> tuple[nn.Module, nn.ModuleList]:
+    """Return the stack of blocks and the module that holds it, beside the embeddings. Raises InputError."""
+    count = model.config.get_text_config().num_hidden_layers
+    embeddings = model.get_input_embeddings()
+    stacks = [
+        (name, module)
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    holders = [(model.base_model.get_submodule(name.rpartition(".")[0]), name, blocks) for name, blocks in stacks]
+    # An encoder of images may have as many blocks: the language model is the one that holds the embeddings.
+    beside = [item for item in holders if any(module is embeddings for module in item[0].modules())]
+    if not holders:
+        raise InputError(f"{type(model).__name__}: expected a ModuleList of {count} blocks, found none")
+    holder, _, blocks = min(beside or holders, key=lambda item: item[1].count("."))
+    return holder, blocks
+
+
+def text_body(model: Any, holder: nn.Module) -> Any:
+    """Return the module that runs token ids through the blocks: the text's part of a model of several."""
+    whole = model.config.get_text_config() is model.config
+    return model.base_model if whole else holder
+
+
+def find_final_norm(model: Any, holder: nn.Module, blocks: nn.ModuleList) -> nn.Module:
+    """Return the norm that the last block's states go through. Raises InputError where none is found.
+
+    Where several modules beside the blocks are named as norms, the one is taken that runs last.
+    """
+    named = [module for name, module in holder.named_children() if "norm" in name.lower() or name == "ln_f"]
+    if len(named) == 1:
+        return named[0]
+    last = _last_to_run(model, holder, blocks)
+    if last is None:
+        raise InputError(
+            f"{type(model).__name__}: expected a final norm beside the blocks, found "
+            f"{[name for name, _ in holder.named_children()]}"
+        )
+    return last
+
+
+def _last_to_run(model: Any, holder: nn.Module, blocks: nn.ModuleList) -> nn.Module | None:
+    ran: list[nn.Module] = []
+    seen_block = False
+
+    def block_ran(*_: Any) -> None:
+        nonlocal seen_block
+        seen_block = True
+        ran.clear()
+
+    def keep(module: nn.Module, *_: Any) -> None:
+        ran.append(module)
+
+    others = [module for module in holder.children() if module is not blocks]
+    handles = [blocks[-1].register_forward_hook(block_ran), *(module.register_forward_hook(keep) for module in others)]
+    device = next(model.parameters()).device
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.ones(1, 4, dtype=torch.int64, device=device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ran[-1] if seen_block and ran else None

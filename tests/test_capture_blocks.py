@@ -1,0 +1,121 @@
+"""Blocks, final norm and head are found in models of many shapes; what can't be loaded says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from draftcache.capture.job.config import CaptureConfig, layers_by_depth
+from draftcache.capture.job.start_check import with_layers
+from draftcache.capture.verifier.load import Verifier, find_modules, load_verifier
+from draftcache.capture.verifier.self_check import self_check
+from draftcache.store.common.errors import InputError
+from draftcache.tools.cli import main
+from support.tiny_models import VOCAB, make_model, save_model
+
+CPU = torch.device("cpu")
+IDS = torch.randint(3, VOCAB, (256,), generator=torch.Generator().manual_seed(1))
+
+
+def load(path: Path) -> Verifier:
+    return load_verifier(path, device=CPU, dtype=torch.float32, trust_remote_code=False)
+
+
+def llava() -> Any:
+    """A language model beside an encoder of images that has as many blocks, and norms of its own."""
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=VOCAB - 1)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def test_the_language_model_inside_of_a_model_for_images(tmp_path: Path) -> None:
+    model = llava()
+    model.save_pretrained(tmp_path)
+    verifier = load(tmp_path)
+    assert (len(verifier.blocks), verifier.hidden_size, verifier.vocab_size) == (4, 32, VOCAB)
+    assert verifier.body is verifier.model.model.language_model
+    assert max(self_check(verifier, (0, 2, 3), IDS).values()) < 1e-5
+    with torch.inference_mode():
+        expected = model(input_ids=IDS[None], output_hidden_states=True)
+    states = verifier.forward(IDS, (1,))
+    assert torch.allclose(states.taps[1], expected.hidden_states[2][0], atol=1e-5)
+    assert torch.allclose(states.final, expected.hidden_states[4][0], atol=1e-5)
+
+
+def test_of_several_norms_the_one_that_runs_last_is_the_final_one() -> None:
+    model = make_model("llama")
+    model.model.norm_of_something_else = torch.nn.LayerNorm(32)
+    assert find_modules(model, CPU).final_norm is model.model.norm
+    model = make_model("llama")
+    model.model.last, model.model.norm = model.model.norm, torch.nn.Identity()
+    model.model.norm_too = torch.nn.Identity()
+    forward = model.model.forward
+
+    def with_last(*arguments: Any, **named: Any) -> Any:
+        output = forward(*arguments, **named)
+        output.last_hidden_state = model.model.last(output.last_hidden_state)
+        return output
+
+    model.model.forward = with_last
+    assert find_modules(model, CPU).final_norm is model.model.last
+
+
+def test_a_model_without_a_final_norm_is_refused() -> None:
+    model = make_model("llama")
+    model.model.norm = None
+    model.model.forward = lambda input_ids, **_: model.model.embed_tokens(input_ids)
+    model.forward = lambda input_ids, **_: model.model.forward(input_ids)
+    with pytest.raises(InputError, match="expected a final norm beside the blocks, found"):
+        find_modules(model, CPU)
+
+
+def test_layers_by_depth() -> None:
+    assert layers_by_depth(52, "nemotron_h") == (2, 26, 48)
+    assert layers_by_depth(32) == (2, 16, 29)
+    assert layers_by_depth(12) == (2, 6, 9)
+    assert layers_by_depth(4) == (0, 2, 3)
+    assert layers_by_depth(1) == (0,)
+
+
+def test_without_layers_a_job_takes_them_by_depth(tmp_path: Path) -> None:
+    path = save_model(tmp_path, "llama")
+    config = CaptureConfig(verifier=path, dataset=tmp_path, output=tmp_path / "s")
+    assert with_layers(config).layers == (0, 2, 3)
+    given = CaptureConfig(verifier=path, dataset=tmp_path, output=tmp_path / "s", layers=(1,))
+    assert with_layers(given) is given
+
+
+@pytest.mark.parametrize("text", ["auto", "early,middle,late"])
+def test_the_flag_takes_words(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["capture", "--verifier", str(tmp_path), "--dataset", str(tmp_path), "--output", str(tmp_path / "s")]
+    assert main([*words, "--layers", text]) == 2
+    assert "config.json" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*words, "--layers", "late"])
+
+
+def test_gguf_files_are_named_with_how_to_convert_them(tmp_path: Path) -> None:
+    (tmp_path / "model.Q4_1.gguf").write_bytes(b"GGUF")
+    for path in (tmp_path, tmp_path / "model.Q4_1.gguf"):
+        with pytest.raises(InputError, match=r"found a GGUF file; convert it once: .*gguf_file='model.Q4_1.gguf'"):
+            load(path)
+
+
+def test_code_of_a_checkpoint_is_refused_with_our_flag(tmp_path: Path) -> None:
+    (tmp_path / "modeling.py").write_text("raise SystemExit('ran')")
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "of_its_own", "auto_map": {"AutoConfig": "modeling.C", "AutoModelForCausalLM": "modeling.M"}}'
+    )
+    with pytest.raises(InputError, match="Pass --trust-remote-code"):
+        load(tmp_path)
