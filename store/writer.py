@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from draftcache.store.common.errors import StoreError
 from draftcache.store.common.files import hash_file
 from draftcache.store.common.sealed_json import seal
-from draftcache.store.format.array_spec import COUNT_FIELD, FIRST_FIELD, LENGTH_ARRAY, tap_name
+from draftcache.store.format.array_spec import COUNT_FIELD, FIRST_FIELD, LENGTH_ARRAY, require_shapes, tap_name
 from draftcache.store.format.commits import (
     COMMIT_DIRECTORY,
     SETTINGS_HASH,
@@ -239,7 +239,7 @@ class ShardInProgress:
     def append(self, item: Conversation) -> None:
         """Add a conversation. Its taps are states [R, H], or the parts that the store's codec makes of them.
 
-        Raises InputError for states that the codec cannot store, and StorageError.
+        Raises InputError for states that the codec cannot store, or arrays of other shapes, and StorageError.
         """
         arrays = dict(item.arrays)
         for layer in self._manifest.layers:
@@ -248,6 +248,7 @@ class ShardInProgress:
             elif tap_name(layer) in arrays:
                 arrays[tap_name(layer)] = self._manifest.codec.encode(layer, arrays[tap_name(layer)])[tap_name(layer)]
         stored = replace(item, arrays={name: arrays[name] for name in self._specs})
+        require_shapes(stored.arrays, self._specs)
         self._format.append(stored)
         self._index.append(self._index_row(stored))
         self.payload_bytes += stored.nbytes

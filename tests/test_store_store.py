@@ -294,3 +294,21 @@ def test_manifest_states_every_tap_convention(store: Path) -> None:
         "hf_hidden_states_index": 2,
         "vllm_aux_id": 2,
     }
+
+
+@pytest.mark.parametrize("layout", ["zarr", "webdataset"])
+@pytest.mark.parametrize(
+    ("name", "shape"), [("tap_3", (30, 2, 8)), ("tap_3", (29, 8)), ("teacher_ids", (4, 5)), ("loss_mask", (31,))]
+)
+def test_arrays_of_another_shape_are_not_written(
+    tmp_path: Path, layout: str, name: str, shape: tuple[int, ...]
+) -> None:
+    """Such a shard would be whole by its checksums, and nothing could read it."""
+    item = conversation(np.random.default_rng(0), turns(30, (10, 14)))
+    item.arrays[name] = np.zeros(shape, item.arrays[name].dtype)
+    with (
+        StoreWriter(tmp_path / "s", manifest(layout=layout, shards=1), write_files) as writer,
+        writer.shard(0) as shard,
+        pytest.raises(InputError, match=rf"{name}: expected an array of shape \[\d+.*\], found \[{shape[0]}"),
+    ):
+        shard.append(item)

@@ -7,10 +7,14 @@ or teacher positions. `schema` lists the arrays.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+from draftcache.store.common.errors import InputError
 
 CHUNK_ROWS = 256
 """Rows of one inner chunk of a tap: the unit that is read and checksummed. Narrower arrays have longer chunks."""
@@ -65,3 +69,15 @@ def tap_name(layer: int) -> str:
 def id_dtype(vocab_size: int) -> str:
     """Return the dtype of ids below `vocab_size`: two bytes are enough for up to 65,536 entries."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def require_shapes(arrays: Mapping[str, NDArray[Any]], specs: Mapping[str, ArraySpec]) -> None:
+    """Raise InputError unless each array of one conversation has the rows of its axis, of its spec's shape.
+
+    An array of another shape could be written, and never be read.
+    """
+    lengths = {axis: len(arrays[name]) for axis, name in LENGTH_ARRAY.items()}
+    for name, spec in specs.items():
+        expected, found = (lengths[spec.axis], *spec.inner), arrays[name].shape
+        if found != expected:
+            raise InputError(f"{name}: expected an array of shape {list(expected)}, found {list(found)}")
