@@ -48,7 +48,7 @@ WRONG_ROWS = (
     '{"token_ids": [1, NaN], "loss_mask": [0, 1]}', '{"token_ids": [1, 1e999], "loss_mask": [0, 1]}',
     '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "\\udfff"}]}',
     '{"messages": ' + "[" * 100_000, '{"a": ' * 5_000 + "1" + "}" * 5_000, "\x00", "\ufeff{}",
-    '{"messages": [{"role": "assistant", "content": ["x"]}]}',
+    '{"messages": [{"role": "assistant", "content": [7]}]}',
     '{"token_ids": [1, ' + "9" * 5_000 + '], "loss_mask": [0, 1]}',
 )  # fmt: skip
 """Lines of JSONL that are no conversations."""
