@@ -7,8 +7,8 @@ Five things are compared, each of which has gone wrong somewhere without anyone 
   be *nearest* to that state among the states of all blocks: rounding is orthogonal to what a block adds, so a tap that
   is off by one block is noticed at any depth.
 - `final`: the final norm's output is the one of the model's own code.
-- `logits`: the head on the final norm's output gives the model's logits, so nothing scales or caps them. Both sides are
-  computed from one state.
+- `logits`, `log_z`, `argmax`, `head`: the head on the final norm's output, with the scale and cap that were found,
+  gives the model's logits; in nats, row by row (`head.prove_head`). Both sides are computed from one state.
 - `block`: each block of our own forward adds to the residual stream what the model's block adds, both from the state of
   the model's own code. Differences do not accumulate, so a kernel that computes something else is noticed, and a deep
   model is not refused for rounding.
@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from draftcache.capture.verifier.load import Verifier, head_logits
+from draftcache.capture.verifier.head import HeadCall, float32_head, prove_head
+from draftcache.capture.verifier.load import Verifier
 from draftcache.store.common.errors import InputError
 
 TOKENS = 256
@@ -55,45 +56,47 @@ def self_check(
 ) -> dict[str, float]:
     """Compare the states of `token_ids` [L] int64 as the module's docstring says; returns the differences by name.
 
-    Raises InputError where a difference is too large: for a model that scales or soft-caps its logits, whose blocks do
-    not return the residual stream, or whose states our forward does not compute.
+    Raises InputError where a difference is too large: for a model whose logits are not its head's output, scaled and
+    capped, whose blocks do not return the residual stream, or whose states our forward does not compute.
     """
     token_ids = token_ids.to(verifier.device)
     states = verifier.forward(token_ids, layers)
-    expected, final, logits = _own_states(verifier, token_ids)
+    expected, final, logits, head_calls = _own_states(verifier, token_ids)
     blocks = verifier.body_forward.block_differences(token_ids[None])
     found = {f"tap_{layer}": _difference(states.taps[layer], expected[layer + 1]) for layer in layers}
     found["final"] = _difference(states.final, final)
-    found["logits"] = _difference(head_logits(final, verifier.head), logits)
     if blocks:
         found["block"] = float(np.max(blocks))  # NaN where any of them is NaN
     _require(verifier, found, blocks)
     _require_nearest(verifier, states.taps, expected)
+    found |= prove_head(verifier.model, verifier.head, verifier.head_form, final, logits, head_calls)
     if in_pieces and token_ids.shape[0] > _PIECE:
         drift = max(found[f"tap_{layer}"] for layer in layers)
         found["pieces"] = _require_pieces(verifier, token_ids, states.taps, drift)
     return found
 
 
-def _own_states(verifier: Verifier, token_ids: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+def _own_states(verifier: Verifier, token_ids: Tensor) -> tuple[list[Tensor], Tensor, Tensor, list[HeadCall]]:
     """States by the model's own code: hidden_states [L, H] each, the final norm's output [L, H] and logits [L, V].
 
-    The last entry of hidden_states is the last block's output, read by a hook; the model's own list ends with the final
-    norm's output instead.
+    The logits are computed from the head's output in float32, and the calls of the head are the last item. The last
+    entry of hidden_states is the last block's output, read by a hook; the model's own list ends with the final norm's
+    output instead.
     """
-    seen: list[Tensor] = []
+    seen: dict[Any, Tensor] = {}  # a norm may be called before the blocks too; its last call counts
 
-    def keep(_module: Any, _inputs: Any, output: Any) -> None:
-        seen.append((output[0] if isinstance(output, tuple) else output)[0])
+    def keep(module: Any, _inputs: Any, output: Any) -> None:
+        seen[module] = (output[0] if isinstance(output, tuple) else output)[0]
 
     handles = [module.register_forward_hook(keep) for module in (verifier.blocks[-1], verifier.final_norm)]
     try:
-        output = verifier.model(input_ids=token_ids[None], use_cache=False, output_hidden_states=True)
+        with float32_head(verifier.head) as calls:
+            output = verifier.model(input_ids=token_ids[None], use_cache=False, output_hidden_states=True)
     finally:
         for handle in handles:
             handle.remove()
-    last, final = seen
-    return [*(state[0] for state in output.hidden_states[:-1]), last], final, output.logits[0]
+    last, final = seen[verifier.blocks[-1]], seen[verifier.final_norm]
+    return [*(state[0] for state in output.hidden_states[:-1]), last], final, output.logits[0], calls
 
 
 def _require(verifier: Verifier, found: dict[str, float], blocks: list[float]) -> None:
@@ -112,8 +115,8 @@ def _require(verifier: Verifier, found: dict[str, float], blocks: list[float]) -
         )
     if wrong:
         raise InputError(
-            f"{type(verifier.model).__name__}: expected block outputs to equal output_hidden_states[i + 1] and "
-            f"head(final norm) to equal the model's logits within { {name: limits[name] for name in wrong} }, found "
+            f"{type(verifier.model).__name__}: expected block outputs to equal output_hidden_states[i + 1] and the "
+            f"final norm's output to be the model's within { {name: limits[name] for name in wrong} }, found "
             f"relative differences {wrong}; this model's conventions are not supported"
         )
 
