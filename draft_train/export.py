@@ -7,11 +7,13 @@ not at all.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from draftcache.draft_train.checkpoint import load_draft, load_state, load_vocab_map, resolve_checkpoint
+from draftcache.draft_train.drafts.protocol import CheckpointState
 from draftcache.draft_train.drafts.registry import find_architecture
 from draftcache.store.common.errors import CheckpointError, InputError
 from draftcache.store.common.files import atomic_directory
@@ -20,11 +22,15 @@ from draftcache.store.common.tensor_files import save_tensors
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def export(checkpoint: Path, output: Path, *, engine: str, dtype: str = "bfloat16") -> Path:
+def export(
+    checkpoint: Path, output: Path, *, engine: str, dtype: str = "bfloat16", max_position_embeddings: int | None = None
+) -> Path:
     """Write the served form of a checkpoint (or of a run's newest checkpoint) to the directory `output`; return it.
 
-    `engine` is "vllm" or "sglang", `dtype` one of `DTYPES`. Raises CheckpointError for an incomplete or mismatched
-    checkpoint, InputError if `output` exists or the draft can't be exported for this engine.
+    `engine` is "vllm" or "sglang", `dtype` one of `DTYPES`. Engines let the draft propose within its
+    `max_position_embeddings`, by default those of `served_positions`. Raises CheckpointError for an incomplete or
+    mismatched checkpoint, InputError if `output` exists, the draft can't be exported for this engine, or no number of
+    positions is known.
     """
     if dtype not in DTYPES:
         raise InputError(f"--dtype: expected one of {list(DTYPES)}, found {dtype!r}")
@@ -38,6 +44,8 @@ def export(checkpoint: Path, output: Path, *, engine: str, dtype: str = "bfloat1
             f"--engine: expected one of {list(architecture.engines)} for a draft of {architecture.name}, "
             f"found {engine!r}"
         )
+    positions = served_positions(path, state, max_position_embeddings)
+    state = replace(state, verifier=state.verifier | {"max_position_embeddings": positions})
     vocab_map = load_vocab_map(path, state)
     draft = load_draft(path, state, torch.device("cpu"))
     form = draft.served_form(state, vocab_map, engine=engine, dtype=DTYPES[dtype])
@@ -49,3 +57,25 @@ def export(checkpoint: Path, output: Path, *, engine: str, dtype: str = "bfloat1
         except CheckpointError as exc:
             raise CheckpointError(f"{path}: its draft cannot be served, nothing was exported: {exc}") from exc
     return output
+
+
+def served_positions(path: Path, state: CheckpointState, asked: int | None = None) -> int:
+    """Return the number of positions that an exported draft declares: `asked`, or else the verifier's own.
+
+    A verifier may name none (its positions are not limited). Then it is the store's longest conversation, rounded up to
+    a power of two: longer ones the draft was never trained on. Raises InputError for a number below 1, and where the
+    checkpoint `path` knows neither.
+    """
+    if asked is not None:
+        if asked < 1:
+            raise InputError(f"--max-position-embeddings: expected at least 1, found {asked}")
+        return asked
+    if own := state.verifier.get("max_position_embeddings"):
+        return int(own)
+    if state.longest:
+        return 1 << (state.longest - 1).bit_length()
+    raise InputError(
+        f"{path}: expected the verifier's max_position_embeddings, or the length of the longest conversation, found "
+        "neither, as an earlier version of draftcache wrote it; give the length that will be served by "
+        "--max-position-embeddings"
+    )

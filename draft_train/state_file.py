@@ -38,7 +38,8 @@ def read_state(directory: Path) -> tuple[CheckpointState, dict[str, str]]:
     """
     body = _read_body(directory / STATE_NAME)
     names = [item.name for item in fields(CheckpointState)]
-    values = {"architecture": DEFAULT} | {name: body[name] for name in names if name in body}
+    values: dict[str, Any] = {"architecture": DEFAULT, "longest": 0}
+    values |= {name: body[name] for name in names if name in body}
     missing = sorted({*names, "files"} - values.keys() - body.keys())
     if missing:
         raise CheckpointError(f"{directory / STATE_NAME}: expected the fields {missing}, found none of them")

@@ -41,7 +41,7 @@ from draftcache.draft_train.measure import measure_draft
 from draftcache.draft_train.optimizer import learning_rate, make_optimizer
 from draftcache.draft_train.output_lock import OutputLock, output_lock
 from draftcache.draft_train.ranks import GradientSums, Ranks, joined_ranks
-from draftcache.draft_train.run_checks import require_work
+from draftcache.draft_train.run_checks import require_norm, require_work
 from draftcache.draft_train.run_log import RunLog, step_record
 from draftcache.draft_train.split_checks import held_out_members, members_of
 from draftcache.store.common.device import choose_device
@@ -70,6 +70,7 @@ class Trainer:
         self.device = self.ranks.device
         require_work(config, self.ranks)
         self.store = StoreReader(config.store)
+        require_norm(config, self.store)
         self.members = members_of(self.store, config.splits, "--splits")
         self.held_out = held_out_members(self.store, config, say=self.ranks.leads)
         vocab = self.store.manifest.teacher_form.choose(config.draft_vocab_size)
@@ -90,6 +91,7 @@ class Trainer:
             torch.from_numpy(self.vocab_map.target_ids).to(self.device),
             torch.from_numpy(self.vocab_map.padded(self.shape.vocab_size).t2d).to(self.device),
             self.frozen.lm_head,
+            self.frozen.head_form,
         )
         self.gradients = self.draft.gradient_pass(config, self.objective, self.frozen, say=self.ranks.leads)
         self.sums = GradientSums(self.model, self.ranks)
@@ -279,6 +281,7 @@ class Trainer:
             verifier=self.store.manifest.verifier,
             taps=[tap.to_json() for tap in self.store.manifest.taps],
             metrics=metrics,
+            longest=int(self.store.index["tokens"].max()),
         )
         path = checkpoint_path(self.config.output, self.step)
         save_checkpoint(path, state, self.model, self.optimizer, self.vocab_map)

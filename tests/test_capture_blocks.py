@@ -76,7 +76,7 @@ def test_a_model_without_a_final_norm_is_refused() -> None:
     model.model.norm = None
     model.model.forward = lambda input_ids, **_: model.model.embed_tokens(input_ids)
     model.forward = lambda input_ids, **_: model.model.forward(input_ids)
-    with pytest.raises(InputError, match="expected a final norm beside the blocks, found"):
+    with pytest.raises(InputError, match="expected a final norm that the last block"):
         find_modules(model, CPU)
 
 

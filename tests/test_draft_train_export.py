@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from draftcache.draft_train.checkpoint import load_state
 from draftcache.draft_train.drafts.eagle3.served import check_served, tap_ids
-from draftcache.draft_train.export import export
+from draftcache.draft_train.export import export, served_positions
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import CheckpointError, InputError
 from draftcache.store.format.manifest import Tap
 from support.processes import wait_for
-from support.synthetic import LAYERS, vocab_map, write_store
+from support.synthetic import LAYERS, manifest, vocab_map, write_store
 from support.training_runs import config, rewrite_state
 
 
@@ -133,4 +133,40 @@ def test_check_finds_vocabulary_tensors_that_disagree(checkpoint: Path, tmp_path
     tensors["d2t"][0] += 1
     save_file(tensors, path / "model.safetensors")
     with pytest.raises(CheckpointError, match="same target ids"):
+        check_served(path)
+
+
+def positions_of(path: Path) -> int:
+    return int(json.loads((path / "config.json").read_text())["max_position_embeddings"])
+
+
+def test_positions_are_the_verifiers_or_what_is_asked_for(checkpoint: Path, tmp_path: Path) -> None:
+    assert positions_of(export(checkpoint, tmp_path / "own", engine="vllm")) == 1024
+    asked = export(checkpoint, tmp_path / "asked", engine="vllm", max_position_embeddings=300)
+    assert positions_of(asked) == 300
+    with pytest.raises(InputError, match="--max-position-embeddings: expected at least 1, found 0"):
+        export(checkpoint, tmp_path / "none", engine="vllm", max_position_embeddings=0)
+
+
+@pytest.mark.parametrize("named", [None, 0])
+def test_positions_of_a_verifier_without_a_limit_are_those_of_the_store(tmp_path: Path, named: int | None) -> None:
+    """Conversations of the store have 40 tokens. Earlier versions wrote 0 where a verifier names no limit."""
+    write_store(tmp_path / "store", verifier=manifest().verifier | {"max_position_embeddings": named})
+    last = Trainer(config(tmp_path, epochs=1)).run()
+    assert positions_of(export(last, tmp_path / "draft", engine="vllm")) == 64
+    rewrite_state(last, lambda body: body.update(longest=64))
+    assert served_positions(last, load_state(last)) == 64
+    rewrite_state(last, lambda body: body.update(longest=65))
+    assert served_positions(last, load_state(last)) == 128
+    rewrite_state(last, lambda body: body.pop("longest"))
+    with pytest.raises(InputError, match=r"found neither.*--max-position-embeddings"):
+        export(last, tmp_path / "old", engine="vllm")
+    assert positions_of(export(last, tmp_path / "old", engine="vllm", max_position_embeddings=48)) == 48
+
+
+def test_an_export_without_positions_is_found(checkpoint: Path, tmp_path: Path) -> None:
+    path = export(checkpoint, tmp_path / "draft", engine="vllm")
+    config_file = path / "config.json"
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"max_position_embeddings": 0}))
+    with pytest.raises(CheckpointError, match="max_position_embeddings above 0"):
         check_served(path)

@@ -143,8 +143,8 @@ def speculative_greedy(
 
 def _greedy(verifier: Any, tokens: list[int], layers: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the verifier's argmax after each token [L] int64, and its taps [L, taps * H] float32, both on the CPU."""
-    from draftcache.capture.verifier.load import head_logits
+    from draftcache.capture.verifier.head import head_logits
 
     states = verifier.forward(torch.tensor(tokens), layers)
     taps = torch.cat([states.taps[layer].float() for layer in layers], dim=-1) if layers else torch.empty(0)
-    return head_logits(states.final, verifier.head).argmax(-1).cpu(), taps.cpu()
+    return head_logits(states.final, verifier.head, verifier.head_form).argmax(-1).cpu(), taps.cpu()

@@ -89,6 +89,7 @@ class ShardCapture:
             form=manifest.teacher_form,
             target_ids=tuple(torch.from_numpy(item.target_ids).to(self.device) for item in vocab_maps),
             slice_rows=config.head_slice,
+            head_form=verifier.head_form,
         )
         self.in_draft = manifest.teacher_form.in_draft(vocab_maps[0])
         on_gpu = self.device.type == "cuda"

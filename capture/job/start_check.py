@@ -49,7 +49,7 @@ def check_config(config: CaptureConfig, work: WorkPlan) -> PretrainedConfig:
             f"--layers: expected blocks 0 to {blocks - 1} of {config.verifier}, found {list(config.layers)}"
         )
     positions, longest = getattr(model, "max_position_embeddings", None), work.longest
-    if positions and longest > positions:
+    if positions and 0 < positions < longest:  # a model without a limit has none, or -1
         raise InputError(
             f"{config.dataset}: expected conversations of at most the {positions} tokens that "
             f"{config.verifier / 'config.json'} gives as max_position_embeddings, found one of {longest}; prepare "

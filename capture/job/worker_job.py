@@ -252,8 +252,9 @@ class CaptureJob:
     def _write_files(self, manifest: StoreManifest, root: Path) -> list[Path]:
         """Write the frozen weights that training needs instead of the verifier, and the vocabulary maps."""
         verifier = self.verifier
-        norm = verifier.final_norm.weight
-        assert isinstance(norm, torch.Tensor)
+        weight = verifier.norm.weight
+        rounded = weight.to(self.dtype)  # 1 + w of a bfloat16 w needs more digits
+        norm = rounded if torch.equal(rounded.float(), weight) else weight
         tensors = {EMBED_TOKENS: verifier.embeddings.weight, NORM: norm}
         paths = [root / FROZEN_NAME]
         for vocab, item in zip(manifest.teacher_form.vocabularies, self.vocab_maps, strict=True):

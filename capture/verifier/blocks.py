@@ -30,7 +30,7 @@ def model_class(config: Any) -> Any:
 
 def find_blocks(model: Any) -> tuple[nn.Module, nn.ModuleList]:
     """Return the stack of blocks and the module that holds it, beside the embeddings. Raises InputError."""
-    count = model.config.get_text_config().num_hidden_layers
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     embeddings = model.get_input_embeddings()
     stacks = [
         (name, module)
@@ -41,7 +41,9 @@ def find_blocks(model: Any) -> tuple[nn.Module, nn.ModuleList]:
     # An encoder of images may have as many blocks: the language model is the one that holds the embeddings.
     beside = [item for item in holders if any(module is embeddings for module in item[0].modules())]
     if not holders:
-        raise InputError(f"{type(model).__name__}: expected a ModuleList of {count} blocks, found none")
+        raise InputError(
+            f"{type(model).__name__}: expected a ModuleList of num_hidden_layers = {count} blocks, found none"
+        )
     holder, _, blocks = min(beside or holders, key=lambda item: item[1].count("."))
     return holder, blocks
 
@@ -55,16 +57,17 @@ def text_body(model: Any, holder: nn.Module) -> Any:
 def find_final_norm(model: Any, holder: nn.Module, blocks: nn.ModuleList) -> nn.Module:
     """Return the norm that the last block's states go through. Raises InputError where none is found.
 
-    Where several modules beside the blocks are named as norms, the one is taken that runs last.
+    Where not one module beside the blocks is named as such, the one is taken that runs last.
     """
-    named = [module for name, module in holder.named_children() if "norm" in name.lower() or name == "ln_f"]
+    names = [name for name, _ in holder.named_children() if "norm" in name.lower() or name == "ln_f"]
+    named = [holder.get_submodule(name) for name in names if "embed" not in name]
     if len(named) == 1:
         return named[0]
     last = _last_to_run(model, holder, blocks)
     if last is None:
         raise InputError(
-            f"{type(model).__name__}: expected a final norm beside the blocks, found "
-            f"{[name for name, _ in holder.named_children()]}"
+            f"{type(model).__name__}: expected a final norm that the last block's states go through, found none beside "
+            f"the blocks ({[name for name, _ in holder.named_children()]}); a draft reads what such a norm gives"
         )
     return last
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import nn
 from draftcache.capture.verifier.blocks import find_blocks, find_final_norm, model_class, text_body
 from draftcache.capture.verifier.families import choose_forward
 from draftcache.capture.verifier.forward import Forward, Piece
+from draftcache.capture.verifier.head import choose_head_form
+from draftcache.capture.verifier.norm import FinalNorm, measure_norm
 from draftcache.capture.verifier.rope import pin_rope
 from draftcache.capture.verifier.ssm_precision import mamba_mixers, stand_in_for_extension, torch_forms_on_the_cpu
 from draftcache.capture.verifier.weights import (
@@ -28,7 +31,7 @@ from draftcache.capture.verifier.weights import (
 )
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.files import hash_json, read_json
-from draftcache.store.common.products import float32_product
+from draftcache.store.format.head_form import IDENTITY, HeadForm
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Verifier:
     device: torch.device
     body_forward: Forward
     """Runs the body; `choose_forward` chose it."""
+    head_form: HeadForm = IDENTITY
+    """What makes logits of the head's output; `load_verifier` chose it, and the self-check proves it."""
     rope: str | None = None
     """What rotary embeddings that choose by the length of a call were pinned to; None where there are none."""
 
@@ -65,15 +70,15 @@ class Verifier:
         """Rows of the head."""
         return int(self.head.weight.shape[0])
 
+    @cached_property
+    def norm(self) -> FinalNorm:
+        """What the final norm computes, and its effective weight, measured through the module."""
+        return measure_norm(self.final_norm, self.model.config.get_text_config(), self.hidden_size)
+
     @property
     def rms_norm_eps(self) -> float:
-        """Epsilon of the final norm. Raises InputError where the norm has none."""
-        for name in ("variance_epsilon", "eps"):
-            if isinstance(value := getattr(self.final_norm, name, None), float):
-                return value
-        raise InputError(
-            f"{type(self.final_norm).__name__}: expected an epsilon in `variance_epsilon` or `eps`, found neither"
-        )
+        """Epsilon of the final norm."""
+        return self.norm.eps
 
     def forward(self, token_ids: torch.Tensor, layers: tuple[int, ...]) -> VerifierStates:
         """Run one conversation, `token_ids` [L] int64, in one piece, and keep the outputs of the blocks `layers`."""
@@ -83,12 +88,6 @@ class Verifier:
     def prefill(self, token_ids: torch.Tensor, layers: tuple[int, ...], chunk_tokens: int) -> Iterator[Piece]:
         """`Forward.prefill` of `token_ids` [B, L] int64 on any device, in pieces of at most `chunk_tokens` rows."""
         return self.body_forward.prefill(token_ids.to(self.device), layers, max(1, chunk_tokens))
-
-
-def head_logits(final: torch.Tensor, head: nn.Linear) -> torch.Tensor:
-    """Logits [P, V] float32 of final-norm states [P, H]; bf16 logits at 16..32 would tie in steps of 0.125."""
-    logits = float32_product(final, head.weight)
-    return logits if head.bias is None else logits + head.bias.float()
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -150,7 +149,9 @@ def load_verifier(
         model.to(device)
     model.eval().requires_grad_(False)
     torch_forms_on_the_cpu(mamba_mixers(model))
-    return replace(find_modules(model, device), rope=pin_rope(model))
+    found = find_modules(model, device)
+    rope = pin_rope(model)
+    return replace(found, rope=rope, head_form=choose_head_form(model, found.final_norm, found.head, device))
 
 
 def _remedy(exc: Exception) -> str:
@@ -238,9 +239,11 @@ def describe_verifier(path: Path, verifier: Verifier, *, full_hash: bool = False
         "hidden_size": verifier.hidden_size,
         "vocab_size": verifier.vocab_size,
         "rms_norm_eps": verifier.rms_norm_eps,
-        "max_position_embeddings": int(getattr(config, "max_position_embeddings", 0)),
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
+        **verifier.norm.to_json(),
+        **verifier.head_form.to_json(),
+        "max_position_embeddings": getattr(config, "max_position_embeddings", None),
+        "bos_token_id": getattr(config, "bos_token_id", None),
+        "eos_token_id": getattr(config, "eos_token_id", None),
+        "pad_token_id": getattr(config, "pad_token_id", None),
         **({"rope": verifier.rope} if verifier.rope else {}),
     }

@@ -9,8 +9,8 @@ Several things are compared, each of which has gone wrong somewhere without anyo
   to that state among the states of all blocks: rounding is orthogonal to what a block adds, so a tap that is off by one
   block is noticed at any depth.
 - `final`: the final norm's output is the one of the model's own code.
-- `logits`: the head on the final norm's output gives the model's logits, so nothing scales or caps them. Both sides are
-  computed from one state.
+- `logits`, `log_z`, `argmax`, `head`: the head on the final norm's output, with the scale and cap that were found,
+  gives the model's logits; in nats, row by row (`head.prove_head`). Both sides are computed from one state.
 - `block`: each block of our own forward adds to the residual stream what the model's block adds, both from the state of
   the model's own code. Differences do not accumulate, so a kernel that computes something else is noticed, and a deep
   model is not refused for rounding.
@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from draftcache.capture.verifier.load import Verifier, head_logits
+from draftcache.capture.verifier.head import HeadCall, float32_head, prove_head
+from draftcache.capture.verifier.load import Verifier
 from draftcache.store.common.errors import InputError
 
 TOKENS = 256
@@ -50,27 +51,28 @@ neighbours as near as its own."""
 def self_check(verifier: Verifier, layers: tuple[int, ...], token_ids: Tensor) -> dict[str, float]:
     """Compare the states of `token_ids` [L] int64 as the module's docstring says; returns the differences by name.
 
-    Raises InputError where a difference is too large: for a model that scales or soft-caps its logits, whose blocks do
-    not return the residual stream, or whose states our forward does not compute.
+    Raises InputError where a difference is too large: for a model whose logits are not its head's output, scaled and
+    capped, whose blocks do not return the residual stream, or whose states our forward does not compute.
     """
     token_ids = token_ids.to(verifier.device)
-    expected, stream, final, logits = _own_states(verifier, token_ids)
+    expected, stream, final, logits, head_calls = _own_states(verifier, token_ids)
     states = verifier.forward(token_ids, layers)
     blocks = verifier.body_forward.block_differences(token_ids[None])
     found = {"stream": stream}
     found |= {f"tap_{layer}": row_difference(states.taps[layer], expected[layer + 1]) for layer in layers}
     found["final"] = row_difference(states.final, final)
-    found["logits"] = row_difference(head_logits(final, verifier.head), logits)
     if blocks:
         found["block"] = float(np.max(blocks))  # NaN where any of them is NaN
     _require(verifier, found, blocks)
     _require_nearest(verifier, states.taps, expected)
+    found |= prove_head(verifier.model, verifier.head, verifier.head_form, final, logits, head_calls)
     return found
 
 
-def _own_states(verifier: Verifier, token_ids: Tensor) -> tuple[list[Tensor], float, Tensor, Tensor]:
+def _own_states(verifier: Verifier, token_ids: Tensor) -> tuple[list[Tensor], float, Tensor, Tensor, list[HeadCall]]:
     """By the model's own code: the states before all blocks and behind each, [L, H]; how far what blocks return is from
-    the residual stream that the model itself reports; the final norm's output [L, H] and the logits [L, V].
+    the residual stream that the model itself reports; the final norm's output [L, H]; the logits [L, V], computed from
+    the head's output in float32; and the calls of the head.
     """
     states: list[Tensor] = []
     normed: list[tuple[Tensor, Tensor]] = []
@@ -88,7 +90,8 @@ def _own_states(verifier: Verifier, token_ids: Tensor) -> tuple[list[Tensor], fl
     handles.append(verifier.blocks[0].register_forward_pre_hook(begin, with_kwargs=True))
     handles.append(verifier.final_norm.register_forward_hook(keep_normed))
     try:
-        output = verifier.model(input_ids=token_ids[None], use_cache=False, output_hidden_states=True)
+        with float32_head(verifier.head) as calls:
+            output = verifier.model(input_ids=token_ids[None], use_cache=False, output_hidden_states=True)
     finally:
         for handle in handles:
             handle.remove()
@@ -100,12 +103,18 @@ def _own_states(verifier: Verifier, token_ids: Tensor) -> tuple[list[Tensor], fl
             f"token, of shape {shape}, found {len(states) - 1} outputs, of the shapes {wrong or shape}; a model with "
             "several residual streams, or with blocks that run twice, has no state that an engine hands to a draft"
         )
+    if not normed:
+        raise InputError(
+            f"{type(verifier.model).__name__}: expected the final norm {type(verifier.final_norm).__name__} to run on "
+            "text, found that it does not; this model's conventions are not supported"
+        )
     (before, final) = normed[-1]
     return (
         [state[0] for state in states],
         _stream_difference(states, output.hidden_states, before),
         final[0],
-        (output.logits[0]),
+        output.logits[0],
+        calls,
     )
 
 
@@ -140,8 +149,8 @@ def _require(verifier: Verifier, found: dict[str, float], blocks: list[float]) -
         )
     if wrong:
         raise InputError(
-            f"{type(verifier.model).__name__}: expected block outputs to equal the model's own hidden states and "
-            f"head(final norm) to equal the model's logits within { {name: limits[name] for name in wrong} }, found "
+            f"{type(verifier.model).__name__}: expected block outputs to equal the model's own hidden states and the "
+            f"final norm's output to be the model's within { {name: limits[name] for name in wrong} }, found "
             f"relative differences {wrong}; this model's conventions are not supported"
         )
 

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from draftcache.capture.kernels.row_stats import draft_logits, largest, part_largest, row_stats
-from draftcache.capture.verifier.load import head_logits
+from draftcache.capture.verifier.head import head_logits
 from draftcache.store.common.errors import InputError
+from draftcache.store.format.head_form import IDENTITY, HeadForm
 from draftcache.store.format.teacher import TeacherForm
 
 
@@ -27,6 +28,8 @@ class TeacherHead:
     """Per draft vocabulary of the form, its token ids [D] int64, ascending."""
     slice_rows: int
     """Rows whose logits [rows, V] are in memory at once."""
+    head_form: HeadForm = IDENTITY
+    """Scale and cap of the logits."""
 
 
 @torch.inference_mode()
@@ -40,7 +43,7 @@ def teacher_signal(final: torch.Tensor, next_tokens: torch.Tensor, teacher: Teac
     parts = []
     for first in range(0, final.shape[0], teacher.slice_rows):
         rows = slice(first, first + teacher.slice_rows)
-        parts.append(_one_slice(head_logits(final[rows], teacher.head), next_tokens[rows], teacher))
+        parts.append(_one_slice(head_logits(final[rows], teacher.head, teacher.head_form), next_tokens[rows], teacher))
     signal = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if teacher.form.kind == "hidden":
         signal["teacher_hidden"] = _stored_states(final, teacher.form)

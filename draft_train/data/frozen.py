@@ -8,17 +8,23 @@ import torch
 from safetensors import safe_open
 
 from draftcache.store.format.frozen import EMBED_TOKENS, NORM
+from draftcache.store.format.head_form import IDENTITY, HeadForm
 from draftcache.store.format.teacher import DraftVocab
 from draftcache.store.reader import StoreReader
 
 
 @dataclass(frozen=True)
 class FrozenWeights:
-    """embed_tokens [V, H], norm [H], lm_head [D, H] of one draft vocabulary, in the verifier's compute dtype."""
+    """embed_tokens [V, H], norm [H], lm_head [D, H] of one draft vocabulary, in the verifier's compute dtype.
+
+    `norm` may be float32 beside other tensors in bfloat16, see `draftcache.store.format.frozen`.
+    """
 
     embed_tokens: torch.Tensor
     norm: torch.Tensor
     lm_head: torch.Tensor
+    head_form: HeadForm = IDENTITY
+    """What makes the verifier's logits of `lm_head`'s products."""
 
     @classmethod
     def load(cls, store: StoreReader, device: torch.device, vocab: DraftVocab | None = None) -> FrozenWeights:
@@ -29,4 +35,5 @@ class FrozenWeights:
                 embed_tokens=file.get_tensor(EMBED_TOKENS),
                 norm=file.get_tensor(NORM),
                 lm_head=file.get_tensor(head),
+                head_form=HeadForm.of(store.manifest.verifier),
             )

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from draftcache.store.common.errors import InputError
-from draftcache.store.common.products import float32_product
+from draftcache.store.common.products import float32_product, scale_and_cap
+from draftcache.store.format.head_form import IDENTITY, HeadForm
 from draftcache.store.format.teacher import DraftVocab
 from draftcache.store.reader import StoreReader
 
@@ -71,10 +72,11 @@ class TeacherView:
         return tensors
 
 
-def exact_probabilities(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+def exact_probabilities(hidden: torch.Tensor, head: torch.Tensor, form: HeadForm = IDENTITY) -> torch.Tensor:
     """Return p [T, D] float32 of final-norm states [T, H] over the vocabulary whose head rows [D, H] are given.
 
-    Logits are float32 sums of exact products, as in capture. No gradient flows through them.
+    Logits are float32 sums of exact products, then scaled and capped by `form`, as in capture. No gradient flows
+    through them.
     """
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        return torch.softmax(float32_product(hidden, head), dim=-1)
+        return torch.softmax(scale_and_cap(float32_product(hidden, head), form.scale, form.cap), dim=-1)

@@ -109,6 +109,8 @@ class CheckpointState:
     """The taps, as the store's manifest describes them."""
     metrics: dict[str, Any]
     """What was logged of the last step."""
+    longest: int = 0
+    """Tokens of the store's longest conversation; 0 in checkpoints of earlier versions, which did not say."""
 
 
 Proposer = Callable[[Batch, int], Tensor]
@@ -137,7 +139,9 @@ class Draft(ABC):
     def initialize(self, seed: int, frozen: FrozenWeights, head_init: str) -> None:
         """Set the weights before the first step. They depend on `seed` alone, not on the device.
 
-        With `head_init` "verifier", head and norm start as the verifier's head rows and final norm; with "random" not.
+        With `head_init` "verifier", head and norm start as the verifier's head rows, times the scale of its logits, and
+        the effective weight of its final norm; with "random" not. A cap of the verifier's logits is learned, if it is
+        at all: engines serve a draft whose logits are its head's output.
         """
 
     @abstractmethod

@@ -21,6 +21,7 @@ from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.data.batches import Batch
 from draftcache.draft_train.data.teacher import exact_probabilities
 from draftcache.draft_train.loss.row_losses import RowTeacher, find_loss
+from draftcache.store.format.head_form import IDENTITY, HeadForm
 
 
 @dataclass(frozen=True)
@@ -126,17 +127,23 @@ class Objective:
     """
 
     def __init__(
-        self, config: TrainConfig, target_ids: Tensor, in_draft: Tensor, verifier_head: Tensor | None = None
+        self,
+        config: TrainConfig,
+        target_ids: Tensor,
+        in_draft: Tensor,
+        verifier_head: Tensor | None = None,
+        head_form: HeadForm = IDENTITY,
     ) -> None:
         """`target_ids` [D] int64 maps draft ids to verifier ids; `in_draft` [V] bool marks those verifier ids.
 
         `verifier_head` [D, H], the vocabulary's rows of the verifier's head, makes the teacher of batches that hold
-        final-norm states. Raises InputError for a loss of an unknown name.
+        final-norm states, with the scale and cap of `head_form`. Raises InputError for a loss of an unknown name.
         """
         self.config = config
         self.target_ids = target_ids
         self.in_draft = in_draft
         self.verifier_head = verifier_head
+        self.head_form = head_form
         self.loss = find_loss(config.loss)
 
     def __call__(self, outputs: Iterable[StepOutput], logits: Logits, batch: Batch) -> ObjectiveResult:
@@ -197,9 +204,8 @@ class Objective:
         mass = draft_mass(batch, teacher_rows)
         if batch.teacher_hidden is not None:
             assert self.verifier_head is not None, "the trainer gives it where a store holds states"
-            return RowTeacher(
-                None, exact_probabilities(batch.teacher_hidden[teacher_rows], self.verifier_head), mass=mass
-            )
+            states = batch.teacher_hidden[teacher_rows]
+            return RowTeacher(None, exact_probabilities(states, self.verifier_head, self.head_form), mass=mass)
         p, tau = teacher_probabilities(batch.teacher_logits[teacher_rows], batch.log_z_draft[teacher_rows])
         return RowTeacher(batch.teacher_ids[teacher_rows], p, tau, mass, absent=batch.absent_entries)
 

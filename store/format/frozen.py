@@ -5,11 +5,13 @@ Legend: V rows of the verifier's head, H its hidden size, D ids of a draft vocab
 | tensor       | shape  | meaning                                                               |
 |--------------|--------|-----------------------------------------------------------------------|
 | embed_tokens | [V, H] | the verifier's token embeddings                                       |
-| norm         | [H]    | weight of the verifier's final norm                                   |
+| norm         | [H]    | factors that the verifier's final norm multiplies by                  |
 | lm_head      | [D, H] | rows of the verifier's head for the ids of the main draft vocabulary  |
 | lm_head_<D>  | [D, H] | the same for the further draft vocabulary of size D                   |
 
-All tensors are in the verifier's compute dtype. `DraftVocab.head` names the rows of the head. Here one tensor is read
+All tensors are in the verifier's compute dtype, save a `norm` that it would round, which is float32: where the module
+keeps w and multiplies by 1 + w, say. The head's rows are as the verifier has them; `HeadForm` says what makes logits of
+their products. `DraftVocab.head` names the rows of the head. Here one tensor is read
 as numpy, without torch and without reading the other tensors.
 """
 
@@ -29,7 +31,7 @@ FROZEN_NAME = "frozen.safetensors"
 EMBED_TOKENS = "embed_tokens"
 """Name of the tensor [V, H] of token embeddings."""
 NORM = "norm"
-"""Name of the tensor [H] of the final norm's weight."""
+"""Name of the tensor [H] of the final norm's effective weight."""
 
 _STORED = ("BF16", "F16", "F32")
 

@@ -64,7 +64,12 @@ class StoreManifest:
     """Everything that a reader or a second job must know before it touches a shard."""
 
     verifier: dict[str, Any]
-    """name, architecture, model_type, config_hash, weights_hash, layers, hidden_size, vocab_size, rms_norm_eps."""
+    """name, architecture, model_type, config_hash, weights_hash, layers, hidden_size, vocab_size, rms_norm_eps.
+
+    `logit_scale` and `logit_cap` are there if the verifier scales or caps its logits (`head_form.HeadForm`), and
+    `final_norm` ("layer_norm" or "other") if its final norm is no RMS norm. `max_position_embeddings` is None where it
+    names no limit.
+    """
     tokenizer_hash: str
     chat_template_hash: str
     dataset_hash: str

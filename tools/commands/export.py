@@ -18,6 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine", required=True, choices=("vllm", "sglang"), help="whose convention numbers the aux layers"
     )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument(
+        "--max-position-embeddings",
+        type=int,
+        help="length up to which the draft is served; default: the verifier's, or the store's longest, rounded up",
+    )
     add_json(parser)
 
 
@@ -25,7 +30,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Write config.json and model.safetensors into the output directory. Returns 0."""
     from draftcache.draft_train.export import export
 
-    path = export(arguments.checkpoint, arguments.output, engine=arguments.engine, dtype=arguments.dtype)
+    path = export(
+        arguments.checkpoint,
+        arguments.output,
+        engine=arguments.engine,
+        dtype=arguments.dtype,
+        max_position_embeddings=arguments.max_position_embeddings,
+    )
     files = ["config.json", "model.safetensors"]
     values = {"output": str(path), "files": files, "engine": arguments.engine, "dtype": arguments.dtype}
     show(arguments, values, f"{path}: {' and '.join(files)} for {arguments.engine}")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from draftcache.store.format.bf16 import bf16_to_float32
 from draftcache.store.format.frozen import frozen_tensor
+from draftcache.store.format.head_form import HeadForm
 from draftcache.store.format.schema import Conversation
 from draftcache.store.format.teacher_stats import tail_mass
 from draftcache.store.reader import StoreReader
@@ -58,7 +59,10 @@ def _choices(reader: StoreReader, item: Conversation) -> tuple[NDArray[np.int64]
     if form.kind == "hidden":
         stored = arrays["teacher_hidden"]
         states = stored if stored.dtype == np.float32 else bf16_to_float32(stored)
-        all_logits = states @ frozen_tensor(reader.files.frozen, form.main.head).T
+        head = HeadForm.of(reader.manifest.verifier)
+        all_logits = head.scale * (states @ frozen_tensor(reader.files.frozen, form.main.head).T)
+        if head.cap is not None:
+            all_logits = head.cap * np.tanh(all_logits / head.cap)
         order = np.argsort(-all_logits, axis=1, kind="stable")[:, :TOP_CHOICES]
         return target_ids[order], np.take_along_axis(all_logits, order, axis=1).astype(np.float64)
     top = min(TOP_CHOICES, form.top_k)

@@ -41,9 +41,10 @@ class Eagle3Draft(Draft):
 
     def initialize(self, seed: int, frozen: FrozenWeights, head_init: str) -> None:
         from_verifier = head_init == "verifier"
+        # A served draft has a plain head: the verifier's scale goes into its rows, and its cap is left out.
         self.model.initialize(
             seed,
-            head=frozen.lm_head.cpu() if from_verifier else None,
+            head=frozen.lm_head.cpu().float() * frozen.head_form.scale if from_verifier else None,
             norm=frozen.norm.cpu() if from_verifier else None,
         )
 

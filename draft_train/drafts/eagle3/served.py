@@ -127,6 +127,8 @@ def check_served(path: Path) -> None:
     targets = d2t + torch.arange(d2t.shape[0])
     if not torch.equal(targets, torch.nonzero(tensors["t2d"])[:, 0]):
         raise CheckpointError(f"{path}: expected d2t and t2d to name the same target ids, found them to differ")
+    if not config["max_position_embeddings"]:
+        raise CheckpointError(f"{path}: expected max_position_embeddings above 0, found none: engines need it")
     if tensors["lm_head.weight"].shape[0] != config["draft_vocab_size"]:
         raise CheckpointError(f"{path}: expected {config['draft_vocab_size']} head rows")
     for name, value in tensors.items():
