@@ -204,9 +204,9 @@ def test_no_more_than_a_slice_of_verifier_logits_is_alive(stores: Path, monkeypa
     seen = []
     original = objective.exact_probabilities
 
-    def watched(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    def watched(hidden: torch.Tensor, *head: Any) -> torch.Tensor:
         seen.append(hidden.shape[0])
-        return original(hidden, head)
+        return original(hidden, *head)
 
     monkeypatch.setattr(objective, "exact_probabilities", watched)
     loss_and_gradients(stores, "hidden", loss_chunk=5)
