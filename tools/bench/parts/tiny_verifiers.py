@@ -71,6 +71,8 @@ _INITIALIZERS = r"(initializer_range|init_std|embed_init_std|initializer_factor)
 
 _CAPS = r"(.*logits?_soft_?cap(ping)?|qk_l2_clip_threshold|gate_soft_cap)"
 
+_NEUTRAL = r"(.*_multiplier|logits_scaling|logit_scale)"
+
 
 class UnbuildableError(Exception):
     """Raised where a type has no tiny model here, with the reason."""
@@ -120,12 +122,20 @@ def save_tiny_model(model_type: str, path: Path) -> Any:
     try:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         spread_weights(model)
-        model.save_pretrained(path)
         logits = _logits(model)
+        model.save_pretrained(path)
     except Exception as exc:
         raise UnbuildableError(f"model: {type(exc).__name__}: {' '.join(str(exc).split())}") from exc
     if not bool(torch.isfinite(logits).all()):
         raise UnbuildableError("model: its logits are not finite")
+    try:
+        again = _logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval())
+    except Exception as exc:
+        problem = f"{type(exc).__name__}: {' '.join(str(exc).split())}"
+        raise UnbuildableError(f"transformers can't load what it saved: {problem}") from exc
+    if not torch.allclose(logits, again, rtol=1e-3, atol=1e-3):
+        difference = float((logits - again).abs().max())
+        raise UnbuildableError(f"transformers loads another model than it saved: logits differ by {difference:.3g}")
     return config
 
 
@@ -138,7 +148,7 @@ def spread_weights(model: nn.Module) -> None:
             continue
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1:
-            parameter += 0.1 * noise
+            parameter.add_(0.1 * noise)
         elif float(parameter.std()) < 0.05:
             parameter.copy_(0.1 * noise)
 
@@ -147,7 +157,8 @@ def _logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ids = torch.arange(8, 8 + 96)[None]
-        return model(input_ids=ids, use_cache=False).logits
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
 
 
 def _shrunk(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,6 +195,8 @@ def _shrunk_value(name: str, value: Any) -> Any:
         return 0.1 if value < 0.1 else value
     if isinstance(value, float) and re.fullmatch(_CAPS, name):
         return min(value, 3.0)  # small logits would not reach the cap of a trained model
+    if isinstance(value, float) and value == 1.0 and re.fullmatch(_NEUTRAL, name):
+        return 0.5  # a factor of 1 that is left out would not be noticed
     if isinstance(value, bool) or not isinstance(value, int):
         return value
     if re.fullmatch(r".*_(token_id|token_index|id|index)", name):
@@ -217,7 +230,11 @@ def _per_layer(values: Mapping[Any, Any] | None, kept: Sequence[int]) -> dict[in
     if values is None:
         return None
     by_layer = {int(layer): value for layer, value in values.items()}
-    return {new: _shrunk(by_layer[old], {}) for new, old in enumerate(kept) if old in by_layer}
+    found = {new: _shrunk(by_layer[old], {}) for new, old in enumerate(kept) if old in by_layer}
+    for layer in found.values():
+        if {"head_dim", "qk_nope_head_dim"} <= layer.keys():
+            layer["head_dim"] = layer["qk_nope_head_dim"] + layer.get("qk_rope_head_dim", 16)
+    return found
 
 
 def _singular(name: str) -> str:
