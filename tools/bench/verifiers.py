@@ -140,7 +140,10 @@ def _end_with(one: Callable[[str], None], model_type: str) -> None:
 def _key(model_type: str) -> str:
     """A hash of what decides a trial: the tiny configuration and the sources of capture, the store and the check."""
     package = Path(__file__).parents[2]
-    parts = sorted((package / "tools/bench/parts").glob("verifier_*.py")) + [package / "tools/bench/parts/forked.py"]
+    parts = [
+        package / f"tools/bench/parts/{name}.py"
+        for name in ("forked", "random_dataset", "verifier_checks", "verifier_trial")
+    ]
     sources = [*sorted((package / "capture").rglob("*.py")), *sorted((package / "store").rglob("*.py")), *parts]
     try:
         config = tiny_config(model_type).to_json_string(use_diff=False)

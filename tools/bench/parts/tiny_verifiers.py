@@ -46,7 +46,8 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"(kv_lora_rank|q_lora_rank)", 32),
     (r".*(_rank|d_rel)", 16),
     (r"(hidden_size|d_model|n_embd|embed_dim|emb_dim|word_embed_proj_dim|lru_width|backbone_hidden_size)", 64),
-    (r"(out_hidden_size|text_embed_dim|adapter_out_dim|conv_dim|input_embedding_size|embedding_dim)", 64),
+    (r"(out_hidden_size|text_embed_dim|conv_dim|input_embedding_size|embedding_dim)", 64),
+    (r"adapter_(in|out|input)_(dim|size)", 64),
     (r"(hidden_size_per_layer_input|router_hidden_size|embedding_size)", 32),
     (r".*(moe_|expert).*intermediate_size", 48),
     (r".*(intermediate_size|intermediate_size_mlp|ffn_dim|ffn_hidden_size|d_ff|dff|dim_ff|n_inner|d_inner)", 128),
@@ -54,6 +55,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"(num_hidden_layers|n_layers?|num_layers|.*_layers|depth)", LAYERS),
     (r"(mamba_d_state|state_size|ssm_state_size)", 16),
     (r"(time_step_rank|mamba_dt_rank)", 4),
+    (r"index_topk", 32),
     (r".*chunk_size", 16),
     (r"(.*sliding_window(_size)?|attention_window_size|local_attention|window_size|local_attention_window_len)", 32),
     (r"(max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|max_target_positions)", POSITIONS),
@@ -66,10 +68,11 @@ SIZES: tuple[tuple[str, int], ...] = (
 _INDEX_LISTS = r".*(_ids|_idxs|_indices|_layers|_indexes|layer_idx)"
 """Names of lists that hold numbers of layers."""
 _EXEMPT = r"(chunk_size_feed_forward|chunk_size_lm_head|num_kv_shared_layers|num_nextn_predict_layers|num_mtp_layers)"
-_NONE_BY_NAME = {"num_kv_shared_layers": 0, "num_nextn_predict_layers": 0, "num_mtp_layers": 0}
+_LEFT_OUT = {"num_kv_shared_layers": 0, "num_nextn_predict_layers": 0, "num_mtp_layers": 0}
+"""Numbers of extra layers, which need more depth than a tiny model has."""
 _INITIALIZERS = r"(initializer_range|init_std|embed_init_std|initializer_factor)"
-
 _CAPS = r"(.*logits?_soft_?cap(ping)?|qk_l2_clip_threshold|gate_soft_cap)"
+_NEUTRAL = r"(.*_multiplier|logits_scaling|logit_scale)"
 
 
 class UnbuildableError(Exception):
@@ -120,12 +123,20 @@ def save_tiny_model(model_type: str, path: Path) -> Any:
     try:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         spread_weights(model)
-        model.save_pretrained(path)
         logits = _logits(model)
+        model.save_pretrained(path)
     except Exception as exc:
         raise UnbuildableError(f"model: {type(exc).__name__}: {' '.join(str(exc).split())}") from exc
     if not bool(torch.isfinite(logits).all()):
         raise UnbuildableError("model: its logits are not finite")
+    try:
+        again = _logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval())
+    except Exception as exc:
+        problem = f"{type(exc).__name__}: {' '.join(str(exc).split())}"
+        raise UnbuildableError(f"transformers can't load what it saved: {problem}") from exc
+    if not torch.allclose(logits, again, rtol=1e-3, atol=1e-3):
+        difference = float((logits - again).abs().max())
+        raise UnbuildableError(f"transformers loads another model than it saved: logits differ by {difference:.3g}")
     return config
 
 
@@ -138,7 +149,7 @@ def spread_weights(model: nn.Module) -> None:
             continue
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1:
-            parameter += 0.1 * noise
+            parameter.add_(0.1 * noise)
         elif float(parameter.std()) < 0.05:
             parameter.copy_(0.1 * noise)
 
@@ -147,7 +158,8 @@ def _logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ids = torch.arange(8, 8 + 96)[None]
-        return model(input_ids=ids, use_cache=False).logits
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
 
 
 def _shrunk(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,12 +190,14 @@ def _shrunk(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
 def _shrunk_value(name: str, value: Any) -> Any:
     if name == "head_dim" and value is None:
         return 16  # some classes leave it to the checkpoint
-    if name in _NONE_BY_NAME:
-        return value if value is None else _NONE_BY_NAME[name]
+    if name in _LEFT_OUT:
+        return value if value is None else _LEFT_OUT[name]
     if isinstance(value, float) and re.fullmatch(_INITIALIZERS, name):
         return 0.1 if value < 0.1 else value
     if isinstance(value, float) and re.fullmatch(_CAPS, name):
         return min(value, 3.0)  # small logits would not reach the cap of a trained model
+    if isinstance(value, float) and value == 1.0 and re.fullmatch(_NEUTRAL, name):
+        return 0.5  # a factor of 1 that is left out would not be noticed
     if isinstance(value, bool) or not isinstance(value, int):
         return value
     if re.fullmatch(r".*_(token_id|token_index|id|index)", name):

@@ -6,6 +6,8 @@ Nothing of capture is used here, and of the store only its reader. What is expec
 - `tap_K`: `output_hidden_states[K + 1]`; for the last block, what the final norm reads, as transformers' own list ends
   with the norm's output;
 - `log_z_full`, `log_z_draft`, `next_token_logit`, `teacher_max`, `top_k`, `argmax`: of the model's own logits;
+- `causal`: the logits of the longest conversation's first half do not depend on its second half, so that the teacher is
+  the distribution that a decoder would have;
 - `embed_tokens`, `lm_head`: the weights that training takes from the store.
 
 States are compared by rows, |found - expected| / |expected|, logits as differences beside the largest logit. The worst
@@ -69,6 +71,7 @@ def compare_store(store: Path, model_path: Path, conversations: Sequence[Convers
     found = Differences()
     target_ids = reader.vocab_map().target_ids
     _compare_frozen(found, load_file(reader.files.frozen), model, target_ids)
+    _compare_half(found, model, max((ids for ids, _ in conversations), key=len))
     found.add("rows", 0 if len(reader) == len(conversations) else np.inf, f"{len(reader)} conversations")
     for number, row in enumerate(reader.index):
         token_ids, mask = conversations[int(row["dataset_index"])]
@@ -122,21 +125,41 @@ def reference(model: Any, token_ids: torch.Tensor) -> tuple[list[NDArray[Any]], 
     finally:
         for handle in handles:
             handle.remove()
-    states = list(output.hidden_states)
+    states = _block_outputs(list(output.hidden_states), calls)
+    length = token_ids.shape[0]
+    rows = [state.reshape(-1, *state.shape[2:])[:length] for state in states]  # some models pad to whole chunks
+    return [state.reshape(length, -1).float().numpy() for state in rows], output.logits[0].float().numpy()
+
+
+def _block_outputs(states: list[torch.Tensor], calls: list[tuple[str, Any, Any]]) -> list[torch.Tensor]:
+    """Return the embeddings and every block's output from a model's `hidden_states` and its modules' calls.
+
+    The list of transformers ends with the final norm's output, so the last block's output is what that norm read. Some
+    models leave out the embeddings instead: there, the entry before the last is what the norm read.
+    """
     for name, read, written in calls:  # the innermost module comes first
         if written.numel() == states[-1].numel() == read.numel() and torch.equal(written.ravel(), states[-1].ravel()):
-            inside_a_block = any(part.isdigit() for part in name.split("."))
-            states[-1] = states[-1] if inside_a_block else read
-            break
-    return [state.reshape(token_ids.shape[0], -1).float().numpy() for state in states], output.logits[0].float().numpy()
+            if any(part.isdigit() for part in name.split(".")):
+                return states  # the last block's own: there is no final norm
+            if torch.equal(read.ravel(), states[-2].ravel()):
+                return [torch.full_like(read, torch.nan), *states[:-1]]
+            return [*states[:-1], read.reshape(states[-1].shape)]
+    return states
+
+
+def _compare_half(found: Differences, model: Any, token_ids: NDArray[np.uint32]) -> None:
+    ids = torch.from_numpy(token_ids.astype(np.int64))
+    half = len(ids) // 2
+    whole, alone = (reference(model, part)[1][:half] for part in (ids, ids[:half]))
+    found.add("causal", _row_differences(whole, alone), f"conversation of {len(ids)} tokens")
 
 
 def _row_differences(found: NDArray[Any], expected: NDArray[Any]) -> NDArray[Any]:
     if found.shape != expected.shape:
         return np.array([np.inf])
     difference = np.linalg.norm(found.astype(np.float64) - expected, axis=-1)
-    norms: NDArray[Any] = np.linalg.norm(expected.astype(np.float64), axis=-1)
-    return difference / np.maximum(norms, 1e-30)
+    norms = np.linalg.norm(expected.astype(np.float64), axis=-1)
+    return np.asarray(difference / np.maximum(norms, 1e-30))
 
 
 def _compare_logits(

@@ -19,6 +19,7 @@ from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from draftcache.store.common.errors import StoreError
 from draftcache.tools.bench.parts.forked import CRASHED, Ended, Limits, run_limited
 from draftcache.tools.bench.parts.random_dataset import random_conversations, write_random_dataset
 from draftcache.tools.bench.parts.tiny_verifiers import VOCAB, UnbuildableError, family_of, save_tiny_model
@@ -117,8 +118,8 @@ def _capture_and_check(
     checked = run_limited(lambda: _check(store, model, report), root / f"{way}-check.log", limits)
     if checked.code != 0:
         return FAILED, "the check: " + _without_paths(_why(checked), root)
-    wrong = json.loads(report.read_text(encoding="utf-8"))
-    return (WRONG, "; ".join(wrong)) if wrong else (WORKS, "")
+    wrong = "; ".join(json.loads(report.read_text(encoding="utf-8")))
+    return (WRONG, _without_paths(wrong, root)) if wrong else (WORKS, "")
 
 
 def tapped_layers(model: Path) -> Sequence[int]:
@@ -140,8 +141,11 @@ def _build(model_type: str, path: Path) -> int:
 
 
 def _check(store: Path, model: Path, report: Path) -> int:
-    found = compare_store(store, model, random_conversations(LENGTHS, _IDS))
-    report.write_text(json.dumps(found.wrong()), encoding="utf-8")
+    try:
+        wrong = compare_store(store, model, random_conversations(LENGTHS, _IDS)).wrong()
+    except StoreError as exc:
+        wrong = [f"its store can't be read: {exc}"]
+    report.write_text(json.dumps(wrong), encoding="utf-8")
     return 0
 
 
@@ -162,5 +166,5 @@ def _why(ended: Ended) -> str:
 
 def _without_paths(text: str, root: Path) -> str:
     """One line without the times, the command's name and the temporary directory that differ from run to run."""
-    text = " ".join(text.split()).replace(str(root) + os.sep, "")
-    return re.sub(r"^(\d{4}-\d\d-\d\dT[\d:]+Z )?(draftcache capture: error: )?", "", text)
+    text = " ".join(text.split()).replace(str(root) + os.sep, "").replace(str(root.parent) + os.sep, "")
+    return re.sub(r"\d{4}-\d\d-\d\dT[\d:]+Z |draftcache capture: error: ", "", text)

@@ -1,0 +1,123 @@
+"""Families of verifiers end to end: tiny models, real captures, and a check by plain transformers that can fail."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftcache.tools.bench.parts.verifier_tables import families_table, outcome_table, summary_line
+from draftcache.tools.bench.parts.verifier_trial import Trial
+
+EXPECTED = {
+    "llama": "works",
+    "qwen3": "works",
+    "gemma2": "refused",
+    "gemma3_text": "works",
+    "mixtral": "works",
+    "phi3": "works",
+    "gpt2": "works",
+    "mamba2": "refused",
+    "nemotron_h": "works",
+    "granite": "refused",
+    "cohere": "refused",
+    "falcon_h1": "refused",
+    "qwen3_next": "works",
+    "deepseek_v3": "works",
+}
+"""What becomes of each type; what is refused today is named here, so that a change of it is seen."""
+
+CONTROLS = """
+import json, sys, time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from draftcache.tools.bench.parts import verifier_trial
+from draftcache.tools.bench.parts.forked import Limits
+
+torch.set_num_threads(1)
+root = Path(sys.argv[1])
+dataset = verifier_trial.write_dataset(root / "prepared")
+limits = Limits(seconds=60, memory_gb=6)
+
+
+def change(model):
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1.02
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+changed = verifier_trial.try_type("llama", dataset, root / "changed", limits, change)
+verifier_trial.command_line = lambda arguments: 1 / 0
+crashing = verifier_trial.try_type("llama", dataset, root / "crashing", limits)
+verifier_trial.command_line = lambda arguments: time.sleep(600)
+hanging = verifier_trial.try_type("llama", dataset, root / "hanging", Limits(seconds=15, memory_gb=6))
+names = {"changed": changed, "crashing": crashing, "hanging": hanging}
+print(json.dumps({name: trial.as_json() for name, trial in names.items()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def rows_and_trials(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The benchmark's rows and details of the families in EXPECTED."""
+    root = tmp_path_factory.mktemp("verifiers")
+    command = [sys.executable, "-m", "draftcache.tools.bench.verifiers", "--only", ",".join(EXPECTED)]
+    files = ["--output", str(root / "rows.json"), "--details", str(root / "details.json")]
+    done = subprocess.run([*command, *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return tuple(json.loads((root / name).read_text()) for name in ("rows.json", "details.json"))  # type: ignore[return-value]
+
+
+def test_families_have_the_expected_outcome(
+    rows_and_trials: tuple[list[dict[str, Any]], list[dict[str, Any]]],
+) -> None:
+    rows, trials = rows_and_trials
+    found = {trial["model_type"]: trial["outcome"] for trial in trials}
+    assert found == EXPECTED, [(trial["model_type"], trial["reason"]) for trial in trials]
+    works = [row for row in rows if row["metric"] == "works" and row["case"] != "summary"]
+    assert {row["case"]: row["value"] for row in works} == {
+        name: float(outcome == "works") for name, outcome in EXPECTED.items()
+    }
+    counts = {row["metric"]: row["value"] for row in rows if row["case"] == "summary"}
+    assert counts["share"] == pytest.approx(list(EXPECTED.values()).count("works") / len(EXPECTED))
+    assert sum(counts[name] for name in ("works", "refused", "failed", "wrong", "unbuildable")) == len(EXPECTED)
+
+
+def test_a_store_of_other_weights_is_wrong_and_a_crash_or_hang_is_a_failure(tmp_path: Path) -> None:
+    """The negative controls: one weight of block 1 is changed by 2 % after the capture."""
+    command = [sys.executable, "-c", CONTROLS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["changed"]["outcome"] == "wrong"
+    assert "tap_2" in found["changed"]["reason"]
+    assert "log_z_full" in found["changed"]["reason"]
+    assert "tap_0" not in found["changed"]["reason"]  # block 0 is before the changed weight
+    assert found["crashing"]["outcome"] == "failed"
+    assert "ZeroDivisionError" in found["crashing"]["reason"]
+    assert found["hanging"]["outcome"] == "failed"
+    assert "not finished after 15 s" in found["hanging"]["reason"]
+    assert [path.name for path in tmp_path.iterdir()] == ["prepared"]
+
+
+def test_tables_name_every_type_and_count_the_share_of_what_was_built() -> None:
+    trials = [
+        Trial("llama", "llama", "LlamaForCausalLM", "works"),
+        Trial("exaone", "llama", "LlamaForCausalLM", "wrong", "tap_1 0.5"),
+        Trial("xlm", "xlm", "XLMWithLMHeadModel", "refused", "no final norm"),
+        Trial("rare", "rare", "RareForCausalLM", "unbuildable", "no sizes"),
+    ]
+    assert summary_line(trials) == (
+        "4 types: 1 works, 1 refused, 0 failed, 1 wrong, 1 unbuildable; 33.3% of the 3 that were built work"
+    )
+    assert "exaone: tap_1 0.5" in outcome_table(trials)
+    table = families_table(trials).splitlines()
+    assert "| works | 1 | llama (llama) |" in table
+    assert "| wrong | 1 | llama (exaone) |" in table
+    assert "| refused | 1 | xlm |" in table
