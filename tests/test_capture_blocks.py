@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+)
 
 from draftcache.capture.job.config import CaptureConfig, layers_by_depth
 from draftcache.capture.job.start_check import with_layers
@@ -53,30 +60,30 @@ def test_the_language_model_inside_of_a_model_for_images(tmp_path: Path) -> None
     assert torch.allclose(states.final, expected.hidden_states[4][0], atol=1e-5)
 
 
-def test_of_several_norms_the_one_that_runs_last_is_the_final_one() -> None:
+def test_of_several_norms_the_one_whose_output_the_head_reads() -> None:
     model = make_model("llama")
     model.model.norm_of_something_else = torch.nn.LayerNorm(32)
     assert find_modules(model, CPU).final_norm is model.model.norm
-    model = make_model("llama")
-    model.model.last, model.model.norm = model.model.norm, torch.nn.Identity()
-    model.model.norm_too = torch.nn.Identity()
-    forward = model.model.forward
 
-    def with_last(*arguments: Any, **named: Any) -> Any:
-        output = forward(*arguments, **named)
-        output.last_hidden_state = model.model.last(output.last_hidden_state)
-        return output
 
-    model.model.forward = with_last
-    assert find_modules(model, CPU).final_norm is model.model.last
+def test_a_norm_at_the_end_of_the_last_block(tmp_path: Path) -> None:
+    """As in models whose blocks normalise behind what they add."""
+    config = OpenAIGPTConfig(vocab_size=VOCAB, n_positions=512, n_embd=32, n_layer=3, n_head=4)
+    OpenAIGPTLMHeadModel(config).save_pretrained(tmp_path)
+    verifier = load(tmp_path)
+    assert verifier.final_norm is verifier.blocks[-1].ln_2
+    assert verifier.norm.kind == "layer_norm"
+    assert max(self_check(verifier, (0, 1, 2), IDS).values()) < 1e-4
 
 
 def test_a_model_without_a_final_norm_is_refused() -> None:
     model = make_model("llama")
-    model.model.norm = None
+    model.model.norm = torch.nn.Identity()
+    model.model.final_norm = torch.nn.LayerNorm(32)  # it does not run
+    head = model.lm_head
     model.model.forward = lambda input_ids, **_: model.model.embed_tokens(input_ids)
-    model.forward = lambda input_ids, **_: model.model.forward(input_ids)
-    with pytest.raises(InputError, match="expected a final norm that the last block"):
+    model.forward = lambda input_ids, **_: head(model.model.forward(input_ids) + 1)
+    with pytest.raises(InputError, match="expected a final norm whose output the head reads"):
         find_modules(model, CPU)
 
 

@@ -55,37 +55,36 @@ def text_body(model: Any, holder: nn.Module) -> Any:
 
 
 def find_final_norm(model: Any, holder: nn.Module, blocks: nn.ModuleList) -> nn.Module:
-    """Return the norm that the last block's states go through. Raises InputError where none is found.
+    """Return the norm whose output the head reads. Raises InputError where none is found.
 
-    Where not one module beside the blocks is named as such, the one is taken that runs last.
+    Where not one module beside the blocks is named as such, the module is taken that makes the head's input in a short
+    forward: behind the blocks, or, where a block ends with its norm, in the last of them.
     """
     names = [name for name, _ in holder.named_children() if "norm" in name.lower() or name == "ln_f"]
     named = [holder.get_submodule(name) for name in names if "embed" not in name]
     if len(named) == 1:
         return named[0]
-    last = _last_to_run(model, holder, blocks)
-    if last is None:
+    found = _maker_of_head_input(model, text_body(model, holder))
+    if found is None or isinstance(found, nn.ModuleList | nn.Embedding) or found is holder:
         raise InputError(
-            f"{type(model).__name__}: expected a final norm that the last block's states go through, found none beside "
-            f"the blocks ({[name for name, _ in holder.named_children()]}); a draft reads what such a norm gives"
+            f"{type(model).__name__}: expected a final norm whose output the head reads, found none in "
+            f"{type(holder).__name__}; a draft reads what such a norm gives"
         )
-    return last
+    return found
 
 
-def _last_to_run(model: Any, holder: nn.Module, blocks: nn.ModuleList) -> nn.Module | None:
-    ran: list[nn.Module] = []
-    seen_block = False
+def _maker_of_head_input(model: Any, body: nn.Module) -> nn.Module | None:
+    """The innermost module of `body` whose output is what the head gets; None where it is made outside of it."""
+    made: list[tuple[nn.Module, torch.Tensor]] = []
+    read: list[torch.Tensor] = []
 
-    def block_ran(*_: Any) -> None:
-        nonlocal seen_block
-        seen_block = True
-        ran.clear()
+    def keep(module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            made.append((module, output))
 
-    def keep(module: nn.Module, *_: Any) -> None:
-        ran.append(module)
-
-    others = [module for module in holder.children() if module is not blocks]
-    handles = [blocks[-1].register_forward_hook(block_ran), *(module.register_forward_hook(keep) for module in others)]
+    handles = [module.register_forward_hook(keep) for module in body.modules() if not isinstance(module, nn.Linear)]
+    head = model.get_output_embeddings()
+    handles.append(head.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0])))
     device = next(model.parameters()).device
     try:
         with torch.inference_mode():
@@ -93,4 +92,8 @@ def _last_to_run(model: Any, holder: nn.Module, blocks: nn.ModuleList) -> nn.Mod
     finally:
         for handle in handles:
             handle.remove()
-    return ran[-1] if seen_block and ran else None
+    if not read:
+        return None
+    # The head may get a view of all rows. All tensors are still alive, so an address belongs to one of them.
+    place, shape = read[-1].data_ptr(), read[-1].shape
+    return next((module for module, output in made if (output.data_ptr(), output.shape) == (place, shape)), None)

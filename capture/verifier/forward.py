@@ -35,6 +35,11 @@ class Piece:
         return positions[low:high].astype(np.int64) - self.first
 
 
+def block_state(output: Any) -> Any:
+    """The residual stream of what a block returned, which may come first among other things."""
+    return output[0] if isinstance(output, tuple | list) and output else output
+
+
 class Forward(Protocol):
     """Runs a loaded verifier's body over token ids, without gradients."""
 
@@ -132,7 +137,7 @@ class PlainForward:
 
         def keep(layer: int) -> Any:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                taps[layer] = output[0] if isinstance(output, tuple) else output
+                taps[layer] = block_state(output)
 
             return hook
 

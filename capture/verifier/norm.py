@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from draftcache.store.common.errors import InputError
+
 RMS_NORM, LAYER_NORM, OTHER = "rms_norm", "layer_norm", "other"
 _EPSILONS = (
     "variance_epsilon", "eps", "epsilon", "rms_norm_eps", "rms_norm_epsilon", "layer_norm_eps", "layer_norm_epsilon",
@@ -46,12 +48,19 @@ class FinalNorm:
 def measure_norm(norm: nn.Module, config: Any, hidden_size: int) -> FinalNorm:
     """Measure a final norm over `hidden_size` channels, at least 3.
 
-    `config` is the model's, for the exact value of an epsilon that the module keeps under no name.
+    Raises InputError for a norm over another number. `config` is the model's, for the exact value of an epsilon that
+    the module keeps under no name.
     """
     module = copy.deepcopy(norm).float()
     device = next((item.device for item in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     signs = _mean_zero(hidden_size).to(device)
-    bias = module(torch.zeros(1, hidden_size, device=device))[0]
+    try:
+        bias = module(torch.zeros(1, hidden_size, device=device))[0]
+    except RuntimeError as exc:
+        raise InputError(
+            f"{type(norm).__name__}: expected a final norm over the {hidden_size} channels of blocks' states, "
+            f"found one of another width ({exc})"
+        ) from exc
     plain = _gains(module, signs, bias)
     eps = _named(_measured_eps(module, signs, bias, plain), norm, config)
     weight = plain / signs * math.sqrt(float(signs.square().mean()) + eps)

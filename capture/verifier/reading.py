@@ -25,6 +25,7 @@ _BORDER = 3
 """Rows behind a border that are judged by themselves: a convolution over four tokens that forgets is wrong in these."""
 _ALIKE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """The demo's verifier is at 0.14 where its SSM state is forgotten."""
+_NOTHING_ALIKE = 1.0
 
 
 class CarefulForward:
@@ -107,8 +108,9 @@ def _read(verifier: Verifier, token_ids: Tensor, layers: tuple[int, ...]) -> Pie
 
 
 def _pieces_difference(verifier: Verifier, token_ids: Tensor, layers: tuple[int, ...]) -> float:
-    """How far states read in pieces are from those read whole, over the rows behind the first piece; infinite where the
-    model's own code can't go on behind a piece.
+    """How far states read in pieces are from those read whole, over the rows behind the first piece.
+
+    It is 1 where the model's own code can't go on behind a piece.
     """
     whole = _read(verifier, token_ids[None], layers)
     try:
@@ -118,7 +120,7 @@ def _pieces_difference(verifier: Verifier, token_ids: Tensor, layers: tuple[int,
     except Exception:  # its cache takes no such model, or no pieces: any exception of it means that it can't
         if verifier.body_forward.block_differences(token_ids[None]):
             raise
-        return float("inf")
+        return _NOTHING_ALIKE
     later = {layer: torch.cat([piece.taps[layer][0] for piece in pieces[1:]]) for layer in layers}
     return float(np.max([_row_worst(later[layer], whole.taps[layer][0, PIECE:]) for layer in layers]))
 

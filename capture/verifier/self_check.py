@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from draftcache.capture.verifier.forward import block_state
 from draftcache.capture.verifier.head import HeadCall, float32_head, prove_head
 from draftcache.capture.verifier.load import Verifier
 from draftcache.store.common.errors import InputError
@@ -81,7 +82,7 @@ def _own_states(verifier: Verifier, token_ids: Tensor) -> tuple[list[Tensor], fl
         states.append(inputs[0] if inputs else named["hidden_states"])
 
     def keep(_module: Any, _inputs: Any, output: Any) -> None:
-        states.append(output[0] if isinstance(output, tuple) else output)
+        states.append(block_state(output))
 
     def keep_normed(_module: Any, inputs: Any, output: Any) -> None:
         normed.append((inputs[0], output))
@@ -96,7 +97,8 @@ def _own_states(verifier: Verifier, token_ids: Tensor) -> tuple[list[Tensor], fl
         for handle in handles:
             handle.remove()
     shape = (1, token_ids.shape[0], verifier.hidden_size)
-    wrong = sorted({tuple(state.shape) for state in states if tuple(state.shape) != shape})
+    shapes = {tuple(state.shape) if isinstance(state, Tensor) else (type(state).__name__,) for state in states}
+    wrong = sorted(map(str, shapes - {shape}))
     if wrong or len(states) != len(verifier.blocks) + 1:
         raise InputError(
             f"{type(verifier.model).__name__}: expected {len(verifier.blocks)} blocks that each return one state per "
