@@ -16,20 +16,20 @@ from draftcache.tools.bench.parts.verifier_trial import Trial
 EXPECTED = {
     "llama": "works",
     "qwen3": "works",
-    "gemma2": "refused",
+    "gemma2": "works",
     "gemma3_text": "works",
     "mixtral": "works",
     "phi3": "works",
     "gpt2": "works",
-    "mamba2": "refused",
+    "mamba2": "works",
     "nemotron_h": "works",
-    "granite": "refused",
-    "cohere": "refused",
-    "falcon_h1": "refused",
+    "granite": "works",
+    "cohere": "works",
+    "falcon_h1": "works",
     "qwen3_next": "works",
     "deepseek_v3": "works",
 }
-"""What becomes of each type; what is refused today is named here, so that a change of it is seen."""
+"""What becomes of each type. A family that can't be captured would be named here with its outcome."""
 
 CONTROLS = """
 import json, sys, time
