@@ -60,9 +60,9 @@ def test_a_state_that_is_not_carried_is_refused(monkeypatch: pytest.MonkeyPatch,
 def test_a_plain_model_is_read_as_it_is(llama: Verifier) -> None:
     verifier, found = prove_reading(llama, (1, 3), IDS, in_pieces=True)
     assert verifier is llama
-    assert set(found) == {"batch", "repeat", "pieces"}
+    assert set(found) == {"batch", "repeat", "causal", "pieces"}
     assert max(found.values()) < 1e-4
-    assert set(prove_reading(llama, (1,), IDS, in_pieces=False)[1]) == {"batch", "repeat"}
+    assert set(prove_reading(llama, (1,), IDS, in_pieces=False)[1]) == {"batch", "repeat", "causal"}
 
 
 @pytest.mark.parametrize("fault", ["ignored", "raises"])
@@ -90,7 +90,7 @@ def test_a_model_whose_cache_forgets_is_read_whole(llama: Verifier, fault: str) 
 def test_rows_that_depend_on_their_batch_are_read_one_by_one(llama: Verifier) -> None:
     """As where positions are scaled by the longest row."""
     embed = llama.embeddings.forward
-    llama.embeddings.forward = lambda ids: embed(ids) * (1 + ids.shape[0] + (ids.shape[1] > PIECE))  # type: ignore[assignment]
+    llama.embeddings.forward = lambda ids: embed(ids) * ids.shape[0]  # type: ignore[assignment]
     verifier, found = prove_reading(llama, (1,), IDS, in_pieces=False)
     assert found["batch"] > 0.01
     assert verifier.body_forward.implementations()["conversations"] == "one by one"
@@ -134,3 +134,10 @@ def test_a_few_forgotten_rows_behind_a_border_are_seen(llama: Verifier, dtype: t
 
     plain.body_forward.prefill = forgetful_border
     assert prove_reading(plain, (1,), IDS, in_pieces=True)[1]["pieces"] == pytest.approx(0.5, rel=0.05)
+
+
+def test_states_that_depend_on_later_tokens_are_refused(llama: Verifier) -> None:
+    embed = llama.embeddings.forward
+    llama.embeddings.forward = lambda ids: embed(ids) * ids.shape[1]  # type: ignore[assignment]
+    with pytest.raises(InputError, match="do not depend on the tokens behind them"):
+        prove_reading(llama, (1,), IDS, in_pieces=False)

@@ -149,3 +149,20 @@ def test_several_residual_streams_are_refused(tmp_path: Path) -> None:
     verifier.final_norm.forward = lambda hidden: norm(hidden[:, :, 0])  # type: ignore[assignment]
     with pytest.raises(InputError, match=r"several residual streams.*|one state per token.*\(1, 256, 2, 32\)"):
         self_check(verifier, (1,), IDS)
+
+
+def test_a_last_block_whose_output_is_not_what_the_norm_reads_is_refused_as_a_tap(tmp_path: Path) -> None:
+    path = save_model(tmp_path, "llama")
+    verifier = load_verifier(path, device=CPU, dtype=torch.float32, trust_remote_code=False)
+    self_check(verifier, (1, 3), IDS)
+    verifier.final_norm.register_forward_pre_hook(lambda _m, inputs: (2 * inputs[0] + 1,))
+    self_check(verifier, (1,), IDS)
+    with pytest.raises(InputError, match="stream"):
+        self_check(verifier, (1, 3), IDS)
+
+
+def test_a_single_block(tmp_path: Path) -> None:
+    model = make_model("llama")
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    assert max(self_check(find_modules(model, CPU), (0,), IDS).values()) < 1e-5

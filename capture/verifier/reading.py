@@ -69,10 +69,10 @@ def prove_reading(
     """Return the verifier with a forward that reads as it may, and the differences by name.
 
     `token_ids` [L] int64, L > PIECE; `drift` says how far this model amplifies rounding. The differences are `repeat`
-    (a conversation read again, after others), `batch` (beside a longer one) and, with `in_pieces`, `pieces`, each
-    against the conversation read alone and whole. A model that fails `batch` reads one by one, and one whose own code
-    fails `pieces` reads whole. Raises InputError for a model that fails `repeat`, whose states are not determined, and
-    for a forward of draftcache that fails any.
+    (a conversation read again, after others), `causal` (with more tokens behind it), `batch` (beside a longer one) and,
+    with `in_pieces`, `pieces`, each against the conversation read alone and whole. A model that fails `batch` reads one
+    by one, and one whose own code fails `pieces` reads whole. Raises InputError for a model that fails `repeat` or
+    `causal`, and for a forward of draftcache that fails any.
     """
     limit = max(_ALIKE[verifier.head.weight.dtype], 3 * drift)
     token_ids = token_ids.to(verifier.device)
@@ -81,11 +81,17 @@ def prove_reading(
     beside = torch.stack([torch.cat([half, half.flip(0)])[: token_ids.shape[0]], token_ids])
     found = {"batch": _worst(_read(verifier, beside, layers), whole)}
     found["repeat"] = _worst(_read(verifier, half[None], layers), whole)
+    found["causal"] = _worst(_read(verifier, token_ids[None], layers), whole)
     if not found["repeat"] <= limit:
         raise InputError(
             f"{type(verifier.model).__name__}: expected a conversation to have the same states when it is read again, "
             f"within {limit:.3g}, found {found['repeat']:.3g}; the model keeps state between calls, so that what is "
             "stored would depend on what was read before"
+        )
+    if not found["causal"] <= limit:
+        raise InputError(
+            f"{type(verifier.model).__name__}: expected states that do not depend on the tokens behind them, within "
+            f"{limit:.3g}, found {found['causal']:.3g}; with this version of transformers the model is no causal one"
         )
     if in_pieces:
         found["pieces"] = _pieces_difference(verifier, token_ids, layers)

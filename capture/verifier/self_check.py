@@ -56,7 +56,7 @@ def self_check(verifier: Verifier, layers: tuple[int, ...], token_ids: Tensor) -
     capped, whose blocks do not return the residual stream, or whose states our forward does not compute.
     """
     token_ids = token_ids.to(verifier.device)
-    expected, stream, final, logits, head_calls = _own_states(verifier, token_ids)
+    expected, stream, final, logits, head_calls = _own_states(verifier, token_ids, layers)
     states = verifier.forward(token_ids, layers)
     blocks = verifier.body_forward.block_differences(token_ids[None])
     found = {"stream": stream}
@@ -70,7 +70,9 @@ def self_check(verifier: Verifier, layers: tuple[int, ...], token_ids: Tensor) -
     return found
 
 
-def _own_states(verifier: Verifier, token_ids: Tensor) -> tuple[list[Tensor], float, Tensor, Tensor, list[HeadCall]]:
+def _own_states(
+    verifier: Verifier, token_ids: Tensor, layers: tuple[int, ...]
+) -> tuple[list[Tensor], float, Tensor, Tensor, list[HeadCall]]:
     """By the model's own code: the states before all blocks and behind each, [L, H]; how far what blocks return is from
     the residual stream that the model itself reports; the final norm's output [L, H]; the logits [L, V], computed from
     the head's output in float32; and the calls of the head.
@@ -110,10 +112,15 @@ def _own_states(verifier: Verifier, token_ids: Tensor) -> tuple[list[Tensor], fl
             f"{type(verifier.model).__name__}: expected the final norm {type(verifier.final_norm).__name__} to run on "
             "text, found that it does not; this model's conventions are not supported"
         )
-    (before, final) = normed[-1]
+    before, final = normed[-1]
+    stream = _stream_difference(states, output.hidden_states, before)
+    if layers[-1] == len(verifier.blocks) - 1 and before.shape == shape:
+        # What the model reports last is behind its norm, so the last block is compared with what the norm reads, or
+        # gives where it is the block's own.
+        stream = float(np.max([stream, min(row_difference(states[-1][0], seen[0]) for seen in (before, final))]))
     return (
         [state[0] for state in states],
-        _stream_difference(states, output.hidden_states, before),
+        stream,
         final[0],
         output.logits[0],
         calls,
@@ -131,7 +138,7 @@ def _stream_difference(states: list[Tensor], reported: Any, before_norm: Tensor)
     by_convention = []
     for shift in (0, 1):
         pairs = zip(states[1:-1], reported[1 - shift :], strict=False)
-        by_convention.append(float(np.max([row_difference(own[0], theirs[0]) for own, theirs in pairs])))
+        by_convention.append(float(np.max([0.0, *(row_difference(own[0], theirs[0]) for own, theirs in pairs)])))
     return float(np.nanmin(by_convention)) if not np.isnan(by_convention).all() else float("nan")
 
 
