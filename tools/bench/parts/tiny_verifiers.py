@@ -41,8 +41,9 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"qk_head_dim", 32),
     (r"(.*head_dim|d_head|.*headdim|.*d_head|attention_head_size|kv_channels|dim_head|d_kv)", 16),
     (r".*(num_key_value_heads|num_kv_heads|kv_n_heads|num_query_groups)", 2),
+    (r"index_n_heads", 32),  # with few heads, scores of sparse attention are often 0 and tie
     (r"(.*_)?(num_|n_)?(attention_|key_|value_)?heads?", 4),
-    (r"(linear_num_value_heads|linear_num_key_heads|linear_num_heads|index_n_heads|n_head)", 4),
+    (r"(linear_num_value_heads|linear_num_key_heads|linear_num_heads|n_head)", 4),
     (r"(kv_lora_rank|q_lora_rank)", 32),
     (r".*(_rank|d_rel)", 16),
     (r"(hidden_size|d_model|n_embd|embed_dim|emb_dim|word_embed_proj_dim|lru_width|backbone_hidden_size)", 64),
