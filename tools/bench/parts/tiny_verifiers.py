@@ -53,7 +53,8 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r".*(moe_|expert).*intermediate_size", 48),
     (r".*(intermediate_size|intermediate_size_mlp|ffn_dim|ffn_hidden_size|d_ff|dff|dim_ff|n_inner|d_inner)", 128),
     (r"(dense_intermediate_size|mamba_d_ssm|block_ffn_dim|attention_hidden_size)", 128),
-    (r"(num_hidden_layers|n_layers?|num_layers|.*_layers|depth)", LAYERS),
+    (r"num_layers_per_stack", LAYERS // 2),
+    (r"(num_hidden_layers|n_layers?|num_layers|.*_layers|num_blocks|depth)", LAYERS),
     (r"(mamba_d_state|state_size|ssm_state_size)", 16),
     (r"(time_step_rank|mamba_dt_rank)", 4),
     (r"index_topk", 32),
@@ -164,7 +165,10 @@ def _logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def _shrunk(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of one configuration, shrunk by name, its per-layer lists included; `overrides` count last."""
+    """The values of one configuration, shrunk by name, its per-layer lists included; `overrides` count last.
+
+    Encoders of images and sound get another depth than the text model, as they have it in checkpoints.
+    """
     depth = next((values[name] for name in LISTED if isinstance(values.get(name), int)), None)
     kept = _kept_layers(values, depth, overrides)
     found: dict[str, Any] = {}
@@ -173,7 +177,8 @@ def _shrunk(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
             found[name] = _per_layer(value, kept)
         elif isinstance(value, dict) and name not in ("id2label", "label2id"):
             inner = overrides.get(name, {})
-            found[name] = _shrunk(value, inner if isinstance(inner, dict) else {})
+            towers = {key: 2 for key in LISTED if key in value and re.search("vision|audio", name)}
+            found[name] = _shrunk(value, towers | inner if isinstance(inner, dict) else towers)
         elif isinstance(value, list | tuple):
             found[name] = _shrunk_list(name, list(value), depth, kept)
         else:

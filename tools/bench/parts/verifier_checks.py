@@ -8,8 +8,8 @@ Nothing of capture is used here, and of the store only its reader. What is expec
 - `log_z_full`, `log_z_draft`, `next_token_logit`, `teacher_max`, `top_k`, `argmax`: of the model's own logits;
 - `causal`: the logits of the longest conversation's first half do not depend on its second half, so that the teacher is
   the distribution that a decoder would have;
-- `embed_tokens`, `lm_head`: the weights that training takes from the store, up to one factor each, as a model's scale of
-  its logits may be a part of them.
+- `embed_tokens`, `lm_head`: the weights that training takes from the store, up to one factor each, as a scale of the
+  logits may be a part of them.
 
 States are compared by rows, |found - expected| / |expected|, logits as differences beside the largest logit. The worst
 row of all conversations counts.
