@@ -41,8 +41,9 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"qk_head_dim", 32),
     (r"(.*head_dim|d_head|.*headdim|.*d_head|attention_head_size|kv_channels|dim_head|d_kv)", 16),
     (r".*(num_key_value_heads|num_kv_heads|kv_n_heads|num_query_groups)", 2),
+    (r"index_n_heads", 32),  # with few heads, scores of sparse attention are often 0 and tie
     (r"(.*_)?(num_|n_)?(attention_|key_|value_)?heads?", 4),
-    (r"(linear_num_value_heads|linear_num_key_heads|linear_num_heads|index_n_heads|n_head)", 4),
+    (r"(linear_num_value_heads|linear_num_key_heads|linear_num_heads|n_head)", 4),
     (r"(kv_lora_rank|q_lora_rank)", 32),
     (r".*(_rank|d_rel)", 16),
     (r"(hidden_size|d_model|n_embd|embed_dim|emb_dim|word_embed_proj_dim|lru_width|backbone_hidden_size)", 64),
@@ -52,7 +53,8 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r".*(moe_|expert).*intermediate_size", 48),
     (r".*(intermediate_size|intermediate_size_mlp|ffn_dim|ffn_hidden_size|d_ff|dff|dim_ff|n_inner|d_inner)", 128),
     (r"(dense_intermediate_size|mamba_d_ssm|block_ffn_dim|attention_hidden_size)", 128),
-    (r"(num_hidden_layers|n_layers?|num_layers|.*_layers|depth)", LAYERS),
+    (r"num_layers_per_stack", LAYERS // 2),
+    (r"(num_hidden_layers|n_layers?|num_layers|.*_layers|num_blocks|depth)", LAYERS),
     (r"(mamba_d_state|state_size|ssm_state_size)", 16),
     (r"(time_step_rank|mamba_dt_rank)", 4),
     (r"index_topk", 32),
@@ -163,7 +165,10 @@ def _logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def _shrunk(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of one configuration, shrunk by name, its per-layer lists included; `overrides` count last."""
+    """The values of one configuration, shrunk by name, its per-layer lists included; `overrides` count last.
+
+    Encoders of images and sound get another depth than the text model, as they have it in checkpoints.
+    """
     depth = next((values[name] for name in LISTED if isinstance(values.get(name), int)), None)
     kept = _kept_layers(values, depth, overrides)
     found: dict[str, Any] = {}
@@ -172,7 +177,8 @@ def _shrunk(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
             found[name] = _per_layer(value, kept)
         elif isinstance(value, dict) and name not in ("id2label", "label2id"):
             inner = overrides.get(name, {})
-            found[name] = _shrunk(value, inner if isinstance(inner, dict) else {})
+            towers = {key: 2 for key in LISTED if key in value and re.search("vision|audio", name)}
+            found[name] = _shrunk(value, towers | inner if isinstance(inner, dict) else towers)
         elif isinstance(value, list | tuple):
             found[name] = _shrunk_list(name, list(value), depth, kept)
         else:

@@ -8,7 +8,8 @@ Nothing of capture is used here, and of the store only its reader. What is expec
 - `log_z_full`, `log_z_draft`, `next_token_logit`, `teacher_max`, `top_k`, `argmax`: of the model's own logits;
 - `causal`: the logits of the longest conversation's first half do not depend on its second half, so that the teacher is
   the distribution that a decoder would have;
-- `embed_tokens`, `lm_head`: the weights that training takes from the store.
+- `embed_tokens`, `lm_head`: the weights that training takes from the store, up to one factor each, as a scale of the
+  logits may be a part of them.
 
 States are compared by rows, |found - expected| / |expected|, logits as differences beside the largest logit. The worst
 row of all conversations counts.
@@ -196,6 +197,12 @@ def _compare_frozen(found: Differences, tensors: dict[str, Any], model: Any, tar
     embeddings = model.get_input_embeddings().weight.detach().numpy()
     head = model.get_output_embeddings().weight.detach().numpy()[target_ids]
     for name, expected in (("embed_tokens", embeddings), ("lm_head", head)):
-        stored = tensors[name]
-        same = stored.shape == expected.shape
-        found.add(name, np.abs(stored - expected).max() if same else np.inf, "frozen.safetensors")
+        found.add(name, _difference_up_to_a_factor(tensors[name], expected), "frozen.safetensors")
+
+
+def _difference_up_to_a_factor(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Relative difference of two matrices, after the second one is scaled to fit best."""
+    if found.shape != expected.shape:
+        return float(np.inf)
+    factor = float((found * expected).sum() / (expected * expected).sum())
+    return float(np.linalg.norm(found - factor * expected) / np.linalg.norm(found))
