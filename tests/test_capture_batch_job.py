@@ -299,7 +299,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     ):
         with pytest.raises(InputError, match=message):
             CaptureJob(replace(config(nemotron, dataset, output), **change))  # type: ignore[arg-type]
-    for layers in ((), (2, 1), (1, 1), (-1, 2)):
+    for layers in ((2, 1), (1, 1), (-1, 2)):
         with pytest.raises(InputError, match="--layers"):
             config(nemotron, dataset, output, layers=layers)
     assert not output.exists()

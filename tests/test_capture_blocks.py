@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -74,6 +76,29 @@ def test_a_norm_at_the_end_of_the_last_block(tmp_path: Path) -> None:
     assert verifier.final_norm is verifier.blocks[-1].ln_2
     assert verifier.norm.kind == "layer_norm"
     assert max(self_check(verifier, (0, 1, 2), IDS).values()) < 1e-4
+
+
+def test_a_head_with_layers_of_its_own(tmp_path: Path) -> None:
+    """The norm whose output the head reads is outside of the body: the model runs up to its head, and not further."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=512, is_decoder=True,
+    )  # fmt: skip
+    model = BertLMHeadModel(config).eval()
+    model.save_pretrained(tmp_path)
+    verifier = load(tmp_path)
+    assert verifier.final_norm is verifier.model.cls.predictions.transform.LayerNorm
+    assert max(self_check(verifier, (0, 1, 2), IDS).values()) < 1e-3
+    calls: list[int] = []
+    verifier.head.register_forward_hook(lambda *_: calls.append(1))
+    states = verifier.forward(IDS, (1,))
+    assert not calls
+    with torch.inference_mode():
+        expected = model(input_ids=IDS[None], output_hidden_states=True)
+        logits = states.final @ verifier.head.weight.T + verifier.head.bias
+    assert torch.allclose(states.taps[1], expected.hidden_states[2][0], atol=1e-5)
+    assert torch.allclose(logits, expected.logits[0], atol=1e-4)
 
 
 def test_a_model_without_a_final_norm_is_refused() -> None:

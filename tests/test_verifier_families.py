@@ -57,7 +57,7 @@ changed = verifier_trial.try_type("llama", dataset, root / "changed", limits, ch
 verifier_trial.command_line = lambda arguments: 1 / 0
 crashing = verifier_trial.try_type("llama", dataset, root / "crashing", limits)
 verifier_trial.command_line = lambda arguments: time.sleep(600)
-hanging = verifier_trial.try_type("llama", dataset, root / "hanging", Limits(seconds=15, memory_gb=6))
+hanging = verifier_trial.try_type("llama", dataset, root / "hanging", Limits(seconds=8, memory_gb=6))
 names = {"changed": changed, "crashing": crashing, "hanging": hanging}
 print(json.dumps({name: trial.as_json() for name, trial in names.items()}))
 """
@@ -102,7 +102,7 @@ def test_a_store_of_other_weights_is_wrong_and_a_crash_or_hang_is_a_failure(tmp_
     assert found["crashing"]["outcome"] == "failed"
     assert "ZeroDivisionError" in found["crashing"]["reason"]
     assert found["hanging"]["outcome"] == "failed"
-    assert "not finished after 15 s" in found["hanging"]["reason"]
+    assert "not finished after 8 s" in found["hanging"]["reason"]
     assert [path.name for path in tmp_path.iterdir()] == ["prepared"]
 
 

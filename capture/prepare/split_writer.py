@@ -7,6 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
@@ -102,17 +103,28 @@ class SplitWriter:
         self.totals: Counter[str] = Counter()
         self._statistics = SplitStatistics()
         self._duplicates = duplicates
-        self._token_ids = _GrowingArray(path / "token_ids.npy", np.dtype("<u4"), state["tokens"])
-        self._loss_mask = _GrowingArray(path / "loss_mask.npy", np.dtype("?"), state["tokens"])
-        self._conversations = _GrowingArray(path / "conversations.npy", CONVERSATION_DTYPE, state["rows"])
-        self._quarantine = (path / QUARANTINE).open("r+b" if state["quarantine_bytes"] else "wb")
-        self._records, self._rejections = xxhash.xxh3_128(), xxhash.xxh3_128()
+        self._files = ExitStack()
+        with ExitStack() as opened:  # closed where the leftovers are not what they should be
+            self._token_ids = _GrowingArray(path / "token_ids.npy", np.dtype("<u4"), state["tokens"])
+            opened.callback(self._token_ids.file.close)
+            self._loss_mask = _GrowingArray(path / "loss_mask.npy", np.dtype("?"), state["tokens"])
+            opened.callback(self._loss_mask.file.close)
+            self._conversations = _GrowingArray(path / "conversations.npy", CONVERSATION_DTYPE, state["rows"])
+            opened.callback(self._conversations.file.close)
+            self._quarantine = (path / QUARANTINE).open("r+b" if state["quarantine_bytes"] else "wb")
+            opened.callback(self._quarantine.close)
+            self._records, self._rejections = xxhash.xxh3_128(), xxhash.xxh3_128()
+            self._take_over(state)
+            self._files = opened.pop_all()
+
+    def _take_over(self, state: dict[str, Any]) -> None:
+        """Count what an earlier run wrote. Raises LeftoverError where it is not what its state says."""
         for token_ids, loss_mask, conversations in self._stored_rows(state["rows"]):
             self._count(token_ids, loss_mask, conversations)
         for rejection in self._stored_rejections(state["quarantine_bytes"]):
             self._count_rejection(rejection)
         if "hash" in state and state["hash"] != self._hash():
-            raise LeftoverError(path)
+            raise LeftoverError(self.path)
 
     def append(self, token_ids: np.ndarray, loss_mask: np.ndarray, conversations: np.ndarray) -> None:
         """Append packed conversations: uint32 [t], bool [t], CONVERSATION_DTYPE [n]; sets their `first_token`.
@@ -213,9 +225,7 @@ class SplitWriter:
 
     def abandon(self) -> None:
         """Close the files without completing them; after `close` this does nothing."""
-        for array in (self._token_ids, self._loss_mask, self._conversations):
-            array.file.close()
-        self._quarantine.close()
+        self._files.close()
 
     def record(self) -> dict[str, Any]:
         """Rows, token totals, averages, lengths, duplicates and quarantine counts, for the manifest.

@@ -57,14 +57,17 @@ def text_body(model: Any, holder: nn.Module) -> Any:
 def find_final_norm(model: Any, holder: nn.Module, blocks: nn.ModuleList) -> nn.Module:
     """Return the norm whose output the head reads. Raises InputError where none is found.
 
-    Where not one module beside the blocks is named as such, the module is taken that makes the head's input in a short
-    forward: behind the blocks, or, where a block ends with its norm, in the last of them.
+    In a model of a body and a head, the one module beside the blocks that is named as a norm is taken. In any other,
+    the module that makes the head's input in a short forward: behind the blocks, in the last of them where a block ends
+    with its norm, or between body and head where the head has layers of its own.
     """
     names = [name for name, _ in holder.named_children() if "norm" in name.lower() or name == "ln_f"]
     named = [holder.get_submodule(name) for name in names if "embed" not in name]
-    if len(named) == 1:
+    if len(named) == 1 and _is_body_and_head(model):
         return named[0]
-    found = _maker_of_head_input(model, text_body(model, holder))
+    found = _maker_of_head_input(model)
+    if found is None and len(named) == 1:
+        return named[0]
     if found is None or isinstance(found, nn.ModuleList | nn.Embedding) or found is holder:
         raise InputError(
             f"{type(model).__name__}: expected a final norm whose output the head reads, found none in "
@@ -73,8 +76,15 @@ def find_final_norm(model: Any, holder: nn.Module, blocks: nn.ModuleList) -> nn.
     return found
 
 
-def _maker_of_head_input(model: Any, body: nn.Module) -> nn.Module | None:
-    """The innermost module of `body` whose output is what the head gets; None where it is made outside of it."""
+def _is_body_and_head(model: Any) -> bool:
+    """Whether nothing with weights is beside the base model and the head."""
+    head = model.get_output_embeddings()
+    others = [child for child in model.children() if child is not head and next(child.parameters(), None) is not None]
+    return others == [model.base_model] and any(child is head for child in model.children())
+
+
+def _maker_of_head_input(model: Any) -> nn.Module | None:
+    """The innermost module whose output is what the head gets; None where no module made it."""
     made: list[tuple[nn.Module, torch.Tensor]] = []
     read: list[torch.Tensor] = []
 
@@ -82,7 +92,7 @@ def _maker_of_head_input(model: Any, body: nn.Module) -> nn.Module | None:
         if isinstance(output, torch.Tensor):
             made.append((module, output))
 
-    handles = [module.register_forward_hook(keep) for module in body.modules() if not isinstance(module, nn.Linear)]
+    handles = [module.register_forward_hook(keep) for module in model.modules() if not isinstance(module, nn.Linear)]
     head = model.get_output_embeddings()
     handles.append(head.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0])))
     device = next(model.parameters()).device

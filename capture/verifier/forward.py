@@ -90,9 +90,12 @@ class PlainForward:
 
     name = "transformers"
 
-    def __init__(self, body: Any, blocks: nn.ModuleList, final_norm: nn.Module, reason: str = "") -> None:
-        """`reason` says why no faster forward was taken."""
+    def __init__(
+        self, body: Any, blocks: nn.ModuleList, final_norm: nn.Module, reason: str = "", *, model: Any = None
+    ) -> None:
+        """`reason` says why no faster forward was taken. A `model` whose norm is not in `body` runs up to its head."""
         self._body, self._blocks, self._final_norm = body, blocks, final_norm
+        self._model = model
         self._reason = reason
         # transformers 5.24 renames the argument, and warns of the old name.
         self._cache = "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
@@ -104,7 +107,9 @@ class PlainForward:
 
     @classmethod
     def of(cls, model: Any, blocks: nn.ModuleList, final_norm: nn.Module, reason: str) -> Self:
-        return cls(text_body(model, find_blocks(model)[0]), blocks, final_norm, reason)
+        body = text_body(model, find_blocks(model)[0])
+        inside = any(module is final_norm for module in body.modules())
+        return cls(body, blocks, final_norm, reason, model=None if inside else model)
 
     @staticmethod
     def flops(config: Mapping[str, Any]) -> Flops | None:
@@ -145,8 +150,28 @@ class PlainForward:
         handles.append(self._final_norm.register_forward_hook(lambda _m, _i, output: final.append(output)))
         try:
             carried = {} if cache is None else {self._cache: cache}
-            self._body(input_ids=token_ids, use_cache=cache is not None, **carried)
+            self._run(input_ids=token_ids, use_cache=cache is not None, **carried)
         finally:
             for handle in handles:
                 handle.remove()
         return Piece(first=first, taps=taps, final=final[-1])
+
+    def _run(self, **arguments: Any) -> None:
+        if self._model is None:
+            self._body(**arguments)
+            return
+
+        def stop(_module: nn.Module, _inputs: Any) -> None:
+            raise _HeadReachedError
+
+        handle = self._model.get_output_embeddings().register_forward_pre_hook(stop)
+        try:
+            self._model(**arguments)
+        except _HeadReachedError:
+            pass
+        finally:
+            handle.remove()
+
+
+class _HeadReachedError(Exception):
+    """Ends a model's forward before its head, whose logits [B, L, V] would not fit."""

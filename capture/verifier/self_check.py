@@ -115,9 +115,11 @@ def _own_states(
     before, final = normed[-1]
     stream = _stream_difference(states, output.hidden_states, before)
     if layers[-1] == len(verifier.blocks) - 1 and before.shape == shape:
-        # What the model reports last is behind its norm, so the last block is compared with what the norm reads, or
-        # gives where it is the block's own.
-        stream = float(np.max([stream, min(row_difference(states[-1][0], seen[0]) for seen in (before, final))]))
+        # What most models report last is behind their norm, so the last block is compared with what the norm reads, or
+        # gives where it is the block's own, or, where more layers come between, with what is reported last.
+        last = [before, final, *(output.hidden_states or ())[-1:]]
+        alike = [row_difference(states[-1][0], seen[0]) for seen in last if seen.shape == shape]
+        stream = float(np.max([stream, min(alike)]))
     return (
         [state[0] for state in states],
         stream,
