@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +23,12 @@ if TYPE_CHECKING:
 
 LONGEST = ("test_kernels_interpreted", "test_tools_campaign", "test_capture_launch", "test_draft_train_parallel")
 """Files of tests that take minutes. Begun last, one of them would keep a single process busy at the end."""
+
+
+def pytest_configure() -> None:
+    """Let tests interrupt their processes where the tests run in the background, in which shells ignore SIGINT."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
