@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 
-from draftcache.capture.prepare.token_dataset import TokenDataset
+from draftcache.capture.prepare.token_dataset import PreparedRow, TokenDataset
 from draftcache.store.common.sealed_json import seal, unseal
 from draftcache.tools.cli import main
 from draftcache.tools.reports.dataset_text import leakage_warnings
 from draftcache.tools.reports.shown_conversation import (
-    ShownConversation,
     decode_pieces,
     describe_shown,
     format_shown,
@@ -54,8 +53,8 @@ def tokenizer(request: pytest.FixtureRequest, tokenizer_dir: Path) -> Tokenizer:
     return load_backend(tokenizer_dir) if request.param == "byte-level" else sentencepiece_like()
 
 
-def shown(ids: list[int], mask: list[bool] | list[int], untruncated: int | None = None) -> ShownConversation:
-    return ShownConversation(
+def shown(ids: list[int], mask: list[bool] | list[int], untruncated: int | None = None) -> PreparedRow:
+    return PreparedRow(
         "train", "rows.jsonl", 17, np.array(ids, np.uint32), np.array(mask, np.bool_), untruncated or len(ids)
     )
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from draftcache.capture.prepare.chat.encoding import one_thread_per_process
@@ -11,22 +9,12 @@ from draftcache.capture.prepare.chat.tokenizer_files import load_tokenizer
 from draftcache.capture.prepare.chunks import Chunk, ChunkWorker, read_chunks
 from draftcache.capture.prepare.job import PrepareConfig
 from draftcache.capture.prepare.sample_check import job_template
+from draftcache.capture.prepare.token_dataset import PreparedRow
 
 _LINES_AT_ONCE = 16
 
 
-class PreviewRow(NamedTuple):
-    """A row as it would be written: ids uint32 [T] and loss mask bool [T], cut to the job's length."""
-
-    split: str
-    file: str
-    line: int  # from 1
-    token_ids: np.ndarray
-    loss_mask: np.ndarray
-    untruncated_tokens: int
-
-
-def preview(config: PrepareConfig, rows: int) -> tuple[list[PreviewRow], str]:
+def preview(config: PrepareConfig, rows: int) -> tuple[list[PreparedRow], str]:
     """Return the first `rows` usable rows of every split, and the serialised tokenizer that made their ids.
 
     Rows that can't be used are passed over. Raises InputError for what prepare itself refuses as it begins.
@@ -35,14 +23,14 @@ def preview(config: PrepareConfig, rows: int) -> tuple[list[PreviewRow], str]:
         files, _ = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
         template = job_template(config.chat_template, files, config.all_splits, config.role_map)
         worker = ChunkWorker(files, template, config.row_settings)
-        found: list[PreviewRow] = []
+        found: list[PreparedRow] = []
         for split in config.all_splits:
             found += _first_rows(config, split, worker, rows)
         return found, files.backend_json
 
 
-def _first_rows(config: PrepareConfig, split: str, worker: ChunkWorker, rows: int) -> list[PreviewRow]:
-    found: list[PreviewRow] = []
+def _first_rows(config: PrepareConfig, split: str, worker: ChunkWorker, rows: int) -> list[PreparedRow]:
+    found: list[PreparedRow] = []
     for index, path in enumerate(config.all_splits[split]):
         for chunk in read_chunks(split, index, path):
             for first in range(0, len(chunk.lines), _LINES_AT_ONCE):
@@ -59,7 +47,7 @@ def _first_rows(config: PrepareConfig, split: str, worker: ChunkWorker, rows: in
                         return found
                     span = slice(end - int(record["tokens"]), end)
                     found.append(
-                        PreviewRow(
+                        PreparedRow(
                             split,
                             chunk.file,
                             int(record["source_line"]),

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,6 +58,17 @@ def conversation_hash(token_ids: np.ndarray, loss_mask: np.ndarray) -> bytes:
     """The 16-byte digest of one conversation: `token_ids` uint32 [T], `loss_mask` bool [T]."""
     ids, mask = np.ascontiguousarray(token_ids, "<u4"), np.ascontiguousarray(loss_mask, np.bool_)
     return bytes.fromhex(hash_bytes(ids.tobytes(), mask.tobytes()))
+
+
+class PreparedRow(NamedTuple):
+    """A conversation and where it comes from: ids uint32 [T], loss mask bool [T], its length before truncation."""
+
+    split: str
+    file: str
+    line: int  # from 1
+    token_ids: np.ndarray
+    loss_mask: np.ndarray
+    untruncated_tokens: int
 
 
 @dataclass(frozen=True)

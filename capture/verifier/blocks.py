@@ -54,7 +54,7 @@ def text_body(model: Any, holder: nn.Module) -> Any:
     return model.base_model if whole else holder
 
 
-def find_final_norm(model: Any, holder: nn.Module, blocks: nn.ModuleList) -> nn.Module:
+def find_final_norm(model: Any, holder: nn.Module) -> nn.Module:
     """Return the norm whose output the head reads. Raises InputError where none is found.
 
     In a model of a body and a head, the one module beside the blocks that is named as a norm is taken. In any other,

@@ -200,7 +200,7 @@ def _tensor_parallel_plan(path: Path, ranks: int, trust_remote_code: bool) -> di
 def find_modules(model: Any, device: torch.device) -> Verifier:
     """Find blocks, embeddings, final norm and head of a causal LM. Raises InputError naming what is missing."""
     holder, blocks = find_blocks(model)
-    final_norm = find_final_norm(model, holder, blocks)
+    final_norm = find_final_norm(model, holder)
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if not isinstance(head, nn.Linear) or not isinstance(embeddings, nn.Embedding):
         raise InputError(

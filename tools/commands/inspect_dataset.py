@@ -14,7 +14,7 @@ from draftcache.tools.results import show
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from draftcache.tools.reports.shown_conversation import ShownConversation
+    from draftcache.capture.prepare.token_dataset import PreparedRow
 
 
 def run_dataset(arguments: argparse.Namespace, rows: tuple[int, int] | None) -> int:
@@ -74,15 +74,15 @@ def _format(result: dict[str, Any]) -> str:
     return format_described(result, colour=shows_colour(sys.stdout))
 
 
-def _shown(dataset: TokenDataset, name: str, number: int) -> ShownConversation:
-    from draftcache.tools.reports.shown_conversation import ShownConversation
+def _shown(dataset: TokenDataset, name: str, number: int) -> PreparedRow:
+    from draftcache.capture.prepare.token_dataset import PreparedRow
 
     split = dataset.split(name)
     if not 0 <= number < len(split):
         raise InputError(f"{dataset.path}: expected a conversation of {name} in 0 .. {len(split) - 1}, found {number}")
     token_ids, loss_mask, _ = split[number]
     record, sources = split.conversations[number], dataset.manifest["splits"][name]["sources"]
-    return ShownConversation(
+    return PreparedRow(
         split=name,
         file=sources[int(record["source_file"])]["file"],
         line=int(record["source_line"]),

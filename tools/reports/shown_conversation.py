@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
 from draftcache.capture.prepare.statistics import loss_runs
+from draftcache.capture.prepare.token_dataset import PreparedRow
 from draftcache.store.common.errors import InputError
 from draftcache.tools.reports.terminal_text import on_one_line, quoted, shows_colour, visible
 
@@ -32,18 +33,7 @@ Piece = tuple[int, int, str]
 """First token, the one behind the last, and the text that these tokens decode to together."""
 
 
-class ShownConversation(NamedTuple):
-    """A conversation and where it comes from: ids uint32 [T], loss mask bool [T], its length before truncation."""
-
-    split: str
-    file: str
-    line: int  # from 1
-    token_ids: np.ndarray
-    loss_mask: np.ndarray
-    untruncated_tokens: int
-
-
-def describe_shown(shown: ShownConversation, number: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def describe_shown(shown: PreparedRow, number: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Return what `format_described` prints of conversation `number` of its split, as JSON values.
 
     `loss_runs` are [first token, one behind the last]; `text` is a list of `first`, `last` (one behind), `loss` and
@@ -64,7 +54,7 @@ def describe_shown(shown: ShownConversation, number: int, tokenizer: Tokenizer |
 
 
 def token_table(
-    shown: ShownConversation, first: int, last: int, tokenizer: Tokenizer | None
+    shown: PreparedRow, first: int, last: int, tokenizer: Tokenizer | None
 ) -> list[dict[str, int | bool | str | None]]:
     """Return `position`, `token_id`, `text` (None without a tokenizer) and `loss` of the tokens `first` .. `last` - 1.
 
@@ -143,7 +133,7 @@ def format_described(found: dict[str, Any], *, colour: bool) -> str:
     return "\n".join([*_header(found), "", body])
 
 
-def format_shown(shown: ShownConversation, number: int, tokenizer: Tokenizer, *, colour: bool) -> str:
+def format_shown(shown: PreparedRow, number: int, tokenizer: Tokenizer, *, colour: bool) -> str:
     """Return conversation `number` of its split as text, headed by its origin, its tokens and its loss runs."""
     return format_described(describe_shown(shown, number, tokenizer), colour=colour)
 
@@ -160,7 +150,7 @@ def show_samples(
 
     tokenizer, numbers = Tokenizer.from_str(backend_json), Counter[str]()
     for sample in samples:
-        shown = ShownConversation(*sample)
+        shown = PreparedRow(*sample)
         print(
             format_shown(shown, numbers[shown.split], tokenizer, colour=shows_colour(stream)), end="\n\n", file=stream
         )
