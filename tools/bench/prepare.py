@@ -6,13 +6,22 @@ is `Tokenizer.encode_batch` over the rendered texts with its threads on every co
 masks. `prepare` is the whole job from JSONL to a committed dataset, with masks by the generation prompt, the check of
 every message's text and the start of its workers; a cold command adds the import of transformers, about two seconds
 once. Wall time misleads if other programs share the cores, so tokens per CPU second are reported too.
+
+`--long-rows N` measures memory instead: `draftcache prepare` in a process of its own over N conversations of about
+`--row-tokens` tokens, and over a tenth of them. The rows `prepare-long` and `prepare-long-tenth` give the highest sum
+of the proportional set sizes of the command and its workers; constant memory means a ratio near 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import shlex
+import shutil
+import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
@@ -27,6 +36,9 @@ _TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
+# Of Python source with a vocabulary of 32k trained on it, measured; only the rows' length depends on it.
+_CHARACTERS_PER_TOKEN = 4.2
+
 
 def main() -> None:
     """Run both cases, alternating, and report the best of each and their ratio."""
@@ -35,9 +47,11 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=64.0, help="conversation text (%(default)s)")
     parser.add_argument("--vocab-size", type=int, default=32000, help="of the tokenizer (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--long-rows", type=int, metavar="N", help="measure memory over N long conversations instead")
+    parser.add_argument("--row-tokens", type=int, default=14000, help="of a long conversation, about (%(default)s)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        rows = measure(Path(directory), arguments)
+        rows = (measure_memory if arguments.long_rows else measure)(Path(directory), arguments)
     report(rows, arguments.output)
 
 
@@ -61,6 +75,75 @@ def measure(directory: Path, arguments: argparse.Namespace) -> list[dict[str, An
         share = best["prepare"] / best["encode-batch"]
         rows.append(result_row("prepare", share_metric, share, "of encode-batch", device))
     return rows
+
+
+def measure_memory(directory: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return result rows: tokens, seconds and peak memory of prepare over `long_rows` rows and a tenth of them."""
+    train_tokenizer(directory / "tokenizer", arguments.vocab_size)
+    device = cpu_name()
+    rows = []
+    for case, count in [("prepare-long-tenth", arguments.long_rows // 10), ("prepare-long", arguments.long_rows)]:
+        write_long_rows(directory / "rows.jsonl", count, arguments.row_tokens)
+        output = directory / case
+        command = [sys.executable, "-m", "draftcache.tools.cli", "prepare", f"train={directory / 'rows.jsonl'}"]
+        command += ["--tokenizer", str(directory / "tokenizer"), "--output", str(output)]
+        command += ["--max-length", "32768", "--draft-vocab-size", "8000"]
+        started = time.perf_counter()
+        peak = peak_memory(command)
+        seconds = time.perf_counter() - started
+        split = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["splits"]["train"]
+        rows += [
+            result_row(case, "rows", split["rows"], "rows", device),
+            result_row(case, "tokens", split["untruncated_tokens"], "tokens", device),
+            result_row(case, "seconds", seconds, "s", device),
+            result_row(case, "peak_memory", peak / 2**20, "MiB", device),
+        ]
+        shutil.rmtree(output)
+    return rows
+
+
+def write_long_rows(path: Path, count: int, row_tokens: int) -> None:
+    """Write `count` conversations of four messages and about `row_tokens` tokens each, no two of them equal."""
+    text = "".join(python_texts())
+    characters = int(row_tokens * _CHARACTERS_PER_TOKEN) // 4
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            messages = []
+            for turn in range(4):
+                first = (number * 9973 + turn * characters) % (len(text) - characters)
+                content = f"{number}\n{text[first : first + characters]}"
+                messages.append({"role": ("user", "assistant")[turn % 2], "content": content})
+            file.write(json.dumps({"messages": messages}) + "\n")
+
+
+def peak_memory(command: list[str]) -> int:
+    """Run the command; return the highest sum, in bytes, of the proportional set sizes of it and its descendants."""
+    peak = 0
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            peak = max(peak, sum(map(_proportional_set_size, _descendants(process.pid))))
+            time.sleep(0.25)
+    if process.returncode:
+        raise SystemExit(f"exit code {process.returncode} of: {shlex.join(command)}")
+    return peak
+
+
+def _descendants(pid: int) -> Iterator[int]:
+    """Yield the process and everything that it started and that still runs."""
+    yield pid
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # The thread may have ended since it was listed.
+            for child in children.read_text().split():
+                yield from _descendants(int(child))
+
+
+def _proportional_set_size(pid: int) -> int:
+    """Return the bytes that are the process's own plus its share of those held in common; 0 if it ended."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return 1024 * int(line.split()[1])
+    return 0
 
 
 def python_conversations(characters: int) -> Iterator[list[dict[str, str]]]:
