@@ -81,7 +81,12 @@ def load_draft(path: Path, state: CheckpointState, device: torch.device) -> Draf
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Copy model.safetensors into the model. Raises CheckpointError, naming tensors that are missing or misshapen."""
-    model.load_state_dict(_load_like(path / _FILES[0], model.state_dict()))
+    model.load_state_dict(read_weights(path, model.state_dict()))
+
+
+def read_weights(path: Path, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return model.safetensors. Raises CheckpointError where its names, shapes or dtypes are not those of `like`."""
+    return _load_like(path / _FILES[0], like)
 
 
 def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> None:

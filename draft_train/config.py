@@ -29,6 +29,10 @@ class TrainConfig:
     init_from: Path | None = field(
         default=None, metadata=_doc("start from this checkpoint's weights with a fresh optimizer (stage 2)")
     )
+    remap_vocab: bool = field(
+        default=False,
+        metadata=_doc("with --init-from: it may have another draft vocabulary; head rows are moved by token id"),
+    )
     eval_split: str | None = field(
         default=None, metadata=_doc("split whose acceptance length is logged while training")
     )
@@ -139,6 +143,7 @@ class TrainConfig:
         _require("head_init", self.head_init in ("verifier", "random"), "verifier or random", self.head_init)
         _require("wandb", self.wandb in ("off", "online", "offline"), "off, online or offline", self.wandb)
         _require("eval_split", not (self.eval_every and not self.eval_split), "a split with --eval-every", None)
+        _require("remap_vocab", not self.remap_vocab or self.init_from is not None, "--init-from with it", None)
         needed = f"the steps between evaluations on --eval-split {self.eval_split} (or leave that out)"
         _require("eval_every", not self.eval_split or self.eval_every > 0, needed, self.eval_every)
 
@@ -147,7 +152,7 @@ class TrainConfig:
 
         The draft vocabulary is not among them: it is compared by its hash and size, whichever flag has chosen it.
         """
-        loose = {"store", "output", "init_from", "device", "wandb", "wandb_project", "checkpoint_every"}
+        loose = {"store", "output", "init_from", "remap_vocab", "device", "wandb", "wandb_project", "checkpoint_every"}
         loose |= {"keep_checkpoints", "eval_split", "eval_every", "eval_conversations", "loss_chunk"}
         loose |= {"compute", "attention", "recompute_mlp"}
         loose |= {"draft_vocab_size", "pack_tokens", "prefetch_gb"}

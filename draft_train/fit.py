@@ -35,14 +35,23 @@ def require_fit(path: Path, state: CheckpointState, store: StoreReader) -> Draft
     Raises CheckpointError where the store has no such vocabulary, another verifier or other taps, and
     ManifestMismatchError where the draft's window is wider than the window that the store was captured for.
     """
+    declared = {vocab.hash: vocab for vocab in store.manifest.teacher_form.vocabularies}
+    vocab = declared.get(state.draft_vocab_hash, store.manifest.teacher_form.main)
+    require_equal(path, {"draft vocabulary": (state.draft_vocab_hash, vocab.hash)}, _elsewhere(store))
+    require_verifier(path, state, store)
+    require_window(state.shape.sliding_window, store)
+    return vocab
+
+
+def require_verifier(path: Path, state: CheckpointState, store: StoreReader) -> None:
+    """Raise CheckpointError where the checkpoint was trained on another verifier or other taps than the store has."""
     manifest = store.manifest
-    declared = {vocab.hash: vocab for vocab in manifest.teacher_form.vocabularies}
-    vocab = declared.get(state.draft_vocab_hash, manifest.teacher_form.main)
     pairs = {
-        "draft vocabulary": (state.draft_vocab_hash, vocab.hash),
         "verifier weights": (state.verifier["weights_hash"], manifest.verifier["weights_hash"]),
         "taps": (state.taps, [tap.to_json() for tap in manifest.taps]),
     }
-    require_equal(path, pairs, f"it belongs to another store than {store.location}")
-    require_window(state.shape.sliding_window, store)
-    return vocab
+    require_equal(path, pairs, _elsewhere(store))
+
+
+def _elsewhere(store: StoreReader) -> str:
+    return f"it belongs to another store than {store.location}"

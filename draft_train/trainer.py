@@ -6,7 +6,6 @@ import math
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,7 @@ from draftcache.draft_train.ranks import GradientSums, Ranks, joined_ranks
 from draftcache.draft_train.run_checks import require_norm, require_work
 from draftcache.draft_train.run_log import RunLog, step_record
 from draftcache.draft_train.split_checks import held_out_members, members_of
+from draftcache.draft_train.warm_start import require_shape, require_vocabulary, warm_start
 from draftcache.store.common.device import choose_device
 from draftcache.store.common.errors import DraftcacheError, InputError
 from draftcache.store.common.stopping import Stopped, StopRequest
@@ -130,31 +130,31 @@ class Trainer:
         found = checkpoints(self.config.output)
         if found:
             state = load_state(found[-1])
-            self._require_same(found[-1], state, resuming=True)
+            self._require_same(found[-1], state)
             load_weights(self.model, found[-1])
             load_optimizer(found[-1], self.model, self.optimizer)
             self.step = state.step
             # A kill may have come between the checkpoint and the record that it is the best.
             note_best(self.config.output, state.step, state.metrics)
         elif self.config.init_from is not None:
-            path = resolve_checkpoint(self.config.init_from)
-            self._require_same(path, load_state(path), resuming=False)
-            load_weights(self.model, path)
+            warm_start(
+                resolve_checkpoint(self.config.init_from),
+                self.draft,
+                self.config.draft,
+                self.store,
+                self.vocab_map,
+                remap=self.config.remap_vocab,
+                say=self.ranks.leads,
+            )
 
-    def _require_same(self, path: Path, state: CheckpointState, *, resuming: bool) -> None:
+    def _require_same(self, path: Path, state: CheckpointState) -> None:
         require_fit(path, state, self.store)
-        require_equal(path, {"draft architecture": (state.architecture, self.config.draft)}, "use the same --draft")
-        mine = asdict(self.shape)
-        require_equal(
-            path,
-            {f"draft {name}": (value, mine[name]) for name, value in asdict(state.shape).items()},
-            "use the same shape, --draft-vocab-size included",
-        )
-        if resuming:
-            saved = self.config.objective_defaults() | state.objective
-            pairs = {name: (saved[name], value) for name, value in self.config.objective().items()}
-            pairs["store"] = (state.store_hash, self.store.manifest.hash)
-            require_equal(path, pairs, "use the same settings to resume it, or another --output")
+        require_shape(path, state, self.draft, self.config.draft)
+        require_vocabulary(path, state, self.vocab_map, "use another --output")
+        saved = self.config.objective_defaults() | state.objective
+        pairs = {name: (saved[name], value) for name, value in self.config.objective().items()}
+        pairs["store"] = (state.store_hash, self.store.manifest.hash)
+        require_equal(path, pairs, "use the same settings to resume it, or another --output")
 
     def run(self) -> Path:
         """Train to the end; return the last checkpoint's directory. Raises TrainingStopped if asked to stop."""

@@ -135,6 +135,11 @@ class Draft(ABC):
         self.shape = shape
         self.model = model
 
+    @property
+    @abstractmethod
+    def rows_by_draft_id(self) -> tuple[str, ...]:
+        """Names of the weights [draft vocabulary, ...] whose rows belong to draft ids, as those of a head do."""
+
     @abstractmethod
     def initialize(self, seed: int, frozen: FrozenWeights, head_init: str) -> None:
         """Set the weights before the first step. They depend on `seed` alone, not on the device.

@@ -46,6 +46,10 @@ class LinearDraft(Draft):
     shape: LinearShape
     model: nn.ModuleList
 
+    @property
+    def rows_by_draft_id(self) -> tuple[str, ...]:
+        return tuple(self.model.state_dict())
+
     def initialize(self, seed: int, frozen: FrozenWeights, head_init: str) -> None:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():

@@ -39,6 +39,10 @@ class Eagle3Draft(Draft):
     shape: Eagle3Shape
     model: Eagle3Model
 
+    @property
+    def rows_by_draft_id(self) -> tuple[str, ...]:
+        return ("lm_head.weight",)
+
     def initialize(self, seed: int, frozen: FrozenWeights, head_init: str) -> None:
         from_verifier = head_init == "verifier"
         # A served draft has a plain head: the verifier's scale goes into its rows, and its cap is left out.
