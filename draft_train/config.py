@@ -44,6 +44,15 @@ class TrainConfig:
         default="shuffle",
         metadata=_doc("shuffle conversations, or bucketed: each step has conversations of like length"),
     )
+    order_seed: int | None = field(
+        default=None, metadata=_doc("seed of the order of conversations; without it --seed's, which also draws weights")
+    )
+    data_share: float = field(
+        default=1.0,
+        metadata=_doc(
+            "share of the splits' conversations to train on, chosen by content: a smaller one is a part of it"
+        ),
+    )
     pack_tokens: int = field(
         default=8192,
         metadata=_doc("a rank's conversations of a step go through in packs of up to so many tokens; 0: one by one"),
@@ -74,6 +83,9 @@ class TrainConfig:
     )
     draft_vocab_size: int = field(
         default=0, metadata=_doc("which of the store's draft vocabularies, by its size; 0 for the main one")
+    )
+    top_k: int = field(
+        default=0, metadata=_doc("teacher entries used per position, the best of the store's; 0 for all of them")
     )
     sliding_window: int = field(default=4096, metadata=_doc("draft attention window; 0 for full attention"))
     intermediate_size: int = field(default=0, metadata=_doc("width of the draft's MLP; 0 for 3 x hidden"))
@@ -123,7 +135,10 @@ class TrainConfig:
             _require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1", getattr(self, name))
         for name in ("beta1", "beta2"):
             _require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1", getattr(self, name))
-        _require("seed", 0 <= self.seed < 2**63, "0 or more, below 2^63", self.seed)
+        _require("data_share", 0 < self.data_share <= 1, "above 0 and at most 1", self.data_share)
+        for name in ("seed", "order_seed"):
+            value = getattr(self, name)
+            _require(name, value is None or 0 <= value < 2**63, "0 or more, below 2^63", value)
         for name in (
             "eval_every",
             "draft_vocab_size",
@@ -131,6 +146,7 @@ class TrainConfig:
             "intermediate_size",
             "weight_decay",
             "pack_tokens",
+            "top_k",
         ):
             _require(name, getattr(self, name) >= 0, "0 or more", getattr(self, name))
         _require("splits", bool(self.splits), "at least one split", self.splits)
@@ -158,6 +174,12 @@ class TrainConfig:
         loose |= {"draft_vocab_size", "pack_tokens", "prefetch_gb"}
         values = {name: value for name, value in asdict(self).items() if name not in loose}
         return values | {"splits": list(self.splits)}
+
+    def reading(self) -> dict[str, Any]:
+        """Return the settings that decide what is read of a store, and in which order."""
+        names = ("splits", "order", "epochs", "batch_conversations", "pack_tokens", "data_share")
+        seed = self.seed if self.order_seed is None else self.order_seed
+        return {name: getattr(self, name) for name in names} | {"order_seed": seed}
 
     def everywhere(self) -> dict[str, Any]:
         """Return the settings that all ranks of a run must share. Paths may differ from machine to machine."""

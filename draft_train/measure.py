@@ -57,7 +57,7 @@ def measure(
     counts = {name: AcceptanceCounts(draft_tokens=draft_tokens) for name in drafts}
     largest = max((loader.most_bytes(part) for part in parts), default=0)
     with Prefetcher(
-        store, loader, ((part, 1.0) for part in parts), device, most_bytes=min(most_bytes, _AHEAD * largest)
+        store, [loader], ((part, 1.0) for part in parts), [device], most_bytes=min(most_bytes, _AHEAD * largest)
     ) as data:
         for _ in parts:
             batch = data.next_batch()

@@ -22,10 +22,19 @@ _WORTH_SAYING = 0.03
 class RunLog:
     """Writes one record per optimizer step. It is a context manager, which closes the file at its end."""
 
-    def __init__(self, config: TrainConfig, store_hash: str, *, step: int, total_steps: int, epoch_tokens: int) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        store_hash: str,
+        *,
+        step: int,
+        total_steps: int,
+        epoch_tokens: int,
+        bar: bool = True,
+    ) -> None:
         """`step` optimizer steps are done. Records of later steps, which a killed run left, are dropped.
 
-        Raises InputError where --wandb needs a package that is not installed.
+        `bar` shows the progress. Raises InputError where --wandb needs a package that is not installed.
         """
         path = config.output / "metrics.jsonl"
         _trim_metrics(path, step)
@@ -34,7 +43,7 @@ class RunLog:
         self._metrics = path.open("a", encoding="utf-8")
         tokens = epoch_tokens * config.epochs
         done = int(tokens * step / total_steps)
-        self._bar = progress_bar(total=tokens, initial=done, unit="tok", unit_scale=True, desc="train")
+        self._bar = progress_bar(total=tokens, initial=done, unit="tok", unit_scale=True, desc="train", disable=not bar)
 
     def __enter__(self) -> Self:
         return self

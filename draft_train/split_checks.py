@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 
@@ -28,6 +29,21 @@ def members_of(store: StoreReader, splits: Sequence[str], flag: str) -> NDArray[
     if members.size == 0:
         raise InputError(f"{flag}: {store.location}: expected conversations in {list(splits)}, found none")
     return members
+
+
+def trained_members(store: StoreReader, config: TrainConfig) -> NDArray[np.int64]:
+    """Return the numbers [M] int64 of the conversations that a run trains on.
+
+    Of a share, those whose content hashes come first are taken, so that a smaller share is a part of a larger one and
+    does not depend on the order of the store. Raises InputError as `members_of` does.
+    """
+    members = members_of(store, config.splits, "--splits")
+    if config.data_share == 1:
+        return members
+    count = math.ceil(config.data_share * members.size)
+    hashes = store.index["content_hash"]
+    chosen = set(sorted(members.tolist(), key=lambda number: hashes[number].tobytes())[:count])
+    return members[[number in chosen for number in members.tolist()]]
 
 
 def shared_conversations(store: StoreReader, split: str, others: Sequence[str]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, Self
@@ -88,8 +89,8 @@ class StoreReader:
         self._shards: OrderedDict[int, ShardReader] = OrderedDict()
         self._top_files = TopFiles(storage, manifest)
         self._uncommitted = record
-        self._directories: dict[int, str] = {}
-        """The directory of each shard that was opened, which is another one for each attempt at the shard."""
+        self._kept: dict[tuple[int, int], ConversationArrays] | None = None
+        self._directories: dict[int, str] = {}  # of each opened shard, another one for each attempt at the shard
         self.finished = False
 
     def _load_index(self, allow_partial: bool) -> NDArray[Any]:
@@ -223,7 +224,7 @@ class StoreReader:
         out: Mapping[str, NDArray[Any]],
     ) -> dict[str, NDArray[Any]]:
         """Return the rows of the `stored` arrays that `read` is asked for, by name."""
-        arrays = ConversationArrays(self._shard(int(row["shard"])), row)
+        arrays = self._arrays(row)
         axes, kept = {self.specs[name].axis for name in stored}, self.manifest.window
         selected = select_rows(
             arrays, self.specs, axes, tokens=tokens, window=window, stored_window=kept, where=self.location
@@ -231,9 +232,27 @@ class StoreReader:
 
         def rows(name: str) -> NDArray[Any]:
             spec = self.specs[name]
+            if self._kept is not None:
+                arrays.whole(name, spec)
             return read_rows(arrays, name, spec, selected[spec.axis], out.get(name))
 
         return dict(zip(stored, ask_side_by_side(self.storage, rows, stored, at_once=_REMOTE_READS), strict=True))
+
+    @contextmanager
+    def keeping_arrays(self) -> Iterator[None]:
+        """Keep what is read in this context in memory, each array whole, so that reading it again reads no file."""
+        self._kept = {}
+        try:
+            yield
+        finally:
+            self._kept = None
+
+    def _arrays(self, row: np.void) -> ConversationArrays:
+        arrays = ConversationArrays(self._shard(int(row["shard"])), row)
+        if self._kept is None:
+            return arrays
+        key = (id(arrays.shard), int(row["first_token"]))  # a shard that was repaired meanwhile is another object
+        return self._kept.setdefault(key, arrays)
 
     def decode(self, item: Conversation, *, out: Mapping[str, NDArray[Any]] | None = None) -> Conversation:
         """Return the same conversation with taps as states [R, H] instead of the parts that hold them.

@@ -17,6 +17,7 @@ from draftcache.capture.verifier.load import Verifier, find_modules, load_verifi
 from draftcache.capture.verifier.self_check import TOKENS, self_check
 from draftcache.draft_train.data.frozen import FrozenWeights
 from draftcache.draft_train.data.teacher import exact_probabilities
+from draftcache.draft_train.side_by_side import read_ahead
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import InputError, StoreError
 from draftcache.store.common.products import scale_and_cap
@@ -219,7 +220,7 @@ def test_every_teacher_and_the_trainer_make_the_models_logits(
             assert ours["probability"] == pytest.approx(theirs["probability"], rel=0.02)
 
     trainer = Trainer(training(tmp_path / "hidden", head_dim=8, epochs=1))
-    assert trainer.objective.head_form == verifier.head_form
+    assert trainer.learner.objective.head_form == verifier.head_form
     rows = load_file(store.files.frozen)["lm_head"].float()
     assert torch.equal(trainer.model.lm_head.weight, rows * verifier.head_form.scale)
     assert torch.equal(trainer.model.norm.weight, verifier.norm.weight)
@@ -235,11 +236,10 @@ def test_the_trainers_loss_of_stored_states_is_that_of_the_scaled_and_capped_tea
         root = tmp_path / str(form)
         write_teacher_store(root / "store", "hidden", verifier=manifest().verifier | form.to_json())
         trainer = Trainer(training(root, head_init="random"))
-        batch = trainer._prefetcher()
-        with batch as data:
+        with read_ahead([trainer], 0) as data:
             found = data.next_batch()
         rows = torch.arange(found.argmax.shape[0])
-        teacher = trainer.objective.row_teacher(found, rows).p
+        teacher = trainer.learner.objective.row_teacher(found, rows).p
         products = found.teacher_hidden.double() @ trainer.frozen.lm_head.double().T
         expected = form.scale * products if form.cap is None else form.cap * torch.tanh(products / form.cap)
         torch.testing.assert_close(teacher.double(), torch.softmax(expected, -1), rtol=1e-5, atol=1e-6)

@@ -17,7 +17,7 @@ from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.output_lock import LOCK_NAME, OutputLock, output_lock
 from draftcache.draft_train.ranks import Ranks
 from draftcache.draft_train.run_log import RunLog
-from draftcache.draft_train.trainer import Trainer
+from draftcache.draft_train.trainer import Trainer, TrainingStopped
 from draftcache.store.common.device import choose_device
 from draftcache.store.common.errors import InputError
 from support.processes import wait_for
@@ -100,13 +100,13 @@ def test_where_locks_do_not_lock_the_run_that_began_last_goes_on_alone(
     first = Trainer(settings)
     steps_of_first = 4
 
-    def rival(log: RunLog | None, record: dict[str, Any]) -> None:
+    def rival(log: RunLog | None, record: dict[str, Any], *, last: bool) -> TrainingStopped | None:
         if first.step == steps_of_first:
             Trainer(settings).run()
-        finish_step(log, record)
+        return finish_step(log, record, last=last)
 
-    finish_step = first._finish_step
-    monkeypatch.setattr(first, "_finish_step", rival)
+    finish_step = first.finish_step
+    monkeypatch.setattr(first, "finish_step", rival)
     with pytest.raises(InputError, match=r"found process \d+ of .*, which has begun since: this run stops"):
         first.run()
     assert metrics(settings.output)[-1]["step"] == first.total_steps > steps_of_first

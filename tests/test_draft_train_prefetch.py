@@ -18,7 +18,7 @@ from draftcache.draft_train.data.prefetch import Prefetcher, ring_bytes
 from draftcache.draft_train.data.teacher import TeacherView
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import ShardDamagedError
-from draftcache.store.common.pinned_ring import PinnedRing
+from draftcache.store.common.pinned_ring import PinnedRing, aligned
 from draftcache.store.reader import StoreReader
 from draftcache.store.writer import StoreWriter
 from support.synthetic import conversation, manifest, turns, write_files, write_store
@@ -51,7 +51,7 @@ def test_memory_for_reading_ahead_is_no_more_than_the_steps_can_use(tmp_path: Pa
     write_store(tmp_path / "store", per_shard=40)
     trainers = [Trainer(config(tmp_path, batch_conversations=size, pack_tokens=100_000)) for size in (1, 4)]
     loader = loader_of(trainers[0].store)
-    alone, four = (ring_bytes(made.store, loader, made.schedule, 1 << 30) - (1 << 20) for made in trainers)
+    alone, four = (ring_bytes(made.store, [loader], made.schedule, 1 << 30) - (1 << 20) for made in trainers)
     assert alone == 8 * int(loader.bytes[trainers[0].members].max())
     assert four > alone
 
@@ -63,7 +63,7 @@ def test_batches_are_those_of_the_plain_way(tmp_path: Path, mode: str, layout: s
     store = StoreReader(tmp_path / "store")
     parts = [np.array([0, 3, 1]), np.array([5]), np.array([2, 4])] * 3
     loader = loader_of(store, None)
-    with Prefetcher(store, loader, [(part, 0.2) for part in parts], CPU, most_bytes=1 << 16) as data:
+    with Prefetcher(store, [loader], [(part, 0.2) for part in parts], [CPU], most_bytes=1 << 16) as data:
         found = [data.next_batch() for _ in parts]
     for part, batch in zip(parts, found, strict=True):
         items = [store.read(int(number), decode=False) for number in part]
@@ -120,7 +120,7 @@ def test_rows_out_of_the_drafts_window_are_not_read_and_do_not_matter(tmp_path: 
 def gradients_of(trainer: Trainer, batch: Batch) -> list[torch.Tensor]:
     """Of the trainer's draft on one batch, its loss first."""
     trainer.optimizer.zero_grad()
-    result = trainer.gradients(batch)
+    result = trainer.learner.gradients(batch)
     return [result.loss.detach(), *(gradient_of(item) for item in trainer.model.parameters())]
 
 
@@ -144,7 +144,7 @@ def test_errors_of_the_threads_are_raised_where_the_batch_is_asked_for(tmp_path:
     data[5] ^= 1
     path.write_bytes(data)
     parts = [(np.array([number]), 1.0) for number in (6, 0, 1)]
-    with Prefetcher(store, loader_of(store), parts, CPU, most_bytes=1 << 20) as reading:
+    with Prefetcher(store, [loader_of(store)], parts, [CPU], most_bytes=1 << 20) as reading:
         reading.next_batch()  # of the other shard
         with pytest.raises(ShardDamagedError, match=r"tap_3.*crc32c; run `draftcache repair`"):
             reading.next_batch()
@@ -155,11 +155,11 @@ def test_threads_end_in_the_middle_and_nothing_is_asked_for_twice(tmp_path: Path
     write_store(tmp_path / "store", per_shard=6)
     store, before = StoreReader(tmp_path / "store"), threading.active_count()
     parts = [(np.array([number % 6]), 1.0) for number in range(100)]
-    with Prefetcher(store, loader_of(store), parts, CPU, most_bytes=1 << 20) as data:
+    with Prefetcher(store, [loader_of(store)], parts, [CPU], most_bytes=1 << 20) as data:
         data.next_batch()
         assert threading.active_count() > before
     assert threading.active_count() == before
-    with Prefetcher(store, loader_of(store), parts[:1], CPU, most_bytes=1 << 20) as data:
+    with Prefetcher(store, [loader_of(store)], parts[:1], [CPU], most_bytes=1 << 20) as data:
         data.next_batch()
         with pytest.raises(EOFError):
             data.next_batch()
@@ -169,7 +169,7 @@ def test_reading_ahead_keeps_to_its_memory(tmp_path: Path, monkeypatch: pytest.M
     write_store(tmp_path / "store", per_shard=6)
     store = StoreReader(tmp_path / "store")
     loader = loader_of(store)
-    one = loader.most_bytes(np.array([0]))  # 40 tokens each
+    one = aligned(loader.most_bytes(np.array([0])))  # 40 tokens each
     most = reached = 0
     take, give_back = PinnedRing.take, PinnedRing.give_back
 
@@ -190,7 +190,7 @@ def test_reading_ahead_keeps_to_its_memory(tmp_path: Path, monkeypatch: pytest.M
     parts = [(np.array([number % 6]), 1.0) for number in range(40)]
     for room, expected in ((3.5, 3), (1.5, 1), (0.5, 1)):
         reached = most = 0
-        with Prefetcher(store, loader, parts, CPU, most_bytes=int(room * one)) as data:
+        with Prefetcher(store, [loader], parts, [CPU], most_bytes=int(room * one)) as data:
             for _ in parts:
                 data.next_batch()
                 time.sleep(0.001)
@@ -207,11 +207,11 @@ def test_waiting_for_data_is_measured(tmp_path: Path, monkeypatch: pytest.Monkey
         return slow(*arguments)  # type: ignore[arg-type]
 
     parts = [(np.array([0]), 1.0)]
-    with Prefetcher(store, loader_of(store), parts, CPU, most_bytes=1 << 20) as data:
+    with Prefetcher(store, [loader_of(store)], parts, [CPU], most_bytes=1 << 20) as data:
         time.sleep(0.3)
         data.next_batch()
         assert data.waited < 0.1
     monkeypatch.setattr(BatchLoader, "read", late)
-    with Prefetcher(store, loader_of(store), parts, CPU, most_bytes=1 << 20) as data:
+    with Prefetcher(store, [loader_of(store)], parts, [CPU], most_bytes=1 << 20) as data:
         data.next_batch()
         assert data.waited > 0.15

@@ -146,7 +146,7 @@ def loss_and_gradients(tmp_path: Path, name: str, **changes: Any) -> tuple[Objec
     batch = batch_of(trainer.store, changes.get("draft_vocab_size", 0))
     draft = trainer.draft
     outputs = draft.step_outputs(trainer.frozen, batch, 3)
-    result = trainer.objective(outputs, lambda output: draft.logits(output, batch), batch)
+    result = trainer.learner.objective(outputs, lambda output: draft.logits(output, batch), batch)
     return result, list(torch.autograd.grad(result.loss, list(trainer.model.parameters())))
 
 

@@ -20,8 +20,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import draftcache.draft_train.trainer as trainer_module
-from draftcache.draft_train import run_log
+import draftcache.draft_train.training_run as training_run_module
+from draftcache.draft_train import run_log, side_by_side
 from draftcache.draft_train.checkpoint import checkpoints, load_state, resolve_checkpoint
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.optimizer import learning_rate
@@ -58,7 +58,7 @@ def test_resume_after_a_stop_is_exact_to_the_bit(store: Path, changes: dict[str,
     class StopError(Exception):
         pass
 
-    original = stopped._train_step
+    original = stopped.end_step
 
     def stop_after_seven(*arguments: object) -> object:
         nonlocal steps
@@ -67,7 +67,7 @@ def test_resume_after_a_stop_is_exact_to_the_bit(store: Path, changes: dict[str,
             raise StopError
         return original(*arguments)  # type: ignore[arg-type]
 
-    stopped._train_step = stop_after_seven  # type: ignore[method-assign, assignment]
+    stopped.end_step = stop_after_seven  # type: ignore[method-assign, assignment]
     with pytest.raises(StopError):
         stopped.run()
     assert checkpoints(cut.output)[-1].name == "step_00000006"
@@ -124,7 +124,7 @@ def test_sigkill_then_the_same_command_resumes(store: Path) -> None:
 def evaluated(monkeypatch: pytest.MonkeyPatch, settings: TrainConfig, lengths: dict[int, float]) -> Trainer:
     """A trainer whose evaluations find these acceptance lengths, by step."""
     trainer = Trainer(settings)
-    monkeypatch.setattr(trainer, "_evaluate", lambda: {"eval_acceptance_length": lengths[trainer.step]})
+    monkeypatch.setattr(side_by_side, "acceptance_lengths", lambda trainers: [lengths[item.step] for item in trainers])
     return trainer
 
 
@@ -162,8 +162,8 @@ def test_a_kill_between_a_checkpoint_and_its_record_forgets_no_best(
     settings = config(store, eval_split="val", eval_every=2, epochs=3, keep_checkpoints=1)
     lengths = LENGTHS | {9: 1.2}
     with monkeypatch.context() as patch:
-        original = trainer_module.note_best
-        patch.setattr(trainer_module, "note_best", lambda *a: killed() if a[1] == 4 else original(*a))
+        original = training_run_module.note_best
+        patch.setattr(training_run_module, "note_best", lambda *a: killed() if a[1] == 4 else original(*a))
         with pytest.raises(KilledError):
             evaluated(patch, settings, lengths).run()
     assert json.loads((settings.output / "best.json").read_text())["step"] == 2

@@ -20,6 +20,7 @@ from draftcache.draft_train.data.frozen import FrozenWeights
 from draftcache.draft_train.drafts.eagle3.fused_pass import FusedPass
 from draftcache.draft_train.drafts.eagle3.kernels.flash_attention import why_not_flash
 from draftcache.draft_train.evaluate import evaluate
+from draftcache.draft_train.side_by_side import read_ahead
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.reader import StoreReader
 from support.rank_processes import TRAIN, WORKER, as_json, finish, start, weights
@@ -107,9 +108,9 @@ def test_a_pass_that_keeps_old_weights_would_show(tmp_path: Path) -> None:
     plain, stale = settings(tmp_path, "plain", compute="plain"), settings(tmp_path, "stale")
     Trainer(plain).run()
     trainer = Trainer(stale)
-    assert isinstance(trainer.gradients, FusedPass)
-    trainer.gradients.weights.refresh()
-    trainer.gradients.weights.refresh = lambda: None  # type: ignore[method-assign]
+    assert isinstance(trainer.learner.gradients, FusedPass)
+    trainer.learner.gradients.weights.refresh()
+    trainer.learner.gradients.weights.refresh = lambda: None  # type: ignore[method-assign]
     trainer.run()
     assert not np.allclose(losses(stale), losses(plain), rtol=0.05)
 
@@ -169,7 +170,7 @@ def test_a_gpu_for_each_rank_trains_the_same_run(tmp_path: Path) -> None:
 def test_the_host_is_never_more_than_one_micro_batch_ahead(tmp_path: Path) -> None:
     write_store(tmp_path / "store", per_shard=6)
     ends = []
-    with Trainer(settings(tmp_path, "run"))._prefetcher() as data:
+    with read_ahead([Trainer(settings(tmp_path, "run"))], 0) as data:
         for _ in range(2):
             data.next_batch()
             torch.cuda._sleep(2_000_000_000)  # type: ignore[no-untyped-call]  # about a second of work

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from safetensors import safe_open
@@ -11,6 +11,7 @@ from draftcache.store.format.frozen import EMBED_TOKENS, NORM
 from draftcache.store.format.head_form import IDENTITY, HeadForm
 from draftcache.store.format.teacher import DraftVocab
 from draftcache.store.reader import StoreReader
+from draftcache.store.storage.base import Location
 
 
 @dataclass(frozen=True)
@@ -37,3 +38,23 @@ class FrozenWeights:
                 lm_head=file.get_tensor(head),
                 head_form=HeadForm.of(store.manifest.verifier),
             )
+
+
+class TrainingSource:
+    """A store that runs train from, opened once, and its frozen weights, which are loaded once per device."""
+
+    def __init__(self, location: Location) -> None:
+        """Raises what `StoreReader` raises."""
+        self.store = StoreReader(location)
+        self._loaded: dict[tuple[torch.device, str], FrozenWeights] = {}
+
+    def frozen(self, device: torch.device, vocab: DraftVocab) -> FrozenWeights:
+        """Return the frozen weights for a draft vocabulary of the store. Embeddings and norm exist once per device."""
+        key = (device, vocab.hash)
+        if key not in self._loaded:
+            found = FrozenWeights.load(self.store, device, vocab)
+            others = (weights for (where, _), weights in self._loaded.items() if where == device)
+            if (other := next(others, None)) is not None:
+                found = replace(found, embed_tokens=other.embed_tokens, norm=other.norm)
+            self._loaded[key] = found
+        return self._loaded[key]

@@ -6,6 +6,7 @@ device.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,6 +138,11 @@ class BatchLoader:
         specs = [self._specs[name] for name in self.state_names]
         states = [index[COUNT_FIELD[spec.axis]] * spec.row_bytes for spec in specs]
         return np.asarray(columns + sum(states), np.int64)
+
+    @property
+    def key(self) -> Hashable:
+        """A value that two loaders of one store have in common exactly if they make the same batches."""
+        return (self.needs, self.teacher.key, self.loss_rows)
 
     def most_bytes(self, numbers: NDArray[np.int64]) -> int:
         """Return the bytes that `read` may need for these conversations, alignment included."""
