@@ -34,9 +34,11 @@ class TrainConfig:
         metadata=_doc("with --init-from: it may have another draft vocabulary; head rows are moved by token id"),
     )
     eval_split: str | None = field(
-        default=None, metadata=_doc("split whose acceptance length is logged while training")
+        default=None, metadata=_doc("split whose acceptance length is measured at the end, and while training")
     )
-    eval_every: int = field(default=0, metadata=_doc("steps between those evaluations; 0 for none"))
+    eval_every: int = field(
+        default=0, metadata=_doc("steps between evaluations on --eval-split; 0 for one at the end only")
+    )
     eval_conversations: int = field(default=64, metadata=_doc("conversations of the split to evaluate on"))
     epochs: int = field(default=1, metadata=_doc("passes over the splits"))
     batch_conversations: int = field(default=1, metadata=_doc("conversations per optimizer step, over all ranks"))
@@ -114,8 +116,11 @@ class TrainConfig:
     keep_checkpoints: int = field(default=3, metadata=_doc("newest checkpoints kept, beside the best by --eval-every"))
     seed: int = field(default=0, metadata=_doc("initial weights and order of conversations"))
     device: str = field(default="auto", metadata=_doc("cuda, cuda:N, cpu, or auto"))
-    wandb: str = field(default="off", metadata=_doc("weights and biases: off, online or offline"))
-    wandb_project: str = field(default="draftcache", metadata=_doc("its project"))
+    track: str = field(
+        default="off", metadata=_doc("report to wandb, wandb-offline or tensorboard, beside metrics.jsonl; or off")
+    )
+    track_project: str = field(default="draftcache", metadata=_doc("project of Weights & Biases"))
+    track_group: str = field(default="", metadata=_doc("group of Weights & Biases, such as the name of a sweep"))
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -157,18 +162,26 @@ class TrainConfig:
         _require("order", self.order in ORDERS, f"one of {ORDERS}", self.order)
         _require("out_of_vocab", self.out_of_vocab in OUT_OF_VOCAB, f"one of {OUT_OF_VOCAB}", self.out_of_vocab)
         _require("head_init", self.head_init in ("verifier", "random"), "verifier or random", self.head_init)
-        _require("wandb", self.wandb in ("off", "online", "offline"), "off, online or offline", self.wandb)
+        _require("track", self.track in TRACKERS, f"one of {TRACKERS}", self.track)
         _require("eval_split", not (self.eval_every and not self.eval_split), "a split with --eval-every", None)
         _require("remap_vocab", not self.remap_vocab or self.init_from is not None, "--init-from with it", None)
-        needed = f"the steps between evaluations on --eval-split {self.eval_split} (or leave that out)"
-        _require("eval_every", not self.eval_split or self.eval_every > 0, needed, self.eval_every)
 
     def objective(self) -> dict[str, Any]:
         """Return the settings that a resumed run must share with the run that it continues.
 
         The draft vocabulary is not among them: it is compared by its hash and size, whichever flag has chosen it.
         """
-        loose = {"store", "output", "init_from", "remap_vocab", "device", "wandb", "wandb_project", "checkpoint_every"}
+        loose = {
+            "store",
+            "output",
+            "init_from",
+            "remap_vocab",
+            "device",
+            "track",
+            "track_project",
+            "track_group",
+            "checkpoint_every",
+        }
         loose |= {"keep_checkpoints", "eval_split", "eval_every", "eval_conversations", "loss_chunk"}
         loose |= {"compute", "attention", "recompute_mlp"}
         loose |= {"draft_vocab_size", "pack_tokens", "prefetch_gb"}
@@ -183,7 +196,7 @@ class TrainConfig:
 
     def everywhere(self) -> dict[str, Any]:
         """Return the settings that all ranks of a run must share. Paths may differ from machine to machine."""
-        apart = {"store", "output", "init_from", "device", "prefetch_gb", "wandb", "wandb_project"}
+        apart = {"store", "output", "init_from", "device", "prefetch_gb", "track", "track_project", "track_group"}
         return {name: value for name, value in asdict(self).items() if name not in apart}
 
     @classmethod
@@ -192,6 +205,7 @@ class TrainConfig:
         return {item.name: item.default for item in fields(cls) if item.default is not MISSING}
 
 
+TRACKERS = ("off", "wandb", "wandb-offline", "tensorboard")
 COMPUTE = ("auto", "fused", "plain")
 ATTENTION = ("triton", "flash")
 ORDERS = ("shuffle", "bucketed")

@@ -1,19 +1,32 @@
-"""The log of a training run: metrics.jsonl, a progress bar and, if asked for, Weights & Biases."""
+"""The log of a training run: run.json, metrics.jsonl, a progress bar and, if asked for, a tracker.
+
+run.json says what made the run: its settings, the hashes of its store and draft vocabulary, the code's version and
+commit, and every command line that began it or went on with it.
+"""
 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+import uuid
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import torch
 
 from draftcache.draft_train.config import TrainConfig
-from draftcache.store.common.errors import InputError
-from draftcache.store.common.files import atomic_path
+from draftcache.draft_train.tracking import open_tracker
+from draftcache.store.common.checkout import code_commit
+from draftcache.store.common.files import atomic_path, read_json, write_json
 from draftcache.store.common.progress import progress_bar
+
+RUN_NAME = "run.json"
+"""File in a run's directory that says what made the run."""
 
 _WORTH_SAYING = 0.03
 """Share of the wall time waited for data above which the progress bar mentions it."""
@@ -25,7 +38,7 @@ class RunLog:
     def __init__(
         self,
         config: TrainConfig,
-        store_hash: str,
+        facts: dict[str, Any],
         *,
         step: int,
         total_steps: int,
@@ -34,12 +47,13 @@ class RunLog:
     ) -> None:
         """`step` optimizer steps are done. Records of later steps, which a killed run left, are dropped.
 
-        `bar` shows the progress. Raises InputError where --wandb needs a package that is not installed.
+        `facts` are written to run.json, beside the settings. `bar` shows the progress. Raises InputError where --track
+        needs a package that is not installed.
         """
         path = config.output / "metrics.jsonl"
         _trim_metrics(path, step)
         self._total_steps = total_steps
-        self._tracker = _wandb_run(config, store_hash)
+        self._tracker = open_tracker(config, _write_run(config, facts))
         self._metrics = path.open("a", encoding="utf-8")
         tokens = epoch_tokens * config.epochs
         done = int(tokens * step / total_steps)
@@ -54,14 +68,14 @@ class RunLog:
         self._metrics.close()
         self._bar.close()
         if self._tracker is not None:
-            self._tracker.finish(exit_code=int(kind is not None))
+            self._tracker.finish(failed=kind is not None)
 
     def write(self, record: dict[str, Any]) -> None:
         """Write the `record` of one step, as `step_record` makes it."""
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
         if self._tracker is not None:
-            self._tracker.log(record, step=record["step"])
+            self._tracker.log(record)
         text = f"step {record['step']}/{self._total_steps} loss {record['loss']:.3f}"
         if record["data_wait_share"] > _WORTH_SAYING:
             text += f", waiting for data {record['data_wait_share']:.0%}"
@@ -94,6 +108,29 @@ def step_record(
     }
 
 
+def _write_run(config: TrainConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write run.json, and return its content. A run that goes on keeps its id, and adds its command line."""
+    path = config.output / RUN_NAME
+    before = read_json(path) if path.is_file() else {}
+    content = {
+        "id": before.get("id", uuid.uuid4().hex),
+        "commands": [*before.get("commands", []), " ".join(map(shlex.quote, sys.argv))],
+        "draftcache": version("draftcache"),
+        "commit": code_commit(),
+        "torch": torch.__version__,
+        **facts,
+        "settings": {name: _plain(value) for name, value in asdict(config).items()},
+    }
+    write_json(path, content)
+    return content
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
 def _trim_metrics(path: Path, step: int) -> None:
     """Drop what a killed run logged after the checkpoint that is resumed, so that every step is logged once."""
     if not path.is_file():
@@ -110,19 +147,3 @@ def _trim_metrics(path: Path, step: int) -> None:
         print(f"{path}: {damaged} lines are no records of steps, and are left out from now on", file=sys.stderr)
     with atomic_path(path) as partial:
         partial.write_bytes(b"".join(kept))
-
-
-def _wandb_run(config: TrainConfig, store_hash: str) -> Any:
-    if config.wandb == "off":
-        return None
-    try:
-        import wandb
-    except ImportError as exc:
-        raise InputError("--wandb: expected the wandb package, found none; install draftcache[track]") from exc
-    settings = config.objective() | {"store": str(config.store), "store_hash": store_hash}
-    return wandb.init(
-        project=config.wandb_project,
-        mode=config.wandb,  # type: ignore[arg-type]  # checked by TrainConfig
-        config=settings,
-        dir=str(config.output),
-    )

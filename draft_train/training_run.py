@@ -176,7 +176,14 @@ class TrainingRun:
             print(line, file=sys.stderr)
         return RunLog(
             self.config,
-            self.store.manifest.hash,
+            {
+                "store": {"location": self.store.location, "hash": self.store.manifest.hash},
+                "draft_vocab_hash": self.vocab_map.hash,
+                "verifier": self.store.manifest.verifier,
+                "device": str(self.device),
+                "ranks": self.ranks.world,
+                "total_steps": self.total_steps,
+            },
             step=self.step,
             total_steps=self.total_steps,
             epoch_tokens=int(self.schedule.tokens[self.members].sum()),
@@ -232,8 +239,8 @@ class TrainingRun:
         return every > 0 and (self.step == self.total_steps or self.step % every == 0)
 
     def evaluation_due(self) -> bool:
-        """Return whether the held-out split is to be measured after this step."""
-        return self._due(self.config.eval_every)
+        """Return whether the held-out split is to be measured now: every --eval-every steps, and after the last one."""
+        return self.held_out.size > 0 and (self.step == self.total_steps or self._due(self.config.eval_every))
 
     def evaluates_like(self, other: TrainingRun) -> bool:
         """Return whether one reading of the held-out conversations serves both runs' evaluations."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -317,12 +316,3 @@ def test_learning_rate_warms_up_and_ends_at_the_floor(tmp_path: Path) -> None:
     assert rates[9] == rates[10] == 1.0
     assert rates[99] == pytest.approx(0.1, abs=1e-3)
     assert all(later <= earlier for earlier, later in itertools.pairwise(rates[10:]))
-
-
-def test_wandb_offline_writes_a_run(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    settings = config(store, wandb="offline", epochs=1)
-    command = [sys.executable, "-m", "draftcache.tools.cli", "train", *flags(settings), "--wandb", "offline"]
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"WANDB_SILENT": "true"})
-    assert list((settings.output / "wandb").glob("offline-run-*/*.wandb"))

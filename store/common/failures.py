@@ -63,7 +63,7 @@ def _describe(error: BaseException) -> str:
         return f"out of memory ({error or 'MemoryError'}); use smaller batches or fewer workers"
     library, text = type(error).__module__.partition(".")[0], str(error)
     if library == "wandb":
-        return f"wandb: {text}; log in with `wandb login`, or run with --wandb offline or disabled"
+        return f"wandb: {text}; log in with `wandb login`, or use --track wandb-offline, tensorboard or off"
     if library in ("safetensors_rust", "safetensors"):
         return f"safetensors: {text}; a file is damaged or could not be written"
     if type(error).__name__ == "OutOfMemoryError":

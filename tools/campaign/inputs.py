@@ -120,7 +120,7 @@ def _choices(right: Mapping[str, Callable[[Path], list[object]]]) -> Iterator[Ca
         "train": (
             ["--splits", "val,val"], ["--splits", "trian"], ["--eval-split", "val"], ["--device", "foo"],
             ["--eval-split", "vla", "--eval-every", 2], ["--draft", "eagle9"], ["--order", "none"],
-            ["--head-init", "zeros"], ["--wandb", "yes"], ["--init-from", "missing"], ["--draft-vocab-size", 77],
+            ["--head-init", "zeros"], ["--track", "yes"], ["--init-from", "missing"], ["--draft-vocab-size", 77],
             ["--attention", "flash9"], ["--compute", "slow"],
         ),
         "eval": (["--splits", "vla"], ["--splits", "val,val"], ["--device", "foo"], ["--bigram-splits", "trian"]),

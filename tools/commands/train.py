@@ -8,13 +8,14 @@ import sys
 
 from draftcache.draft_train.config import TrainConfig
 from draftcache.store.common.failures import describe_failure, exit_code_of
-from draftcache.tools.arguments import add_settings, read_settings
+from draftcache.tools.arguments import add_settings, read_settings, refuse_renamed
 from draftcache.tools.results import add_json, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one flag per field of TrainConfig."""
     add_settings(parser, TrainConfig)
+    refuse_renamed(parser, {"--wandb": "--track", "--wandb-project": "--track-project"})
     add_json(parser)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from draftcache.store.common.checkout import code_commit
 from draftcache.store.common.files import write_json
 
 
@@ -23,15 +23,6 @@ def cpu_name() -> str:
         models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         name = models[0].partition(":")[2].strip() if models else name
     return f"{name}, {len(os.sched_getaffinity(0))} cores"
-
-
-def commit() -> str:
-    """Return the checkout's commit, with a `+` if tracked files differ from it; `unknown` outside a checkout."""
-    try:
-        head = _git("rev-parse", "--short=12", "HEAD")
-        return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def result_row(case: str, metric: str, value: float, unit: str, device: str) -> dict[str, Any]:
@@ -50,7 +41,7 @@ def result_row(case: str, metric: str, value: float, unit: str, device: str) -> 
         "unit": unit,
         "device": device,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": commit(),
+        "commit": code_commit(),
         "command": " ".join([program, *sys.argv[1:]]),
     }
 
@@ -74,9 +65,3 @@ def some_of(choices: Iterable[str]) -> Callable[[str], list[str]]:
         return chosen
 
     return parse
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(
-        ["git", *arguments], cwd=Path(__file__).parent, check=True, capture_output=True, text=True
-    ).stdout.strip()
