@@ -42,10 +42,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "draftcache.tools.commands.repair",
         "take damaged shards out of a store, so that capture makes them again",
     ),
+    "run": ("draftcache.tools.commands.run", "run a recipe: the steps of a whole job, as sections of one TOML file"),
     "demo": ("draftcache.tools.commands.demo", "the whole pipeline on a tiny verifier and real text"),
 }
 
-RESUMED = ("capture", "train", "convert", "demo")
+RESUMED = ("capture", "train", "convert", "run", "demo")
 """Subcommands that keep what is finished when they are interrupted, and go on from it."""
 
 
@@ -69,6 +70,11 @@ def _run(arguments: list[str]) -> int:
     from draftcache.tools.results import stdout_for_result
 
     try:
+        if named in COMMANDS and any(word.startswith("--c") for word in arguments):  # --config, or short for it
+            from draftcache.tools.config_file import command_parser, with_config
+
+            add_arguments = importlib.import_module(COMMANDS[named][0]).add_arguments
+            arguments = [named, *with_config(arguments[1:], lambda: command_parser(add_arguments, named))]
         parsed = _parser(named).parse_args(arguments)
         if parsed.debug:
             os.environ[DEBUG_VARIABLE] = "1"
@@ -101,8 +107,10 @@ def _parser(named: str) -> argparse.ArgumentParser:
     for name, (module_name, help_line) in COMMANDS.items():
         subparser = commands.add_parser(name, help=help_line, description=help_line)
         if name == named:
+            from draftcache.tools.config_file import add_common
+
             importlib.import_module(module_name).add_arguments(subparser)
-            subparser.add_argument("--debug", action="store_true", help="print the trace of an error")
+            add_common(subparser)
     return parser
 
 

@@ -18,6 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     refuse_renamed(parser, {"--shard": "--tensor-parallel", "--engine": "--launcher"})
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Raise InputError for settings that are out of range, before anything is read."""
+    read_settings(CaptureConfig, arguments)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Capture and print a summary.
 

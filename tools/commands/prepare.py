@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from draftcache.store.common.errors import InputError
 from draftcache.tools.results import add_json, show
+
+if TYPE_CHECKING:
+    from draftcache.capture.prepare.job import PrepareConfig
 
 # A split's name becomes the name of a directory beside manifest.json, and of a table row beside the row `union`.
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -108,38 +113,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Raise InputError for settings that are out of range, before anything is read; inputs may not be there yet."""
+    _config(arguments, _named(arguments.inputs), _named(arguments.held_out))
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Prepare the dataset and print its tables. Returns 1 if rows were quarantined, else 0."""
-    from draftcache.capture.prepare.chat.settings import ChatSettings, parse_template_args
-    from draftcache.capture.prepare.job import PrepareConfig, prepare
+    from draftcache.capture.prepare.job import prepare
     from draftcache.capture.prepare.token_dataset import QUARANTINE
     from draftcache.tools.reports.dataset_text import format_dataset, leakage_warnings
 
-    if arguments.show < 0:
-        raise InputError(f"--show: expected a number of rows of at least 0, found {arguments.show}")
-    config = PrepareConfig(
-        tokenizer=arguments.tokenizer,
-        output=arguments.output,
-        splits=read_splits(arguments.inputs),
-        held_out=read_splits(arguments.held_out),
-        max_length=arguments.max_length,
-        draft_vocab_size=arguments.draft_vocab_size,
-        drop_duplicates=arguments.drop_duplicates,
-        chat_template=arguments.chat_template,
-        allow_template_difference=arguments.allow_template_difference,
-        chat=ChatSettings(
-            turns=arguments.turns,
-            template_args=parse_template_args(arguments.template_arg),
-            date=arguments.date,
-            system=arguments.system,
-            loss_mask=arguments.loss_mask,
-            strict=arguments.strict,
-        ),
-        trust_remote_code=arguments.trust_remote_code,
-        roles=tuple(arguments.role),
-        workers=arguments.workers,
-        overwrite=arguments.overwrite,
-    )
+    config = _config(arguments, read_splits(arguments.inputs), read_splits(arguments.held_out))
     if arguments.show:
         from draftcache.capture.prepare.preview import preview
         from draftcache.tools.reports.shown_conversation import show_samples
@@ -165,6 +150,39 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _config(
+    arguments: argparse.Namespace, splits: dict[str, list[Path]], held_out: dict[str, list[Path]]
+) -> PrepareConfig:
+    from draftcache.capture.prepare.chat.settings import ChatSettings, parse_template_args
+    from draftcache.capture.prepare.job import PrepareConfig
+
+    if arguments.show < 0:
+        raise InputError(f"--show: expected a number of rows of at least 0, found {arguments.show}")
+    return PrepareConfig(
+        tokenizer=arguments.tokenizer,
+        output=arguments.output,
+        splits=splits,
+        held_out=held_out,
+        max_length=arguments.max_length,
+        draft_vocab_size=arguments.draft_vocab_size,
+        drop_duplicates=arguments.drop_duplicates,
+        chat_template=arguments.chat_template,
+        allow_template_difference=arguments.allow_template_difference,
+        chat=ChatSettings(
+            turns=arguments.turns,
+            template_args=parse_template_args(arguments.template_arg),
+            date=arguments.date,
+            system=arguments.system,
+            loss_mask=arguments.loss_mask,
+            strict=arguments.strict,
+        ),
+        trust_remote_code=arguments.trust_remote_code,
+        roles=tuple(arguments.role),
+        workers=arguments.workers,
+        overwrite=arguments.overwrite,
+    )
+
+
 def read_splits(pairs: list[str]) -> dict[str, list[Path]]:
     """Parse NAME=INPUT pairs into {name: files}, in order.
 
@@ -173,6 +191,20 @@ def read_splits(pairs: list[str]) -> dict[str, list[Path]]:
     from draftcache.capture.prepare.rows.sources import expand_input
 
     splits: dict[str, list[Path]] = {}
+    for name, text in _pairs(pairs):
+        splits.setdefault(name, []).extend(expand_input(text))
+    return splits
+
+
+def _named(pairs: list[str]) -> dict[str, list[Path]]:
+    """Parse NAME=INPUT pairs as they stand, whether or not their inputs are there."""
+    splits: dict[str, list[Path]] = {}
+    for name, text in _pairs(pairs):
+        splits.setdefault(name, []).append(Path(text))
+    return splits
+
+
+def _pairs(pairs: list[str]) -> Iterator[tuple[str, str]]:
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not text or not _SPLIT_NAME.fullmatch(name) or name in _RESERVED:
@@ -180,5 +212,4 @@ def read_splits(pairs: list[str]) -> dict[str, list[Path]]:
                 f"{pair!r}: expected NAME=INPUT, NAME of letters, digits, '.', '_' and '-' "
                 f"and none of {', '.join(_RESERVED)}"
             )
-        splits.setdefault(name, []).extend(expand_input(text))
-    return splits
+        yield name, text

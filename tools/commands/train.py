@@ -19,6 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Raise InputError for settings that are out of range, before anything is read."""
+    read_settings(TrainConfig, arguments)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Train, or resume training, to the last step. Returns the exit code: 0, or the code of the signal that stopped it.
 
