@@ -39,10 +39,21 @@ SUMMARY = {
 DERIVED = {
     "capture": r"[\d,]+ tokens/s",
     "size": r"[\d.]+x|(?im:^spec.*)",
+    "run": r"[\d.,]+ s\b",
     **dict.fromkeys(("inspect", "inspect dataset", "prepare"), r"\.\. [\d,]+"),
     **dict.fromkeys(("inspect dataset --conversation", "inspect dataset --rows"), r"\.\. \d+,?"),
 }
 """What a text has that its JSON has not: another run's rate, ratios of two figures, ends that are others less 1."""
+
+
+TWO_STEPS = """
+[vocab-small]
+inputs = ["{root}/prepared"]
+size = 70
+[vocab-smaller]
+inputs = ["{root}/prepared"]
+size = 60
+"""
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +63,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Pat
     save_model(root / "verifier", "nemotron")
     capture_jobs.small_dataset(root, tokenizer_dir)
     (root / "bad.jsonl").write_text((root / "rows.jsonl").read_text() + "broken\n")
+    (root / "two-steps.toml").write_text(TWO_STEPS.format(root=root))
     write_store(root / "store")
     write_store(root / "damaged")
     path = root / "damaged" / "shards" / "00001" / "token_ids" / "c.0"
@@ -104,6 +116,9 @@ CASES: dict[str, tuple[int, Words]] = {
     "verify dataset": (0, lambda inputs, *_: [inputs / "prepared"]),
     "convert": (0, lambda inputs, out, _: [inputs / "store", out / "t", "--layout", "webdataset"]),
     "repair": (0, lambda inputs, *_: [inputs / "store"]),
+    "run": (0, lambda inputs, out, _: [inputs / "two-steps.toml", "--output", out / "run"]),
+    "run --dry-run": (0, lambda inputs, out, _: [inputs / "two-steps.toml", "--output", out / "run", "--dry-run"]),
+    "run --list": (0, lambda *_: ["--list"]),
     "demo": (0, lambda inputs, out, _: ["--output", out]),
 }  # fmt: skip
 
@@ -113,7 +128,8 @@ def demo_in_a_moment(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A demo that runs one of its commands, which prints, and has a summary at hand; the real one takes ten minutes."""
 
     def run(demo: Demo) -> dict[str, Any]:
-        demo.command("inspect", inputs / "store")
+        print("$ draftcache inspect")
+        main(["inspect", str(inputs / "store")])
         return SUMMARY
 
     monkeypatch.setattr(Demo, "run", run)
@@ -143,6 +159,9 @@ def test_json_is_one_object_with_the_figures_of_the_text(
         assert "shards      2 of 2 committed" in text.partition("\n\nsplit")[0]
         assert "shards      2 of 2 committed" in printed[1].err
         text = text.rpartition("$ draftcache inspect")[2].partition("quarantined 0 conversations")[2]
+    if name == "run":  # so do its steps
+        assert "loss-masked" in printed[1].err.lower()
+        text = text.rpartition("\n\n")[2]
     text = re.sub(DERIVED.get(name, "(?!)"), "", text)
     missing = [number for number in NUMBER.findall(text) if not is_in(number, found)]
     assert not missing, (missing, text, found)

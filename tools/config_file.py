@@ -89,10 +89,9 @@ def with_config(arguments: list[str], parsers: Callable[[], argparse.ArgumentPar
     path: Path = given["config"]
     parser = parsers()
     actions = actions_of(parser)
-    values = {name_of(key): (key, value) for key, value in read_toml(path).items()}
-    for name in _overridden(parser, given):
-        values.pop(name, None)
-    words = words_of(actions, dict(values.values()), place_in(path), f"draftcache {parser.prog.split()[-1]}")
+    overridden = set(_overridden(parser, given))
+    values = {key: value for key, value in read_toml(path).items() if name_of(key) not in overridden}
+    words = words_of(actions, values, place_in(path), parser.prog)
     return [*words, *arguments]
 
 
@@ -126,9 +125,7 @@ def words_of(
         action = actions.get(name)
         if action is None:
             known = [item for item, one in actions.items() if one.dest != argparse.SUPPRESS]
-            raise InputError(
-                f"{place(key)}: expected a flag of `{command}`, found {key!r}: {nearest(name, known)}"
-            )
+            raise InputError(f"{place(key)}: expected a flag of `{command}`, found {key!r}: {nearest(name, known)}")
         if action.dest == argparse.SUPPRESS:  # a former name
             raise InputError(f"{place(key)}: expected the new name {str(action.const).lstrip('-')}, found {key!r}")
         if name in seen:
@@ -147,8 +144,8 @@ def _words(action: argparse.Action, value: Any) -> list[str]:
     if flag is not None and action.nargs == 0:
         if not isinstance(value, bool):
             raise InputError(f"expected true or false, found {value!r}")
-        off = action.option_strings[1:] if isinstance(action, argparse.BooleanOptionalAction) else []
-        return [flag] if value else off[:1]
+        off = isinstance(action, argparse.BooleanOptionalAction)
+        return [flag] if value else [action.option_strings[1]] if off else []
     if isinstance(action, argparse._AppendAction):
         return [word for text in _several(action, value) for word in _flagged(flag, text)]
     if action.nargs in ("+", "*"):
@@ -237,7 +234,7 @@ def _relaxed(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     for action in parser._actions:
         action.required, action.default = False, argparse.SUPPRESS
         if not action.option_strings:
-            action.nargs = {None: "?", "+": "*"}.get(action.nargs, action.nargs)  # type: ignore[call-overload]
+            action.nargs = "?" if action.nargs is None else "*" if action.nargs == "+" else action.nargs
     for group in parser._mutually_exclusive_groups:
         group.required = False
     return parser

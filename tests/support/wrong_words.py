@@ -20,5 +20,6 @@ def words_naming(text: Path, out: Path) -> dict[str, list[object]]:
         "verify": [text],
         "convert": [text, out],
         "repair": [text],
+        "run": [text],
         "demo": ["--output", text],
     }

@@ -13,6 +13,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("runs/demo"), help="directory of the run (default: runs/demo)"
     )
+    parser.add_argument(
+        "--part",
+        choices=("all", "data"),
+        default="all",
+        help="all, or data: write the conversations and the verifier's answers alone, into --output (default: all)",
+    )
     add_json(parser)
 
 
@@ -24,6 +30,11 @@ def run(arguments: argparse.Namespace) -> int:
     from draftcache.tools.demo.pipeline import Demo, DemoSize
     from draftcache.tools.demo.report import format_summary
 
+    if arguments.part == "data":
+        Demo(arguments.output, DemoSize()).write_data()
+        files = sorted(path.name for path in arguments.output.glob("*.jsonl"))
+        show(arguments, {"output": str(arguments.output), "files": files}, f"{arguments.output}: {', '.join(files)}")
+        return 0
     summary = Demo(arguments.output, DemoSize()).run()
     where = f"{arguments.output}: summary.json, curves.png, draft/ (for vLLM); {summary['seconds']['total']:.0f} s"
     show(arguments, {"output": str(arguments.output), **summary}, f"\n{format_summary(summary)}\n\n{where}")

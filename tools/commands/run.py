@@ -65,8 +65,8 @@ def _run(arguments: argparse.Namespace, path: Path) -> int:
     from draftcache.tools.recipes.steps import steps_of
     from draftcache.tools.recipes.variables import parse_set
 
-    recipe = load_recipe(path, parse_set(arguments.set))
-    folder = arguments.output or Path("runs") / recipe.name
+    folder = arguments.output or Path("runs") / path.stem
+    recipe = load_recipe(path, parse_set(arguments.set), folder)
     checked = check_steps(steps_of(recipe, folder))
     if arguments.dry_run:
         plan = plan_of(recipe, checked, folder)
@@ -76,7 +76,10 @@ def _run(arguments: argparse.Namespace, path: Path) -> int:
     left = list(checked)[len(outcomes) :]
     code = outcomes[-1].exit_code
     if code not in (0, 1) or left:
-        print(f"draftcache run: stopped in [{outcomes[-1].name}], with exit code {code}: mend it and run the same command again to go on", file=sys.stderr)
+        print(
+            f"draftcache run: [{outcomes[-1].name}] ended with exit code {code}; the same command goes on from there",
+            file=sys.stderr,
+        )
         return code
     values = {"recipe": str(path), "output": str(folder), "steps": [one.to_json() for one in outcomes]}
     show(arguments, values, f"\n{folder}: {len(outcomes)} steps are done\n{format_outcomes(outcomes, left)}")

@@ -10,9 +10,10 @@ from draftcache.store.reader import StoreReader
 from draftcache.tools.demo.truth import TruthResult
 
 
-def peak_memory_gib() -> float:
-    """Return the peak memory of this process so far, in GiB. Linux counts ru_maxrss in KiB."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+def peak_memory_gib() -> dict[str, float]:
+    """Return the peak memory so far of this process and of the largest one that it started, in GiB."""
+    whose = {"main process": resource.RUSAGE_SELF, "largest worker": resource.RUSAGE_CHILDREN}
+    return {name: round(resource.getrusage(who).ru_maxrss / 2**20, 2) for name, who in whose.items()}  # in KiB on Linux
 
 
 def store_totals(path: Path) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Checks of a whole recipe before its first step: every step's settings are built, and steps are held against others."""
+"""Checks of a whole recipe before its first step: builds every step's settings, and holds steps against one another."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ def check_steps(steps: Sequence[Step]) -> dict[str, CheckedStep]:
     above: dict[str, Step] = {}
     checked: dict[str, CheckedStep] = {}
     for step in steps:
+        _check_references(step, above)
         known = decide(step, above)
         item = CheckedStep(step=step, known=known, arguments=step.parse(known.values))
         module = importlib.import_module(COMMANDS[step.command][0])
@@ -58,7 +59,6 @@ def check_steps(steps: Sequence[Step]) -> dict[str, CheckedStep]:
                 check(item.arguments)
         except DraftcacheError as exc:
             raise InputError(f"{step.place(_flag_in(str(exc)))}: {exc}") from exc
-        _check_references(step, above)
         _check_outside(item, above)
         if compare := _COMPARED.get(step.command):
             compare(item, checked)
@@ -97,7 +97,8 @@ def _check_outside(item: CheckedStep, above: Mapping[str, Step]) -> None:
             raise InputError(f"{step.place(flag)}: {flag}: expected something at {value}, found nothing there")
     if step.command != "prepare":
         return
-    from draftcache.capture.prepare.rows.sources import expand_input, hub_name
+    from draftcache.capture.prepare.rows.hub import hub_name
+    from draftcache.capture.prepare.rows.sources import expand_input
 
     for flag in ("inputs", "held_out"):
         for pair in getattr(item.arguments, flag):
@@ -198,7 +199,9 @@ _COMPARED: dict[str, Callable[[CheckedStep, Checked], None]] = {
 
 
 def _require_splits(step: Step, flag: str, wanted: Sequence[str], found: Sequence[str] | None) -> None:
-    for name in wanted if found is not None else ():
+    if found is None:
+        return
+    for name in wanted:
         if name not in found:
             raise InputError(
                 f"{step.place(flag)}: {flag}: expected one of the splits {list(found)}, found {name!r}: "

@@ -32,7 +32,9 @@ def plan_of(recipe: Recipe, checked: Checked, folder: Path) -> dict[str, Any]:
         step, known = item.step, decide(item.step, above)
         words = step.words(known.values)
         done = records.exit_code(step, words, above) is not None
-        shown = step.words({**known.values, **known.guessed}) if not known.guessed else _with_guesses(words, known.guessed)
+        shown = (
+            step.words({**known.values, **known.guessed}) if not known.guessed else _with_guesses(words, known.guessed)
+        )
         row: dict[str, Any] = {"name": step.name, "line": typed(step.as_typed(shown)), "done": done, "estimate": None}
         estimate = {"capture": _capture, "train": _train}.get(step.command)
         if estimate is not None and not done:
@@ -77,7 +79,7 @@ def _capture(item: CheckedStep, checked: Checked, above: Mapping[str, Step]) -> 
     if is_prepared(dataset):
         words += ["--dataset", str(dataset)]
     else:
-        tokens = guessed_tokens(_maker(str(dataset), checked), arguments.splits)
+        tokens = guessed_tokens(_maker(str(dataset), checked), arguments.splits, above)
         words += ["--tokens", str(tokens), "--loss-fraction", "1", "--mean-length", str(min(8192, tokens))]
     module = importlib.import_module(COMMANDS["size"][0])
     found = module.size(parser_of("size").parse_args(words))
@@ -93,7 +95,7 @@ def _capture(item: CheckedStep, checked: Checked, above: Mapping[str, Step]) -> 
 GUESS = "a guess by the files' sizes, without truncation, every token with loss: known once the data is prepared"
 
 
-def guessed_tokens(prepare: CheckedStep | None, splits: Sequence[str]) -> int:
+def guessed_tokens(prepare: CheckedStep | None, splits: Sequence[str], above: Mapping[str, Step]) -> int:
     """Return a guess of the tokens of a prepare step's inputs, by the sizes of their files.
 
     Raises DraftcacheError where the inputs are not there yet.
@@ -103,14 +105,15 @@ def guessed_tokens(prepare: CheckedStep | None, splits: Sequence[str]) -> int:
     from draftcache.store.common.errors import InputError
 
     if prepare is None:
-        raise InputError("not known before the data is prepared")
+        raise InputError("known once the data is prepared")
     total = 0.0
     for pair in (*prepare.arguments.inputs, *prepare.arguments.held_out):
         name, _, text = pair.partition("=")
         if splits and name not in splits:
             continue
-        if not Path(text).exists() and hub_name(text) is not None:
-            raise InputError(f"not known before {text} is downloaded and prepared")
+        made = next((one.name for one in above.values() if text.startswith(one.output)), None)
+        if not Path(text).exists() and (made or hub_name(text) is not None):
+            raise InputError(f"known once {f'[{made}] has run' if made else f'{text} is downloaded'}")
         for path in expand_input(text):
             total += path.stat().st_size * COMPRESSED.get(path.suffix, 1.0)
     return max(1, round(total / BYTES_PER_TOKEN))
@@ -140,7 +143,7 @@ def _train(item: CheckedStep, checked: Checked, above: Mapping[str, Step]) -> di
     found = training_memory(parser_of("size").parse_args(words), config)
     flash, recompute = arguments.attention == "flash", arguments.recompute_mlp
     setting = found["settings"]["--recompute-mlp" if recompute else "--attention flash" if flash else "default"]
-    tokens, loss, basis = _train_tokens(item, maker, checked)
+    tokens, loss, basis = _train_tokens(item, maker, checked, above)
     seconds = _train_seconds(found["draft"], arguments, tokens, loss)
     return {
         "gpu_bytes": setting["total"],
@@ -152,7 +155,7 @@ def _train(item: CheckedStep, checked: Checked, above: Mapping[str, Step]) -> di
 
 
 def _train_tokens(
-    item: CheckedStep, maker: CheckedStep | None, checked: Checked
+    item: CheckedStep, maker: CheckedStep | None, checked: Checked, above: Mapping[str, Step]
 ) -> tuple[int | None, int | None, str]:
     """Return tokens and loss tokens of an epoch, None where they are not known, and where they come from."""
     from draftcache.capture.prepare.token_dataset import TokenDataset, is_prepared
@@ -166,7 +169,7 @@ def _train_tokens(
         tokens, loss = (sum(int(part[name].sum()) for part in parts) for name in ("tokens", "loss_tokens"))
         return tokens, loss, "of the prepared data"
     try:
-        tokens = guessed_tokens(_maker(str(dataset), checked), splits)
+        tokens = guessed_tokens(_maker(str(dataset), checked), splits, above)
     except DraftcacheError as exc:
         return None, None, " ".join(str(exc).split())
     return tokens, tokens, GUESS
@@ -231,9 +234,8 @@ def format_plan(plan: Mapping[str, Any]) -> str:
     total = plan["total"]
     lines += [
         "",
-        f"in all: {total['bytes'] / 1e9:,.1f} GB of stores, {total['hours']:,.1f} h on one H100, "
-        f"{total['gpu_bytes'] / 2**30:,.1f} GiB of GPU memory to train; hours are estimates for an H100, the disk taking "
-        "1 GB/s",
+        f"what can be known now, in all: {total['bytes'] / 1e9:,.2f} GB of stores, {total['hours']:,.2f} h (estimated "
+        f"for an H100 and a disk of a GB per second), {total['gpu_bytes'] / 2**30:,.2f} GiB of GPU memory to train",
     ]
     return "\n".join(lines)
 
@@ -243,9 +245,9 @@ def _estimate_text(found: Mapping[str, Any]) -> str:
         return f"sizes: {found['unknown']}"
     parts = []
     if "bytes" in found:
-        parts.append(f"{found['bytes'] / 1e9:,.1f} GB")
+        parts.append(f"{found['bytes'] / 1e9:,.2f} GB")
     if "gpu_bytes" in found:
-        parts.append(f"{found['gpu_bytes'] / 2**30:,.1f} GiB of GPU memory at {found['longest']:,} tokens")
+        parts.append(f"{found['gpu_bytes'] / 2**30:,.2f} GiB of GPU memory at {found['longest']:,} tokens")
     if found["hours"] is not None:
         parts.append(f"{found['hours']:,.2f} h")
     tokens = "" if found["tokens"] is None else f"{found['tokens']:,} tokens, "

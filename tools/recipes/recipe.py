@@ -43,8 +43,8 @@ DEMO_ASSETS = Path(__file__).parents[1] / "demo" / "assets"
 
 _SECTION = re.compile(r"[a-z]+(-[A-Za-z0-9_-]+)?")
 _TOP = {"about": str, "needs": dict, "set": dict, "when": dict}
-_BUILT_IN = ("here", "demo_assets")
-"""Variables of every recipe: the folder of the recipe's file, and the folder of the demo's data."""
+_BUILT_IN = ("here", "output", "demo_assets")
+"""Variables of every recipe: the folders of the recipe's file, of its outputs, and of the demo's data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +58,6 @@ class Recipe:
     """Values by key, by section, in the order of the steps; those that `only_if` leaves out are not among them."""
     left_out: tuple[str, ...]
     """Steps that `only_if` leaves out."""
-
-    @property
-    def name(self) -> str:
-        """The file's name without its ending."""
-        return self.path.stem
 
 
 def shipped_recipes() -> dict[str, str]:
@@ -82,8 +77,10 @@ def find_recipe(text: str) -> Path:
     raise InputError(f"{text}: expected a recipe's file or the name of a shipped one: {nearest(text, known)}")
 
 
-def load_recipe(path: Path, given: Mapping[str, Any]) -> Recipe:
+def load_recipe(path: Path, given: Mapping[str, Any], output: Path) -> Recipe:
     """Read a recipe. `given` holds the values of --set: variables, and flags of a step as STEP.FLAG.
+
+    `output` is the folder of what the steps make.
 
     Raises InputError, with the file and the line, for what is no recipe.
     """
@@ -94,11 +91,14 @@ def load_recipe(path: Path, given: Mapping[str, Any]) -> Recipe:
     sections = {name: value for name, value in body.items() if name not in _TOP}
     _require_sections(path, sections)
     flags = {name: value for name, value in given.items() if "." in name}
-    variables = _variables(path, body, {name: value for name, value in given.items() if "." not in name})
+    built_in = dict(zip(_BUILT_IN, map(str, (path.parent, output, DEMO_ASSETS)), strict=True))
+    variables = _variables(path, body, built_in, {name: value for name, value in given.items() if "." not in name})
     for name, value in flags.items():
         section, _, key = name.partition(".")
         if section not in sections:
-            raise InputError(f"--set {name}: expected a step of {path}, found {section!r}: {nearest(section, sections)}")
+            raise InputError(
+                f"--set {name}: expected a step of {path}, found {section!r}: {nearest(section, sections)}"
+            )
         old = next((one for one in sections[section] if one.replace("-", "_") == key.replace("-", "_")), key)
         sections[section] = sections[section] | {old: value}
     kept, left_out = {}, []
@@ -140,18 +140,17 @@ def _require_sections(path: Path, sections: Mapping[str, Any]) -> None:
             )
 
 
-def _variables(path: Path, body: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    built_in = {"here": str(path.parent), "demo_assets": str(DEMO_ASSETS)}
+def _variables(
+    path: Path, body: Mapping[str, Any], built_in: Mapping[str, str], given: Mapping[str, Any]
+) -> dict[str, Any]:
     own = body.get("set", {})
     if taken := sorted(set(built_in) & {*own, *body.get("needs", {})}):
         raise InputError(f"{place_in(path, 'set')(taken[0])}: expected another name than {taken[0]}, which is built in")
     variables: dict[str, Any] = dict(built_in)
     for name, value in merge(own, given, body.get("needs", {})).items():
-        place = place_in(path, "set")
-        variables[name] = fill(value, variables, place, name) if name not in given else value
+        variables[name] = value if name in given else fill(value, variables, place_in(path, "set"), name)
     changes: dict[str, Any] = {}
     for condition, values in body.get("when", {}).items():
-        place = place_in(path, "when")
         if not isinstance(values, dict):
             raise InputError(f"{path}: [when]: expected a section [when.'NAME > VALUE'], found {condition!r}")
         for name in values:

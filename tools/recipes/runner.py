@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import shlex
 import signal
 import subprocess
@@ -101,7 +102,7 @@ def run_process(step: Step, words: list[str], *, as_json: bool = False) -> int:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    process = subprocess.Popen(step.launched(words), stdout=2 if as_json else None)
+    process = subprocess.Popen(step.launched(words), stdout=2 if as_json else None, preexec_fn=_end_with_parent())
     with _passed_on(process):
         code = process.wait()
     if code >= 0:
@@ -115,6 +116,21 @@ def run_process(step: Step, words: list[str], *, as_json: bool = False) -> int:
         file=sys.stderr,
     )
     return FAILED
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """Return what a new process calls to be sent SIGTERM when this one ends, by SIGKILL too; None where it can't."""
+    if sys.platform != "linux":
+        return None
+    library = ctypes.CDLL(None)  # loaded before the fork, after which as little as possible may be done
+
+    def ask() -> None:
+        library.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+    return ask
+
+
+_PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
@@ -139,9 +155,7 @@ def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
 def format_outcomes(outcomes: list[Outcome], left: list[str]) -> str:
     """Format how the steps went, one per line, then those that did not run."""
     width = max(len(one.name) for one in outcomes)
-    lines = [
-        f"  {one.name:<{width}}  {_state(one):<14} {one.seconds:>9,.1f} s  {one.output}" for one in outcomes
-    ]
+    lines = [f"  {one.name:<{width}}  {_state(one):<14} {one.seconds:>9,.1f} s  {one.output}" for one in outcomes]
     return "\n".join([*lines, *(f"  {name:<{width}}  not run" for name in left)])
 
 
@@ -150,5 +164,3 @@ def _state(outcome: Outcome) -> str:
         return f"exit code {outcome.exit_code}"
     quarantined = ", quarantine" if outcome.exit_code == 1 else ""
     return ("done" if outcome.ran else "was done") + quarantined
-
-

@@ -48,7 +48,7 @@ class Step:
         return [self.command, *words_of(_actions(self.command), values, self.place, f"draftcache {self.command}")]
 
     def parse(self, changes: Mapping[str, Any]) -> Namespace:
-        """Return the parsed words. Raises InputError, with the step's place, where the command's parser refuses them."""
+        """Return the parsed words. Raises InputError, with the place, where the command's parser refuses them."""
         words = self.words(changes)[1:]
         try:
             return self.parser.parse_args(words)

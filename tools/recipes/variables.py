@@ -77,7 +77,7 @@ def holds(condition: str, variables: Mapping[str, Any], place: str) -> bool:
         raise InputError(f"{place}: expected a variable in {condition!r}, found {name!r}: {nearest(name, variables)}")
     left, right = variables[name], _toml_or_text(text)
     if operator in ("==", "!="):
-        return (left == right) == (operator == "==")
+        return bool(left == right) == (operator == "==")
     if any(isinstance(value, bool) or not isinstance(value, int | float) for value in (left, right)):
         raise InputError(f"{place}: expected numbers on both sides of {operator}, found {left!r} and {right!r}")
     return bool({"<": left < right, "<=": left <= right, ">": left > right, ">=": left >= right}[operator])
