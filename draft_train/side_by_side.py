@@ -23,13 +23,17 @@ from draftcache.draft_train.held_out import acceptance_lengths
 from draftcache.draft_train.training_run import TrainingRun, TrainingStopped
 from draftcache.store.common.errors import DraftcacheError, InputError
 
-Verdict = Callable[[TrainingRun, dict[str, Any]], bool]
-"""Returns, from a run and the record of its step, whether the run goes on. It is asked after every step."""
+Steps = Sequence[tuple[TrainingRun, dict[str, Any]]]
+"""Runs that have just made a step, and the record of each."""
+Verdict = Callable[[Steps], Sequence[bool]]
+"""Returns, for each run of a step that several have made, whether it goes on. It is asked after every step."""
 
 
-def train_side_by_side(
-    trainers: Sequence[TrainingRun], goes_on: Verdict = lambda trainer, record: True
-) -> list[DraftcacheError | None]:
+def _all_go_on(steps: Steps) -> list[bool]:
+    return [True] * len(steps)
+
+
+def train_side_by_side(trainers: Sequence[TrainingRun], goes_on: Verdict = _all_go_on) -> list[DraftcacheError | None]:
     """Train every run from where it is to its end, or to where `goes_on` ends it, with a checkpoint there.
 
     Returns, for each run, the error that ended it, or None. The other runs go on where one fails. Raises InputError
@@ -113,9 +117,10 @@ class _SideBySide:
                 records[at] = trainer.end_step(plan, started)
         for at, length in self._evaluate(list(records)).items():
             records[at]["eval_acceptance_length"] = length
-        for at, record in records.items():
+        verdicts = self.goes_on([(self.trainers[at], record) for at, record in records.items()])
+        for (at, record), goes_on in zip(records.items(), verdicts, strict=True):
             with self._own(at):
-                self._finish(at, record, logs[at])
+                self._finish(at, record, logs[at], last=not goes_on)
 
     def _left(self, active: list[int]) -> list[int]:
         return [at for at in active if at not in self.ended]
@@ -145,9 +150,8 @@ class _SideBySide:
             self.errors[at] = exc
             self.ended.add(at)
 
-    def _finish(self, at: int, record: dict[str, Any], log: Any) -> None:
+    def _finish(self, at: int, record: dict[str, Any], log: Any, *, last: bool) -> None:
         trainer = self.trainers[at]
-        last = not self.goes_on(trainer, record)
         stopped = trainer.finish_step(log, record, last=last)
         if last or trainer.step >= trainer.total_steps:
             self.ended.add(at)

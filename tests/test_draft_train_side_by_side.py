@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from draftcache.draft_train.checkpoint import checkpoints
 from draftcache.draft_train.data.frozen import TrainingSource
-from draftcache.draft_train.side_by_side import train_side_by_side
+from draftcache.draft_train.side_by_side import Steps, train_side_by_side
 from draftcache.draft_train.split_checks import trained_members
 from draftcache.draft_train.trainer import Trainer, TrainingStopped
 from draftcache.store.common.errors import DraftcacheError, InputError
@@ -100,7 +100,10 @@ def test_runs_that_were_killed_at_different_steps_go_on_together(store: Path, tm
     alone.run()
     first, second = together(tmp_path, ["plain", "window"])
     ended = {first.config.output: 3, second.config.output: 5}
-    train([first, second], goes_on=lambda item, record: record["step"] < ended[item.config.output])
+    train(
+        [first, second],
+        goes_on=lambda steps: [record["step"] < ended[item.config.output] for item, record in steps],
+    )
     assert [checkpoints(item.config.output)[-1].name[-1] for item in (first, second)] == ["3", "5"]
     assert train(together(tmp_path, ["plain", "window"])) == [None, None]
     require_same_run(tmp_path / "with-plain", tmp_path / "alone")
@@ -134,10 +137,10 @@ def test_a_stop_saves_every_run(store: Path, tmp_path: Path) -> None:
     stop = StopRequest()
     trainers = together(tmp_path, ["plain", "window"], stop)
 
-    def ask(item: Trainer, record: dict[str, Any]) -> bool:
-        if record["step"] == 4:
+    def ask(steps: Steps) -> list[bool]:
+        if steps[0][1]["step"] == 4:
             stop.ask()
-        return True
+        return [True] * len(steps)
 
     with pytest.raises(TrainingStopped):
         train(trainers, goes_on=ask)

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "vocab": ("draftcache.tools.commands.vocab", "build one draft-vocabulary map over several prepared datasets"),
     "capture": ("draftcache.tools.commands.capture", "run the frozen verifier once and write its outputs to a store"),
     "train": ("draftcache.tools.commands.train", "train the draft from a store, with no verifier in memory"),
+    "sweep": ("draftcache.tools.commands.sweep", "train many drafts, several of them on one reading of the store"),
     "eval": ("draftcache.tools.commands.eval", "offline acceptance length of a draft, from a store"),
     "export": ("draftcache.tools.commands.export", "write a checkpoint in the form that an inference engine serves"),
     "size": ("draftcache.tools.commands.size", "bytes and time of a capture, or memory of training, beforehand"),
@@ -46,7 +47,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("draftcache.tools.commands.demo", "the whole pipeline on a tiny verifier and real text"),
 }
 
-RESUMED = ("capture", "train", "convert", "run", "demo")
+RESUMED = ("capture", "train", "sweep", "convert", "run", "demo")
 """Subcommands that keep what is finished when they are interrupted, and go on from it."""
 
 

@@ -7,12 +7,7 @@ share.
 
 from __future__ import annotations
 
-import logging
-import os
-import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +17,12 @@ from draftcache.capture.job.progress import Event, JobProgress, Line
 from draftcache.capture.job.shard_worker import WorkerRole
 from draftcache.capture.job.stopping import ParentSignals, StopSteps
 from draftcache.capture.job.worker_job import CaptureJob
-from draftcache.store.common.errors import DraftcacheError, InputError, WorkerError
+from draftcache.store.common.errors import DraftcacheError, WorkerError
 from draftcache.store.common.failures import describe_failure
+from draftcache.store.common.ray_cluster import connected_ray
 from draftcache.store.common.stopping import Stopped, StopRequest
 
 _POLL_S = 0.5
-_CONNECT_S = 10.0
 
 
 class RayWorker:
@@ -72,7 +67,7 @@ def run_on_ray(config: CaptureConfig, progress: JobProgress, stop: StopRequest) 
     Raises InputError without Ray or a running cluster, and Stopped after SIGTERM or SIGINT. Where no actor came to the
     end, it raises the DraftcacheError of the first that reported one, or WorkerError where none did.
     """
-    with _cluster() as ray, ParentSignals(stop):
+    with connected_ray() as ray, ParentSignals(stop):
         resources = ray.cluster_resources()
         slot = "GPU" if resources.get("GPU") else "CPU"
         slots = int(resources.get(slot, 0)) // config.tensor_parallel
@@ -158,38 +153,6 @@ class _Actors:
             self._ray.kill(handle)
         else:
             handle.ask_to_stop.remote(stop.grace_seconds if step == "ask" else 0.0)
-
-
-@contextmanager
-def _cluster() -> Iterator[Any]:
-    """The ray module, connected to the cluster; a connection made here is closed at the end. Raises InputError."""
-    try:
-        import ray
-    except ImportError as exc:
-        raise InputError("--launcher ray: expected Ray, found none; install draftcache[ray]") from exc
-    connected = ray.is_initialized()
-    if not connected:
-        address = os.environ.get("RAY_ADDRESS") or "auto"
-        try:
-            _require_listener(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-        except (OSError, ValueError, RuntimeError) as exc:
-            raise InputError(
-                f"--launcher ray: expected a running cluster at {address}, could not connect ({exc.__cause__ or exc}); "
-                "start one with `ray start --head`, or set RAY_ADDRESS"
-            ) from exc
-    try:
-        yield ray
-    finally:
-        if not connected:
-            ray.shutdown()
-
-
-def _require_listener(address: str) -> None:
-    """Raise OSError where nothing listens at HOST:PORT; Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
 
 
 def _with_absolute_paths(config: CaptureConfig) -> CaptureConfig:

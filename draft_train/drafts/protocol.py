@@ -24,6 +24,11 @@ from draftcache.store.common.errors import InputError
 from draftcache.store.format.vocab_map import VocabMap
 from draftcache.store.reader import StoreReader
 
+MEMORY_KINDS = (
+    "weights and optimizer", "frozen weights", "micro-batch", "next micro-batch", "kept for backward", "working",
+)  # fmt: skip
+"""What `Architecture.peak_bytes` tells apart. The first is each run's own for its whole time; runs that train side by
+side on a device share the frozen weights, and all else serves one run after the other."""
 LOGIT_ROWS = 8192
 """Rows whose logits exist at once while a draft proposes."""
 
@@ -242,7 +247,7 @@ class Architecture(ABC):
 
     @abstractmethod
     def peak_bytes(self, shape: Shape, config: TrainConfig, batch: BatchRows) -> dict[str, int]:
-        """Return the GPU memory of a training step at its peak, in bytes by kind. Nothing runs on a GPU for it.
+        """Return the GPU memory of a training step at its peak, in bytes by `MEMORY_KINDS`, without a GPU.
 
         It is the memory that PyTorch allocates: CUDA's context (about half a GB) and fragmentation come on top.
         """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import shlex
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from draftcache.store.common.child_processes import end_with_parent
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.failures import FAILED
 from draftcache.store.common.locks import take_lock
@@ -102,7 +102,9 @@ def run_process(step: Step, words: list[str], *, as_json: bool = False) -> int:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    process = subprocess.Popen(step.launched(words), stdout=2 if as_json else None, preexec_fn=_end_with_parent())
+    process = subprocess.Popen(
+        step.launched(words), stdout=2 if as_json else None, preexec_fn=end_with_parent(signal.SIGTERM)
+    )
     with _passed_on(process):
         code = process.wait()
     if code >= 0:
@@ -116,21 +118,6 @@ def run_process(step: Step, words: list[str], *, as_json: bool = False) -> int:
         file=sys.stderr,
     )
     return FAILED
-
-
-def _end_with_parent() -> Callable[[], None] | None:
-    """Return what a new process calls to be sent SIGTERM when this one ends, by SIGKILL too; None where it can't."""
-    if sys.platform != "linux":
-        return None
-    library = ctypes.CDLL(None)  # loaded before the fork, after which as little as possible may be done
-
-    def ask() -> None:
-        library.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
-
-    return ask
-
-
-_PR_SET_PDEATHSIG = 1
 
 
 @contextmanager

@@ -11,11 +11,10 @@ from typing import Any
 from draftcache.draft_train.config import MEMORY_SETTINGS, TrainConfig
 from draftcache.draft_train.drafts.protocol import Architecture, BatchRows, Shape, VerifierShape
 from draftcache.draft_train.drafts.registry import find_architecture
+from draftcache.draft_train.run_memory import USABLE, SizedBatch, largest_batches
 from draftcache.store.common.errors import InputError
 
 CARDS_GIB = (24, 40, 80)
-USABLE = 0.94
-"""Share of a card's memory that training may fill; CUDA's context and fragmentation take the rest."""
 SETTINGS_SHOWN: dict[str, dict[str, Any]] = {
     "default": {},
     "--attention flash": {"attention": "flash"},
@@ -24,9 +23,6 @@ SETTINGS_SHOWN: dict[str, dict[str, Any]] = {
 """Flags of `draftcache train` that decide its memory, with the settings that they stand for; one column each."""
 _GIB = 2**30
 _LONGEST = 1 << 24
-
-Batch = tuple[int, BatchRows]
-"""The tokens of a micro-batch, and its rows."""
 
 
 def training_memory(arguments: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
@@ -73,31 +69,17 @@ def _train_config(arguments: argparse.Namespace) -> TrainConfig:
 
 def _of_store(
     arguments: argparse.Namespace, train: TrainConfig, _config: dict[str, Any]
-) -> tuple[VerifierShape, Sequence[Batch]]:
-    """Return the verifier's shape and two batches: the conversation that takes most memory, and a full pack.
-
-    The pack has the largest row shares of any conversation, and no tokens if a step has a single conversation.
-    """
+) -> tuple[VerifierShape, Sequence[SizedBatch]]:
+    """Return the verifier's shape and the largest micro-batches."""
     from draftcache.store.reader import StoreReader
 
     store = StoreReader(arguments.store)
-    shape = VerifierShape.of(store, train.draft_vocab_size)
-    index, top_k = store.index, store.manifest.top_k
-    if not len(index):
-        raise InputError(f"{arguments.store}: expected conversations, found none")
-    taken = index["rows"] * shape.taps + 12 * index["teacher_rows"]  # memory in units of one hidden state
-    largest = index[int(taken.argmax())]
-    rows = BatchRows(rows=int(largest["rows"]), starts=int(largest["teacher_rows"]), top_k=top_k)
-    batches = [(int(largest["tokens"]), rows)]
-    pack = train.pack_tokens * (train.batch_conversations > 1)
-    shares = [float((index[name] / index["tokens"]).max()) for name in ("rows", "teacher_rows")]
-    batches.append((pack, BatchRows(rows=int(pack * shares[0]), starts=int(pack * shares[1]), top_k=top_k)))
-    return shape, batches
+    return VerifierShape.of(store, train.draft_vocab_size), largest_batches(store, train)
 
 
 def _of_lengths(
     arguments: argparse.Namespace, train: TrainConfig, config: dict[str, Any]
-) -> tuple[VerifierShape, Sequence[Batch]]:
+) -> tuple[VerifierShape, Sequence[SizedBatch]]:
     hidden = config.get("hidden_size") or arguments.hidden_size
     vocab = config.get("vocab_size") or arguments.vocab_size
     if hidden is None or vocab is None or arguments.length is None:
@@ -126,7 +108,7 @@ def _of_lengths(
     return shape, [(arguments.length, rows)]
 
 
-def _longest(architecture: Architecture, shape: Shape, settings: TrainConfig, like: Batch, limit: float) -> int:
+def _longest(architecture: Architecture, shape: Shape, settings: TrainConfig, like: SizedBatch, limit: float) -> int:
     """Return the tokens of the longest conversation, with the row shares of `like`, that takes at most `limit` bytes.
 
     The result is 0 if no conversation fits.

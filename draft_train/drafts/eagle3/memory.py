@@ -12,11 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from draftcache.draft_train.drafts.eagle3.shape import Eagle3Shape
+from draftcache.draft_train.drafts.protocol import MEMORY_KINDS
 
 BF16, FLOAT32, INT64 = 2, 4, 8
 MOST_COPIES = 4
 """Most keys of all runs of rows together, as a multiple of R. Copying more keys costs more than it saves."""
-KINDS = ("weights and optimizer", "frozen weights", "micro-batch", "next micro-batch", "kept for backward", "working")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Work:
 
 
 def peak_bytes(shape: Eagle3Shape, work: Work) -> dict[str, int]:
-    """Return the bytes of each kind (`KINDS`) at the moment when their sum is largest."""
+    """Return the bytes of each kind (`MEMORY_KINDS`) at the moment when their sum is largest."""
     memory = _Memory()
     weights = parameters(shape)
     # Parameter, gradient and two moments in float32, and a bf16 copy for the products.
@@ -51,7 +51,7 @@ def peak_bytes(shape: Eagle3Shape, work: Work) -> dict[str, int]:
     memory.take("next micro-batch", "", batch_bytes(shape, work) if work.prefetched else 0)
     _forward(memory, shape, work)
     _backward(memory, shape, work)
-    return {kind: sum(size for (of, _), size in memory.most.items() if of == kind) for kind in KINDS}
+    return {kind: sum(size for (of, _), size in memory.most.items() if of == kind) for kind in MEMORY_KINDS}
 
 
 def parameters(shape: Eagle3Shape) -> int:
