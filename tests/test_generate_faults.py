@@ -75,7 +75,8 @@ def test_a_fault_that_passes_leaves_no_trace(prompts: Path, answers: AnswerServe
     answers.requests.clear()
     answers.fault = lambda number, payload: fault if number in (3, 4, 9) else None
     flaky = generate(config(prompts, answers, "flaky", timeout_seconds=0.4))
-    assert flaky.retried == 3 and whole.retried == 0
+    assert flaky.retried == 3
+    assert whole.retried == 0
     assert all_bytes(prompts.parent / "flaky") == all_bytes(prompts.parent / "whole")
 
 
@@ -148,7 +149,8 @@ def test_a_killed_job_goes_on_and_makes_the_same_bytes(prompts: Path, answers: A
         wait_for(lambda: len(answers.requests) > 10)
         process.send_signal(signal.SIGKILL)
     asked = len(answers.requests)
-    assert left.is_dir() and not (prompts.parent / "traces").exists()
+    assert left.is_dir()
+    assert not (prompts.parent / "traces").exists()
     (journal,) = left.glob("answers-*.jsonl")
     lines = journal.read_bytes().splitlines(keepends=True)
     assert 5 < len(lines) < 29

@@ -37,7 +37,9 @@ def questions(count: int) -> list[dict[str, Any]]:
     return [{"id": f"q{number}", "prompt": f"what is {number}?"} for number in range(count)]
 
 
-def config(directory: Path, server: AnswerServer, rows: list[Any], output: str = "traces", **more: Any) -> GenerateConfig:
+def config(
+    directory: Path, server: AnswerServer, rows: list[Any], output: str = "traces", **more: Any
+) -> GenerateConfig:
     path = directory / "prompts.jsonl"
     if not path.exists():
         write_rows(path, rows)
@@ -58,14 +60,16 @@ def rejected(output: Path, split: str = "train") -> list[dict[str, Any]]:
 def test_prompts_become_rows_that_prepare_masks_right(tmp_path: Path, answers: AnswerServer) -> None:
     result = generate(config(tmp_path, answers, questions(9)))
     rows = rows_of(tmp_path / "traces")
-    assert result.answered == 9 and result.quarantined == 0
+    assert result.answered == 9
+    assert result.quarantined == 0
     assert [row["id"] for row in rows] == [f"q{number}" for number in range(9)]
     for number, row in enumerate(rows):
         prompt = answers.rendered([{"role": "user", "content": f"what is {number}?"}])
         text = answers.text(prompt, {})
         assert row["token_ids"][: len(prompt)] == prompt
         assert answers.backend.decode(row["token_ids"][len(prompt) : -1]) == text
-        assert row["token_ids"][-1] == answers.eos and row["finish_reason"] == "stop"
+        assert row["token_ids"][-1] == answers.eos
+        assert row["finish_reason"] == "stop"
         assert row["answer"] == text + "<|im_end|>"
     folder = tmp_path / "traces" / "train"
     settings = PrepareConfig(
@@ -85,10 +89,13 @@ def test_what_is_asked_leaves_no_default_to_the_server(tmp_path: Path, answers: 
     generate(config(tmp_path, answers, questions(1), temperature=0.7, top_p=0.9, top_k=20, samples=3))
     assert len({asked["seed"] for asked in answers.requests}) == 3
     for asked in answers.requests:
-        assert asked["model"] == MODEL and asked["max_tokens"] == 64
+        assert asked["model"] == MODEL
+        assert asked["max_tokens"] == 64
         assert (asked["temperature"], asked["top_p"], asked["top_k"]) == (0.7, 0.9, 20)
-        assert asked["repetition_penalty"] == 1.0 and asked["min_p"] == 0.0
-        assert asked["return_token_ids"] is True and asked["skip_special_tokens"] is False
+        assert asked["repetition_penalty"] == 1.0
+        assert asked["min_p"] == 0.0
+        assert asked["return_token_ids"] is True
+        assert asked["skip_special_tokens"] is False
         assert asked["prompt"] == answers.rendered([{"role": "user", "content": "what is 0?"}])
     assert [row["sample"] for row in rows_of(tmp_path / "traces")] == [0, 1, 2]
     assert len({row["answer"] for row in rows_of(tmp_path / "traces")}) == 3
@@ -101,7 +108,8 @@ def test_the_key_is_sent_and_written_nowhere(
     generate(config(tmp_path, answers, questions(2)))
     assert {headers["Authorization"] for headers in answers.headers} == {"Bearer sk-secret-of-this-test"}
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
-    assert written and not any(b"sk-secret" in data for data in written)
+    assert written
+    assert not any(b"sk-secret" in data for data in written)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +158,8 @@ def test_equal_prompts_are_asked_once_and_written_each(tmp_path: Path, answers: 
     done = generate(config(tmp_path, answers, [{"prompt": "why?"}, {"prompt": "how?"}, {"prompt": "why?"}]))
     assert len(answers.requests) == done.answered == 2
     first, _, last = rows_of(tmp_path / "traces")
-    assert first["token_ids"] == last["token_ids"] and first["source"] != last["source"]
+    assert first["token_ids"] == last["token_ids"]
+    assert first["source"] != last["source"]
     assert done.manifest["splits"]["train"]["equal_to_earlier"] == 1
 
 
@@ -207,7 +216,8 @@ def test_each_drift_is_noticed(tmp_path: Path, answers: AnswerServer, found: str
     done = generate(config(tmp_path, answers, questions(3), concurrency=1))
     assert done.manifest["splits"]["train"]["quarantined_by_reason"] == {"drift": 1}
     (record,) = rejected(tmp_path / "traces")
-    assert found in record["expected"] and record["line"] == 1
+    assert found in record["expected"]
+    assert record["line"] == 1
     assert len(rows_of(tmp_path / "traces")) == 2
 
 
@@ -295,11 +305,14 @@ def test_the_same_job_is_not_run_again_and_another_is_refused(tmp_path: Path, an
     first = generate(settings)
     asked = len(answers.requests)
     again = generate(settings)
-    assert again.reused and again.manifest == first.manifest and len(answers.requests) == asked
+    assert again.reused
+    assert again.manifest == first.manifest
+    assert len(answers.requests) == asked
     with pytest.raises(InputError, match=r"--max-new-tokens: 64 there, 65 here; choose another path"):
         generate(config(tmp_path, answers, [], max_new_tokens=65))
     other = generate(config(tmp_path, answers, [], max_new_tokens=65, overwrite=True))
-    assert not other.reused and other.answered == 3
+    assert not other.reused
+    assert other.answered == 3
     (tmp_path / "traces" / MANIFEST).write_text("{}")
     with pytest.raises(InputError, match="found something else or damaged traces"):
         generate(settings)

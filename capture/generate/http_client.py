@@ -10,6 +10,7 @@ import asyncio
 import ipaddress
 import os
 import random
+import ssl
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -60,11 +61,14 @@ class HttpClient:
         self._retries = retries
         self._timeout = timeout_seconds
         key = os.environ.get(KEY_VARIABLE)
+        near = _is_loopback(self.url)
         self._client = httpx2.AsyncClient(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx2.Timeout(timeout_seconds, connect=min(_CONNECT_SECONDS, timeout_seconds), pool=None),
             limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
-            trust_env=not _is_loopback(self.url),  # no proxy reaches this machine's own servers
+            trust_env=not near,  # no proxy reaches this machine's own servers
+            # Loading the certificates of all authorities takes 0.1 s.
+            verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if near and self.url.startswith("http:") else True,
         )
 
     async def __aenter__(self) -> Self:
