@@ -165,7 +165,7 @@ def test_what_a_batch_changes_decides_how_batches_are_made(
 
 
 def test_prompts_that_do_not_fit_are_quarantined(prompts: Path, verifier: Path) -> None:
-    long = json.dumps({"prompt": "東京" * 120})
+    long = json.dumps({"prompt": "東京" * 400})
     prompts.write_text(f'{{"prompt": "why?"}}\n{long}\n', encoding="utf-8")
     done = generate(config(prompts, verifier))
     assert done.manifest["splits"]["train"]["quarantined_by_reason"] == {"prompt-too-long": 1}
