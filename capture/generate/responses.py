@@ -51,7 +51,7 @@ class ResponseReader:
         raw_usage = body.get("usage")
         usage = raw_usage if isinstance(raw_usage, dict) else {}
         self._require_prompt(prompt, choice.get("prompt_token_ids") or body.get("prompt_token_ids"), usage)
-        ids = choice.get("token_ids")
+        ids = choice.get("token_ids", choice.get("response_token_ids"))  # the latter in SGLang's chat
         if ids is not None:
             return Answer(token_ids=self._given(ids, finish, choice), finish_reason=finish)
         ids = self._retokenised(prompt, _text(choice), finish, choice, usage.get("completion_tokens"))
