@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from draftcache.capture.generate.config import GenerateConfig
 from draftcache.tools.arguments import add_settings
-from draftcache.tools.commands.prepare import add_rendering, read_splits
+from draftcache.tools.commands.prepare import add_rendering, named_splits, read_splits
 from draftcache.tools.results import add_json, show
 
 _NO_FLAGS = ("splits", "rendering", "roles", "progress")
@@ -30,22 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Raise InputError for settings that are out of range, before anything is read; inputs may not be there yet."""
+    _config(arguments, named_splits(arguments.inputs))
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Generate and print a summary. Returns 1 if anything was quarantined, else 0."""
     from draftcache.capture.generate.job import generate
     from draftcache.capture.generate.traces import QUARANTINE
-    from draftcache.capture.prepare.chat.settings import ChatSettings, parse_template_args
 
-    result = generate(
-        GenerateConfig(
-            **{name: getattr(arguments, name) for name in _FLAGS},
-            splits=read_splits(arguments.inputs),
-            rendering=ChatSettings(
-                template_args=parse_template_args(arguments.template_arg), date=arguments.date, system=arguments.system
-            ),
-            roles=tuple(arguments.role),
-        )
-    )
+    result = generate(_config(arguments, read_splits(arguments.inputs)))
     values = {
         "output": str(arguments.output),
         "reused": result.reused,
@@ -62,6 +58,19 @@ def run(arguments: argparse.Namespace) -> int:
         )
         return 1
     return 0
+
+
+def _config(arguments: argparse.Namespace, splits: dict[str, list[Path]]) -> GenerateConfig:
+    from draftcache.capture.prepare.chat.settings import ChatSettings, parse_template_args
+
+    return GenerateConfig(
+        **{name: getattr(arguments, name) for name in _FLAGS},
+        splits=splits,
+        rendering=ChatSettings(
+            template_args=parse_template_args(arguments.template_arg), date=arguments.date, system=arguments.system
+        ),
+        roles=tuple(arguments.role),
+    )
 
 
 def format_summary(values: dict[str, Any]) -> str:

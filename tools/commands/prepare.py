@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raise InputError for settings that are out of range, before anything is read; inputs may not be there yet."""
-    _config(arguments, _named(arguments.inputs), _named(arguments.held_out))
+    _config(arguments, named_splits(arguments.inputs), named_splits(arguments.held_out))
 
 
 def add_rendering(parser: argparse.ArgumentParser) -> None:
@@ -201,7 +201,7 @@ def read_splits(pairs: list[str]) -> dict[str, list[Path]]:
     return splits
 
 
-def _named(pairs: list[str]) -> dict[str, list[Path]]:
+def named_splits(pairs: list[str]) -> dict[str, list[Path]]:
     """Parse NAME=INPUT pairs as they stand, whether or not their inputs are there."""
     splits: dict[str, list[Path]] = {}
     for name, text in _pairs(pairs):
