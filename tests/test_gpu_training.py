@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from safetensors.torch import load_file
 from draftcache.draft_train.checkpoint import checkpoints, load_draft, load_state, resolve_checkpoint
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.data.batches import build_batch
-from draftcache.draft_train.data.frozen import FrozenWeights
+from draftcache.draft_train.data.frozen import FrozenWeights, TrainingSource
 from draftcache.draft_train.drafts.eagle3.fused_pass import FusedPass
 from draftcache.draft_train.drafts.eagle3.kernels.flash_attention import why_not_flash
 from draftcache.draft_train.evaluate import evaluate
-from draftcache.draft_train.side_by_side import read_ahead
+from draftcache.draft_train.ranks import Ranks
+from draftcache.draft_train.side_by_side import read_ahead, train_side_by_side
 from draftcache.draft_train.trainer import Trainer
+from draftcache.draft_train.training_run import TrainingRun
 from draftcache.store.reader import StoreReader
 from support.rank_processes import TRAIN, WORKER, as_json, finish, start, weights
 from support.synthetic import write_store
@@ -178,3 +181,30 @@ def test_the_host_is_never_more_than_one_micro_batch_ahead(tmp_path: Path) -> No
         assert not ends[0].query()  # negative control: the second was given while the first was worked on
         data.next_batch()
         assert [end.query() for end in ends] == [True, False]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_runs_side_by_side_have_the_bits_of_their_runs_alone(tmp_path: Path, devices: int) -> None:
+    if torch.cuda.device_count() < devices:
+        pytest.skip(f"needs {devices} GPUs")
+    write_store(tmp_path / "store", per_shard=6, mode="lossless")
+    variants: list[dict[str, Any]] = [{}, {"learning_rate": 1e-3}, {"sliding_window": 7, "seed": 3}, {"ttt_steps": 2}]
+    common = {"order_seed": 0, "eval_split": "val", "eval_every": 10}
+    for number, changes in enumerate(variants):
+        Trainer(settings(tmp_path, f"alone{number}", **common | changes)).run()
+    source, runs = TrainingSource(tmp_path / "store"), []
+    with ExitStack() as stack:
+        for number, changes in enumerate(variants):
+            device = torch.device("cuda", number % devices)
+            made = settings(tmp_path, f"with{number}", **common | changes | {"device": str(device)})
+            runs.append(TrainingRun(made, Ranks(device), None, source))
+            stack.enter_context(runs[-1].started())
+        assert isinstance(runs[0].learner.gradients, FusedPass)
+        assert train_side_by_side(runs) == [None] * len(variants)
+    for number in range(len(variants)):
+        names = (f"with{number}", f"alone{number}")
+        mine, theirs = (load_file(checkpoints(tmp_path / name)[-1] / "model.safetensors") for name in names)
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs), number
+        assert "eval_acceptance_length" in metrics(tmp_path / names[0])[-1]
+    first, second = (load_file(checkpoints(tmp_path / f"with{number}")[-1] / "model.safetensors") for number in (0, 1))
+    assert not torch.equal(first["fc.weight"], second["fc.weight"])  # negative control

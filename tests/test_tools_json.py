@@ -93,6 +93,13 @@ CASES: dict[str, tuple[int, Words]] = {
             f"train={inputs / 'bad.jsonl'}",
         ],
     ),
+    "generate": (
+        1,
+        lambda inputs, out, tokenizer: [
+            "--tokenizer", tokenizer, "--verifier", inputs / "verifier", "--output", out / "t", "--max-new-tokens", 4,
+            f"train={inputs / 'bad.jsonl'}",
+        ],
+    ),
     "vocab": (0, lambda inputs, out, _: [inputs / "prepared", "--size", 70, "--output", out / "map.safetensors"]),
     "capture": (0, lambda inputs, out, _: captured(inputs, out)),
     "train": (0, lambda inputs, out, _: training_runs.flags(training_runs.config(inputs, output=out / "r", epochs=1))),

@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "draftcache.tools.commands.prepare",
         "conversations -> token ids, loss masks, counts, draft vocabulary",
     ),
+    "generate": ("draftcache.tools.commands.generate", "prompts -> the verifier's own answers, as rows for prepare"),
     "vocab": ("draftcache.tools.commands.vocab", "build one draft-vocabulary map over several prepared datasets"),
     "capture": ("draftcache.tools.commands.capture", "run the frozen verifier once and write its outputs to a store"),
     "train": ("draftcache.tools.commands.train", "train the draft from a store, with no verifier in memory"),
@@ -47,7 +48,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("draftcache.tools.commands.demo", "the whole pipeline on a tiny verifier and real text"),
 }
 
-RESUMED = ("capture", "train", "sweep", "convert", "run", "demo")
+RESUMED = ("generate", "capture", "train", "sweep", "convert", "run", "demo")
 """Subcommands that keep what is finished when they are interrupted, and go on from it."""
 
 

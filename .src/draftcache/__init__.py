@@ -4,6 +4,7 @@ This module is the public Python API: one call per command, and the dataclasses 
 else may move between versions. Nothing heavy is imported before a name is used.
 
     prepare(PrepareConfig(...))     conversations -> token ids and loss masks
+    generate(GenerateConfig(...))   prompts -> the verifier's own answers, as rows for prepare
     capture(CaptureConfig(...))     prepared dataset and verifier -> store
     open_store(location)            random access to a store's conversations
     verify_store(location)          whether every byte of a store is what was committed
@@ -21,6 +22,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from draftcache.capture.generate.config import GenerateConfig
+    from draftcache.capture.generate.job import generate
     from draftcache.capture.job.config import CaptureConfig
     from draftcache.capture.job.launch import capture
     from draftcache.capture.prepare.chat.settings import ChatSettings
@@ -39,12 +42,14 @@ __all__ = [
     "CaptureConfig",
     "ChatSettings",
     "DraftcacheError",
+    "GenerateConfig",
     "PrepareConfig",
     "TrainConfig",
     "__version__",
     "capture",
     "evaluate",
     "export",
+    "generate",
     "open_store",
     "prepare",
     "train",
@@ -55,10 +60,12 @@ _HOMES = {
     "CaptureConfig": "draftcache.capture.job.config",
     "ChatSettings": "draftcache.capture.prepare.chat.settings",
     "DraftcacheError": "draftcache.store.common.errors",
+    "GenerateConfig": "draftcache.capture.generate.config",
     "PrepareConfig": "draftcache.capture.prepare.job",
     "TrainConfig": "draftcache.draft_train.config",
     "evaluate": "draftcache.draft_train.evaluate",
     "export": "draftcache.draft_train.export",
+    "generate": "draftcache.capture.generate.job",
     "open_store": "draftcache.store.reader",
     "prepare": "draftcache.capture.prepare.job",
     "train": "draftcache.draft_train.trainer",

@@ -41,7 +41,7 @@ class DatasetWriter:
 
     def __enter__(self) -> DatasetWriter:
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        self._cleanup.enter_context(_exclusive(self.output))
+        self._cleanup.enter_context(exclusive(self.output, "prepare"))
         try:
             check_output(self.output, overwrite=self.overwrite)
             if (found := take_over(self.output, self.partial, self.progress.job)) is not None:
@@ -162,16 +162,16 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def _exclusive(output: Path) -> Iterator[None]:
-    """Hold the lock of a dataset's path, a file beside it that is removed at the end. Raises InputError."""
+def exclusive(output: Path, command: str) -> Iterator[None]:
+    """Hold the lock of a path that `command` writes, a file beside it that is removed at the end. Raises InputError."""
     path = output.with_name(f".{output.name}.lock")
     lock = take_lock(path)
     if lock is None:
-        raise InputError(f"{output}: expected no other writer, found another prepare at work there")
+        raise InputError(f"{output}: expected no other writer, found another {command} at work there")
     try:
         # Between opening and locking, another run may have ended and removed the file, and a third one made a new one.
         if not path.exists() or os.fstat(lock.descriptor).st_ino != path.stat().st_ino:
-            raise InputError(f"{output}: another prepare has just finished there; run the command again")
+            raise InputError(f"{output}: another {command} has just finished there; run the command again")
         try:
             yield
         finally:

@@ -13,6 +13,7 @@ DraftcacheError
 ├── PrecisionError                 the verifier's fp32 state contract is not met
 ├── RankError                      another process of a parallel run ended, or does not answer
 │   └── RankRefusedError           another process refused the run
+├── ServerError                    a server that answers prompts is not there, or fails again and again
 ├── WorkerError                    the worker processes of a command ended before the work was done
 └── CheckpointError                a draft checkpoint is incomplete or belongs to something else
 
@@ -30,6 +31,7 @@ __all__ = [
     "PrecisionError",
     "RankError",
     "RankRefusedError",
+    "ServerError",
     "ShardDamagedError",
     "StorageError",
     "StoreError",
@@ -99,6 +101,12 @@ class RankRefusedError(RankError):
     """Another process of a parallel training run refused it, and says why in an error of its own."""
 
     exit_code = 2
+
+
+class ServerError(DraftcacheError):
+    """A server that answers prompts can't be reached, or fails however often it is asked."""
+
+    exit_code = 3
 
 
 class WorkerError(DraftcacheError):

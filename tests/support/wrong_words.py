@@ -9,6 +9,7 @@ def words_naming(text: Path, out: Path) -> dict[str, list[object]]:
     """Return the words behind each command's name: every path to read is `text`, every one to write is `out`."""
     return {
         "prepare": ["--tokenizer", text, "--output", out, f"train={text}"],
+        "generate": ["--verifier", text, "--output", out, f"train={text}"],
         "vocab": ["--size", "10", "--output", out, text],
         "capture": ["--verifier", text, "--dataset", text, "--output", out, "--layers", "0,1"],
         "train": ["--store", text, "--splits", "a", "--output", out],

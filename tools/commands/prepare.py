@@ -62,17 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on where --chat-template renders other text than the tokenizer's own template",
     )
-    parser.add_argument(
-        "--template-arg",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a variable for the template, such as enable_thinking=false: JSON if it is that, else text (repeatable)",
-    )
-    parser.add_argument(
-        "--date", default="2026-01-01", metavar="YYYY-MM-DD", help="what templates take for today's date (%(default)s)"
-    )
-    parser.add_argument("--system", metavar="TEXT", help="a system message for rows that have none")
+    add_rendering(parser)
     parser.add_argument(
         "--turns",
         choices=("auto", "all", "each", "last"),
@@ -94,13 +84,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that the tokenizer directory holds"
     )
-    parser.add_argument(
-        "--role",
-        action="append",
-        default=[],
-        metavar="NAME=ROLE",
-        help="read the messages of NAME as those of ROLE: system, developer, user, assistant or tool (repeatable)",
-    )
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
     parser.add_argument(
         "--show",
@@ -115,7 +98,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raise InputError for settings that are out of range, before anything is read; inputs may not be there yet."""
-    _config(arguments, _named(arguments.inputs), _named(arguments.held_out))
+    _config(arguments, named_splits(arguments.inputs), named_splits(arguments.held_out))
+
+
+def add_rendering(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how messages are read and rendered."""
+    parser.add_argument(
+        "--template-arg",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a variable for the template, such as enable_thinking=false: JSON if it is that, else text (repeatable)",
+    )
+    parser.add_argument(
+        "--date", default="2026-01-01", metavar="YYYY-MM-DD", help="what templates take for today's date (%(default)s)"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="a system message for rows that have none")
+    parser.add_argument(
+        "--role",
+        action="append",
+        default=[],
+        metavar="NAME=ROLE",
+        help="read the messages of NAME as those of ROLE: system, developer, user, assistant or tool (repeatable)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -196,7 +201,7 @@ def read_splits(pairs: list[str]) -> dict[str, list[Path]]:
     return splits
 
 
-def _named(pairs: list[str]) -> dict[str, list[Path]]:
+def named_splits(pairs: list[str]) -> dict[str, list[Path]]:
     """Parse NAME=INPUT pairs as they stand, whether or not their inputs are there."""
     splits: dict[str, list[Path]] = {}
     for name, text in _pairs(pairs):

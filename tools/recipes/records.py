@@ -31,7 +31,7 @@ def content_of(step: Step) -> str | None:
             return _store_content(step.output)
         if step.command == "train":
             return _run_content(path)
-        if step.command == "prepare":
+        if step.command in ("prepare", "generate"):
             return hash_file(path / "manifest.json") if (path / "manifest.json").is_file() else None
         if path.is_file():
             return hash_file(path)

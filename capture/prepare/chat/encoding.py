@@ -57,6 +57,16 @@ class ChatTokenizer:
             for encoding, text in zip(encodings, texts, strict=True)
         ]
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of these ids, special tokens included."""
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=False)
+        return text
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of one token by its text; None where there is no such token."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
     def _token_borders(self, text: str) -> list[int]:
         return [first for first, _ in self._backend.encode(text, add_special_tokens=False).offsets]
 

@@ -39,16 +39,19 @@ def template_difference(given: Renderer, own: Renderer, row: ChatRow) -> str | N
     )
 
 
-def check_against_transformers(ours: ChatTokenizer, tokenizer: Any, rows: Sequence[Sample]) -> None:
+def check_against_transformers(
+    ours: ChatTokenizer, tokenizer: Any, rows: Sequence[Sample], *, generation_prompt: bool = False
+) -> None:
     """Encode `rows` by ChatTokenizer and by `tokenizer.apply_chat_template`. Raises InputError where ids differ.
 
-    They differ where a tokenizer class changes text or ids outside of its `tokenizers` backend.
+    Both texts end with the `generation_prompt` on request. Ids differ where a tokenizer class changes text or ids
+    outside of its `tokenizers` backend.
     """
     template = ours.renderer.template
     for file, line, row in rows:
         try:
             row = ours.conversations.normalised(row)
-            text = ours.renderer.render(row.messages, row.tools)
+            text = ours.renderer.render(row.messages, row.tools, generation_prompt=generation_prompt)
         except RowRejectedError:
             continue
         found = ours.encode([LearnedText(text=text, spans=[])])[0][0].tolist()
@@ -59,6 +62,7 @@ def check_against_transformers(ours: ChatTokenizer, tokenizer: Any, rows: Sequen
                 row.messages,
                 tools=row.tools,
                 chat_template=template.text(row.tools),
+                add_generation_prompt=generation_prompt,
                 tokenize=True,
                 return_dict=True,
                 **ours.settings.template_args,

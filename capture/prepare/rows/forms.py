@@ -54,14 +54,19 @@ class ChatRow:
     unlearned: frozenset[int] = frozenset()
 
 
-def parse_row(row: bytes | Mapping[str, Any], roles: RoleMap = BUILT_IN_ROLES) -> ChatRow | TokenRow:
-    """Parse one JSON object, as UTF-8 text or as the values of a table's row. Raises RowRejectedError."""
+def parse_row(
+    row: bytes | Mapping[str, Any], roles: RoleMap = BUILT_IN_ROLES, *, answered: bool = True
+) -> ChatRow | TokenRow:
+    """Parse one JSON object, as UTF-8 text or as the values of a table's row. Raises RowRejectedError.
+
+    Unless rows must be `answered`, a `prompt` or an `instruction` may stand alone.
+    """
     values = _json_object(row) if isinstance(row, bytes) else row
     if values.get("token_ids") is not None or values.get("input_ids") is not None:
         return parse_token_row(values)
     if not isinstance(row, bytes):
         values = without_filled_keys(values)
-    messages, unlearned = _messages(values, roles)
+    messages, unlearned = (None if answered else _question(values, roles)) or _messages(values, roles)
     system = _system(values)
     if system and messages[0]["role"] not in ("system", "developer"):
         messages = [{"role": "system", "content": system}, *messages]
@@ -107,6 +112,18 @@ def _messages(row: Mapping[str, Any], roles: RoleMap) -> _Messages:
         "`response`, or `instruction` with `output`",
         found=f"keys {clip(sorted(map(str, row)))}",
     )
+
+
+def _question(row: Mapping[str, Any], roles: RoleMap) -> _Messages | None:
+    """The messages of a prompt or an instruction that has no answer; None for any other row."""
+    if any(row.get(key) is not None for key in ("messages", "conversations", "conversation")):
+        return None
+    if row.get("prompt") is not None and row.get("completion") is None and row.get("response") is None:
+        return read_messages(_as_messages(row["prompt"], "user"), roles)
+    if row.get("instruction") is not None and row.get("output") is None:
+        messages, unlearned = read_messages(_instruction(row), roles)
+        return messages[:-1], unlearned
+    return None
 
 
 def _prompt_and_answer(prompt: Any, answer: Any, roles: RoleMap) -> _Messages:
