@@ -169,7 +169,7 @@ class Demo:
 
         from draftcache.tools.demo.picture import draw_curves
         from draftcache.tools.demo.report import peak_memory_gib, summarize
-        from draftcache.tools.demo.truth import truth_check
+        from draftcache.tools.truth import truth_check
 
         started = time.monotonic()
         tokenizer = AutoTokenizer.from_pretrained(VERIFIER)
