@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 2_000
+FEWEST = 5
+"""Conversations below which there is no interval: draws of so few say too little of how conversations differ."""
 LEVEL = 0.95
 """Share of the draws that lie within an interval."""
 _DRAWN = 1 << 22
@@ -43,9 +45,9 @@ def resampled_sums(counts: NDArray[Any], *, resamples: int = RESAMPLES, seed: in
 def interval(draws: NDArray[np.float64], conversations: int) -> list[float] | None:
     """Return the two ends of the interval of a figure whose draws are [resamples], where NaN is no value.
 
-    It is None where fewer than two conversations are behind the figure, as nothing is then known of how they differ.
+    It is None where fewer than FEWEST conversations are behind the figure.
     """
-    if conversations < 2:
+    if conversations < FEWEST:
         return None
     ends = (100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2)
     with warnings.catch_warnings():

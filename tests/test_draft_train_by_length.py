@@ -50,18 +50,23 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
         assert ends is not None
         covered += ends[0] <= 0.5 <= ends[1]
     assert 180 <= covered <= 199
-    assert interval(np.ones(10), 1) is None
+    assert interval(np.ones(10), 4) is None
 
 
 def test_buckets_sum_to_the_whole_and_the_gap_is_to_the_shortest() -> None:
     made = counts(
-        [[(4, 12), (0, 0), (0, 0)], [(4, 8), (5, 10), (0, 0)], [(2, 4), (5, 5), (10, 10)], [(6, 12), (0, 0), (0, 0)]]
+        [
+            [(4, 12), (0, 0), (0, 0)],
+            [(4, 8), (5, 10), (0, 0)],
+            [(2, 4), (5, 5), (10, 10)],
+            *[[(2, 4), (0, 0), (0, 0)]] * 3,
+        ]
     )
-    lengths = np.array([9, 19, 40, 8])
+    lengths = np.array([9, 19, 40, 8, 8, 8])
     row = figures({"draft": made}, lengths, resamples=200)["draft"]
     assert [(part["from"], part["to"]) for part in row["by_position"]] == [(0, 10), (10, 20), (20, None)]
     assert [part["verify_steps"] for part in row["by_position"]] == [16, 10, 10]
-    assert [part["conversations"] for part in row["by_position"]] == [4, 2, 1]
+    assert [part["conversations"] for part in row["by_position"]] == [6, 2, 1]
     assert [part["acceptance_length"] for part in row["by_position"]] == [36 / 16, 1.5, 1.0]
     assert row["by_position"][0]["gap"] is None
     assert row["by_position"][1]["gap"] == pytest.approx(1.5 / (36 / 16) - 1)
