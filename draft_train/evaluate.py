@@ -23,7 +23,7 @@ from draftcache.draft_train.drafts.registry import find_architecture
 from draftcache.draft_train.eval_record import KIND, conversation_record, recorded_counts
 from draftcache.draft_train.examples import examples
 from draftcache.draft_train.fit import require_fit
-from draftcache.draft_train.intervals import RESAMPLES
+from draftcache.draft_train.intervals import LEVEL, RESAMPLES
 from draftcache.draft_train.measure import Hits, Sampling, bigram_hits, draft_hits, measure
 from draftcache.draft_train.sampled import SampledCounts, draft_overlaps, require_temperature
 from draftcache.draft_train.split_checks import members_of, warn_of_trained
@@ -80,6 +80,8 @@ def evaluate(
         raise InputError(f"--compute: expected one of {list(COMPUTE)}, found {compute!r}")
     if resamples < 100:
         raise InputError(f"--resamples: expected at least 100, found {resamples}")
+    if seed < 0:
+        raise InputError(f"--seed: expected 0 or more, found {seed}")
     edges = require_edges(length_buckets)
     if temperature is not None:
         require_temperature(temperature)
@@ -181,6 +183,7 @@ class _Evaluation:
             "draft_tokens": self.draft_tokens,
             "length_buckets": list(self.edges),
             "temperature": self.temperature,
+            "level": LEVEL,
             "resamples": self.resamples,
             "seed": self.seed,
             "splits": {},

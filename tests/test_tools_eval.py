@@ -52,7 +52,7 @@ def test_json_leaves_out_what_the_file_keeps(root: Path, tmp_path: Path, capsys:
     assert kept["splits"] == shown["splits"]
     assert kept["checkpoint_path"] == str(root / "one" / "checkpoints" / kept["checkpoint"])
     assert evaluation(root, "--compare", tmp_path / "eval.json") == 0
-    assert ": +0.000 tokens per verify step, 95 % interval +0.000 .. +0.000" in capsys.readouterr().out
+    assert ": +0.000 tokens per verify step, 95% interval +0.000 .. +0.000" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,7 @@ def test_json_leaves_out_what_the_file_keeps(root: Path, tmp_path: Path, capsys:
         (["--verifier", "here"], "expected --online and --verifier together, found one of them"),
         (["--online", "--verifier", "here", "--online-prompts", "0"], "--online-prompts: expected at least 2, found 0"),
         (["--length-buckets", "1k"], "--length-buckets: expected numbers of tokens, comma-separated, found '1k'"),
+        (["--seed", "-1"], "--seed: expected 0 or more, found -1"),
         (["--resamples", "5"], "--resamples: expected at least 100, found 5"),
         (["--temperature", "0"], "--temperature: expected 0.05 to 20, found 0.0"),
         (["--compare", "none"], "none: expected a checkpoint"),

@@ -9,9 +9,7 @@ WIDE = 16
 
 def format_evaluation(result: dict[str, Any]) -> str:
     """Format the figures of `draftcache.draft_train.evaluate.evaluate`, split by split."""
-    lines = [
-        f"{'split':<20} {'draft':>8} {'95 % interval':>{WIDE}} {'untrained':>10} {'bigram':>8}  kind, conditional "
-    ]
+    lines = [f"{'split':<20} {'draft':>8} {'95% interval':>{WIDE}} {'untrained':>10} {'bigram':>8}  kind, conditional "]
     lines[0] += "acceptance per draft token"
     for split, row in result["splits"].items():
         bigram = f"{row['bigram']['acceptance_length']:.3f}" if "bigram" in row else "-"
@@ -61,8 +59,8 @@ def _by_length(split: str, figures: dict[str, Any], trained: int) -> list[str]:
             f"{split}, by {title}" + (f" (longest conversation of its training store: {trained:,})" if trained else ""),
         ]
         lines.append(
-            f"{'tokens':<16} {'conversations':>14} {'verify steps':>13} {'acceptance':>11} {'95 % interval':>{WIDE}} "
-            f"{'gap to the shortest':>20} {'95 % interval':>{WIDE + 4}}"
+            f"{'tokens':<16} {'conversations':>14} {'verify steps':>13} {'acceptance':>11} {'95% interval':>{WIDE}} "
+            f"{'gap to the shortest':>20} {'95% interval':>{WIDE + 4}}"
         )
         for row in rows:
             gap = "-" if row["gap"] is None else f"{row['gap']:+.1%}"
@@ -81,7 +79,7 @@ def _differences(split: str, row: dict[str, Any]) -> list[str]:
         lines += [
             "",
             f"{split}: this draft minus {item['minus']} ({other:.3f}): {item['difference']:+.3f} tokens per verify "
-            f"step, 95 % interval {_signed(item['interval'])}, in pairs of the same conversation",
+            f"step, 95% interval {_signed(item['interval'])}, in pairs of the same conversation",
         ]
         for axis, title in (("by_position", "position"), ("by_length", "length")):
             if len(item[axis]) > 1:
