@@ -172,7 +172,7 @@ def test_turns_and_conversations_are_kept_apart() -> None:
 
 
 def test_an_evaluation_reports_the_interval(tmp_path: Path) -> None:
-    write_teacher_store(tmp_path / "store", "full")
+    write_teacher_store(tmp_path / "store", "full", per_shard=6)
     Trainer(config(tmp_path, epochs=1)).run()
     asked = {"store": tmp_path / "store", "checkpoint": tmp_path / "run", "splits": ["val"], "draft_tokens": 3}
     found = evaluate(**asked, device="cpu", temperature=0.8, resamples=100)["splits"]["val"]  # type: ignore[arg-type]

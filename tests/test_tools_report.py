@@ -62,6 +62,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             bigram_splits=["train"], temperature=1.0, show_conversations=2, resamples=200, device="cpu",
         )  # fmt: skip
         write_json(made / name / "eval.json" if seed == 0 else made / "of-two.json", figures)
+    (made / "two" / "run.json").unlink()  # as runs of earlier versions
     vocabulary = {f"{HOSTILE}{number}" if number % 2 else f"word{number}\n\x07": number for number in range(VOCAB)}
     (made / "tokenizer").mkdir()
     Tokenizer(models.WordLevel(vocabulary, unk_token="word0\n\x07")).save(str(made / "tokenizer" / "tokenizer.json"))
@@ -76,22 +77,18 @@ def report(output: Path, *inputs: object) -> str:
 def test_a_page_has_all_of_runs_evaluations_and_store(root: Path, tmp_path: Path) -> None:
     text = report(tmp_path / "r.html", root / "one", root / "two", root / "of-two.json", root / "store")
     page = Page(text)
-    for heading in (
-        "Acceptance",
-        "Comparison",
-        "Position and length",
-        "Training",
-        "Store",
-        "Conversations",
-        "Provenance",
-    ):
+    headings = "Acceptance,Comparison,Position and length,Training,Store,Conversations,Provenance"
+    for heading in headings.split(","):
         assert f">{heading}</h2>" in text
     figures = json.loads((root / "one" / "eval.json").read_text())["splits"]["val"]
     for name in ("draft", "untrained", "bigram"):
         assert f"{figures[name]['acceptance_length']:.3f}" in page.text
     assert "one on val under speculative sampling at T = 1.0: acceptance between" in page.text
     assert page.text.count("finished at step") == 2
-    assert "draftcache train --store STORE --splits train" in page.text
+    kept = json.loads((root / "one" / "run.json").read_text())
+    assert kept["commands"][0] in page.text
+    assert f"commit {kept['commit']}" in page.text
+    assert "draftcache train --store STORE --splits train" in page.text  # of the run without run.json
     assert "--learning-rate 0.01" in page.text
     assert "as token ids; --tokenizer DIR shows text" in page.text
     assert "still going" not in page.text

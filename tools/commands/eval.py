@@ -83,12 +83,20 @@ def _add_online(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--online-tokens", type=int, default=64, help="tokens of each answer at most (default: 64)")
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Raise InputError for settings that are out of range, before anything is read."""
+    from draftcache.draft_train.by_length import require_edges
+
+    _require_online(arguments)
+    require_edges(_edges(arguments.length_buckets))
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate and print the figures per split. Returns 0, or 1 where --online found a difference."""
     from draftcache.draft_train.evaluate import evaluate
     from draftcache.store.common.files import write_json
 
-    _require_online(arguments)
+    check(arguments)
     result = evaluate(
         store=arguments.store,
         checkpoint=arguments.checkpoint,

@@ -12,8 +12,10 @@ from typing import Any
 from draftcache.draft_train.checkpoint import best_checkpoint, checkpoints
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.drafts.protocol import CheckpointState
+from draftcache.draft_train.run_log import RUN_NAME
 from draftcache.draft_train.state_file import read_state
 from draftcache.store.common.errors import DraftcacheError
+from draftcache.store.common.files import read_json
 
 METRICS = "metrics.jsonl"
 _GOING = 900.0
@@ -30,6 +32,8 @@ class Run:
     """Records of `draft_train.run_log.step_record`, in order of steps."""
     state: CheckpointState | None
     """Of the newest checkpoint; None before the first."""
+    record: dict[str, Any]
+    """Content of run.json: commands, versions, commit; empty for runs of earlier versions."""
     silent: float | None
     """Seconds since the last record was written; None where there is none."""
     notes: list[str] = field(default_factory=list)
@@ -55,10 +59,12 @@ class Run:
             return f"finished at step {self.step:,}"
         if self.silent is None:
             return "not begun: no step is logged yet"
+        total = self.record.get("total_steps")
+        step = f"step {self.step:,}" + (f" of {total:,}" if _is_number(total) else "")
         ago = f"{self.silent:.0f} s" if self.silent < 120 else f"{self.silent / 60:.0f} min"
         if self.silent < _GOING:
-            return f"still going: step {self.step:,}, last record {ago} ago. All figures of it are of this moment."
-        return f"not finished: step {self.step:,}, last record {ago} ago. The same command would go on from there."
+            return f"still going: {step}, last record {ago} ago. All figures of it are of this moment."
+        return f"not finished: {step}, last record {ago} ago. The same command would go on from there."
 
     def column(self, name: str) -> tuple[list[float], list[float]]:
         """Return the steps and values of a key of the log, where it was logged."""
@@ -84,16 +90,22 @@ class Run:
         place = max(range(len(values)), key=lambda number: values[number])
         return int(steps[place]), values[place]
 
-    def command(self) -> str | None:
-        """Return the `draftcache train` command that these settings came from; None before the first checkpoint."""
+    @property
+    def commands(self) -> list[str]:
+        """The commands that began the run and went on with it.
+
+        For a run of an earlier version, which kept none, one is made of the settings of its checkpoint.
+        """
+        if isinstance(kept := self.record.get("commands"), list):
+            return [str(command) for command in kept]
         if self.state is None:
-            return None
+            return []
         defaults, words = TrainConfig.objective_defaults(), ["draftcache train --store STORE"]
         for name, value in self.state.objective.items():
             if name == "splits" or value != defaults.get(name):
                 text = ",".join(map(str, value)) if isinstance(value, list | tuple) else f"{value}"
                 words.append(f"--{name.replace('_', '-')} {text}")
-        return " ".join([*words, f"--output {self.path}"])
+        return [" ".join([*words, f"--output {self.path}"])]
 
 
 def is_run(path: Path) -> bool:
@@ -119,7 +131,19 @@ def read_run(path: Path, name: str, axes: dict[str, Any] | None = None) -> Run:
         notes.append(str(exc))
     file = path / METRICS
     silent = max(0.0, time.time() - file.stat().st_mtime) if metrics else None
-    return Run(name=name, path=path, metrics=metrics, state=state, silent=silent, notes=notes, axes=axes or {})
+    record = _read_record(path / RUN_NAME, notes)
+    return Run(
+        name=name, path=path, metrics=metrics, state=state, record=record, silent=silent, notes=notes, axes=axes or {}
+    )
+
+
+def _read_record(path: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        found = read_json(path) if path.is_file() else {}
+    except (OSError, ValueError) as exc:
+        notes.append(f"{path}: could not be read ({exc})")
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _read_metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
