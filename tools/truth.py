@@ -26,6 +26,7 @@ from draftcache.draft_train.checkpoint import load_draft, load_state, resolve_ch
 from draftcache.draft_train.data.frozen import FrozenWeights
 from draftcache.draft_train.drafts.eagle3.architecture import ARCHITECTURE as EAGLE3
 from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
+from draftcache.draft_train.drafts.protocol import CheckpointState
 from draftcache.draft_train.fit import require_fit
 from draftcache.draft_train.measure import measure_draft
 from draftcache.store.common.errors import InputError, ManifestMismatchError
@@ -169,16 +170,7 @@ def online_check(
     not the store's, and InputError where there is no prompt or the draft is none that the decoding loop runs.
     """
     reader = StoreReader(store)
-    state = load_state(resolve_checkpoint(checkpoint))
-    require_fit(checkpoint, state, reader)
-    if state.architecture != EAGLE3.name:
-        raise InputError(f"--online: expected an Eagle3 draft, which the loop can run, found {state.architecture}")
-    expected, known = reader.manifest.verifier["weights_hash"], (weights_fingerprint, former_fingerprint)
-    if expected not in (found := [fingerprint(verifier_path) for fingerprint in known]):
-        raise ManifestMismatchError(
-            f"--verifier {verifier_path}: expected the weights of {reader.location}'s verifier, {expected}, found "
-            f"{found[0]}; the count of another verifier says nothing of this store"
-        )
+    state = require_online(reader, verifier_path, checkpoint)
     verifier = load_verifier(verifier_path, device=device, dtype=torch.float32, trust_remote_code=False)
     enforce_contract(verifier.model, verifier_path, allow_fallback=False)
     vocab = reader.manifest.teacher_form.choose(state.shape.draft_vocab_size)
@@ -196,6 +188,21 @@ def online_check(
         draft_tokens=draft_tokens,
         device=str(device),
     )
+
+
+def require_online(store: StoreReader, verifier_path: Path, checkpoint: Path) -> CheckpointState:
+    """Return the checkpoint's state. Raises what `online_check` raises, in a second and before anything is computed."""
+    state = load_state(resolve_checkpoint(checkpoint))
+    require_fit(checkpoint, state, store)
+    if state.architecture != EAGLE3.name:
+        raise InputError(f"--online: expected an Eagle3 draft, which the loop can run, found {state.architecture}")
+    expected, known = store.manifest.verifier["weights_hash"], (weights_fingerprint, former_fingerprint)
+    if expected not in (found := [fingerprint(verifier_path) for fingerprint in known]):
+        raise ManifestMismatchError(
+            f"--verifier {verifier_path}: expected the weights of {store.location}'s verifier, {expected}, found "
+            f"{found[0]}; the count of another verifier says nothing of this store"
+        )
+    return state
 
 
 def _prompts(store: StoreReader, splits: Sequence[str], most: int) -> list[list[int]]:

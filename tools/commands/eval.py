@@ -97,6 +97,11 @@ def run(arguments: argparse.Namespace) -> int:
     from draftcache.store.common.files import write_json
 
     check(arguments)
+    if arguments.online:
+        from draftcache.store.reader import StoreReader
+        from draftcache.tools.truth import require_online
+
+        require_online(StoreReader(arguments.store), arguments.verifier, arguments.checkpoint)
     result = evaluate(
         store=arguments.store,
         checkpoint=arguments.checkpoint,
