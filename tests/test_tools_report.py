@@ -164,6 +164,7 @@ def test_trials_are_grouped_with_intervals_over_seeds(tmp_path: Path) -> None:
     assert f"0.003 1.530 {1.53 - half:.3f} .. {1.53 + half:.3f} 3 0 of 3 t0, t1, t2" in text
     assert "0.001 1.210" in text
     assert "0.01 - - 0 0 of 1 late" in text
+    assert "6 of 6 runs are not finished; their figures are of this moment." in text
     assert "acceptance length at the last evaluation; mean over the seeds" in text
     runs = [read_run(tmp_path / "runs" / str(number), str(number), {"seed": number}) for number in range(2)]
     (group,) = group_trials(runs, {"0": 1.0})
