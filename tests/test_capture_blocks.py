@@ -10,16 +10,20 @@ import torch
 from transformers import (
     BertConfig,
     BertLMHeadModel,
+    BlenderbotConfig,
+    BlenderbotForCausalLM,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LongcatFlashConfig,
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
 )
 
 from draftcache.capture.job.config import CaptureConfig, layers_by_depth
 from draftcache.capture.job.start_check import with_layers
+from draftcache.capture.verifier.blocks import block_count
 from draftcache.capture.verifier.load import Verifier, find_modules, load_verifier
 from draftcache.capture.verifier.self_check import self_check
 from draftcache.store.common.errors import InputError
@@ -60,6 +64,22 @@ def test_the_language_model_inside_of_a_model_for_images(tmp_path: Path) -> None
     states = verifier.forward(IDS, (1,))
     assert torch.allclose(states.taps[1], expected.hidden_states[2][0], atol=1e-5)
     assert torch.allclose(states.final, expected.hidden_states[4][0], atol=1e-5)
+
+
+def test_the_depth_is_the_decoders_and_counts_blocks_not_attentions(tmp_path: Path) -> None:
+    config = BlenderbotConfig(
+        vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=3, decoder_attention_heads=4, decoder_ffn_dim=48,
+        encoder_attention_heads=4, encoder_ffn_dim=48, max_position_embeddings=512, is_decoder=True,
+        is_encoder_decoder=False,
+    )  # fmt: skip
+    BlenderbotForCausalLM(config).save_pretrained(tmp_path)
+    verifier = load(tmp_path)
+    assert len(verifier.blocks) == 3 != config.num_hidden_layers
+    assert max(self_check(verifier, (0, 1, 2), IDS).values()) < 1e-4
+    job = CaptureConfig(verifier=tmp_path, dataset=tmp_path, output=tmp_path / "s")
+    assert with_layers(job).layers == layers_by_depth(3)
+    assert block_count(LongcatFlashConfig(num_layers=5)) == 5
+    assert block_count(LlamaConfig(num_hidden_layers=5)) == 5
 
 
 def test_of_several_norms_the_one_whose_output_the_head_reads() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MegatronBertConfig, MegatronBertForCausalLM
 
 from draftcache.capture.verifier.forward import Piece
 from draftcache.capture.verifier.load import Verifier, find_modules, load_verifier
@@ -166,3 +167,20 @@ def test_a_single_block(tmp_path: Path) -> None:
     model.model.layers = model.model.layers[:1]
     model.config.num_hidden_layers = 1
     assert max(self_check(find_modules(model, CPU), (0,), IDS).values()) < 1e-5
+
+
+def test_a_last_block_is_what_the_bodys_norm_reads_where_the_head_has_a_norm_of_its_own(tmp_path: Path) -> None:
+    """Body, norm, then layers and another norm of the head: the first norm vouches for the last block, and only it."""
+    torch.manual_seed(0)
+    config = MegatronBertConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=512, is_decoder=True,
+    )  # fmt: skip
+    MegatronBertForCausalLM(config).save_pretrained(tmp_path)
+    verifier = load_verifier(tmp_path, device=CPU, dtype=torch.float32, trust_remote_code=False)
+    assert verifier.final_norm is verifier.model.cls.predictions.transform.LayerNorm
+    assert max(self_check(verifier, (0, 2), IDS).values()) < 1e-3
+    verifier.body.encoder.ln.register_forward_pre_hook(lambda _m, inputs: (2 * inputs[0] + 1,))
+    self_check(verifier, (0, 1), IDS)
+    with pytest.raises(InputError, match="stream"):
+        self_check(verifier, (0, 2), IDS)

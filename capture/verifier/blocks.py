@@ -28,9 +28,19 @@ def model_class(config: Any) -> Any:
     return transformers.AutoModelForCausalLM  # which says what it knows
 
 
+def block_count(config: Any) -> int | None:
+    """Return the number of blocks that a text model's configuration gives; None where it gives none.
+
+    `num_hidden_layers` is the encoder's in a configuration of encoder and decoder, and counts each block as often as it
+    has attention in some others, which give their blocks as `num_layers`.
+    """
+    counts = (getattr(config, name, None) for name in ("decoder_layers", "num_layers", "num_hidden_layers"))
+    return next((count for count in counts if isinstance(count, int)), None)
+
+
 def find_blocks(model: Any) -> tuple[nn.Module, nn.ModuleList]:
     """Return the stack of blocks and the module that holds it, beside the embeddings. Raises InputError."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    count = block_count(model.config.get_text_config())
     embeddings = model.get_input_embeddings()
     stacks = [
         (name, module)
@@ -42,7 +52,7 @@ def find_blocks(model: Any) -> tuple[nn.Module, nn.ModuleList]:
     beside = [item for item in holders if any(module is embeddings for module in item[0].modules())]
     if not holders:
         raise InputError(
-            f"{type(model).__name__}: expected a ModuleList of num_hidden_layers = {count} blocks, found none"
+            f"{type(model).__name__}: expected a ModuleList of {count} blocks, as its configuration says, found none"
         )
     holder, _, blocks = min(beside or holders, key=lambda item: item[1].count("."))
     return holder, blocks

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from draftcache.capture.verifier.forward import block_state
 from draftcache.capture.verifier.head import HeadCall, float32_head, prove_head
@@ -79,6 +79,7 @@ def _own_states(
     """
     states: list[Tensor] = []
     normed: list[tuple[Tensor, Tensor]] = []
+    beside: list[tuple[Tensor, Tensor]] = []
 
     def begin(_module: Any, inputs: Any, named: Any) -> None:
         states.append(inputs[0] if inputs else named["hidden_states"])
@@ -89,9 +90,14 @@ def _own_states(
     def keep_normed(_module: Any, inputs: Any, output: Any) -> None:
         normed.append((inputs[0], output))
 
+    def keep_beside(_module: Any, inputs: Any, output: Any) -> None:
+        if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+            beside.append((inputs[0], output))
+
     handles = [block.register_forward_hook(keep) for block in verifier.blocks]
     handles.append(verifier.blocks[0].register_forward_pre_hook(begin, with_kwargs=True))
     handles.append(verifier.final_norm.register_forward_hook(keep_normed))
+    handles += [module.register_forward_hook(keep_beside) for module in _beside_blocks(verifier)]
     try:
         with float32_head(verifier.head) as calls:
             output = verifier.model(input_ids=token_ids[None], use_cache=False, output_hidden_states=True)
@@ -116,8 +122,15 @@ def _own_states(
     stream = _stream_difference(states, output.hidden_states, before)
     if layers[-1] == len(verifier.blocks) - 1 and before.shape == shape:
         # What most models report last is behind their norm, so the last block is compared with what the norm reads, or
-        # gives where it is the block's own, or, where more layers come between, with what is reported last.
-        last = [before, final, *(output.hidden_states or ())[-1:]]
+        # gives where it is the block's own, or, where more layers come between, with what is reported last, or with
+        # what the body's own norm reads to make that.
+        reported = output.hidden_states[-1:] if output.hidden_states else ()
+        last = [
+            before,
+            final,
+            *reported,
+            *(read for read, made in beside if any(torch.equal(made, seen) for seen in reported)),
+        ]
         alike = [row_difference(states[-1][0], seen[0]) for seen in last if seen.shape == shape]
         stream = float(np.max([stream, min(alike)]))
     return (
@@ -127,6 +140,12 @@ def _own_states(
         output.logits[0],
         calls,
     )
+
+
+def _beside_blocks(verifier: Verifier) -> list[nn.Module]:
+    """The modules of the body that are no part of a block."""
+    inside = {id(module) for block in verifier.blocks for module in block.modules()}
+    return [module for module in verifier.model.base_model.modules() if id(module) not in inside]
 
 
 def _stream_difference(states: list[Tensor], reported: Any, before_norm: Tensor) -> float:
