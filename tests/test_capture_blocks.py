@@ -13,18 +13,23 @@ from transformers import (
     BlenderbotConfig,
     BlenderbotForCausalLM,
     CLIPVisionConfig,
+    ElectraConfig,
+    ElectraForCausalLM,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LongcatFlashConfig,
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
 )
 
 from draftcache.capture.job.config import CaptureConfig, layers_by_depth
 from draftcache.capture.job.start_check import with_layers
 from draftcache.capture.verifier.blocks import block_count
-from draftcache.capture.verifier.load import Verifier, find_modules, load_verifier
+from draftcache.capture.verifier.head import head_logits
+from draftcache.capture.verifier.load import Verifier, describe_verifier, find_modules, load_verifier
 from draftcache.capture.verifier.self_check import self_check
 from draftcache.store.common.errors import InputError
 from draftcache.tools.cli import main
@@ -119,6 +124,84 @@ def test_a_head_with_layers_of_its_own(tmp_path: Path) -> None:
         logits = states.final @ verifier.head.weight.T + verifier.head.bias
     assert torch.allclose(states.taps[1], expected.hidden_states[2][0], atol=1e-5)
     assert torch.allclose(logits, expected.logits[0], atol=1e-4)
+
+
+def small_opt(path: Path, *, pre_norm: bool) -> Any:
+    """Vocabulary's sides of 16 channels beside blocks of 32, as in OPT 350M."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=VOCAB, hidden_size=32, word_embed_proj_dim=16, num_hidden_layers=3, num_attention_heads=4,
+        ffn_dim=48, max_position_embeddings=512, do_layer_norm_before=pre_norm, init_std=0.2,
+    )  # fmt: skip
+    model = OPTForCausalLM(config).eval()
+    model.save_pretrained(path)
+    return model
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_projections_beside_embeddings_and_head_are_folded_into_them(tmp_path: Path, pre_norm: bool) -> None:
+    model = small_opt(tmp_path, pre_norm=pre_norm)
+    verifier, decoder = load(tmp_path), model.model.decoder
+    assert (verifier.hidden_size, verifier.head_size, verifier.own_head.in_features) == (32, 32, 16)
+    assert max(self_check(verifier, (0, 1, 2), IDS).values()) < 1e-3
+    with torch.inference_mode():
+        logits = model(input_ids=IDS[None]).logits[0]
+        ours = head_logits(verifier.forward(IDS, (1,)).final, verifier.head, verifier.head_form)
+        rows = decoder.project_in(decoder.embed_tokens(IDS))
+    assert torch.allclose(ours, logits, atol=1e-4)
+    assert torch.allclose(verifier.embeddings(IDS), rows, atol=1e-5)
+
+
+def test_a_projection_that_is_not_all_between_norm_and_head_is_refused(tmp_path: Path) -> None:
+    small_opt(tmp_path, pre_norm=True)
+    verifier = load(tmp_path)
+    project = verifier.body.decoder.project_out
+    project.register_forward_hook(lambda _m, _i, output: output + 0.01)
+    with pytest.raises(InputError, match="logits"):
+        self_check(verifier, (0, 2), IDS)
+    verifier.body.decoder.project_in = torch.nn.Identity()
+    with pytest.raises(InputError, match="or a linear projection to them, found embeddings of 16 and none"):
+        find_modules(without_projection(tmp_path), CPU)
+
+
+def without_projection(path: Path) -> Any:
+    """The small OPT with embeddings that are widened by something that is no linear layer."""
+    model = OPTForCausalLM.from_pretrained(path)
+    model.model.decoder.project_in = torch.nn.Upsample(size=32)
+    return model
+
+
+def test_a_head_with_a_norm_of_its_own_reads_states_of_another_width(tmp_path: Path) -> None:
+    """As in small ELECTRA and RoFormer: the taps have the blocks' 32 channels, the final states the head's 16."""
+    torch.manual_seed(0)
+    config = ElectraConfig(
+        vocab_size=VOCAB, embedding_size=16, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+        intermediate_size=48, max_position_embeddings=512, is_decoder=True,
+    )  # fmt: skip
+    ElectraForCausalLM(config).save_pretrained(tmp_path)
+    verifier = load(tmp_path)
+    assert (verifier.hidden_size, verifier.head_size, verifier.norm.weight.shape) == (32, 16, (16,))
+    assert max(self_check(verifier, (0, 1, 2), IDS).values()) < 1e-3
+    states = verifier.forward(IDS, (1,))
+    assert (states.taps[1].shape, states.final.shape) == ((256, 32), (256, 16))
+    described = describe_verifier(tmp_path, verifier)
+    assert (described["hidden_size"], described["head_size"]) == (32, 16)
+    wrap_reported(verifier)
+    with pytest.raises(InputError, match="last block, 2"):  # nothing else of 32 channels vouches for the last block
+        self_check(verifier, (2,), IDS)
+
+
+def wrap_reported(verifier: Verifier) -> None:
+    """Have the model report another state behind its last block than that block returns."""
+    original = verifier.model.forward
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        output = original(*arguments, **named)
+        *others, last = output.hidden_states
+        output.hidden_states = (*others, last + 1)
+        return output
+
+    verifier.model.forward = forward
 
 
 def test_a_model_without_a_final_norm_is_refused() -> None:

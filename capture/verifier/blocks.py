@@ -52,7 +52,8 @@ def find_blocks(model: Any) -> tuple[nn.Module, nn.ModuleList]:
     beside = [item for item in holders if any(module is embeddings for module in item[0].modules())]
     if not holders:
         raise InputError(
-            f"{type(model).__name__}: expected a ModuleList of {count} blocks, as its configuration says, found none"
+            f"{type(model).__name__}: expected a stack of {count or 'so many'} blocks, as its configuration counts "
+            "them, found none; what is captured is the output of such blocks, so use another verifier"
         )
     holder, _, blocks = min(beside or holders, key=lambda item: item[1].count("."))
     return holder, blocks
@@ -64,8 +65,8 @@ def text_body(model: Any, holder: nn.Module) -> Any:
     return model.base_model if whole else holder
 
 
-def find_final_norm(model: Any, holder: nn.Module) -> nn.Module:
-    """Return the norm whose output the head reads. Raises InputError where none is found.
+def find_final_norm(model: Any, holder: nn.Module, reader: nn.Module) -> nn.Module:
+    """Return the norm whose output `reader` reads: the head, or a projection before it. Raises InputError without one.
 
     In a model of a body and a head, the one module beside the blocks that is named as a norm is taken. In any other,
     the module that makes the head's input in a short forward: behind the blocks, in the last of them where a block ends
@@ -75,7 +76,7 @@ def find_final_norm(model: Any, holder: nn.Module) -> nn.Module:
     named = [holder.get_submodule(name) for name in names if "embed" not in name]
     if len(named) == 1 and _is_body_and_head(model):
         return named[0]
-    found = _maker_of_head_input(model)
+    found = _maker_of_input(model, reader)
     if found is None and len(named) == 1:
         return named[0]
     if found is None or isinstance(found, nn.ModuleList | nn.Embedding) or found is holder:
@@ -93,8 +94,8 @@ def _is_body_and_head(model: Any) -> bool:
     return others == [model.base_model] and any(child is head for child in model.children())
 
 
-def _maker_of_head_input(model: Any) -> nn.Module | None:
-    """The innermost module whose output is what the head gets; None where no module made it."""
+def _maker_of_input(model: Any, reader: nn.Module) -> nn.Module | None:
+    """The innermost module whose output is what `reader` gets; None where no module made it."""
     made: list[tuple[nn.Module, torch.Tensor]] = []
     read: list[torch.Tensor] = []
 
@@ -103,8 +104,7 @@ def _maker_of_head_input(model: Any) -> nn.Module | None:
             made.append((module, output))
 
     handles = [module.register_forward_hook(keep) for module in model.modules() if not isinstance(module, nn.Linear)]
-    head = model.get_output_embeddings()
-    handles.append(head.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0])))
+    handles.append(reader.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0])))
     device = next(model.parameters()).device
     try:
         with torch.inference_mode():

@@ -21,6 +21,7 @@ from draftcache.capture.verifier.families import choose_forward
 from draftcache.capture.verifier.forward import Forward, Piece
 from draftcache.capture.verifier.head import choose_head_form
 from draftcache.capture.verifier.norm import FinalNorm, measure_norm
+from draftcache.capture.verifier.projection import vocabulary_sides
 from draftcache.capture.verifier.rope import pin_rope
 from draftcache.capture.verifier.ssm_precision import mamba_mixers, stand_in_for_extension, torch_forms_on_the_cpu
 from draftcache.capture.verifier.weights import (
@@ -50,13 +51,17 @@ class Verifier:
     body: Any
     blocks: nn.ModuleList
     embeddings: nn.Embedding
+    """Of the blocks' width; the model's own, or folded with the projection behind it."""
     final_norm: nn.Module
     head: nn.Linear
+    """What makes logits of the final norm's output; the model's own, or folded with the projection before it."""
     device: torch.device
     body_forward: Forward
     """Runs the body; `choose_forward` chose it."""
     head_form: HeadForm = IDENTITY
     """What makes logits of the head's output; `load_verifier` chose it, and the self-check proves it."""
+    projected_head: nn.Linear | None = None
+    """The model's own head where `head` is folded from it and the projection before it."""
     rope: str | None = None
     """What rotary embeddings that choose by the length of a call were pinned to; None where there are none."""
 
@@ -66,6 +71,16 @@ class Verifier:
         return int(self.embeddings.weight.shape[1])
 
     @property
+    def own_head(self) -> nn.Linear:
+        """The head that the model's own code calls."""
+        return self.head if self.projected_head is None else self.projected_head
+
+    @property
+    def head_size(self) -> int:
+        """Width of the final norm's output, which the head reads; another than `hidden_size` in few models."""
+        return int(self.head.in_features)
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the head."""
         return int(self.head.weight.shape[0])
@@ -73,7 +88,7 @@ class Verifier:
     @cached_property
     def norm(self) -> FinalNorm:
         """What the final norm computes, and its effective weight, measured through the module."""
-        return measure_norm(self.final_norm, self.model.config.get_text_config(), self.hidden_size)
+        return measure_norm(self.final_norm, self.model.config.get_text_config(), self.head_size)
 
     @property
     def rms_norm_eps(self) -> float:
@@ -151,7 +166,8 @@ def load_verifier(
     torch_forms_on_the_cpu(mamba_mixers(model))
     found = find_modules(model, device)
     rope = pin_rope(model)
-    return replace(found, rope=rope, head_form=choose_head_form(model, found.final_norm, found.head, device))
+    form = choose_head_form(model, found.final_norm, found.head, found.own_head)
+    return replace(found, rope=rope, head_form=form)
 
 
 def _remedy(exc: Exception) -> str:
@@ -200,20 +216,22 @@ def _tensor_parallel_plan(path: Path, ranks: int, trust_remote_code: bool) -> di
 def find_modules(model: Any, device: torch.device) -> Verifier:
     """Find blocks, embeddings, final norm and head of a causal LM. Raises InputError naming what is missing."""
     holder, blocks = find_blocks(model)
-    final_norm = find_final_norm(model, holder)
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if not isinstance(head, nn.Linear) or not isinstance(embeddings, nn.Embedding):
         raise InputError(
             f"{type(model).__name__}: expected a linear head and an embedding table, "
             f"found {type(head).__name__} and {type(embeddings).__name__}"
         )
+    sides = vocabulary_sides(model, blocks, embeddings, head)
+    final_norm = find_final_norm(model, holder, sides.reader)
     return Verifier(
         model=model,
         body=text_body(model, holder),
         blocks=blocks,
-        embeddings=embeddings,
+        embeddings=sides.embeddings,
         final_norm=final_norm,
-        head=head,
+        head=sides.head,
+        projected_head=None if sides.head is head else head,
         device=device,
         body_forward=choose_forward(model, blocks, final_norm),
     )
@@ -237,6 +255,7 @@ def describe_verifier(path: Path, verifier: Verifier, *, full_hash: bool = False
         **({"full_weights_hash": full_weights_hash(path)} if full_hash else {}),
         "layers": len(verifier.blocks),
         "hidden_size": verifier.hidden_size,
+        **({} if verifier.head_size == verifier.hidden_size else {"head_size": verifier.head_size}),
         "vocab_size": verifier.vocab_size,
         "rms_norm_eps": verifier.rms_norm_eps,
         **verifier.norm.to_json(),
