@@ -31,7 +31,7 @@ from draftcache.capture.verifier.weights import (
     weights_fingerprint,
 )
 from draftcache.store.common.errors import InputError
-from draftcache.store.common.files import hash_json, read_json
+from draftcache.store.common.files import hash_json, read_json, require_regular_files
 from draftcache.store.format.head_form import IDENTITY, HeadForm
 
 
@@ -178,7 +178,8 @@ def _remedy(exc: Exception) -> str:
 
 
 def _require_config(path: Path) -> None:
-    """Raise InputError where a model directory has no config.json, which those of GGUF files lack."""
+    """Raise InputError where a model directory has no config.json, which those of GGUF files lack, or has pipes."""
+    require_regular_files(path)
     if (path / "config.json").is_file():
         return
     ggufs = sorted(path.glob("*.gguf")) if path.is_dir() else [path] if path.suffix == ".gguf" else []
