@@ -49,6 +49,12 @@ def check_config(config: CaptureConfig, work: WorkPlan) -> PretrainedConfig:
         raise InputError(
             f"--layers: expected blocks 0 to {blocks - 1} of {config.verifier}, found {list(config.layers)}"
         )
+    if config.max_model_len is not None and work.longest > config.max_model_len:
+        raise InputError(
+            f"{config.dataset}: expected conversations of at most the {config.max_model_len} tokens of "
+            f"--max-model-len, found one of {work.longest}; prepare again with --max-length "
+            f"{config.max_model_len}, or serve longer ones"
+        )
     positions, longest = getattr(model, "max_position_embeddings", None), work.longest
     if positions and 0 < positions < longest:  # a model without a limit has none, or -1
         raise InputError(

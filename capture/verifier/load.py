@@ -22,6 +22,7 @@ from draftcache.capture.verifier.forward import Forward, Piece
 from draftcache.capture.verifier.head import choose_head_form
 from draftcache.capture.verifier.norm import FinalNorm, measure_norm
 from draftcache.capture.verifier.projection import vocabulary_sides
+from draftcache.capture.verifier.quantization import quantisation_method, require_loadable, require_plain
 from draftcache.capture.verifier.rope import pin_rope
 from draftcache.capture.verifier.ssm_precision import mamba_mixers, stand_in_for_extension, torch_forms_on_the_cpu
 from draftcache.capture.verifier.weights import (
@@ -128,12 +129,20 @@ def load_config(path: Path, *, trust_remote_code: bool) -> Any:
 
 
 def load_verifier(
-    path: Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool, tensor_parallel: int = 1
+    path: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    tensor_parallel: int = 1,
+    max_model_len: int | None = None,
 ) -> Verifier:
     """Load a model directory, frozen, in evaluation mode, from safetensors only.
 
     With `tensor_parallel` > 1 this process is one of that many ranks of a process group, each of which loads its part
-    of the weights. Raises InputError where the directory holds no such model, or one that does not fit on the GPU.
+    of the weights. `max_model_len` is the length that the model will be served with, `max_position_embeddings` where it
+    is None: some rotary embeddings depend on it. Raises InputError where the directory holds no such model, or one that
+    does not fit on the GPU.
     """
     _require_config(path)
     if tensor_parallel == 1 and device.type == "cuda":  # a rank's part of the weights is known only after loading
@@ -143,6 +152,9 @@ def load_verifier(
         config = transformers.AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=True
         )
+        require_loadable(path, config)
+        # Some quantised weights can't be moved, so they are loaded to where they stay.
+        placed = device.type == "cuda" and tensor_parallel == 1 and quantisation_method(config) is not None
         model, report = model_class(config).from_pretrained(
             path,
             output_loading_info=True,
@@ -151,21 +163,22 @@ def load_verifier(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             local_files_only=True,
+            **({"device_map": {"": str(device)}} if placed else {}),
             **({} if tensor_parallel == 1 else _tensor_parallel_plan(path, tensor_parallel, trust_remote_code)),
         )
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, torch.OutOfMemoryError, InputError):
         raise
     except Exception as exc:  # whatever a config's or a checkpoint's contents make a model class raise
         raise InputError(
             f"{path}: could not be loaded as a causal language model ({type(exc).__name__}: {exc}){_remedy(exc)}"
         ) from exc
     require_all_weights(path, report)
-    if tensor_parallel == 1:
+    if tensor_parallel == 1 and not placed:
         model.to(device)
     model.eval().requires_grad_(False)
     torch_forms_on_the_cpu(mamba_mixers(model))
     found = find_modules(model, device)
-    rope = pin_rope(model)
+    rope = pin_rope(model, max_model_len)
     form = choose_head_form(model, found.final_norm, found.head, found.own_head)
     return replace(found, rope=rope, head_form=form)
 
@@ -223,18 +236,21 @@ def find_modules(model: Any, device: torch.device) -> Verifier:
             f"{type(model).__name__}: expected a linear head and an embedding table, "
             f"found {type(head).__name__} and {type(embeddings).__name__}"
         )
+    require_plain("its embeddings", embeddings)
+    require_plain("its head", head)
+    body = text_body(model, holder)
     sides = vocabulary_sides(model, blocks, embeddings, head)
     final_norm = find_final_norm(model, holder, sides.reader)
     return Verifier(
         model=model,
-        body=text_body(model, holder),
+        body=body,
         blocks=blocks,
         embeddings=sides.embeddings,
         final_norm=final_norm,
         head=sides.head,
         projected_head=None if sides.head is head else head,
         device=device,
-        body_forward=choose_forward(model, blocks, final_norm),
+        body_forward=choose_forward(model, body, blocks, final_norm),
     )
 
 
