@@ -160,8 +160,18 @@ def test_a_projection_that_is_not_all_between_norm_and_head_is_refused(tmp_path:
     with pytest.raises(InputError, match="logits"):
         self_check(verifier, (0, 2), IDS)
     verifier.body.decoder.project_in = torch.nn.Identity()
-    with pytest.raises(InputError, match="or a linear projection to them, found embeddings of 16 and none"):
+    with pytest.raises(InputError, match="found embeddings of 16 and 0 such projections"):
         find_modules(without_projection(tmp_path), CPU)
+
+
+def test_of_two_projections_before_the_blocks_none_is_guessed(tmp_path: Path) -> None:
+    model = small_opt(tmp_path, pre_norm=True)
+    decoder = model.model.decoder
+    other = torch.nn.Linear(16, 32)
+    decoder.other = other
+    decoder.embed_tokens.register_forward_hook(lambda _m, _i, output: (other(output), output)[1])
+    with pytest.raises(InputError, match="found embeddings of 16 and 2 such projections"):
+        find_modules(model, CPU)
 
 
 def without_projection(path: Path) -> Any:

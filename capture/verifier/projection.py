@@ -34,6 +34,7 @@ class _Calls:
     """The linear layers outside of the blocks in the order of their calls, with their output; what the head read."""
 
     layers: list[tuple[nn.Linear, Tensor]] = field(default_factory=list)
+    before_blocks: list[nn.Linear] = field(default_factory=list)
     read: list[Tensor] = field(default_factory=list)
 
 
@@ -48,13 +49,14 @@ def vocabulary_sides(model: Any, blocks: nn.ModuleList, embeddings: nn.Embedding
     calls = _linear_calls(model, blocks, head)
     if hidden != embeddings.embedding_dim:
         shape = (hidden, embeddings.embedding_dim)
-        project = next((layer for layer, _ in calls.layers if layer.weight.shape == shape), None)
-        if project is None:
+        projections = [layer for layer in calls.before_blocks if layer.weight.shape == shape]
+        if len(projections) != 1:
             raise InputError(
-                f"{type(model).__name__}: expected embeddings of the blocks' {hidden} channels, or a linear projection "
-                f"to them, found embeddings of {embeddings.embedding_dim} and none; a draft reads both side by side"
+                f"{type(model).__name__}: expected embeddings of the blocks' {hidden} channels, or one linear "
+                f"projection to them before the blocks, found embeddings of {embeddings.embedding_dim} and "
+                f"{len(projections)} such projections; a draft reads both side by side, so use another verifier"
             )
-        embeddings = _folded_table(embeddings, project)
+        embeddings = _folded_table(embeddings, projections[0])
     for layer, output in calls.layers:
         if layer.in_features == hidden != head.in_features and _same(output, calls.read[-1]):
             return VocabularySides(embeddings, _folded_head(layer, head), layer)
@@ -65,12 +67,17 @@ def vocabulary_sides(model: Any, blocks: nn.ModuleList, embeddings: nn.Embedding
 def _linear_calls(model: Any, blocks: nn.ModuleList, head: nn.Linear) -> _Calls:
     calls = _Calls()
     inside = {id(module) for module in blocks.modules()}
+
+    def begin_blocks() -> None:
+        calls.before_blocks = [layer for layer, _ in calls.layers]
+
     linear = [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in inside]
     handles = [
         layer.register_forward_hook(lambda module, _inputs, output: calls.layers.append((module, output)))
         for layer in linear
         if layer is not head
     ]
+    handles.append(blocks[0].register_forward_pre_hook(lambda *_: begin_blocks()))
     handles.append(head.register_forward_pre_hook(lambda _module, inputs: calls.read.append(inputs[0])))
     token_ids = torch.ones(1, 4, dtype=torch.int64, device=head.weight.device)
     try:
