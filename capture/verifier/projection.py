@@ -58,7 +58,7 @@ def vocabulary_sides(model: Any, blocks: nn.ModuleList, embeddings: nn.Embedding
             )
         embeddings = _folded_table(embeddings, projections[0])
     for layer, output in calls.layers:
-        if layer.in_features == hidden != head.in_features and _same(output, calls.read[-1]):
+        if calls.read and layer.in_features == hidden != head.in_features and _same(output, calls.read[-1]):
             return VocabularySides(embeddings, _folded_head(layer, head), layer)
     return VocabularySides(embeddings, head, head)
 
