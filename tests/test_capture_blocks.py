@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from transformers import (
     OpenAIGPTLMHeadModel,
     OPTConfig,
     OPTForCausalLM,
+    XLMConfig,
+    XLMWithLMHeadModel,
 )
 
 from draftcache.capture.job.config import CaptureConfig, layers_by_depth
@@ -91,6 +94,23 @@ def test_of_several_norms_the_one_whose_output_the_head_reads() -> None:
     model = make_model("llama")
     model.model.norm_of_something_else = torch.nn.LayerNorm(32)
     assert find_modules(model, CPU).final_norm is model.model.norm
+
+
+def test_of_several_stacks_that_are_parts_of_blocks_the_one_whose_output_is_reported(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = XLMConfig(
+        vocab_size=VOCAB, emb_dim=32, n_layers=3, n_heads=4, max_position_embeddings=512, causal=True, n_langs=1,
+        bos_index=0, eos_index=1, pad_index=2, unk_index=0, mask_index=0,
+    )  # fmt: skip
+    XLMWithLMHeadModel(config).save_pretrained(tmp_path)
+    verifier = load(tmp_path)
+    body = verifier.body
+    assert verifier.blocks is body.layer_norm2
+    assert verifier.final_norm is body.layer_norm2[-1]
+    assert max(self_check(verifier, (0, 1, 2), IDS).values()) < 1e-3
+    for part in (body.attentions, body.ffns, body.layer_norm1):  # the negative control
+        with pytest.raises(InputError, match="stream"):
+            self_check(replace(verifier, blocks=part), (0, 1), IDS)
 
 
 def test_a_norm_at_the_end_of_the_last_block(tmp_path: Path) -> None:

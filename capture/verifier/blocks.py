@@ -56,7 +56,38 @@ def find_blocks(model: Any) -> tuple[nn.Module, nn.ModuleList]:
             "them, found none; what is captured is the output of such blocks, so use another verifier"
         )
     holder, _, blocks = min(beside or holders, key=lambda item: item[1].count("."))
-    return holder, blocks
+    rivals = [stack for other, _, stack in holders if other is holder]
+    return holder, blocks if len(rivals) == 1 else _reported_stack(model, rivals)
+
+
+def _reported_stack(model: Any, stacks: list[nn.ModuleList]) -> nn.ModuleList:
+    """Of stacks that a model calls in turn, each a part of its blocks (XLM), the one that gives what it reports last.
+
+    The first one where none does, which the self-check will refuse.
+    """
+    made: dict[int, torch.Tensor] = {}
+
+    def keep(number: int) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                made[number] = output
+
+        return hook
+
+    handles = [stack[-1].register_forward_hook(keep(number)) for number, stack in enumerate(stacks)]
+    try:
+        with torch.inference_mode():
+            output = model(input_ids=_short_input(model), use_cache=False, output_hidden_states=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    last = output.hidden_states[-1] if output.hidden_states else None
+    chosen = [number for number, state in made.items() if last is not None and torch.equal(state, last)]
+    return stacks[chosen[0] if chosen else 0]
+
+
+def _short_input(model: Any) -> torch.Tensor:
+    return torch.ones(1, 4, dtype=torch.int64, device=next(model.parameters()).device)
 
 
 def text_body(model: Any, holder: nn.Module) -> Any:
@@ -105,10 +136,9 @@ def _maker_of_input(model: Any, reader: nn.Module) -> nn.Module | None:
 
     handles = [module.register_forward_hook(keep) for module in model.modules() if not isinstance(module, nn.Linear)]
     handles.append(reader.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0])))
-    device = next(model.parameters()).device
     try:
         with torch.inference_mode():
-            model(input_ids=torch.ones(1, 4, dtype=torch.int64, device=device), use_cache=False)
+            model(input_ids=_short_input(model), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
