@@ -23,6 +23,7 @@ from draftcache.draft_train.data.prefetch import Prefetcher
 from draftcache.draft_train.data.teacher import TeacherView
 from draftcache.draft_train.drafts.protocol import Draft
 from draftcache.draft_train.sampled import Overlaps, SampledCounts
+from draftcache.store.common.device import as_current
 from draftcache.store.reader import StoreReader
 
 PACK_TOKENS = 32_768
@@ -66,9 +67,10 @@ def measure(
     places = np.full(len(store), -1, np.int64)
     places[members] = np.arange(len(members))
     largest = max((loader.most_bytes(part) for part in parts), default=0)
-    with Prefetcher(
+    data = Prefetcher(
         store, [loader], ((part, 1.0) for part in parts), [device], most_bytes=min(most_bytes, _AHEAD * largest)
-    ) as data:
+    )
+    with as_current(device), data:
         for part in parts:
             batch = data.next_batch()
             _count(counts, batch, drafts, sampled, places[part])

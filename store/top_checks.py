@@ -70,7 +70,9 @@ def _require_readable(path: Path, manifest: StoreManifest) -> None:
     if path.name in maps and (found := VocabMap.load(path).hash) != maps[path.name]:
         raise StoreError(f"{path}: expected vocabulary {maps[path.name]}, found {found}")
     if path.name == FROZEN_NAME:
-        require_frozen(path, manifest.hidden_size, {vocab.head: vocab.size for vocab in vocabularies})
+        require_frozen(
+            path, manifest.hidden_size, manifest.head_size, {vocab.head: vocab.size for vocab in vocabularies}
+        )
     if path.name == INDEX_NAME:
         load_index(path.read_bytes(), str(path))
 

@@ -31,7 +31,7 @@ def test_the_last_forward_runs_what_no_other_supports() -> None:
     model = make_model("nemotron_h")
     model.config.n_group = 2
     found = find_modules(model, CPU)
-    plain = choose_forward(model, found.blocks, found.final_norm)
+    plain = choose_forward(model, found.body, found.blocks, found.final_norm)
     assert isinstance(plain, PlainForward)
     assert plain.implementations()["reason"] == "its n_group 2 is not handled"
     assert plain.chunk_multiple == 16  # the model's own code has the same scan

@@ -9,8 +9,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
+from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.verifier.load import describe_verifier, load_verifier
 from draftcache.capture.verifier.rope import pin_rope
+from draftcache.store.common.errors import InputError
+from draftcache.store.reader import StoreReader
+from draftcache.tools.bench.parts.random_dataset import write_random_dataset
+from draftcache.tools.cli import main
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {
@@ -64,6 +69,35 @@ def test_longrope_takes_the_long_factors_that_an_engine_takes() -> None:
 
 def test_a_served_length_within_the_original_one_needs_no_pin() -> None:
     assert pin_rope(phi3(served=64)) is None
+
+
+def test_the_served_length_chooses_the_factors() -> None:
+    """A model for 128 tokens that is served with 64 has the short factors, as an engine with --max-model-len 64."""
+    short, long = phi3(), phi3()
+    assert pin_rope(short, 64) == "longrope, short factors (served length 64 <= 64)"
+    assert pin_rope(long, 65) == "longrope, long factors (served length 65 > 64)"
+    assert torch.equal(states(short, IDS), states(phi3(), IDS))
+    assert (states(long, IDS) - states(short, IDS)).abs().max() > 1e-3
+    assert pin_rope(dynamic(), 32) == pin_rope(dynamic()) == "dynamic NTK, at length 256"
+
+
+def test_the_served_length_is_recorded_and_bounds_conversations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phi3().save_pretrained(tmp_path / "model")
+    dataset = write_random_dataset(tmp_path / "p", (60, 24), ids=(8, 120), vocab_size=128, draft_vocab_size=64)
+    words = ["capture", "--verifier", str(tmp_path / "model"), "--dataset", str(dataset), "--layers", "0,1"]
+    words += ["--output", str(tmp_path / "s"), "--device", "cpu", "--top-k", "4"]
+    assert main([*words, "--max-model-len", "59"]) == 2
+    assert "at most the 59 tokens of --max-model-len, found one of 60" in capsys.readouterr().err
+    assert main([*words, "--max-model-len", "64"]) == 0
+    manifest = StoreReader(str(tmp_path / "s")).manifest
+    assert manifest.verifier["rope"] == "longrope, short factors (served length 64 <= 64)"
+    assert manifest.provenance["max_model_len"] == 64
+    assert main(words) == 2  # another length, other states
+    assert "longrope, long factors" in capsys.readouterr().err
+    with pytest.raises(InputError, match="--max-model-len: expected at least 1, found 0"):
+        CaptureConfig(verifier=tmp_path, dataset=tmp_path, output=tmp_path / "s", max_model_len=0)
 
 
 def test_dynamic_scaling_is_that_of_the_longest_served_length() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MegatronBertConfig, MegatronBertForCausalLM
 
 from draftcache.capture.verifier.forward import Piece
 from draftcache.capture.verifier.load import Verifier, find_modules, load_verifier
@@ -16,6 +17,7 @@ from draftcache.capture.verifier.nemotron import forward as nemotron_forward
 from draftcache.capture.verifier.self_check import TOKENS, self_check
 from draftcache.capture.verifier.ssm_precision import lift_dt_limit, mamba_mixers
 from draftcache.store.common.errors import InputError
+from draftcache.tools.bench.parts.tiny_verifiers import save_tiny_model
 from support.tiny_models import VOCAB, make_model, save_model
 
 CPU = torch.device("cpu")
@@ -52,6 +54,15 @@ def test_fifty_blocks_in_bf16_pass_though_they_drift_apart() -> None:
     found = self_check(verifier, DEEP[1], IDS)
     assert found["tap_48"] > 0.02 > found["block"] > 0
     assert found["tap_2"] < found["tap_26"] < found["tap_48"]
+
+
+def test_of_a_model_that_merges_block_outputs_before_its_norm_all_but_the_last_block_are_taken(tmp_path: Path) -> None:
+    save_tiny_model("inkling2_text", tmp_path)
+    verifier = load_verifier(tmp_path, device=CPU, dtype=torch.float32, trust_remote_code=False)
+    ids = IDS % 200 + 8
+    self_check(verifier, (0, 2), ids)
+    with pytest.raises(InputError, match=r"last block, 3, to be what the model's norm reads.*leave this block out"):
+        self_check(verifier, (0, 3), ids)
 
 
 def test_a_tap_off_by_one_block_is_refused_at_any_depth() -> None:
@@ -157,7 +168,7 @@ def test_a_last_block_whose_output_is_not_what_the_norm_reads_is_refused_as_a_ta
     self_check(verifier, (1, 3), IDS)
     verifier.final_norm.register_forward_pre_hook(lambda _m, inputs: (2 * inputs[0] + 1,))
     self_check(verifier, (1,), IDS)
-    with pytest.raises(InputError, match="stream"):
+    with pytest.raises(InputError, match="leave this block out of --layers"):
         self_check(verifier, (1, 3), IDS)
 
 
@@ -166,3 +177,20 @@ def test_a_single_block(tmp_path: Path) -> None:
     model.model.layers = model.model.layers[:1]
     model.config.num_hidden_layers = 1
     assert max(self_check(find_modules(model, CPU), (0,), IDS).values()) < 1e-5
+
+
+def test_a_last_block_is_what_the_bodys_norm_reads_where_the_head_has_a_norm_of_its_own(tmp_path: Path) -> None:
+    """Body, norm, then layers and another norm of the head: the first norm vouches for the last block, and only it."""
+    torch.manual_seed(0)
+    config = MegatronBertConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=512, is_decoder=True,
+    )  # fmt: skip
+    MegatronBertForCausalLM(config).save_pretrained(tmp_path)
+    verifier = load_verifier(tmp_path, device=CPU, dtype=torch.float32, trust_remote_code=False)
+    assert verifier.final_norm is verifier.model.cls.predictions.transform.LayerNorm
+    assert max(self_check(verifier, (0, 2), IDS).values()) < 1e-3
+    verifier.body.encoder.ln.register_forward_pre_hook(lambda _m, inputs: (2 * inputs[0] + 1,))
+    self_check(verifier, (0, 1), IDS)
+    with pytest.raises(InputError, match="leave this block out of --layers"):
+        self_check(verifier, (0, 2), IDS)

@@ -31,6 +31,7 @@ ROOMS = {
         "probe": 1,
         "cli": 2,
         "recipes": 3,
+        "sweep": 3,
         "demo": 4,
         "commands": 5,
         "bench": 6,

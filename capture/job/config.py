@@ -113,6 +113,13 @@ class CaptureConfig:
     tensor_parallel: int = field(
         default=1, metadata=_doc("GPUs of one node over which each worker's verifier is split, where one is too small")
     )
+    max_model_len: int | None = field(
+        default=None,
+        metadata=_doc(
+            "length that the verifier will be served with, as the engine's flag of this name: LongRoPE models choose "
+            "their factors by it, and no longer conversation is taken (default: max_position_embeddings)"
+        ),
+    )
     grace_seconds: float = field(
         default=25.0, metadata=_doc("after SIGTERM, time to finish the shard in; a second SIGTERM ends it at once")
     )
@@ -140,6 +147,8 @@ class CaptureConfig:
         for name in (*at_least_one, "tensor_parallel"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(self, name)}")
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise InputError(f"--max-model-len: expected at least 1, found {self.max_model_len}")
         for name in ("workers", "grace_seconds", "buffer_gb"):
             if getattr(self, name) < 0:
                 raise InputError(f"--{name.replace('_', '-')}: expected at least 0, found {getattr(self, name)}")

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from draftcache.capture.job.calibration import PIECE
 from draftcache.capture.job.config import CaptureConfig, layers_by_depth
 from draftcache.capture.job.work_plan import WorkPlan
+from draftcache.capture.verifier.blocks import block_count
 from draftcache.capture.verifier.load import Verifier, load_config
 from draftcache.capture.verifier.reading import prove_reading
 from draftcache.capture.verifier.self_check import TOKENS, self_check
@@ -23,8 +24,8 @@ def with_layers(config: CaptureConfig) -> CaptureConfig:
     if config.layers:
         return config
     model = load_config(config.verifier, trust_remote_code=config.trust_remote_code)
-    blocks = getattr(model, "num_hidden_layers", None)
-    if not isinstance(blocks, int) or blocks < 1:
+    blocks = block_count(model)
+    if blocks is None or blocks < 1:
         raise InputError(
             f"{config.verifier / 'config.json'}: expected a number of blocks in num_hidden_layers, found {blocks!r}; "
             "give --layers A,B,C"
@@ -43,10 +44,16 @@ def check_config(config: CaptureConfig, work: WorkPlan) -> PretrainedConfig:
         value = getattr(model, name, 1)
         if not isinstance(value, int) or value < 1:
             raise InputError(f"{config.verifier / 'config.json'}: expected {name} to be above 0, found {value!r}")
-    blocks = getattr(model, "num_hidden_layers", None)
+    blocks = block_count(model)
     if blocks is not None and config.layers[-1] >= blocks:
         raise InputError(
             f"--layers: expected blocks 0 to {blocks - 1} of {config.verifier}, found {list(config.layers)}"
+        )
+    if config.max_model_len is not None and work.longest > config.max_model_len:
+        raise InputError(
+            f"{config.dataset}: expected conversations of at most the {config.max_model_len} tokens of "
+            f"--max-model-len, found one of {work.longest}; prepare again with --max-length "
+            f"{config.max_model_len}, or serve longer ones"
         )
     positions, longest = getattr(model, "max_position_embeddings", None), work.longest
     if positions and 0 < positions < longest:  # a model without a limit has none, or -1

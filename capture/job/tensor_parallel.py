@@ -210,6 +210,7 @@ def _follow(config: CaptureConfig, rank: int, first: int, meeting: str, connecti
                 dtype=choose_dtype(config.compute_dtype, device),
                 trust_remote_code=config.trust_remote_code,
                 tensor_parallel=config.tensor_parallel,
+                max_model_len=config.max_model_len,
             )
             enforce_contract(verifier.model, config.verifier, allow_fallback=config.allow_fallback)
             verifier, _ = check_verifier(verifier, config, WorkPlan.of(config))

@@ -104,6 +104,7 @@ class CaptureJob:
             dtype=self.dtype,
             trust_remote_code=config.trust_remote_code,
             tensor_parallel=config.tensor_parallel,
+            max_model_len=config.max_model_len,
         )
         self._require_fit()
         self.ssm = enforce_contract(self.verifier.model, config.verifier, allow_fallback=config.allow_fallback)
@@ -179,6 +180,7 @@ class CaptureJob:
             "transformers": transformers.__version__,
             "device": gpu,
             "tensor_parallel": self.config.tensor_parallel,
+            **({} if self.config.max_model_len is None else {"max_model_len": self.config.max_model_len}),
             "forward": {"name": self.verifier.body_forward.name, **self.verifier.body_forward.implementations()},
             "self_check": self.self_check,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

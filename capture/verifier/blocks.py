@@ -28,9 +28,19 @@ def model_class(config: Any) -> Any:
     return transformers.AutoModelForCausalLM  # which says what it knows
 
 
+def block_count(config: Any) -> int | None:
+    """Return the number of blocks that a text model's configuration gives; None where it gives none.
+
+    `num_hidden_layers` is the encoder's in a configuration of encoder and decoder, and counts each block as often as it
+    has attention in some others, which give their blocks as `num_layers`.
+    """
+    counts = (getattr(config, name, None) for name in ("decoder_layers", "num_layers", "num_hidden_layers"))
+    return next((count for count in counts if isinstance(count, int)), None)
+
+
 def find_blocks(model: Any) -> tuple[nn.Module, nn.ModuleList]:
     """Return the stack of blocks and the module that holds it, beside the embeddings. Raises InputError."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    count = block_count(model.config.get_text_config())
     embeddings = model.get_input_embeddings()
     stacks = [
         (name, module)
@@ -42,10 +52,42 @@ def find_blocks(model: Any) -> tuple[nn.Module, nn.ModuleList]:
     beside = [item for item in holders if any(module is embeddings for module in item[0].modules())]
     if not holders:
         raise InputError(
-            f"{type(model).__name__}: expected a ModuleList of num_hidden_layers = {count} blocks, found none"
+            f"{type(model).__name__}: expected a stack of {count or 'so many'} blocks, as its configuration counts "
+            "them, found none; what is captured is the output of such blocks, so use another verifier"
         )
     holder, _, blocks = min(beside or holders, key=lambda item: item[1].count("."))
-    return holder, blocks
+    rivals = [stack for other, _, stack in holders if other is holder]
+    return holder, blocks if len(rivals) == 1 else _reported_stack(model, rivals)
+
+
+def _reported_stack(model: Any, stacks: list[nn.ModuleList]) -> nn.ModuleList:
+    """Of stacks that a model calls in turn, each a part of its blocks (XLM), the one that gives what it reports last.
+
+    The first one where none does, which the self-check will refuse.
+    """
+    made: dict[int, torch.Tensor] = {}
+
+    def keep(number: int) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                made[number] = output
+
+        return hook
+
+    handles = [stack[-1].register_forward_hook(keep(number)) for number, stack in enumerate(stacks)]
+    try:
+        with torch.inference_mode():
+            output = model(input_ids=_short_input(model), use_cache=False, output_hidden_states=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    last = output.hidden_states[-1] if output.hidden_states else None
+    chosen = [number for number, state in made.items() if last is not None and torch.equal(state, last)]
+    return stacks[chosen[0] if chosen else 0]
+
+
+def _short_input(model: Any) -> torch.Tensor:
+    return torch.ones(1, 4, dtype=torch.int64, device=next(model.parameters()).device)
 
 
 def text_body(model: Any, holder: nn.Module) -> Any:
@@ -54,8 +96,8 @@ def text_body(model: Any, holder: nn.Module) -> Any:
     return model.base_model if whole else holder
 
 
-def find_final_norm(model: Any, holder: nn.Module) -> nn.Module:
-    """Return the norm whose output the head reads. Raises InputError where none is found.
+def find_final_norm(model: Any, holder: nn.Module, reader: nn.Module) -> nn.Module:
+    """Return the norm whose output `reader` reads: the head, or a projection before it. Raises InputError without one.
 
     In a model of a body and a head, the one module beside the blocks that is named as a norm is taken. In any other,
     the module that makes the head's input in a short forward: behind the blocks, in the last of them where a block ends
@@ -65,7 +107,7 @@ def find_final_norm(model: Any, holder: nn.Module) -> nn.Module:
     named = [holder.get_submodule(name) for name in names if "embed" not in name]
     if len(named) == 1 and _is_body_and_head(model):
         return named[0]
-    found = _maker_of_head_input(model)
+    found = _maker_of_input(model, reader)
     if found is None and len(named) == 1:
         return named[0]
     if found is None or isinstance(found, nn.ModuleList | nn.Embedding) or found is holder:
@@ -83,8 +125,8 @@ def _is_body_and_head(model: Any) -> bool:
     return others == [model.base_model] and any(child is head for child in model.children())
 
 
-def _maker_of_head_input(model: Any) -> nn.Module | None:
-    """The innermost module whose output is what the head gets; None where no module made it."""
+def _maker_of_input(model: Any, reader: nn.Module) -> nn.Module | None:
+    """The innermost module whose output is what `reader` gets; None where no module made it."""
     made: list[tuple[nn.Module, torch.Tensor]] = []
     read: list[torch.Tensor] = []
 
@@ -93,12 +135,10 @@ def _maker_of_head_input(model: Any) -> nn.Module | None:
             made.append((module, output))
 
     handles = [module.register_forward_hook(keep) for module in model.modules() if not isinstance(module, nn.Linear)]
-    head = model.get_output_embeddings()
-    handles.append(head.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0])))
-    device = next(model.parameters()).device
+    handles.append(reader.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0])))
     try:
         with torch.inference_mode():
-            model(input_ids=torch.ones(1, 4, dtype=torch.int64, device=device), use_cache=False)
+            model(input_ids=_short_input(model), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

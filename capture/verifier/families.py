@@ -17,12 +17,15 @@ FORWARDS: tuple[type[FamilyForward], ...] = (NemotronForward, PlainForward)
 """The most specific first; the last one supports every model."""
 
 
-def choose_forward(model: Any, blocks: nn.ModuleList, final_norm: nn.Module) -> Forward:
-    """The first of FORWARDS that supports the model; it gets the reasons why the ones before it do not."""
+def choose_forward(model: Any, body: Any, blocks: nn.ModuleList, final_norm: nn.Module) -> Forward:
+    """The first of FORWARDS that supports the model; it gets the reasons why the ones before it do not.
+
+    `body` is the part of the model that runs token ids through its `blocks`.
+    """
     reasons: list[str] = []
     for family in FORWARDS:
         reason = family.supports(model)
         if reason is None:
-            return family.of(model, blocks, final_norm, "; ".join(reasons))
+            return family.of(model, body, blocks, final_norm, "; ".join(reasons))
         reasons.append(reason)
     raise AssertionError(f"expected the last of FORWARDS to support every model, found {reasons}")

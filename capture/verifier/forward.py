@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from draftcache.capture.verifier.blocks import find_blocks, text_body
 from draftcache.capture.verifier.flops import Flops, gated_flops
 from draftcache.capture.verifier.ssm_precision import mamba_mixers
 
@@ -74,7 +73,7 @@ class FamilyForward(Forward, Protocol):
         """The reason why this forward can't run the model, or None where it can."""
 
     @classmethod
-    def of(cls, model: Any, blocks: nn.ModuleList, final_norm: nn.Module, reason: str) -> Self:
+    def of(cls, model: Any, body: Any, blocks: nn.ModuleList, final_norm: nn.Module, reason: str) -> Self:
         """The forward of a model that it supports; `reason` says why no more specific forward was taken."""
 
     @staticmethod
@@ -106,8 +105,7 @@ class PlainForward:
         return None
 
     @classmethod
-    def of(cls, model: Any, blocks: nn.ModuleList, final_norm: nn.Module, reason: str) -> Self:
-        body = text_body(model, find_blocks(model)[0])
+    def of(cls, model: Any, body: Any, blocks: nn.ModuleList, final_norm: nn.Module, reason: str) -> Self:
         inside = any(module is final_norm for module in body.modules())
         return cls(body, blocks, final_norm, reason, model=None if inside else model)
 

@@ -53,6 +53,8 @@ def head_logits(final: Tensor, head: nn.Linear, form: HeadForm = IDENTITY) -> Te
 class HeadCall:
     """One call of a head by its model: the states that it read, and what it gave in the model's dtype."""
 
+    head: nn.Linear
+    """The model's own, which may read other states than those of the final norm."""
     inputs: Tensor
     """[L, H]."""
     output: Tensor
@@ -71,7 +73,7 @@ def float32_head(head: nn.Linear) -> Iterator[list[HeadCall]]:
         if not inputs or not isinstance(output, Tensor):
             return None
         rows = inputs[0].flatten(0, -2)
-        calls.append(HeadCall(rows, output.flatten(0, -2)))
+        calls.append(HeadCall(head, rows, output.flatten(0, -2)))
         return head_logits(rows, head).view(output.shape)
 
     handle = head.register_forward_hook(widen)
@@ -111,9 +113,10 @@ def _numbers(config: Any) -> Iterator[tuple[str, float]]:
 
 
 @torch.inference_mode()
-def choose_head_form(model: Any, final_norm: nn.Module, head: nn.Linear, device: torch.device) -> HeadForm:
+def choose_head_form(model: Any, final_norm: nn.Module, head: nn.Linear, own_head: nn.Linear) -> HeadForm:
     """The form of a loaded model's logits, found on 64 tokens by the model's own code; not a proof.
 
+    `own_head` is the head that the model calls, from which `head` may be folded.
     A model whose configuration leaves no choice is not run.
     """
     forms = candidate_forms(model.config)
@@ -121,9 +124,11 @@ def choose_head_form(model: Any, final_norm: nn.Module, head: nn.Linear, device:
         return forms[0]
     finals: list[Tensor] = []
     handle = final_norm.register_forward_hook(lambda _module, _inputs, output: finals.append(output))
-    token_ids = 997 * torch.arange(1, _TOKENS + 1, device=device) % head.out_features  # spread over the vocabulary
+    token_ids = (
+        997 * torch.arange(1, _TOKENS + 1, device=head.weight.device) % head.out_features
+    )  # spread over the vocabulary
     try:
-        with float32_head(head):
+        with float32_head(own_head):
             logits = model(input_ids=token_ids[None], use_cache=False).logits
     finally:
         handle.remove()
@@ -170,7 +175,7 @@ def prove_head(
     pairs = {"logits": _differences(ours, logits, _EXACT if exact else _ROUNDED)}
     if calls:
         limit = _EXACT if calls[-1].output.dtype == torch.float32 else _ROUNDED
-        products = head_logits(calls[-1].inputs, head)
+        products = head_logits(calls[-1].inputs, calls[-1].head)
         pairs["head"] = {"head": _differences(products, calls[-1].output, limit)["logits"]}
     found = {key: difference for group in pairs.values() for key, difference in group.items()}
     wrong = {key: f"{item.value:.3g} (limit {item.limit:.3g})" for key, item in found.items() if not item.fits}

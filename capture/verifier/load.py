@@ -21,6 +21,8 @@ from draftcache.capture.verifier.families import choose_forward
 from draftcache.capture.verifier.forward import Forward, Piece
 from draftcache.capture.verifier.head import choose_head_form
 from draftcache.capture.verifier.norm import FinalNorm, measure_norm
+from draftcache.capture.verifier.projection import vocabulary_sides
+from draftcache.capture.verifier.quantization import quantisation_method, require_loadable, require_plain
 from draftcache.capture.verifier.rope import pin_rope
 from draftcache.capture.verifier.ssm_precision import mamba_mixers, stand_in_for_extension, torch_forms_on_the_cpu
 from draftcache.capture.verifier.weights import (
@@ -30,7 +32,7 @@ from draftcache.capture.verifier.weights import (
     weights_fingerprint,
 )
 from draftcache.store.common.errors import InputError
-from draftcache.store.common.files import hash_json, read_json
+from draftcache.store.common.files import hash_json, read_json, require_regular_files
 from draftcache.store.format.head_form import IDENTITY, HeadForm
 
 
@@ -50,13 +52,17 @@ class Verifier:
     body: Any
     blocks: nn.ModuleList
     embeddings: nn.Embedding
+    """Of the blocks' width; the model's own, or folded with the projection behind it."""
     final_norm: nn.Module
     head: nn.Linear
+    """What makes logits of the final norm's output; the model's own, or folded with the projection before it."""
     device: torch.device
     body_forward: Forward
     """Runs the body; `choose_forward` chose it."""
     head_form: HeadForm = IDENTITY
     """What makes logits of the head's output; `load_verifier` chose it, and the self-check proves it."""
+    projected_head: nn.Linear | None = None
+    """The model's own head where `head` is folded from it and the projection before it."""
     rope: str | None = None
     """What rotary embeddings that choose by the length of a call were pinned to; None where there are none."""
 
@@ -66,6 +72,16 @@ class Verifier:
         return int(self.embeddings.weight.shape[1])
 
     @property
+    def own_head(self) -> nn.Linear:
+        """The head that the model's own code calls."""
+        return self.head if self.projected_head is None else self.projected_head
+
+    @property
+    def head_size(self) -> int:
+        """Width of the final norm's output, which the head reads; another than `hidden_size` in few models."""
+        return int(self.head.in_features)
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the head."""
         return int(self.head.weight.shape[0])
@@ -73,7 +89,7 @@ class Verifier:
     @cached_property
     def norm(self) -> FinalNorm:
         """What the final norm computes, and its effective weight, measured through the module."""
-        return measure_norm(self.final_norm, self.model.config.get_text_config(), self.hidden_size)
+        return measure_norm(self.final_norm, self.model.config.get_text_config(), self.head_size)
 
     @property
     def rms_norm_eps(self) -> float:
@@ -113,12 +129,20 @@ def load_config(path: Path, *, trust_remote_code: bool) -> Any:
 
 
 def load_verifier(
-    path: Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool, tensor_parallel: int = 1
+    path: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    tensor_parallel: int = 1,
+    max_model_len: int | None = None,
 ) -> Verifier:
     """Load a model directory, frozen, in evaluation mode, from safetensors only.
 
     With `tensor_parallel` > 1 this process is one of that many ranks of a process group, each of which loads its part
-    of the weights. Raises InputError where the directory holds no such model, or one that does not fit on the GPU.
+    of the weights. `max_model_len` is the length that the model will be served with, `max_position_embeddings` where it
+    is None: some rotary embeddings depend on it. Raises InputError where the directory holds no such model, or one that
+    does not fit on the GPU.
     """
     _require_config(path)
     if tensor_parallel == 1 and device.type == "cuda":  # a rank's part of the weights is known only after loading
@@ -128,6 +152,9 @@ def load_verifier(
         config = transformers.AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=True
         )
+        require_loadable(path, config)
+        # Some quantised weights can't be moved, so they are loaded to where they stay.
+        placed = device.type == "cuda" and tensor_parallel == 1 and quantisation_method(config) is not None
         model, report = model_class(config).from_pretrained(
             path,
             output_loading_info=True,
@@ -136,22 +163,24 @@ def load_verifier(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             local_files_only=True,
+            **({"device_map": {"": str(device)}} if placed else {}),
             **({} if tensor_parallel == 1 else _tensor_parallel_plan(path, tensor_parallel, trust_remote_code)),
         )
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, torch.OutOfMemoryError, InputError):
         raise
     except Exception as exc:  # whatever a config's or a checkpoint's contents make a model class raise
         raise InputError(
             f"{path}: could not be loaded as a causal language model ({type(exc).__name__}: {exc}){_remedy(exc)}"
         ) from exc
     require_all_weights(path, report)
-    if tensor_parallel == 1:
+    if tensor_parallel == 1 and not placed:
         model.to(device)
     model.eval().requires_grad_(False)
     torch_forms_on_the_cpu(mamba_mixers(model))
     found = find_modules(model, device)
-    rope = pin_rope(model)
-    return replace(found, rope=rope, head_form=choose_head_form(model, found.final_norm, found.head, device))
+    rope = pin_rope(model, max_model_len)
+    form = choose_head_form(model, found.final_norm, found.head, found.own_head)
+    return replace(found, rope=rope, head_form=form)
 
 
 def _remedy(exc: Exception) -> str:
@@ -162,7 +191,8 @@ def _remedy(exc: Exception) -> str:
 
 
 def _require_config(path: Path) -> None:
-    """Raise InputError where a model directory has no config.json, which those of GGUF files lack."""
+    """Raise InputError where a model directory has no config.json, which those of GGUF files lack, or has pipes."""
+    require_regular_files(path)
     if (path / "config.json").is_file():
         return
     ggufs = sorted(path.glob("*.gguf")) if path.is_dir() else [path] if path.suffix == ".gguf" else []
@@ -200,22 +230,27 @@ def _tensor_parallel_plan(path: Path, ranks: int, trust_remote_code: bool) -> di
 def find_modules(model: Any, device: torch.device) -> Verifier:
     """Find blocks, embeddings, final norm and head of a causal LM. Raises InputError naming what is missing."""
     holder, blocks = find_blocks(model)
-    final_norm = find_final_norm(model, holder)
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if not isinstance(head, nn.Linear) or not isinstance(embeddings, nn.Embedding):
         raise InputError(
             f"{type(model).__name__}: expected a linear head and an embedding table, "
             f"found {type(head).__name__} and {type(embeddings).__name__}"
         )
+    require_plain("its embeddings", embeddings)
+    require_plain("its head", head)
+    body = text_body(model, holder)
+    sides = vocabulary_sides(model, blocks, embeddings, head)
+    final_norm = find_final_norm(model, holder, sides.reader)
     return Verifier(
         model=model,
-        body=text_body(model, holder),
+        body=body,
         blocks=blocks,
-        embeddings=embeddings,
+        embeddings=sides.embeddings,
         final_norm=final_norm,
-        head=head,
+        head=sides.head,
+        projected_head=None if sides.head is head else head,
         device=device,
-        body_forward=choose_forward(model, blocks, final_norm),
+        body_forward=choose_forward(model, body, blocks, final_norm),
     )
 
 
@@ -237,6 +272,7 @@ def describe_verifier(path: Path, verifier: Verifier, *, full_hash: bool = False
         **({"full_weights_hash": full_weights_hash(path)} if full_hash else {}),
         "layers": len(verifier.blocks),
         "hidden_size": verifier.hidden_size,
+        **({} if verifier.head_size == verifier.hidden_size else {"head_size": verifier.head_size}),
         "vocab_size": verifier.vocab_size,
         "rms_norm_eps": verifier.rms_norm_eps,
         **verifier.norm.to_json(),

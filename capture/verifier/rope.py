@@ -1,9 +1,10 @@
 """Rotary embeddings whose frequencies transformers chooses by the longest row of a call, pinned as an engine has them.
 
 LongRoPE (Phi-3, Phi-4-mini, MiniCPM) has short and long factors, and dynamic NTK scaling a base that grows with the
-length. transformers decides anew in every call, by the largest position in it; vLLM decides once, by the length that
-the model is served with (`max_model_len`, by default `max_position_embeddings`). So a conversation's states would
-depend on its neighbours, and short ones would differ from what is served.
+length. transformers decides anew in every call, by the largest position in it; vLLM decides once: LongRoPE by the
+length that the model is served with (`max_model_len`, by default `max_position_embeddings`), dynamic NTK by the
+configuration. So a conversation's states would depend on its neighbours, and short ones would differ from what is
+served.
 """
 
 from __future__ import annotations
@@ -14,40 +15,47 @@ import torch
 from torch import nn
 
 
-def pin_rope(model: nn.Module) -> str | None:
+def pin_rope(model: nn.Module, max_model_len: int | None = None) -> str | None:
     """Have every rotary embedding of a model choose as if its longest served position were in each call.
 
-    Returns what was chosen, for the manifest; None where nothing depends on the length of a call.
+    `max_model_len` is the length that the model will be served with; None is `max_position_embeddings`. Returns what
+    was chosen, for the manifest; None where nothing depends on the length of a call.
     """
     pinned = {
         description
         for module in model.modules()
-        if (found := _pinned_position(module)) is not None
+        if (found := _pinned_position(module, max_model_len)) is not None
         for description in [_pin(module, *found)]
     }
     return "; ".join(sorted(pinned)) or None
 
 
-def _pinned_position(module: nn.Module) -> tuple[int, str] | None:
-    """The position that decides a module's frequencies, and what they are then; None for any other module."""
+def _pinned_position(module: nn.Module, max_model_len: int | None) -> tuple[int | None, str] | None:
+    """The position that decides a module's frequencies, and what they are then; None for any other module.
+
+    The position is None where no served call reaches one that changes them.
+    """
     kind, config = getattr(module, "rope_type", None), getattr(module, "config", None)
     if not isinstance(kind, str) or config is None:  # the types per layer of models that have several are none of these
         return None
     parameters = getattr(config, "rope_parameters", None) or {}
-    served = getattr(config, "max_position_embeddings", None) or 0
+    positions = getattr(config, "max_position_embeddings", None) or 0
     if kind == "longrope":
-        original = int(parameters.get("original_max_position_embeddings", served))
-        return (
-            (original, f"longrope, long factors (served length {served} > {original})") if served > original else None
-        )
+        original = int(parameters.get("original_max_position_embeddings", positions))
+        served = max_model_len or positions
+        if served > original:
+            return original, f"longrope, long factors (served length {served} > {original})"
+        return (None, f"longrope, short factors (served length {served} <= {original})") if max_model_len else None
     if kind == "dynamic":
-        length = int(served * float(parameters.get("factor", 1.0)))
+        length = int(positions * float(parameters.get("factor", 1.0)))
         return length - 1, f"dynamic NTK, at length {length}"
     return None
 
 
-def _pin(module: nn.Module, position: int, description: str) -> str:
+def _pin(module: nn.Module, position: int | None, description: str) -> str:
     """Add one more position to each call of a rotary embedding, and take its row off what comes back."""
+    if position is None:
+        return description
 
     def add(
         _module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]

@@ -158,6 +158,21 @@ def require_file(path: Path, what: str) -> None:
         raise InputError(f"{path}: expected {what}, found something that is no regular file")
 
 
+_READ_BY_LIBRARIES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab", ".bpe", ".spm", ".py", ".safetensors")
+
+
+def require_regular_files(directory: Path) -> None:
+    """Raise InputError where something in a model's or tokenizer's directory is named as a file and is a pipe, say.
+
+    Libraries open such files by themselves, and opening a pipe waits for ever. Directories and links that lead nowhere
+    are left to them. Nothing is checked where there is no such directory.
+    """
+    folders = (directory, directory / "additional_chat_templates")
+    for path in sorted(path for folder in folders if folder.is_dir() for path in folder.iterdir()):
+        if path.suffix in _READ_BY_LIBRARIES and path.exists() and not path.is_dir():
+            require_file(path, f"a {path.suffix} file")
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises InputError, which names the path, where it is missing or not JSON."""
     require_file(path, "a JSON file")

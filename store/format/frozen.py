@@ -1,13 +1,14 @@
 """frozen.safetensors: the verifier's weights that a trainer needs, so that it never loads the verifier.
 
-Legend: V rows of the verifier's head, H its hidden size, D ids of a draft vocabulary.
+Legend: V rows of the verifier's head, H its hidden size, D ids of a draft vocabulary, N the width that the head reads,
+which is H in nearly all verifiers.
 
 | tensor       | shape  | meaning                                                               |
 |--------------|--------|-----------------------------------------------------------------------|
 | embed_tokens | [V, H] | the verifier's token embeddings                                       |
-| norm         | [H]    | factors that the verifier's final norm multiplies by                  |
-| lm_head      | [D, H] | rows of the verifier's head for the ids of the main draft vocabulary  |
-| lm_head_<D>  | [D, H] | the same for the further draft vocabulary of size D                   |
+| norm         | [N]    | factors that the verifier's final norm multiplies by                  |
+| lm_head      | [D, N] | rows of the verifier's head for the ids of the main draft vocabulary  |
+| lm_head_<D>  | [D, N] | the same for the further draft vocabulary of size D                   |
 
 All tensors are in the verifier's compute dtype, save a `norm` that it would round, which is float32: where the module
 keeps w and multiplies by 1 + w, say. The head's rows are as the verifier has them; `HeadForm` says what makes logits of
@@ -36,8 +37,8 @@ NORM = "norm"
 _STORED = ("BF16", "F16", "F32")
 
 
-def require_frozen(path: Path, hidden_size: int, heads: dict[str, int]) -> None:
-    """Raise StoreError unless the file holds all tensors of a store, as wide as the verifier.
+def require_frozen(path: Path, hidden_size: int, head_size: int, heads: dict[str, int]) -> None:
+    """Raise StoreError unless the file holds all tensors of a store, as wide as the verifier and its head.
 
     `heads` is {tensor: number of rows}, the rows of the verifier's head for each declared draft vocabulary.
     """
@@ -46,7 +47,7 @@ def require_frozen(path: Path, hidden_size: int, heads: dict[str, int]) -> None:
             found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as exc:
         raise StoreError(f"{path}: expected a file of safetensors, could not read it ({exc})") from exc
-    expected = {NORM: (hidden_size,), **{name: (rows, hidden_size) for name, rows in heads.items()}}
+    expected = {NORM: (head_size,), **{name: (rows, head_size) for name, rows in heads.items()}}
     wrong = sorted(name for name, shape in expected.items() if found.get(name) != shape)
     if wrong or found.get(EMBED_TOKENS, ())[1:] != (hidden_size,):
         raise StoreError(f"{path}: expected {expected} and {EMBED_TOKENS} of width {hidden_size}, found {found}")

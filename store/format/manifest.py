@@ -68,7 +68,7 @@ class StoreManifest:
 
     `logit_scale` and `logit_cap` are there if the verifier scales or caps its logits (`head_form.HeadForm`), and
     `final_norm` ("layer_norm" or "other") if its final norm is no RMS norm. `max_position_embeddings` is None where it
-    names no limit.
+    names no limit. `head_size` is there if the head reads states of another width than `hidden_size`.
     """
     tokenizer_hash: str
     chat_template_hash: str
@@ -119,6 +119,11 @@ class StoreManifest:
         """Width of the verifier's residual stream."""
         return int(self.verifier["hidden_size"])
 
+    @property
+    def head_size(self) -> int:
+        """Width of the final norm's output, which the head reads: `hidden_size` unless the verifier says otherwise."""
+        return int(self.verifier.get("head_size", self.hidden_size))
+
     @cached_property
     def codec(self) -> TapCodec:
         """The codec between the taps' states and the arrays that hold them."""
@@ -138,7 +143,7 @@ class StoreManifest:
             kind=self.teacher,
             top_k=self.top_k,
             vocab_size=int(self.verifier["vocab_size"]),
-            hidden_size=self.hidden_size,
+            hidden_size=self.head_size,
             compute_dtype=self.compute_dtype,
             vocabularies=(DraftVocab(size=self.draft_vocab_size, hash=self.draft_vocab_hash), *more),
         )

@@ -28,7 +28,7 @@ from draftcache.capture.job import launch, worker_job  # noqa: F401  (forked pro
 from draftcache.store.common.files import hash_bytes, hash_json, write_json
 from draftcache.tools.bench.parts.forked import Limits
 from draftcache.tools.bench.parts.rows import cpu_name, report, result_row, some_of
-from draftcache.tools.bench.parts.tiny_verifiers import UnbuildableError, model_types, tiny_config
+from draftcache.tools.bench.parts.tiny_verifiers import UnbuildableError, model_types, save_tiny_model, tiny_config
 from draftcache.tools.bench.parts.verifier_tables import families_table, outcome_table
 from draftcache.tools.bench.parts.verifier_trial import (
     OUTCOMES,
@@ -38,6 +38,7 @@ from draftcache.tools.bench.parts.verifier_trial import (
     try_type,
     write_dataset,
 )
+from draftcache.tools.commands import capture  # noqa: F401  (these too)
 
 _REASON = 160  # characters of a reason in a row's unit
 
@@ -74,6 +75,7 @@ def run_trials(types: Sequence[str], *, jobs: int, limits: Limits, cache: Path |
     with tempfile.TemporaryDirectory(prefix="draftcache-verifiers-") as directory:
         root = Path(directory)
         dataset = write_dataset(root / "prepared")
+        save_tiny_model("llama", root / "first")  # what transformers builds once, every forked process then has
         results = cache or root / "results"
         results.mkdir(parents=True, exist_ok=True)
 

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from draftcache.store.common.errors import InputError
-from draftcache.store.common.files import canonical_json, hash_bytes, hash_file, hash_json, read_json, require_file
+from draftcache.store.common.files import (
+    canonical_json,
+    hash_bytes,
+    hash_file,
+    hash_json,
+    read_json,
+    require_file,
+    require_regular_files,
+)
 
 SHIPPED_TEMPLATE = Path(__file__).parents[1] / "templates" / "nemotron_chatml.jinja"
 
@@ -83,6 +91,7 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> tuple
 
     if not directory.is_dir():
         raise InputError(f"--tokenizer {directory}: expected a directory with a tokenizer, found nothing there")
+    require_regular_files(directory)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=trust_remote_code

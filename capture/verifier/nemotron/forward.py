@@ -24,6 +24,7 @@ from draftcache.capture.kernels.norms import add_rms_norm, gated_group_norm
 from draftcache.capture.verifier.flops import Flops
 from draftcache.capture.verifier.forward import Piece
 from draftcache.capture.verifier.nemotron.flops import nemotron_flops
+from draftcache.capture.verifier.quantization import is_quantised
 from draftcache.capture.verifier.ssm_precision import scan_function
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.products import float32_product
@@ -70,6 +71,8 @@ class NemotronForward:
         config = model.config
         if getattr(config, "model_type", "") != "nemotron_h" or not hasattr(model.base_model, "layers"):
             return f"{type(model).__name__} is no NemotronH of transformers"
+        if is_quantised(model):
+            return f"{type(model).__name__} has quantised weights"
         kinds = {block.block_type for block in model.base_model.layers}
         checks = {
             f"block types {sorted(kinds)}": kinds <= _BLOCK_TYPES,
@@ -80,7 +83,7 @@ class NemotronForward:
         return next((f"its {name} is not handled" for name, holds in checks.items() if not holds), None)
 
     @classmethod
-    def of(cls, model: Any, blocks: nn.ModuleList, final_norm: nn.Module, reason: str) -> Self:
+    def of(cls, model: Any, body: Any, blocks: nn.ModuleList, final_norm: nn.Module, reason: str) -> Self:
         return cls(model)
 
     @staticmethod

@@ -59,6 +59,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attn_layers": ["local", "lsh", "local", "lsh"],
         "hash_seed": 1,
     },
+    "xlm": {"causal": True},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],

@@ -9,7 +9,8 @@ Nothing of capture is used here, and of the store only its reader. What is expec
 - `causal`: the logits of the longest conversation's first half do not depend on its second half, so that the teacher is
   the distribution that a decoder would have;
 - `embed_tokens`, `lm_head`: the weights that training takes from the store, up to one factor each, as a scale of the
-  logits may be a part of them.
+  logits may be a part of them. Where they are of another width than the model's own, they are its own times the weight
+  of one of its linear layers.
 
 States are compared by rows, |found - expected| / |expected|, logits as differences beside the largest logit. The worst
 row of all conversations counts.
@@ -197,7 +198,16 @@ def _compare_frozen(found: Differences, tensors: dict[str, Any], model: Any, tar
     embeddings = model.get_input_embeddings().weight.detach().numpy()
     head = model.get_output_embeddings().weight.detach().numpy()[target_ids]
     for name, expected in (("embed_tokens", embeddings), ("lm_head", head)):
-        found.add(name, _difference_up_to_a_factor(tensors[name], expected), "frozen.safetensors")
+        candidates = [expected] if tensors[name].shape == expected.shape else _projected(model, expected)
+        differences = [_difference_up_to_a_factor(tensors[name], candidate) for candidate in candidates]
+        found.add(name, min(differences, default=np.inf), "frozen.safetensors")
+
+
+def _projected(model: Any, weight: NDArray[Any]) -> list[NDArray[Any]]:
+    """A matrix [V, E] times the weight of every linear layer that reads or gives E channels."""
+    layers = [module.weight.detach().numpy() for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    into = [weight @ layer.T for layer in layers if layer.shape[1] == weight.shape[1]]
+    return into + [weight @ layer for layer in layers if layer.shape[0] == weight.shape[1]]
 
 
 def _difference_up_to_a_factor(found: NDArray[Any], expected: NDArray[Any]) -> float:

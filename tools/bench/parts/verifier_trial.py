@@ -19,10 +19,11 @@ from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from draftcache.capture.verifier.blocks import block_count
 from draftcache.store.common.errors import StoreError
 from draftcache.tools.bench.parts.forked import CRASHED, Ended, Limits, run_limited
 from draftcache.tools.bench.parts.random_dataset import random_conversations, write_random_dataset
-from draftcache.tools.bench.parts.tiny_verifiers import VOCAB, UnbuildableError, family_of, save_tiny_model
+from draftcache.tools.bench.parts.tiny_verifiers import LAYERS, VOCAB, UnbuildableError, family_of, save_tiny_model
 from draftcache.tools.bench.parts.verifier_checks import compare_store
 from draftcache.tools.cli import main as command_line
 
@@ -126,8 +127,7 @@ def tapped_layers(model: Path) -> Sequence[int]:
     """Return the first, the middle and the last block of a model directory."""
     from transformers import AutoConfig
 
-    text = AutoConfig.from_pretrained(model).get_text_config()
-    depth = int(getattr(text, "num_hidden_layers", 0) or 4)
+    depth = block_count(AutoConfig.from_pretrained(model).get_text_config()) or LAYERS
     return sorted({0, depth // 2, depth - 1})
 
 
