@@ -448,6 +448,20 @@ def test_cascade2_on_two_gpus_and_with_held_out_rows(cascade2_model: Path, job: 
     ]  # fmt: skip
 
 
+def test_cascade2_generates_its_second_stage_from_prompts(cascade2_model: Path, job: Path, tmp_path: Path) -> None:
+    pairs = [f"verifier={cascade2_model}", f"sft={job / 'rows.jsonl'}", f"prompts={job / 'rows.jsonl'}"]
+    steps = checked(find_recipe("cascade2"), tmp_path, *pairs)
+    assert next(iter(steps)) == "generate"
+    assert steps["generate"].arguments.verifier == cascade2_model
+    assert f"stage2={tmp_path}/generate/stage2/rows.jsonl" in steps["prepare"].arguments.inputs
+    served = checked(find_recipe("cascade2"), tmp_path, *pairs, "server=http://localhost:8000/v1")["generate"].arguments
+    assert (served.verifier, served.server) == (None, "http://localhost:8000/v1")
+    with pytest.raises(InputError, match="expected one of the splits"):  # neither traces nor prompts
+        checked(find_recipe("cascade2"), tmp_path, *pairs[:2])
+    with pytest.raises(InputError, match=r"inputs: none\.jsonl: expected a file"):
+        checked(find_recipe("cascade2"), tmp_path, *pairs[:2], "prompts=none.jsonl")
+
+
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_shipped_recipes_pass_their_checks_and_can_be_shown(
     name: str, cascade2_model: Path, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -500,7 +514,7 @@ def test_readmes_section_can_be_followed_line_by_line(tmp_path: Path) -> None:
     (tmp_path / "tools").symlink_to(ROOT / "tools")
     function = f'draftcache() {{ {shlex.quote(sys.executable)} -m draftcache.tools.cli "$@"; }}'
     done = subprocess.run(
-        ["bash", "-e", "-o", "pipefail", "-c", f"{function}\n{block}"],
+        ["bash", "-e", "-c", f"{function}\n{block}"],
         cwd=tmp_path,
         env=ONE_THREAD,
         capture_output=True,

@@ -95,13 +95,13 @@ def _check_outside(item: CheckedStep, above: Mapping[str, Step]) -> None:
             continue
         if not Path(value).exists() and not (Path(value).name == "best" and Path(value).parent.is_dir()):
             raise InputError(f"{step.place(flag)}: {flag}: expected something at {value}, found nothing there")
-    if step.command != "prepare":
+    if step.command not in ("prepare", "generate"):
         return
     from draftcache.capture.prepare.rows.hub import hub_name
     from draftcache.capture.prepare.rows.sources import expand_input
 
     for flag in ("inputs", "held_out"):
-        for pair in getattr(item.arguments, flag):
+        for pair in getattr(item.arguments, flag, ()):
             text = pair.partition("=")[2]
             hub = hub_name(text) is not None and not Path(text).parent.is_dir()
             if any(text.startswith(path) for path in made) or Path(text).exists() or hub:

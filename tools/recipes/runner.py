@@ -108,7 +108,7 @@ def run_process(step: Step, words: list[str], *, as_json: bool = False) -> int:
     with _passed_on(process):
         code = process.wait()
     if code >= 0:
-        return code
+        return FAILED if step.processes > 1 and code == 1 else code  # torchrun's 1 stands for any failure of a rank
     if -code in (signal.SIGTERM, signal.SIGINT):
         return 128 - code
     name = signal.Signals(-code).name

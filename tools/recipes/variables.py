@@ -52,7 +52,7 @@ def merge(defaults: Mapping[str, Any], given: Mapping[str, Any], needed: Mapping
     if missing := [name for name in needed if name not in given]:
         listed = "; ".join(f"--set {name}=... ({needed[name]})" for name in missing)
         raise InputError(f"expected values for {missing}, found none: give {listed}")
-    return {**defaults, **given}
+    return {**{name: given[name] for name in needed}, **defaults, **given}
 
 
 def _same_type(value: Any, like: Any) -> bool:

@@ -21,6 +21,7 @@ from draftcache.capture.kernels.attention import KeyValues, causal_attention
 from draftcache.capture.kernels.causal_conv import causal_conv_silu
 from draftcache.capture.kernels.experts import combine, dispatch, grouped_linear, relu_squared_, route
 from draftcache.capture.kernels.norms import add_rms_norm, gated_group_norm
+from draftcache.capture.kernels.state_space import chunk_scan
 from draftcache.capture.verifier.flops import Flops
 from draftcache.capture.verifier.forward import Piece
 from draftcache.capture.verifier.nemotron.flops import nemotron_flops
@@ -166,7 +167,7 @@ class NemotronForward:
 class _Mamba:
     def __init__(self, number: int, mixer: Any) -> None:
         self._number, self._mixer = number, mixer
-        self._scan = scan_function(mixer)
+        self._scan = scan_function(mixer) if mixer.A_log.is_cuda else chunk_scan
 
     def __call__(self, rows: Tensor, carried: Carried | None) -> Tensor:
         mixer = self._mixer
@@ -179,7 +180,7 @@ class _Mamba:
         mixed = causal_conv_silu(mixed, mixer.conv1d.weight[:, 0], mixer.conv1d.bias, before)
         inner, groups = mixer.n_groups * mixer.ssm_state_size, mixer.n_groups
         x, b, c = torch.split(mixed, [mixer.intermediate_size, inner, inner], dim=-1)
-        result = self._scan(
+        result: Any = self._scan(
             x.view(batch, length, mixer.num_heads, mixer.head_dim),
             # The scan of plain torch adds the bias and takes the softplus in dt's dtype, the kernels in float32.
             dt if dt.is_cuda else dt.float(),
