@@ -46,6 +46,19 @@ DERIVED = {
 """What a text has that its JSON has not: another run's rate, ratios of two figures, ends that are others less 1."""
 
 
+SWEEP = """
+[train]
+store = "{root}/store"
+splits = ["train"]
+eval_split = "val"
+ttt_steps = 2
+sliding_window = 16
+head_dim = 4
+num_attention_heads = 4
+
+[axes]
+seed = [0, 1]
+"""
 TWO_STEPS = """
 [vocab-small]
 inputs = ["{root}/prepared"]
@@ -64,6 +77,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Pat
     capture_jobs.small_dataset(root, tokenizer_dir)
     (root / "bad.jsonl").write_text((root / "rows.jsonl").read_text() + "broken\n")
     (root / "two-steps.toml").write_text(TWO_STEPS.format(root=root))
+    (root / "sweep.toml").write_text(SWEEP.format(root=root))
     write_store(root / "store")
     write_store(root / "damaged")
     path = root / "damaged" / "shards" / "00001" / "token_ids" / "c.0"
@@ -103,6 +117,8 @@ CASES: dict[str, tuple[int, Words]] = {
     "vocab": (0, lambda inputs, out, _: [inputs / "prepared", "--size", 70, "--output", out / "map.safetensors"]),
     "capture": (0, lambda inputs, out, _: captured(inputs, out)),
     "train": (0, lambda inputs, out, _: training_runs.flags(training_runs.config(inputs, output=out / "r", epochs=1))),
+    "sweep": (0, lambda inputs, out, _: [inputs / "sweep.toml", "--output", out / "w", "--device", "cpu"]),
+    "sweep --dry-run": (0, lambda inputs, out, _: [inputs / "sweep.toml", "--output", out / "w", "--dry-run"]),
     "eval": (
         0,
         lambda inputs, out, _: [

@@ -35,7 +35,7 @@ CPU = [torch.device("cpu")]
 TRAIN: dict[str, Any] = {
     "splits": ["train"], "eval_split": "val", "eval_every": 2, "epochs": 4, "batch_conversations": 2,
     "ttt_steps": 2, "sliding_window": 16, "head_dim": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "checkpoint_every": 3, "order_seed": 0,
+    "order_seed": 0,
 }  # fmt: skip
 AXES = {"learning-rate": [1e-3, 1e-2], "seed": [0, 1], "order": ["shuffle", "bucketed"]}
 
@@ -110,7 +110,7 @@ def test_sections_that_are_none_are_refused(root: Path, text: str, message: str)
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"learning-rat": [1e-3]}, r"line 15, \[axes\]: .*found 'learning_rat': did you mean learning_rate\?"),
+        ({"learning-rat": [1e-3]}, r"line 14, \[axes\]: .*found 'learning_rat': did you mean learning_rate\?"),
         ({"learning-rate": 1e-3}, "expected a list of values for learning-rate, found 0.001"),
         ({"learning-rate": []}, "expected a list of values"),
         ({"seed": [0, 0]}, "expected every value of seed once"),
@@ -191,7 +191,9 @@ def test_fewer_trials_at_once_make_the_same_trials(root: Path, capfd: pytest.Cap
 
 
 def test_a_killed_sweep_runs_no_finished_trial_again(root: Path) -> None:
-    path = written(root, axes={"order": ["shuffle", "bucketed"], "seed": [0, 1]}, epochs=30, eval_every=30)
+    path = written(
+        root, axes={"order": ["shuffle", "bucketed"], "seed": [0, 1]}, epochs=30, eval_every=30, checkpoint_every=30
+    )
     words = [sys.executable, "-m", "draftcache.tools.cli", "sweep", str(path), "--output", str(root / "out")]
     words += ["--device", "cpu", "--workers", "1"]
     first = [root / "out" / "runs" / f"trial_{number:04d}" for number in (0, 1)]

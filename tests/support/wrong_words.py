@@ -13,6 +13,7 @@ def words_naming(text: Path, out: Path) -> dict[str, list[object]]:
         "vocab": ["--size", "10", "--output", out, text],
         "capture": ["--verifier", text, "--dataset", text, "--output", out, "--layers", "0,1"],
         "train": ["--store", text, "--splits", "a", "--output", out],
+        "sweep": [text, "--output", out],
         "eval": ["--store", text, "--checkpoint", text, "--splits", "a"],
         "report": [text, "-o", out],
         "export": ["--checkpoint", text, "--output", out, "--engine", "vllm"],

@@ -109,9 +109,9 @@ def write_results(results: dict[str, Any], output: Path) -> None:
 
 
 def format_results(results: dict[str, Any]) -> str:
-    """Return a table: the means over seeds, the best first, then the trials that are not finished."""
+    """Return a table: the means over seeds with 95 % intervals, the best first, then trials that are not finished."""
     others = [name for name in results["axes"] if name != SEED]
-    header = [*others, "trials", "acceptance", "95 % interval", "loss"]
+    header = [*others, "trials", "acceptance", "interval", "loss"]
     table = [header]
     for row in results["means"]:
         width = "" if row["half_width"] is None else f"+- {row['half_width']:.3f}"
