@@ -11,7 +11,6 @@ import shlex
 import sys
 import uuid
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,7 +20,7 @@ import torch
 
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.tracking import open_tracker
-from draftcache.store.common.checkout import code_commit
+from draftcache.store.common.checkout import code_commit, code_version
 from draftcache.store.common.files import atomic_path, read_json, write_json
 from draftcache.store.common.progress import progress_bar
 
@@ -115,7 +114,7 @@ def _write_run(config: TrainConfig, facts: dict[str, Any]) -> dict[str, Any]:
     content = {
         "id": before.get("id", uuid.uuid4().hex),
         "commands": [*before.get("commands", []), " ".join(map(shlex.quote, sys.argv))],
-        "draftcache": version("draftcache"),
+        "draftcache": code_version(),
         "commit": code_commit(),
         "torch": torch.__version__,
         **facts,

@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import torch
-
 from draftcache.draft_train.data.order import StepPlan
 from draftcache.draft_train.data.prefetch import Prefetcher, ring_bytes
 from draftcache.draft_train.held_out import acceptance_lengths
 from draftcache.draft_train.training_run import TrainingRun, TrainingStopped
+from draftcache.store.common.device import as_current
 from draftcache.store.common.errors import DraftcacheError, InputError
 
 Steps = Sequence[tuple[TrainingRun, dict[str, Any]]]
@@ -141,7 +140,7 @@ class _SideBySide:
         """Give a run, with its device as the current one. An error of one of several runs ends that run alone."""
         trainer = self.trainers[at]
         try:
-            with torch.cuda.device(trainer.device) if trainer.device.type == "cuda" else nullcontext():
+            with as_current(trainer.device):
                 yield trainer
         except DraftcacheError as exc:
             if len(self.trainers) == 1:

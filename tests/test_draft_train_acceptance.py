@@ -50,8 +50,6 @@ def test_chain_equals_simulation(seed: int) -> None:
     left = tokens_left(mask, starts)
     count_chain(counts, starts, left, hits)
     assert (counts.verify_steps, counts.tokens) == play(mask, hits, 5)
-    assert int(counts.bucket_steps.sum()) == counts.verify_steps
-    assert int(counts.bucket_tokens.sum()) == counts.tokens
     clipped = AcceptanceCounts(draft_tokens=5)
     count_chain(clipped, starts, np.minimum(left, 6), hits)
     assert clipped.to_json() == counts.to_json()

@@ -82,7 +82,7 @@ def test_of_a_turn_no_more_than_is_left_is_counted(store: StoreReader, draft: Ea
     """The negative control of the positions and lengths that counting takes from a pack."""
     items = [store.read(number, decode=False) for number in (0, 1, 2)]
     batch = build_batch(items, store.codec, max_steps=TOKENS, window=16)
-    starts, left = _turns(batch)
+    starts, left = _turns(batch, batch.conversation.numpy())
     expected = [start_rows(item.loss_mask) for item in items]
     np.testing.assert_array_equal(starts, np.concatenate(expected))
     lefts = np.concatenate([tokens_left(item.loss_mask, rows) for item, rows in zip(items, expected, strict=True)])

@@ -109,6 +109,7 @@ CASES: dict[str, tuple[int, Words]] = {
             "--store", inputs / "store", "--checkpoint", inputs / "run", "--splits", "train,val", "--device", "cpu",
         ],
     ),
+    "report": (0, lambda inputs, out, _: [inputs / "run", inputs / "store", "-o", out / "r.html"]),
     "export": (0, lambda inputs, out, _: ["--checkpoint", inputs / "run", "--output", out / "d", "--engine", "vllm"]),
     "size": (0, lambda *_: ["--tokens", "450e6", "--loss-fraction", 0.5, "--hidden-size", 2688, "--mode", "lossless"]),
     "size --train": (0, lambda *_: ["--train", "--length", 4096, "--hidden-size", 512, "--vocab-size", 4096]),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from draftcache.capture.job.config import CaptureConfig
@@ -23,10 +25,11 @@ from draftcache.draft_train.evaluate import evaluate
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.reader import StoreReader
 from draftcache.tools import speculative_decode
+from draftcache.tools.cli import main
 from draftcache.tools.demo.pipeline import ASSETS, LAYERS, VERIFIER, load_demo_verifier, read_conversations
 from draftcache.tools.demo.traces import encode_prompts, generate_batch, prompt_of, write_traces
-from draftcache.tools.demo.truth import truth_check
 from draftcache.tools.speculative_decode import speculative_greedy
+from draftcache.tools.truth import online_check, truth_check
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 TOKENS = 32
@@ -98,6 +101,55 @@ def test_text_is_equal_and_verify_steps_are_equal(
     assert truth.offline_steps == truth.online_steps
     # Some drafts were accepted and some were not, so that the equality says something.
     assert truth.tokens - truth.traces > truth.online_steps > truth.tokens / 6
+
+
+def online(trained: Path, verifier_path: Path, *more: str) -> int:
+    return main(
+        [
+            "eval", "--store", str(trained / "store"), "--checkpoint", str(trained / "run"), "--splits", "train",
+            "--device", "cpu", "--online", "--verifier", str(verifier_path), "--online-prompts", "2",
+            "--online-tokens", "16", "--resamples", "100", *more,
+        ]
+    )  # fmt: skip
+
+
+def test_the_check_needs_only_a_store_and_its_verifier(trained: Path, tmp_path: Path) -> None:
+    found = online_check(
+        store=trained / "store",
+        verifier_path=VERIFIER,
+        checkpoint=trained / "run",
+        splits=["train"],
+        prompts=2,
+        max_new_tokens=16,
+        draft_tokens=5,
+        directory=tmp_path,
+        device=torch.device("cpu"),
+    )
+    assert (found.traces, found.lossless, found.offline_equals_online) == (2, True, True)
+    assert 2 < found.online_steps < found.tokens
+
+
+def test_as_a_command_it_ends_with_1_where_decoding_reads_other_states(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = speculative_decode._greedy
+
+    def shifted(verifier: Any, tokens: list[int], layers: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        choices, aux = original(verifier, tokens, layers)
+        return choices, torch.roll(aux, 1, dims=0)
+
+    monkeypatch.setattr(speculative_decode, "_greedy", shifted)
+    assert online(trained, VERIFIER, "--json") == 1
+    found = json.loads(capsys.readouterr().out)["online"]
+    assert (found["text_equal"], found["steps_equal"]) == (True, False)
+
+
+def test_another_verifier_is_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(VERIFIER, tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    save_file({name: value + 0.01 for name, value in weights.items()}, tmp_path / "other" / "model.safetensors")
+    assert online(trained, tmp_path / "other") == 2
+    assert "the count of another verifier says nothing of this store" in capsys.readouterr().err
 
 
 def test_states_of_the_row_before_keep_the_text_and_cost_steps(

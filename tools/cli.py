@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("draftcache.tools.commands.train", "train the draft from a store, with no verifier in memory"),
     "sweep": ("draftcache.tools.commands.sweep", "train many drafts, several of them on one reading of the store"),
     "eval": ("draftcache.tools.commands.eval", "offline acceptance length of a draft, from a store"),
+    "report": ("draftcache.tools.commands.report", "one HTML page on training runs, sweeps, evaluations and stores"),
     "export": ("draftcache.tools.commands.export", "write a checkpoint in the form that an inference engine serves"),
     "size": ("draftcache.tools.commands.size", "bytes and time of a capture, or memory of training, beforehand"),
     "inspect": (

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import Field, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -118,8 +118,30 @@ class CheckpointState:
     """Tokens of the store's longest conversation; 0 in checkpoints of earlier versions, which did not say."""
 
 
+class StepLogits(NamedTuple):
+    """A draft's logits for some rows of one step."""
+
+    number: int
+    """The step, counted from 0."""
+    rows: Tensor
+    """[A] int64 into the batch's start rows."""
+    logits: Tensor
+    """[A, V] over the draft vocabulary."""
+
+
+LogitReader = Callable[[Batch, int], Iterator[StepLogits]]
+"""Returns what `Draft.step_logits` does for a batch and the number of steps."""
+
 Proposer = Callable[[Batch, int], Tensor]
 """Returns what `Draft.propose` does for a batch and the number of draft tokens, [S, count] int64."""
+
+
+def greedy_choices(slices: Iterator[StepLogits], batch: Batch, count: int) -> Tensor:
+    """Return the draft ids [S, count] int64 of the largest logits by start row and step; -1 where there are none."""
+    choices = torch.full((batch.start_index.shape[0], count), -1, dtype=torch.int64, device=batch.taps.device)
+    for number, rows, logits in slices:
+        choices[rows, number] = logits.argmax(-1)
+    return choices
 
 
 @dataclass(frozen=True)
@@ -201,22 +223,37 @@ class Draft(ABC):
         Step k is fed with the tokens that were realised before it. They equal the draft's own proposals until the first
         proposal that the verifier rejects, and nothing after that one counts, so this serves chains and blocks alike.
         """
-        proposals = torch.full((batch.start_index.shape[0], count), -1, dtype=torch.int64, device=batch.taps.device)
+        return greedy_choices(self.step_logits(frozen, batch, count), batch, count)
+
+    def step_logits(self, frozen: FrozenWeights, batch: Batch, count: int) -> Iterator[StepLogits]:
+        """Yield the draft's logits, in slices of at most LOGIT_ROWS rows, by steps 0 .. count-1 of `step_outputs`."""
         for output in self.step_outputs(frozen, batch, count):
             for first in range(0, output.rows.shape[0], LOGIT_ROWS):
                 part = output.take(slice(first, first + LOGIT_ROWS))
-                proposals[part.rows, part.number] = self.logits(part, batch).argmax(-1)
-        return proposals
+                yield StepLogits(part.number, part.rows, self.logits(part, batch))
 
     def proposer(self, frozen: FrozenWeights, compute: str = "auto") -> Proposer:
         """Return a function of a batch and a count that makes the choices of `propose`, by the present weights.
 
+        It computes as `logit_reader` does.
+        """
+        read = self.logit_reader(frozen, compute)
+
+        @torch.inference_mode()
+        def choices(batch: Batch, count: int) -> Tensor:
+            return greedy_choices(read(batch, count), batch, count)
+
+        return choices
+
+    def logit_reader(self, frozen: FrozenWeights, compute: str = "auto") -> LogitReader:
+        """Return a function of a batch and a count that yields what `step_logits` does, by the present weights.
+
         With `compute` "auto" it computes as training does where it can, which is faster, in the precision of serving.
-        With "plain" it is `propose`, which is the plain twin. Raises InputError where "fused" can't be honoured.
+        With "plain" it is `step_logits`, which is the plain twin. Raises InputError where "fused" can't be honoured.
         """
         if compute == "fused":
             raise InputError("--compute fused: expected a draft with a fused pass, found one that has none")
-        return lambda batch, count: self.propose(frozen, batch, count)
+        return lambda batch, count: self.step_logits(frozen, batch, count)
 
     @abstractmethod
     def served_form(

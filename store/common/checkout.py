@@ -1,10 +1,16 @@
-"""The commit of the code that runs, where it runs from a git checkout."""
+"""The version of the code that runs, and its commit where it runs from a git checkout."""
 
 from __future__ import annotations
 
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
+
+
+def code_version() -> str:
+    """Return draftcache's version. It needs no installed package: the code may run from a copied tree."""
+    return str(sys.modules[__name__.partition(".")[0]].__version__)
 
 
 @cache

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from draftcache.store.common.errors import InputError
+
+
+def as_current(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which a GPU is the current device, on which Triton starts kernels; a CPU needs none."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def choose_device(name: str) -> torch.device:

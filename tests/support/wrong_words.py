@@ -14,6 +14,7 @@ def words_naming(text: Path, out: Path) -> dict[str, list[object]]:
         "capture": ["--verifier", text, "--dataset", text, "--output", out, "--layers", "0,1"],
         "train": ["--store", text, "--splits", "a", "--output", out],
         "eval": ["--store", text, "--checkpoint", text, "--splits", "a"],
+        "report": [text, "-o", out],
         "export": ["--checkpoint", text, "--output", out, "--engine", "vllm"],
         "size": ["--dataset", text, "--verifier", text],
         "inspect": [text],

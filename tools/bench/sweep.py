@@ -88,24 +88,26 @@ def train(store: Path, configs: Sequence[TrainConfig]) -> dict[str, float]:
     """Train these runs side by side; return their metrics."""
     reader, source = StoreReader(store), TrainingSource(store)
     torch.cuda.reset_peak_memory_stats()
-    read, ends = bytes_read(), list[float]()
+    ends, read = list[float](), list[int]()
 
     def note(steps: Steps) -> list[bool]:
         torch.cuda.synchronize()
         ends.append(time.perf_counter())
+        read.append(bytes_read())  # before the last step's checkpoint, whose files are read to hash them
         return [True] * len(steps)
 
     with ExitStack() as stack:
         runs = [TrainingRun(config, Ranks(torch.device("cuda")), None, source) for config in configs]
         for run in runs:
             stack.enter_context(run.started())
+        before = bytes_read()
         require_none(train_side_by_side(runs, note))
         per_epoch = runs[0].schedule.steps_per_epoch
     tokens = len(configs) * int(reader.index["tokens"].sum())
     seconds = ends[-2] - ends[per_epoch - 1]  # the last step saves a checkpoint of every run
     return {
         "tok_s": tokens * (per_epoch - 1) / per_epoch / seconds,
-        "store_reads": (bytes_read() - read) / (EPOCHS * reader.bytes_on_disk()),
+        "store_reads": (read[-1] - before) / (EPOCHS * reader.bytes_on_disk()),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
     }
 

@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         show(arguments, {"output": str(arguments.output), "files": files}, f"{arguments.output}: {', '.join(files)}")
         return 0
     summary = Demo(arguments.output, DemoSize()).run()
-    where = f"{arguments.output}: summary.json, curves.png, draft/ (for vLLM); {summary['seconds']['total']:.0f} s"
+    made = "report.html, summary.json, curves.png, draft/ (for vLLM)"
+    where = f"{arguments.output}: {made}; {summary['seconds']['total']:.0f} s"
     show(arguments, {"output": str(arguments.output), **summary}, f"\n{format_summary(summary)}\n\n{where}")
     return 0 if summary["speculative_decode_lossless"] and summary["offline_equals_online"] else 1

@@ -1,11 +1,13 @@
-"""`draftcache eval`: the offline acceptance length of a draft, measured on a store, beside two baselines."""
+"""`draftcache eval`: the offline acceptance length of a draft, on a store, beside baselines and other drafts."""
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from draftcache.tools.arguments import finite_number
 from draftcache.tools.results import add_json, show
 
 
@@ -18,6 +20,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--splits", required=True, help="splits to evaluate, comma-separated")
     parser.add_argument("--draft-tokens", type=int, default=5, help="tokens proposed per verify step (default: 5)")
     parser.add_argument(
+        "--compare",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="OTHER",
+        help="also report the paired difference to other drafts: checkpoints, or --output files of the same evaluation",
+    )
+    parser.add_argument(
+        "--length-buckets",
+        default="16384,32768,65536",
+        help="tokens that separate the buckets of positions and of conversation lengths (default: 16384,32768,65536)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=finite_number,
+        help="also bound the acceptance under speculative sampling at this temperature (reads the stored teacher)",
+    )
+    parser.add_argument(
+        "--resamples",
+        type=int,
+        default=2000,
+        help="draws of conversations behind each 95%% interval (default: 2000)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of these draws (default: 0)")
+    parser.add_argument(
         "--bigram-splits",
         help="also measure a table of each token's most frequent successor in these splits, comma-separated (default "
         "with --bigram-store: the splits that the checkpoint was trained on)",
@@ -29,15 +56,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fused (the kernels of training, in bfloat16), plain (float32), or auto (fused on a GPU where it can run)",
     )
     parser.add_argument("--device", default="auto", help="cuda, cuda:N, cpu, or auto")
-    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    parser.add_argument(
+        "--output", type=Path, help="also write the figures, with those of every conversation, to this JSON file"
+    )
+    parser.add_argument(
+        "--show-conversations",
+        type=int,
+        default=3,
+        metavar="N",
+        help="with --output: keep the N best and worst conversations token by token, for reports (default: 3)",
+    )
+    _add_online(parser)
     add_json(parser)
 
 
+def _add_online(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("check against real speculative decoding")
+    group.add_argument(
+        "--online",
+        action="store_true",
+        help="also decode some prompts of the splits speculatively with --verifier in float32; ends with exit code 1 "
+        "unless the text is plain decoding's and the verify steps are those counted offline",
+    )
+    group.add_argument("--verifier", type=Path, help="with --online: directory of the store's verifier")
+    group.add_argument("--online-prompts", type=int, default=8, help="prompts, the shortest (default: 8)")
+    group.add_argument("--online-tokens", type=int, default=64, help="tokens of each answer at most (default: 64)")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raise InputError for settings that are out of range, before anything is read."""
+    from draftcache.draft_train.by_length import require_edges
+
+    _require_online(arguments)
+    require_edges(_edges(arguments.length_buckets))
+
+
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate and print a table: per split the draft, the untrained draft and, if asked for, a bigram. Returns 0."""
+    """Evaluate and print the figures per split. Returns 0, or 1 where --online found a difference."""
     from draftcache.draft_train.evaluate import evaluate
     from draftcache.store.common.files import write_json
 
+    check(arguments)
+    if arguments.online:
+        from draftcache.store.reader import StoreReader
+        from draftcache.tools.truth import require_online
+
+        require_online(StoreReader(arguments.store), arguments.verifier, arguments.checkpoint)
     result = evaluate(
         store=arguments.store,
         checkpoint=arguments.checkpoint,
@@ -45,26 +109,65 @@ def run(arguments: argparse.Namespace) -> int:
         draft_tokens=arguments.draft_tokens,
         bigram_store=arguments.bigram_store,
         bigram_splits=arguments.bigram_splits.split(",") if arguments.bigram_splits else None,
+        compare=arguments.compare,
+        length_buckets=_edges(arguments.length_buckets),
+        temperature=arguments.temperature,
+        resamples=arguments.resamples,
+        seed=arguments.seed,
+        show_conversations=arguments.show_conversations if arguments.output is not None else 0,
         device=arguments.device,
         compute=arguments.compute,
         progress=True,
     )
+    if arguments.online:
+        result["online"] = _online(arguments)
     if arguments.output is not None:
         write_json(arguments.output, result)
-    show(arguments, result, format_table(result))
-    return 0
+    shown = {name: value for name, value in result.items() if name not in ("kind", "conversations")}
+    for row in shown["splits"].values():
+        row.pop("examples", None)
+    from draftcache.tools.reports.acceptance_text import format_evaluation
+
+    show(arguments, shown, format_evaluation(result))
+    online = result.get("online")
+    return 0 if online is None or (online["text_equal"] and online["steps_equal"]) else 1
 
 
-def format_table(result: dict[str, Any]) -> str:
-    """Format the figures of `evaluate`: acceptance lengths per split, then the draft's conditional acceptance."""
-    lines = [
-        f"{'split':<20} {'draft':>8} {'untrained':>10} {'bigram':>8}  kind, conditional acceptance per draft token"
-    ]
-    for split, row in result["splits"].items():
-        bigram = f"{row['bigram']['acceptance_length']:.3f}" if "bigram" in row else "-"
-        steps = " ".join(f"{value:.2f}" for value in row["draft"]["conditional_acceptance"])
-        lines.append(
-            f"{split:<20} {row['draft']['acceptance_length']:>8.3f} {row['untrained']['acceptance_length']:>10.3f} "
-            f"{bigram:>8}  {row['draft']['kind']}: {steps}"
-        )
-    return "\n".join(lines)
+def _require_online(arguments: argparse.Namespace) -> None:
+    """Raise InputError where --online lacks what it needs, before anything is measured."""
+    from draftcache.store.common.errors import InputError
+
+    if arguments.online != (arguments.verifier is not None):
+        raise InputError("expected --online and --verifier together, found one of them")
+    for flag in ("online_prompts", "online_tokens"):
+        if getattr(arguments, flag) < 2:
+            raise InputError(f"--{flag.replace('_', '-')}: expected at least 2, found {getattr(arguments, flag)}")
+    if arguments.show_conversations < 0:
+        raise InputError(f"--show-conversations: expected 0 or more, found {arguments.show_conversations}")
+
+
+def _edges(text: str) -> list[int]:
+    from draftcache.store.common.errors import InputError
+
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as exc:
+        raise InputError(f"--length-buckets: expected numbers of tokens, comma-separated, found {text!r}") from exc
+
+
+def _online(arguments: argparse.Namespace) -> dict[str, Any]:
+    from draftcache.store.common.device import choose_device
+    from draftcache.tools.truth import online_check
+
+    with tempfile.TemporaryDirectory(prefix="draftcache-online-") as directory:
+        return online_check(
+            store=arguments.store,
+            verifier_path=arguments.verifier,
+            checkpoint=arguments.checkpoint,
+            splits=arguments.splits.split(","),
+            prompts=arguments.online_prompts,
+            max_new_tokens=arguments.online_tokens,
+            draft_tokens=arguments.draft_tokens,
+            directory=Path(directory),
+            device=choose_device(arguments.device),
+        ).to_json()

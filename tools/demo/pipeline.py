@@ -105,7 +105,20 @@ class Demo:
         summary = self._summary()
         summary["seconds"] = {**self.seconds, "total": round(time.monotonic() - started, 1)}
         write_json(self.path("summary.json"), summary)
+        self._write_report()
         return summary
+
+    def _write_report(self) -> None:
+        """Write report.html, on both stages, their evaluations and both stores, by the command that a user types."""
+        from draftcache.tools.cli import main
+
+        runs = [self.path(stage) for stage in ("stage1", "stage2")]
+        evaluations = [self.path("eval", f"{run.name}-{store}.json") for run in runs for store in ("real", "traces")]
+        stores = [self.path("stores", name) for name in ("real", "traces")]
+        words = ["report", *runs, *evaluations, *stores, "--tokenizer", VERIFIER, "-o", self.path("report.html")]
+        print(f"\n$ draftcache {' '.join(map(str, words))}", flush=True)
+        if code := main([str(word) for word in words]):
+            raise DraftcacheError(f"draftcache report ended with exit code {code}; see its message above")
 
     def _run_recipe(self) -> None:
         """Run the steps of the shipped recipe that are not done, in this process: starting others would take longer."""
@@ -169,7 +182,7 @@ class Demo:
 
         from draftcache.tools.demo.picture import draw_curves
         from draftcache.tools.demo.report import peak_memory_gib, summarize
-        from draftcache.tools.demo.truth import truth_check
+        from draftcache.tools.truth import truth_check
 
         started = time.monotonic()
         tokenizer = AutoTokenizer.from_pretrained(VERIFIER)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from draftcache.store.reader import StoreReader
-from draftcache.tools.demo.truth import TruthResult
+from draftcache.tools.truth import TruthResult
 
 
 def peak_memory_gib() -> dict[str, float]:

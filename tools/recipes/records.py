@@ -17,7 +17,7 @@ from draftcache.store.common.files import hash_file, hash_json, read_json, write
 from draftcache.tools.config_file import actions_of
 from draftcache.tools.recipes.steps import Step
 
-_REWRITTEN = ("eval", "vocab", "prepare", "generate")
+_REWRITTEN = ("eval", "report", "vocab", "prepare", "generate")
 """Commands that make their output anew, or refuse to by its content."""
 _PATHS = ("inputs", "held_out", "store", "bigram_store", "more_vocab_maps", "prompts")
 """Flags that name what is read, beside those whose type is a path."""

@@ -18,7 +18,7 @@ from draftcache.tools.recipes.recipe import Recipe
 
 AUTO = "auto"
 _REFERENCE = re.compile(r"@([A-Za-z0-9_-]+)(?=$|[:/])")
-_ENDINGS = {"vocab": ".safetensors", "eval": ".json"}
+_ENDINGS = {"vocab": ".safetensors", "eval": ".json", "report": ".html"}
 """Endings of outputs that are files; the others are directories."""
 
 

@@ -17,8 +17,7 @@ from draftcache.draft_train.run_checks import require_trainable
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.files import canonical_json
 from draftcache.store.reader import StoreReader
-from draftcache.tools.arguments import read_settings
-from draftcache.tools.commands import train
+from draftcache.tools.arguments import add_settings, read_settings
 from draftcache.tools.config_file import actions_of, command_parser, name_of, nearest, place_in, read_toml, words_of
 
 PLAN_NAME = "sweep.json"
@@ -26,8 +25,8 @@ RUNS = "runs"
 SEED = "seed"
 """The axis over which results are averaged."""
 _SECTIONS = ("train", "axes", "asha")
-_OWN = ("output", "device", "json", "track_group", "debug")
-"""Flags that a sweep sets itself, or that differ from machine to machine."""
+_OWN = ("output", "device", "track_group", "debug")
+"""Flags that a sweep sets itself, or that say nothing of a trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +168,7 @@ def _asha(path: Path, section: Any) -> Asha | None:
 
 def _config(path: Path, shared: Mapping[str, Any], chosen: Mapping[str, Any], output: Path) -> TrainConfig:
     """Return the settings of one trial; values of an axis take the place of shared ones."""
-    parser = command_parser(train.add_arguments, "train")
+    parser = command_parser(lambda parser: add_settings(parser, TrainConfig), "train")
     actions = actions_of(parser)
     rest = {key: value for key, value in shared.items() if key not in chosen}
     words = words_of(actions, chosen, place_in(path, "axes"), "draftcache train")

@@ -23,7 +23,7 @@ from draftcache.draft_train.drafts.protocol import (
     BatchRows,
     CheckpointState,
     Draft,
-    Proposer,
+    LogitReader,
     ServedForm,
     Shape,
     VerifierShape,
@@ -67,9 +67,9 @@ class Eagle3Draft(Draft):
         fused = choose_pass(config, self.model, objective, frozen.embed_tokens, say=say)
         return fused or self.plain_pass(config, objective, frozen)
 
-    def proposer(self, frozen: FrozenWeights, compute: str = "auto") -> Proposer:
+    def logit_reader(self, frozen: FrozenWeights, compute: str = "auto") -> LogitReader:
         fused = choose_forward(self.model, frozen.embed_tokens, compute)
-        return super().proposer(frozen, "plain") if fused is None else fused.propose
+        return super().logit_reader(frozen, "plain") if fused is None else fused.step_logits
 
     def served_form(
         self, state: CheckpointState, vocab_map: VocabMap, *, engine: str, dtype: torch.dtype

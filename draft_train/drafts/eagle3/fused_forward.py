@@ -19,6 +19,7 @@ from draftcache.draft_train.drafts.eagle3.kernels.attention import attend
 from draftcache.draft_train.drafts.eagle3.kernels.runs import find_runs
 from draftcache.draft_train.drafts.eagle3.kernels.step_mask import StepMask
 from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
+from draftcache.draft_train.drafts.protocol import StepLogits, greedy_choices
 from draftcache.draft_train.kernels.norms import rms_norm
 from draftcache.draft_train.kernels.rotary import rotary_table, split_heads
 from draftcache.draft_train.kernels.swiglu import swiglu
@@ -43,23 +44,28 @@ class FusedForward:
         self.weights = FusedWeights(model, dtype)
         self.matrices = self.weights.matrices
 
-    @torch.no_grad()
     def propose(self, batch: Batch, count: int) -> Tensor:
         """Return the greedy choices [S, count] int64 by start row and step, as draft ids; -1 past the row's steps.
 
         `batch` was made for `count` steps.
         """
+        return greedy_choices(self.step_logits(batch, count), batch, count)
+
+    @torch.no_grad()
+    def step_logits(self, batch: Batch, count: int) -> Iterator[StepLogits]:
+        """Yield the logits of the steps, in slices of at most `settings.rows` rows. `batch` was made for `count` steps.
+
+        The host does not wait for the device here.
+        """
         self.weights.refresh()
         base = self._base(batch)
-        proposals = torch.full((batch.start_index.shape[0], count), -1, dtype=torch.int64, device=batch.taps.device)
         state: StepState | None = None
         for mask, starts, kept in self._step_masks(batch, base):
             state = self._forward_step(base, mask, starts, kept, state)
             for first in range(0, state.rows.shape[0], self.settings.rows):
                 rows = slice(first, first + self.settings.rows)
                 normed = rms_norm(state.result[rows], self.model.norm.weight, self.eps)
-                proposals[state.rows[rows], state.number] = float32_product(normed, self.matrices.head).argmax(-1)
-        return proposals
+                yield StepLogits(state.number, state.rows[rows], float32_product(normed, self.matrices.head))
 
     def _step_masks(self, batch: Batch, base: BaseRows) -> Iterator[tuple[StepMask, Tensor, Tensor | None]]:
         """Yield for each step: its attention mask, the key row [T] int64 of each start row, and `StepState.kept`.
