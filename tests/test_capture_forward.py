@@ -50,7 +50,7 @@ def test_pieces_equal_one_piece(which: int, chunk: int) -> None:
     if which == 1 and chunk == 1:
         pytest.skip("the model's own code takes single tokens for decoding")
     forward = trained()[which]
-    ids = tokens(1, 300)
+    ids = tokens(1, 300 if chunk > 2 else 70)  # each piece is a call
     assert worst(run(forward, ids, (2, 5, 10), chunk), run(forward, ids, (2, 5, 10))) < 2e-5
 
 
