@@ -7,7 +7,6 @@ import importlib.util
 import itertools
 import multiprocessing
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -39,12 +38,12 @@ from draftcache.tools.campaign.object_server import BUCKET, CREDENTIALS, s3_serv
 from draftcache.tools.cli import main
 from support.capture_jobs import config, flags, prepare_rows, write_rows
 from support.processes import ONE_THREAD, children, wait_for
+from support.ray_cluster import RAY_ENVIRONMENT, ray_cluster
 from support.tiny_models import save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 DEADLINE_S = 90
 KILLS = 12
-RAY_ENVIRONMENT = ONE_THREAD | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 @pytest.fixture(autouse=True)
@@ -345,36 +344,6 @@ def test_on_a_disk_one_job_calibrates_and_the_other_waits_for_it(
         assert sum(item.shards for item in pool.map(CaptureJob.run, jobs)) == 18
     assert len(measured) == 1
     assert StoreReader(tmp_path / "s").manifest.norm_bands == measured[0].norm_bands
-
-
-@contextlib.contextmanager
-def ray_cluster() -> Iterator[str]:
-    """A Ray cluster of this machine in a process of its own, which takes it along when it ends; its address."""
-    code = (
-        "import logging, ray, sys\n"
-        "context = ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, object_store_memory=100_000_000,\n"
-        "                   logging_level=logging.ERROR, _temp_dir=sys.argv[1])\n"
-        "print(context.address_info['gcs_address'], flush=True)\n"
-        "sys.stdin.read()\n"
-        "ray.shutdown()\n"
-    )
-    with (
-        tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as place,  # short: it holds sockets
-        subprocess.Popen(
-            [sys.executable, "-c", code, place],
-            env=RAY_ENVIRONMENT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as process,
-    ):
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            yield process.stdout.readline().strip()
-        finally:
-            process.stdin.close()
-            process.wait(DEADLINE_S)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is an extra")

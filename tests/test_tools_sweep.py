@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -231,12 +232,23 @@ def test_a_sweep_that_is_asked_to_stop_saves_its_trials(root: Path) -> None:
     assert len(checkpoints(run)) == 1
 
 
-def test_groups_share_what_a_machine_has() -> None:
+def test_groups_share_what_a_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
     cores = len(os.sched_getaffinity(0))
     alone = slots_of(1, "cpu", 0)
     assert [slot.environment for slot in alone] == [{"OMP_NUM_THREADS": str(cores)}]
     assert len(slots_of(50, "cpu", 0)) == cores
     assert len(slots_of(50, "cpu", 1)) == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    monkeypatch.setattr("draftcache.tools.sweep.launch.choose_device", lambda name: torch.device("cuda"))
+
+    def shares(groups: int, workers: int) -> list[str]:
+        return [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots_of(groups, "auto", workers)]
+
+    assert shares(1, 0) == ["0,1,2"]
+    assert shares(2, 0) == ["0,2", "1"]
+    assert shares(9, 0) == ["0", "1", "2"]
+    assert shares(9, 5) == ["0", "1", "2", "0", "1"]  # asked for: two share a GPU
+    assert slots_of(1, "auto", 0)[0].devices == ("cuda:0", "cuda:1", "cuda:2")
 
 
 def test_runs_are_cut_into_groups_that_fit() -> None:
@@ -251,3 +263,27 @@ def test_intervals_are_students() -> None:
     """For 1, 2, 3: standard error 1 / sqrt(3), and 4.303 with two degrees of freedom."""
     assert interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3), rel=1e-4)
     assert math.isnan(interval([1.0]))
+
+
+def test_ray_without_a_cluster_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(root, axes={"seed": [0]})
+    code = main(["sweep", str(path), "--output", str(root / "out"), "--launcher", "ray"])
+    assert code == 2
+    assert "--launcher ray: expected " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray")
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_ray_tune_runs_the_same_trials(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from support.ray_cluster import ray_cluster
+
+    path = written(root, axes={"order": ["shuffle", "bucketed"], "seed": [0, 1]})
+    with ray_cluster() as address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert main(["sweep", str(path), "--output", str(root / "out"), "--launcher", "ray", "--device", "cpu"]) == 0
+    sweep = Sweep.from_json(read_json(root / "out" / PLAN_NAME))
+    assert [row["state"] for row in collect(sweep, root / "out")["trials"]] == ["finished"] * 4
+    alone = Trainer(replace_output(sweep.trials[3].config, root / "alone")).run()
+    mine = load_file(checkpoints(sweep.trials[3].config.output)[-1] / "model.safetensors")
+    assert all(torch.equal(mine[name], value) for name, value in load_file(alone / "model.safetensors").items())

@@ -33,14 +33,14 @@ class Slot:
 def slots_of(groups: int, device: str, workers: int) -> list[Slot]:
     """Return the slots of this machine for `groups` groups, of which `workers` (0: as many as serve) may run at once.
 
-    With more GPUs than groups, a group gets several GPUs and still reads the store once. On the CPU every worker has
-    its share of the cores.
+    With more GPUs than groups, a group gets several GPUs and still reads the store once. Only where `workers` asks for
+    it do several share a GPU. On the CPU every worker has its share of the cores.
     """
     chosen = choose_device(device)
     if chosen.type == "cuda":
         gpus = _gpus() if chosen.index is None else [str(chosen.index)]
-        count = min(workers or len(gpus), len(gpus), groups)
-        shares = [gpus[number::count] for number in range(count)]
+        count = min(workers or len(gpus), groups)
+        shares = [gpus[number::count] or [gpus[number % len(gpus)]] for number in range(count)]
         return [
             Slot(tuple(f"cuda:{at}" for at in range(len(share))), {"CUDA_VISIBLE_DEVICES": ",".join(share)})
             for share in shares
