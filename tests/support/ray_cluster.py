@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+
+from support.processes import ONE_THREAD
 
 DEADLINE_S = 240
 RAY_ENVIRONMENT = os.environ | {
