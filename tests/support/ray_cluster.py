@@ -9,8 +9,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-from support.processes import ONE_THREAD
-
 DEADLINE_S = 240
 RAY_ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
