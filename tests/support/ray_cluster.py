@@ -9,12 +9,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
+from support.processes import ONE_THREAD
+
 DEADLINE_S = 240
-RAY_ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1",
-    "RAY_AUTH_MODE": "token",
-    "RAY_AUTH_TOKEN": secrets.token_hex(32),
-}
+RAY_ENVIRONMENT = ONE_THREAD | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 @contextlib.contextmanager
