@@ -29,6 +29,7 @@ from draftcache.tools.sweep.plan import PLAN_NAME, Asha, Sweep, read_sweep
 from draftcache.tools.sweep.results import collect, format_results, interval
 from draftcache.tools.sweep.rungs import Rungs
 from draftcache.tools.sweep.worker import FAILED, train_group
+from support.ray_cluster import RAY_ENVIRONMENT, ray_cluster
 from support.synthetic import write_store
 from support.training_runs import metrics
 
@@ -274,14 +275,15 @@ def test_ray_without_a_cluster_is_refused(root: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray")
-@pytest.mark.filterwarnings("ignore")  # Ray's own
-def test_ray_tune_runs_the_same_trials(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from support.ray_cluster import ray_cluster
-
+def test_ray_tune_runs_the_same_trials(root: Path) -> None:
     path = written(root, axes={"order": ["shuffle", "bucketed"], "seed": [0, 1]})
+    words = [sys.executable, "-m", "draftcache.tools.cli", "sweep", str(path), "--output", str(root / "out")]
     with ray_cluster() as address:
-        monkeypatch.setenv("RAY_ADDRESS", address)
-        assert main(["sweep", str(path), "--output", str(root / "out"), "--launcher", "ray", "--device", "cpu"]) == 0
+        subprocess.run(
+            [*words, "--launcher", "ray", "--device", "cpu"],
+            env={**RAY_ENVIRONMENT, "RAY_ADDRESS": address},
+            check=True,
+        )
     sweep = Sweep.from_json(read_json(root / "out" / PLAN_NAME))
     assert [row["state"] for row in collect(sweep, root / "out")["trials"]] == ["finished"] * 4
     alone = Trainer(replace_output(sweep.trials[3].config, root / "alone")).run()
