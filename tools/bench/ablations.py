@@ -11,7 +11,7 @@ changes any of them, and `--capture KEY=VALUE` a flag of capture. The families a
 - `loss-rows`: `turns` against `unshifted` (draft_train/data/loss_rows.py). `pairs_without_teacher` is the share of the
   pairs of `unshifted` that no store has a teacher for; they are left out.
 - `order`: a first stage per seed on `--first-share` of `--first-split`, then `shuffle` and `bucketed` from there.
-- `turns`: one JSONL file prepared with `--turns all`, `each` and `last`, at equal epochs and with one held-out split.
+- `turns`: one JSONL file prepared with `--turns all`, `each` and `last`, at equal steps and with one held-out split.
 - `unroll`: training-time-test steps 1 to 6.
 - `top-k`: 8 to 256 teacher entries with a tail bucket (`tail-kl`) and renormalised, against the exact distribution.
 

@@ -122,9 +122,10 @@ def order(bench: Bench) -> Trials:
 
 
 def turns(bench: Bench) -> Trials:
-    """Which answers of a conversation carry loss, at equal epochs, on one held-out split.
+    """Which answers of a conversation carry loss, on one held-out split.
 
-    `each` makes a row of every answer, so it has more optimizer steps; `last` has fewer tokens with loss.
+    `each` makes a row of every answer, so a step has as many times more rows as its dataset has: all three train for
+    one number of epochs and, but for rounding, of steps. `last` has fewer tokens with loss.
     """
     inputs = bench.setup.turns_inputs
     if set(inputs) != {"train", "eval"}:
@@ -134,10 +135,15 @@ def turns(bench: Bench) -> Trials:
         )
     rows = _held_out_rows(bench)
 
-    def trained(seed: int, name: str) -> dict[str, Any]:
+    def store(name: str) -> Path:
         dataset = bench.once(f"turns-{name}", lambda: _prepared(bench, name, f"train={inputs['train']}", rows))
-        store = bench.captured(f"turns-{name}", dataset, ("train", "eval"))
-        (trial,) = bench.swept(f"turns-{name}", seed, store, splits=["train"], eval_split="eval")
+        return bench.captured(f"turns-{name}", dataset, ("train", "eval"))
+
+    def trained(seed: int, name: str) -> dict[str, Any]:
+        counts = [StoreReader(store(of)).members("train").size for of in (name, "all")]
+        batch = max(1, round(bench.setup.train["batch_conversations"] * counts[0] / counts[1]))
+        settings = {"splits": ["train"], "eval_split": "eval", "batch_conversations": batch}
+        (trial,) = bench.swept(f"turns-{name}", seed, store(name), **settings)
         return trial | {"turns": name}
 
     calls = [lambda seed=seed, name=name: trained(seed, name) for seed in range(bench.setup.seeds) for name in TURNS]
