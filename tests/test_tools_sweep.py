@@ -66,11 +66,13 @@ def prepared(root: Path, **options: Any) -> Sweep:
 
 
 def test_trials_are_the_runs_that_the_settings_make_alone(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = written(root)
+    axes = {"loss": ["tail-kl", "tv"], "seed": [0, 1], "order": ["shuffle", "bucketed"]}
+    path = written(root, axes)
     assert main(["sweep", str(path), "--output", str(root / "out"), "--device", "cpu", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["state"] for row in found["trials"]] == ["finished"] * 8
-    assert len(found["means"]) == 4
+    assert sorted(row["loss"] for row in found["means"]) == ["tail-kl", "tail-kl", "tv", "tv"]
+    assert all(row["training_loss"] > 0 for row in [*found["trials"], *found["means"]])
     assert all(row["trials"] == 2 and row["half_width"] >= 0 for row in found["means"])
     sweep = Sweep.from_json(read_json(root / "out" / PLAN_NAME))
     assert sorted(len(group) for group in sweep.groups) == [4, 4]
@@ -83,7 +85,7 @@ def test_trials_are_the_runs_that_the_settings_make_alone(root: Path, capsys: py
     before = {path: path.stat().st_mtime_ns for path in (root / "out" / "runs").rglob("*") if path.is_file()}
     assert main(["sweep", str(path), "--output", str(root / "out"), "--device", "cpu"]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in (root / "out" / "runs").rglob("*") if path.is_file()}
-    changed = written(root, weight_decay=0.5)
+    changed = written(root, axes, weight_decay=0.5)
     assert main(["sweep", str(changed), "--output", str(root / "out"), "--device", "cpu"]) == 2
     assert "expected weight_decay 0.0 in trial_0000" in capsys.readouterr().err
 

@@ -62,7 +62,7 @@ def _row(trial: Trial, ended: dict[str, int]) -> dict[str, Any]:
         "steps": records[-1]["step"] if records else 0,
         "acceptance_length": measured[-1]["eval_acceptance_length"] if measured else None,
         "best_acceptance_length": max((row["eval_acceptance_length"] for row in measured), default=None),
-        "loss": statistics.fmean(record["loss"] for record in last) if last else None,
+        "training_loss": statistics.fmean(record["loss"] for record in last) if last else None,
         "tail_mass": last[-1]["tail_mass"] if last else None,
         "tokens_per_second": statistics.median(row["tokens_per_second"] for row in records) if records else None,
     }
@@ -91,7 +91,7 @@ def _means(sweep: Sweep, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
                 "trials": len(group),
                 "acceptance_length": statistics.fmean(lengths),
                 "half_width": None if len(lengths) < 2 else interval(lengths),
-                "loss": statistics.fmean(row["loss"] for row in group),
+                "training_loss": statistics.fmean(row["training_loss"] for row in group),
             }
         )
     return sorted(means, key=lambda row: -row["acceptance_length"])
@@ -115,7 +115,7 @@ def format_results(results: dict[str, Any]) -> str:
     table = [header]
     for row in results["means"]:
         width = "" if row["half_width"] is None else f"+- {row['half_width']:.3f}"
-        figures = [str(row["trials"]), f"{row['acceptance_length']:.3f}", width, f"{row['loss']:.3f}"]
+        figures = [str(row["trials"]), f"{row['acceptance_length']:.3f}", width, f"{row['training_loss']:.3f}"]
         table.append([*(str(row[name]) for name in others), *figures])
     widths = [max(len(line[column]) for line in table) for column in range(len(header))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table]

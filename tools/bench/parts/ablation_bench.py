@@ -1,0 +1,182 @@
+"""What the families of ablations share: stores, vocabulary map and sweeps, each made by the command at most once."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from draftcache.store.common.errors import InputError, WorkerError
+from draftcache.store.common.files import read_json
+from draftcache.tools.bench.parts.ablation_jobs import Jobs
+from draftcache.tools.sweep.plan import PLAN_NAME
+
+T = TypeVar("T")
+TOP_K = 256
+"""Teacher entries in the stores. Training uses the setting `top_k` of them."""
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 2e-3, "weight_decay": 0.3, "beta2": 0.99, "batch_conversations": 2, "epochs": 1, "ttt_steps": 6,
+    "sliding_window": 512, "top_k": 64, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 64, "eval_conversations": 1000, "checkpoint_every": 100_000,
+}  # fmt: skip
+"""Settings of every trial, for the demo's verifier."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What the command line chose."""
+
+    verifier: Path
+    dataset: Path
+    layers: str
+    train_split: str
+    eval_split: str
+    first_split: str
+    first_share: float
+    """Share of `first_split` in the first stage of the family `order`."""
+    turns_inputs: Mapping[str, Path]
+    """Conversations by "train" and "eval", for the family `turns`; may be empty."""
+    vocab_map: Path | None
+    draft_vocab_size: int
+    work: Path
+    seeds: int
+    device: str
+    train: Mapping[str, Any]
+    """Settings of every trial, by name."""
+    capture: Mapping[str, Any]
+    """Flags of every capture beside those that the families choose."""
+
+
+@dataclass
+class Bench:
+    """Makes what the families need, in the directory `setup.work`. Its methods may be called from many threads."""
+
+    setup: Setup
+    jobs: Jobs
+    priority: int = 0
+    """Of the family that asks: a lower number goes first."""
+    _made: dict[str, Future[Path]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def of_family(self, priority: int) -> Bench:
+        """Return the bench as one family uses it, with what is made already."""
+        return Bench(self.setup, self.jobs, priority, self._made, self._lock)
+
+    def by_seed(self, measure: Callable[[int], T]) -> list[T]:
+        """Return what `measure` returns for every seed, measured at once as far as the jobs allow."""
+        return self.together([lambda seed=seed: measure(seed) for seed in range(self.setup.seeds)])
+
+    def together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+        """Return the results of all calls, each made in a thread of its own."""
+        with ThreadPoolExecutor(max_workers=len(calls)) as pool:
+            return [future.result() for future in [pool.submit(call) for call in calls]]
+
+    def store(self, mode: str = "lossless", teacher: str = "draft") -> Path:
+        """Return the store of the dataset in this mode and with this teacher, captured when it is first asked for."""
+        setup = self.setup
+        splits = dict.fromkeys([setup.train_split, setup.eval_split, setup.first_split])
+        return self.captured(f"{mode}-{teacher}", setup.dataset, tuple(splits), mode, teacher)
+
+    def captured(
+        self, name: str, dataset: Path, splits: Sequence[str], mode: str = "lossless", teacher: str = "draft"
+    ) -> Path:
+        """Return the store NAME of a dataset, with every row in any window's reach."""
+        output = self.setup.work / "stores" / name
+
+        def capture() -> Path:
+            values = {"layers": self.setup.layers, "splits": ",".join(splits), "window": 0, "device": self.setup.device}
+            values |= {"mode": mode, "teacher": teacher, "vocab_map": self.vocab_map(), **self.setup.capture}
+            if teacher != "hidden":
+                values.setdefault("top_k", TOP_K)
+            words = [*flags({"verifier": self.setup.verifier, "dataset": dataset}), *flags(values)]
+            self.jobs.run(f"capture-{name}", self.priority, "capture", *words, "--output", output)
+            return output
+
+        return self.once(str(output), capture)
+
+    def vocab_map(self) -> Path:
+        """Return the draft-vocabulary map: the given one, the dataset's own, or one of the training split's counts."""
+        setup = self.setup
+        own = setup.dataset / "vocab_map.safetensors"
+        if setup.vocab_map is not None or own.is_file():
+            return setup.vocab_map or own
+        output = setup.work / "vocab_map.safetensors"
+
+        def build() -> Path:
+            words = [f"{setup.dataset}:{setup.train_split}", "--size", setup.draft_vocab_size, "--output", output]
+            self.jobs.run("vocab", self.priority, "vocab", *words)
+            return output
+
+        return self.once(str(output), build)
+
+    def once(self, key: str, make: Callable[[], Path]) -> Path:
+        """Return what `make` returns, which is called by the first thread that asks for `key`; the others wait."""
+        with self._lock:
+            first = key not in self._made
+            future = self._made.setdefault(key, Future())
+        if first:
+            try:
+                future.set_result(make())
+            except BaseException as exc:
+                future.set_exception(exc)
+        return future.result()
+
+    def swept(
+        self, name: str, seed: int, store: Path, axes: Mapping[str, Sequence[Any]] | None = None, **settings: Any
+    ) -> list[dict[str, Any]]:
+        """Run the sweep NAME-SEED over `axes` on a store, and return its trials.
+
+        They are the rows of its results.json, with `axes`, each one's values, and `run`, its directory.
+
+        A seed draws both the initial weights and the order of conversations, so that its trials read the same data in
+        the same order, and trials of one seed can be compared in pairs. Raises WorkerError where a trial did not end.
+        """
+        output = self.setup.work / "sweeps" / f"{name}-{seed}"
+        shared = {"store": str(store.absolute()), "splits": [self.setup.train_split]}
+        shared |= {"eval_split": self.setup.eval_split, **self.setup.train, **settings}
+        path = output.with_suffix(".toml")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(sweep_file(shared, {**(axes or {}), "seed": [seed]}), encoding="utf-8")
+        words = [path, "--output", output, "--device", self.setup.device]
+        self.jobs.run(f"sweep-{name}-{seed}", self.priority, "sweep", *words)
+        trials: list[dict[str, Any]] = read_json(output / "results.json")["trials"]
+        for trial, planned in zip(trials, read_json(output / PLAN_NAME)["trials"], strict=True):
+            if trial["state"] != "finished":
+                raise WorkerError(f"{output}: expected a finished {trial['trial']}, found it {trial['state']}")
+            trial |= {"axes": planned["axes"], "run": output / planned["run"]}
+        return trials
+
+
+def sweep_file(shared: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> str:
+    """Return the text of a sweep's TOML file. JSON's numbers, texts, truth values and lists of them are TOML's too."""
+    lines = [f"{name} = {json.dumps(value)}" for name, value in shared.items()]
+    return "\n".join(
+        ["[train]", *lines, "", "[axes]", *(f"{name} = {json.dumps(list(axes[name]))}" for name in axes), ""]
+    )
+
+
+def flags(values: Mapping[str, Any]) -> list[str]:
+    """Return the words of a command line for flags by name; True makes --NAME and False --no-NAME."""
+    words: list[str] = []
+    for name, value in values.items():
+        kebab = name.replace("_", "-")
+        words += [f"--{'' if value else 'no-'}{kebab}"] if isinstance(value, bool) else [f"--{kebab}", str(value)]
+    return words
+
+
+def settings_of(texts: Sequence[str], flag: str) -> dict[str, Any]:
+    """Return the values of repeated KEY=VALUE words by name: JSON if it is that, else text. Raises InputError."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise InputError(f"{flag}: expected KEY=VALUE, such as batch_conversations=4, found {text!r}")
+        try:
+            found[key.replace("-", "_")] = json.loads(value)
+        except ValueError:
+            found[key.replace("-", "_")] = value
+    return found
