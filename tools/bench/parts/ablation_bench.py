@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,7 +69,7 @@ class Bench:
 
     def by_seed(self, measure: Callable[[int], T]) -> list[T]:
         """Return what `measure` returns for every seed, measured at once as far as the jobs allow."""
-        return self.together([lambda seed=seed: measure(seed) for seed in range(self.setup.seeds)])
+        return self.together([partial(measure, seed) for seed in range(self.setup.seeds)])
 
     def together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
         """Return the results of all calls, each made in a thread of its own."""

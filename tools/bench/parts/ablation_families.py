@@ -113,9 +113,12 @@ def order(bench: Bench) -> Trials:
     setup = bench.setup
 
     def trained(seed: int) -> list[dict[str, Any]]:
-        first = {"splits": [setup.first_split], "data_share": setup.first_share}
+        first: dict[str, Any] = {"splits": [setup.first_split], "data_share": setup.first_share}
         (start,) = bench.swept("order-first", seed, bench.store(), **first)
-        second = {"init_from": str(start["run"].absolute()), "learning_rate": setup.train["learning_rate"] / 2}
+        second: dict[str, Any] = {
+            "init_from": str(start["run"].absolute()),
+            "learning_rate": setup.train["learning_rate"] / 2,
+        }
         return bench.swept("order", seed, bench.store(), {"order": ORDERS}, **second)
 
     return _cases(bench.by_seed(trained), lambda trial: f"order={trial['axes']['order']}")
