@@ -148,6 +148,7 @@ def begun(output: Path) -> list[int]:
     return [int(path.name.split(".")[1]) for path in (output / "shards").glob(".*.partial")]
 
 
+@pytest.mark.slow
 def test_two_commands_killed_again_and_again_make_the_store_of_one(settings: CaptureConfig, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     output = tmp_path / "cut"
@@ -195,7 +196,7 @@ def test_a_command_takes_over_the_shard_of_one_that_dies(settings: CaptureConfig
     require_same_store(settings, output)
 
 
-@pytest.mark.parametrize("whole_group", [False, True])
+@pytest.mark.parametrize("whole_group", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_workers_of_one_command_killed_then_run_by_another_number(
     settings: CaptureConfig, tmp_path: Path, whole_group: bool
 ) -> None:
@@ -255,7 +256,7 @@ def test_sigterm_lets_the_shard_be_finished(settings: CaptureConfig, tmp_path: P
         ("600", [signal.SIGINT], 128 + signal.SIGINT),
     ],
 )
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_shard_that_can_not_be_finished_is_left_without_a_trace(
     settings: CaptureConfig, tmp_path: Path, grace: str, signals: list[int], code: int, workers: int
 ) -> None:
@@ -274,7 +275,7 @@ def test_a_shard_that_can_not_be_finished_is_left_without_a_trace(
     require_nothing_unfinished(output)
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_other_settings_are_refused_by_name(settings: CaptureConfig, tmp_path: Path, workers: str) -> None:
     """Also where the store is not finished; what it holds is not touched."""
     before = content(Path(settings.output))

@@ -115,7 +115,7 @@ def test_without_the_sum_over_ranks_the_self_check_refuses(
     assert not torch.distributed.is_initialized()
 
 
-@pytest.mark.parametrize("victim", ["follower", "worker"])
+@pytest.mark.parametrize("victim", [pytest.param("follower", marks=pytest.mark.slow), "worker"])
 def test_a_dead_rank_ends_the_worker_and_the_same_command_goes_on(tmp_path: Path, dataset: Path, victim: str) -> None:
     model = save_model(tmp_path / "model", "nemotron_h")
     settings = sharded(model, dataset, tmp_path / "s")

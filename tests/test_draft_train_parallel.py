@@ -166,6 +166,7 @@ def test_torchrun_starts_it_and_sigterm_saves_the_step(store: Path) -> None:
     assert [row["step"] for row in metrics(made.output)] == list(range(1, state.step + 1))
 
 
+@pytest.mark.slow
 def test_two_nodes_train_the_same_run(store: Path) -> None:
     """Two of torchrun's agents, each with two ranks: ranks 2 and 3 are ranks 0 and 1 of their node."""
     alone, nodes = settings(store, "alone"), settings(store, "nodes")

@@ -127,7 +127,9 @@ def test_attention_of_groups_of_three_heads(flash: bool) -> None:
     require_attention(mask, 6, 2, 16 if INTERPRETED else 64, dtype, BOUND[dtype])
 
 
-@pytest.mark.parametrize("flash", [False, pytest.param(True, marks=NEEDS_FLASH)])
+@pytest.mark.parametrize(
+    "flash", [False, pytest.param(True, marks=[NEEDS_FLASH, *([pytest.mark.slow] if INTERPRETED else [])])]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_whole_pass_through_its_kernels_equals_autograd_in_float64(dtype: torch.dtype, flash: bool) -> None:
     if flash and dtype == F32 and not INTERPRETED:

@@ -19,7 +19,7 @@ from draftcache.tools.campaign.tally import FAULTS, Tally, table
 from draftcache.tools.campaign.world import tree_content
 from support.processes import ONE_THREAD
 
-SHORT = ["--kills", "19", "--mutations", "24", "--inputs", "15"]
+SHORT = ["--kills", "19", "--mutations", "12", "--inputs", "8"]
 
 
 def campaign(tmp_path: Path, *words: str) -> list[dict[str, object]]:

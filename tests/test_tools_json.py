@@ -117,8 +117,7 @@ CASES: dict[str, tuple[int, Words]] = {
     "vocab": (0, lambda inputs, out, _: [inputs / "prepared", "--size", 70, "--output", out / "map.safetensors"]),
     "capture": (0, lambda inputs, out, _: captured(inputs, out)),
     "train": (0, lambda inputs, out, _: training_runs.flags(training_runs.config(inputs, output=out / "r", epochs=1))),
-    "sweep": (0, lambda inputs, out, _: [inputs / "sweep.toml", "--output", out / "w", "--device", "cpu"]),
-    "sweep --dry-run": (0, lambda inputs, out, _: [inputs / "sweep.toml", "--output", out / "w", "--dry-run"]),
+    "sweep": (0, lambda inputs, out, _: [inputs / "sweep.toml", "--output", out / "w", "--dry-run"]),
     "eval": (
         0,
         lambda inputs, out, _: [

@@ -28,7 +28,8 @@ from draftcache.tools.sweep.launch import slots_of
 from draftcache.tools.sweep.plan import PLAN_NAME, Asha, Sweep, read_sweep
 from draftcache.tools.sweep.results import collect, format_results, interval
 from draftcache.tools.sweep.rungs import Rungs
-from draftcache.tools.sweep.worker import FAILED, train_group
+from draftcache.tools.sweep.worker import FAILED, is_finished, train_group
+from support.processes import wait_for
 from support.ray_cluster import RAY_ENVIRONMENT, ray_cluster
 from support.synthetic import write_store
 from support.training_runs import metrics
@@ -194,6 +195,26 @@ def test_fewer_trials_at_once_make_the_same_trials(root: Path, capfd: pytest.Cap
     assert all(torch.equal(mine[name], value) for name, value in load_file(alone / "model.safetensors").items())
 
 
+def test_a_killed_worker_goes_on_and_runs_no_finished_trial_again(root: Path) -> None:
+    axes = {"order": ["shuffle", "bucketed"], "seed": [0, 1]}
+    sweep = prepared(root, axes=axes, epochs=60, eval_every=120, checkpoint_every=10)
+    out, finished = root / "out", [sweep.trials[number].config.output for number in sweep.groups[0]]
+    train_group(out, 0, CPU, 0, StopRequest())
+    before = {path: path.stat().st_mtime_ns for run in finished for path in run.rglob("*") if path.is_file()}
+    killed = [sweep.trials[number].config.output for number in sweep.groups[1]]
+    words = [sys.executable, "-m", "draftcache.tools.sweep.worker", str(out), "1", "cpu", "0"]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        wait_for(lambda: bool(checkpoints(killed[0])))
+        process.kill()
+    assert not any(is_finished(trial) for trial in sweep.trials if trial.config.output in killed)
+    for group in (0, 1):
+        train_group(out, group, CPU, 0, StopRequest())
+    assert before == {path: path.stat().st_mtime_ns for run in finished for path in run.rglob("*") if path.is_file()}
+    for run in (*finished, *killed):
+        assert [row["step"] for row in metrics(run)] == list(range(1, 121))
+
+
+@pytest.mark.slow
 def test_a_killed_sweep_runs_no_finished_trial_again(root: Path) -> None:
     path = written(
         root, axes={"order": ["shuffle", "bucketed"], "seed": [0, 1]}, epochs=30, eval_every=30, checkpoint_every=30
