@@ -37,9 +37,9 @@ IN_DOMAIN = "val_traces"
 class DemoSize:
     """How much of the shipped text a demo run uses; how it trains is in the recipe."""
 
-    train_conversations: int = 1000
+    train_conversations: int = 450
     val_conversations: int = 60
-    trace_prompts: int = 800
+    trace_prompts: int = 400
     held_out_prompts: int = 72
     max_prompt_tokens: int = 320
     max_new_tokens: int = 128
