@@ -188,6 +188,18 @@ class TrainConfig:
         values = {name: value for name, value in asdict(self).items() if name not in loose}
         return values | {"splits": list(self.splits)}
 
+    def to_json(self) -> dict[str, Any]:
+        """Return all settings as JSON values."""
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> TrainConfig:
+        """Return the settings of `to_json`. Raises InputError for a value out of range."""
+        start = values["init_from"]
+        given = {"output": Path(values["output"]), "splits": tuple(values["splits"])}
+        return cls(**values | given | {"init_from": None if start is None else Path(start)})
+
     def reading(self) -> dict[str, Any]:
         """Return the settings that decide what is read of a store, and in which order."""
         names = ("splits", "order", "epochs", "batch_conversations", "pack_tokens", "data_share")

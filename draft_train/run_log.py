@@ -7,10 +7,10 @@ commit, and every command line that began it or went on with it.
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 import uuid
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +24,8 @@ from draftcache.store.common.checkout import code_commit, code_version
 from draftcache.store.common.files import atomic_path, read_json, write_json
 from draftcache.store.common.progress import progress_bar
 
+METRICS = "metrics.jsonl"
+"""File in a run's directory with a record of each step."""
 RUN_NAME = "run.json"
 """File in a run's directory that says what made the run."""
 
@@ -49,7 +51,7 @@ class RunLog:
         `facts` are written to run.json, beside the settings. `bar` shows the progress. Raises InputError where --track
         needs a package that is not installed.
         """
-        path = config.output / "metrics.jsonl"
+        path = config.output / METRICS
         _trim_metrics(path, step)
         self._total_steps = total_steps
         self._tracker = open_tracker(config, _write_run(config, facts))
@@ -107,6 +109,34 @@ def step_record(
     }
 
 
+def read_records(run: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the records of a run's metrics.jsonl, and how many whole lines are none.
+
+    The last line may be half written, as the run may be going on.
+    """
+    path = run / METRICS
+    if not path.is_file():
+        return [], 0
+    rows, damaged = [], 0
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and _is_number(row.get("step")):
+            rows.append(row)
+        else:
+            damaged += number < len(lines) - 1
+    return rows, damaged
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _write_run(config: TrainConfig, facts: dict[str, Any]) -> dict[str, Any]:
     """Write run.json, and return its content. A run that goes on keeps its id, and adds its command line."""
     path = config.output / RUN_NAME
@@ -118,16 +148,10 @@ def _write_run(config: TrainConfig, facts: dict[str, Any]) -> dict[str, Any]:
         "commit": code_commit(),
         "torch": torch.__version__,
         **facts,
-        "settings": {name: _plain(value) for name, value in asdict(config).items()},
+        "settings": config.to_json(),
     }
     write_json(path, content)
     return content
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return list(value)
-    return str(value) if isinstance(value, Path) else value
 
 
 def _trim_metrics(path: Path, step: int) -> None:

@@ -24,6 +24,7 @@ ROOMS = {
     "tools": {
         "arguments": 0,
         "speculative_decode": 0,
+        "students_t": 0,
         "truth": 1,
         "results": 0,
         "config_file": 1,

@@ -17,8 +17,8 @@ from draftcache.tools.bench.ablations import family_rows, measure, parse_argumen
 from draftcache.tools.bench.parts.ablation_bench import DEFAULTS, Bench, flags, settings_of, sweep_file
 from draftcache.tools.bench.parts.ablation_families import FAMILIES
 from draftcache.tools.bench.parts.ablation_jobs import Jobs
+from draftcache.tools.students_t import half_width
 from draftcache.tools.sweep.plan import read_sweep
-from draftcache.tools.sweep.results import interval
 from support.synthetic import write_store
 
 
@@ -29,7 +29,7 @@ def test_rows_are_means_over_seeds_and_differences_in_pairs() -> None:
     assert found["window=64", "acceptance_length"] == pytest.approx(1.6)
     assert found["window=64", "half_width"] == pytest.approx(4.303 * statistics.stdev(lengths["window=64"]) / 3**0.5)
     assert found["window=64", "difference"] == pytest.approx(-0.4 / 3)
-    assert found["window=64", "difference_half_width"] == pytest.approx(interval([-0.1, -0.2, -0.1]))
+    assert found["window=64", "difference_half_width"] == pytest.approx(half_width([-0.1, -0.2, -0.1]))
     assert (found["window=full", "trials"], found["window=full", "optimizer_steps"]) == (3, 7)
     assert ("window=full", "difference") not in found
 

@@ -24,9 +24,10 @@ from draftcache.store.common.errors import DraftcacheError, InputError
 from draftcache.store.common.files import read_json, write_json
 from draftcache.store.common.stopping import StopRequest
 from draftcache.tools.cli import main
+from draftcache.tools.students_t import half_width
 from draftcache.tools.sweep.launch import slots_of
 from draftcache.tools.sweep.plan import PLAN_NAME, Asha, Sweep, read_sweep
-from draftcache.tools.sweep.results import collect, format_results, interval
+from draftcache.tools.sweep.results import collect, format_results
 from draftcache.tools.sweep.rungs import Rungs
 from draftcache.tools.sweep.worker import FAILED, is_finished, train_group
 from support.processes import wait_for
@@ -285,8 +286,8 @@ def test_runs_are_cut_into_groups_that_fit() -> None:
 
 def test_intervals_are_students() -> None:
     """For 1, 2, 3: standard error 1 / sqrt(3), and 4.303 with two degrees of freedom."""
-    assert interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3), rel=1e-4)
-    assert math.isnan(interval([1.0]))
+    assert half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3), rel=1e-4)
+    assert math.isnan(half_width([1.0]))
 
 
 def test_ray_without_a_cluster_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,7 @@ from draftcache.tools.bench.parts.ablation_bench import DEFAULTS, Bench, Setup, 
 from draftcache.tools.bench.parts.ablation_families import FAMILIES, Trials, pairs_without_teacher
 from draftcache.tools.bench.parts.ablation_jobs import Jobs
 from draftcache.tools.bench.parts.rows import cpu_name, report, result_row, some_of
-from draftcache.tools.sweep.results import interval
+from draftcache.tools.students_t import half_width
 
 UNIT = "tokens/step"
 _MOST_DRAFT_IDS = 32_000  # as the recipes' "auto"
@@ -157,14 +157,14 @@ def family_rows(cases: Trials, reference: str, device: str) -> list[dict[str, An
         lengths = _lengths(trials)
         values: dict[str, tuple[float, str]] = {
             "acceptance_length": (statistics.fmean(lengths), UNIT),
-            "half_width": (interval(lengths), UNIT),
+            "half_width": (half_width(lengths), UNIT),
             "trials": (len(lengths), "trials"),
             "optimizer_steps": (trials[0]["steps"], "steps"),
         }
         if case != reference:
             changes = [mine - theirs for mine, theirs in zip(lengths, _lengths(cases[reference]), strict=True)]
             values["difference"] = (statistics.fmean(changes), UNIT)
-            values["difference_half_width"] = (interval(changes), UNIT)
+            values["difference_half_width"] = (half_width(changes), UNIT)
         rows += [result_row(case, metric, value, unit, device) for metric, (value, unit) in values.items()]
     return rows
 

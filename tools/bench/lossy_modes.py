@@ -27,8 +27,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    if arguments.seeds - 1 not in demo_training.T_975:
-        parser.error("--seeds: expected 2 to 10")
+    if arguments.seeds < 2:
+        parser.error("--seeds: expected at least 2")
     figures = {mode: [acceptance(arguments, mode, seed) for seed in range(arguments.seeds)] for mode in MODES}
     report(demo_training.rows(figures, cpu_name(), spread=False), arguments.output)
 

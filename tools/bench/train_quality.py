@@ -50,8 +50,8 @@ def main() -> None:
     recipes = arguments.recipes.split(",")
     if unknown := [recipe for recipe in recipes if recipe not in RECIPES]:
         parser.error(f"--recipes: expected some of {list(RECIPES)}, found {unknown}")
-    if arguments.seeds - 1 not in demo_training.T_975:
-        parser.error("--seeds: expected 2 to 10")
+    if arguments.seeds < 2:
+        parser.error("--seeds: expected at least 2")
     by_seed = [{recipe: quality(arguments, recipe, seed) for recipe in recipes} for seed in range(arguments.seeds)]
     figures = {f"quality-{recipe}": [item[recipe] for item in by_seed] for recipe in recipes}
     report(demo_training.rows(figures, cpu_name(), spread=True), arguments.output)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from draftcache.draft_train.run_log import read_records
 from draftcache.store.common.files import atomic_path
 from draftcache.tools.sweep.plan import SEED, Sweep
-from draftcache.tools.sweep.results import read_metrics
 
 
 def draw_sweep(sweep: Sweep, results: dict[str, Any], output: Path) -> None:
@@ -26,7 +26,7 @@ def draw_sweep(sweep: Sweep, results: dict[str, Any], output: Path) -> None:
     )
     curves, *by_axis = panels[0]
     for trial in sweep.trials:
-        rows = [row for row in read_metrics(trial.config.output) if "eval_acceptance_length" in row]
+        rows = [row for row in read_records(trial.config.output)[0] if "eval_acceptance_length" in row]
         curves.plot(
             [row["step"] for row in rows], [row["eval_acceptance_length"] for row in rows], linewidth=1, marker=".",
             alpha=0.7,

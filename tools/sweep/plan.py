@@ -67,16 +67,14 @@ class Trial:
 
     def to_json(self) -> dict[str, Any]:
         """Return the trial as JSON values; `run` is relative to the sweep's directory."""
-        settings = {name: _plain(value) for name, value in asdict(self.config).items()}
-        return {"name": self.name, "axes": self.axes, "run": f"{RUNS}/{self.name}", "settings": settings}
+        run = f"{RUNS}/{self.name}"
+        return {"name": self.name, "axes": self.axes, "run": run, "settings": self.config.to_json()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Trial:
         """Return the trial of `to_json`."""
-        settings = dict(values["settings"])
-        settings |= {"output": Path(settings["output"]), "splits": tuple(settings["splits"])}
-        settings["init_from"] = None if settings["init_from"] is None else Path(settings["init_from"])
-        return cls(name=values["name"], axes=dict(values["axes"]), config=TrainConfig(**settings))
+        config = TrainConfig.from_json(values["settings"])
+        return cls(name=values["name"], axes=dict(values["axes"]), config=config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,16 +203,6 @@ def _check(path: Path, trials: Sequence[Trial], asha: Asha | None) -> None:
 def _groups(trials: Sequence[Trial]) -> list[list[int]]:
     found: dict[str, list[int]] = {}
     for number, trial in enumerate(trials):
-        key = canonical_json({**_jsonable(trial.config.reading()), "store": str(trial.config.store)})
+        key = canonical_json({**trial.config.reading(), "store": str(trial.config.store)})
         found.setdefault(key, []).append(number)
     return list(found.values())
-
-
-def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _plain(value) for name, value in values.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return list(value)
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -5,35 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from draftcache.draft_train.run_log import read_records
 from draftcache.store.common.files import atomic_path, read_json, write_json
+from draftcache.tools.students_t import half_width
 from draftcache.tools.sweep.plan import SEED, Sweep, Trial
 from draftcache.tools.sweep.rungs import Rungs
 from draftcache.tools.sweep.worker import FAILED, is_finished
 
 _LAST = 0.1
 """Share of a run's steps, its last ones, over which its training loss is averaged."""
-_T_97_5 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-"""The 97.5 % quantile of Student's t distribution for 1, 2, ... 30 degrees of freedom."""
-
-
-def interval(values: Sequence[float]) -> float:
-    """Return the half-width of the 95 % confidence interval of the mean of independent runs, NaN for a single one.
-
-    It is Student's: the standard error times the 97.5 % quantile of t with n - 1 degrees of freedom.
-    """
-    if len(values) < 2:
-        return math.nan
-    quantile = _T_97_5[min(len(values) - 1, len(_T_97_5)) - 1]
-    return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def collect(sweep: Sweep, output: Path) -> dict[str, Any]:
@@ -45,7 +30,7 @@ def collect(sweep: Sweep, output: Path) -> dict[str, Any]:
 
 def _row(trial: Trial, ended: dict[str, int]) -> dict[str, Any]:
     run = trial.config.output
-    records = read_metrics(run)
+    records, _ = read_records(run)
     measured = [record for record in records if "eval_acceptance_length" in record]
     state = "waiting" if not records else "running"
     if is_finished(trial):
@@ -68,13 +53,6 @@ def _row(trial: Trial, ended: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the whole records of a run's metrics.jsonl, of which the last line may be half written."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 def _means(sweep: Sweep, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return, for each combination of axes other than the seed, the mean of its finished trials, the best first."""
     others = [name for name in sweep.axes if name != SEED]
@@ -90,7 +68,7 @@ def _means(sweep: Sweep, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
             | {
                 "trials": len(group),
                 "acceptance_length": statistics.fmean(lengths),
-                "half_width": None if len(lengths) < 2 else interval(lengths),
+                "half_width": None if len(lengths) < 2 else half_width(lengths),
                 "training_loss": statistics.fmean(row["training_loss"] for row in group),
             }
         )

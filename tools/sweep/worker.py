@@ -96,6 +96,7 @@ def _train(
             config = replace(trial.config, device=str(device))
             run = TrainingRun(config, Ranks(device), stop, source)
             stack.enter_context(run.started())
+            (config.output / FAILED).unlink(missing_ok=True)  # of an earlier try
             names[config.output] = trial.name
             runs.append(run)
         rungs = Rungs(output, sweep.asha) if sweep.asha is not None else None

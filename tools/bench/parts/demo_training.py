@@ -13,9 +13,7 @@ import numpy as np
 from draftcache.store.common.files import read_json
 from draftcache.tools.bench.parts.rows import result_row
 from draftcache.tools.demo.pipeline import TRACE_SPLITS
-
-T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""The 97.5 % quantile of Student's t by degrees of freedom."""
+from draftcache.tools.students_t import half_width
 
 DRAFT_FLAGS = (
     "--learning-rate", 2e-3, "--weight-decay", 0.3, "--beta2", 0.99, "--batch-conversations", 2,
@@ -63,7 +61,7 @@ def rows(figures: Mapping[str, Sequence[Mapping[str, float]]], device: str, *, s
             if recipe != first:
                 change = lengths - np.array([item[split] for item in figures[first]])
                 values["difference"] = float(change.mean())
-                values["difference_ci95"] = T_975[len(change) - 1] * float(change.std(ddof=1)) / len(change) ** 0.5
+                values["difference_ci95"] = half_width(change.tolist())
             found += [result_row(case, metric, value, "tokens/step", device) for metric, value in values.items()]
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -12,12 +11,11 @@ from typing import Any
 from draftcache.draft_train.checkpoint import best_checkpoint, checkpoints
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.drafts.protocol import CheckpointState
-from draftcache.draft_train.run_log import RUN_NAME
+from draftcache.draft_train.run_log import METRICS, RUN_NAME, read_records
 from draftcache.draft_train.state_file import read_state
 from draftcache.store.common.errors import DraftcacheError
 from draftcache.store.common.files import read_json
 
-METRICS = "metrics.jsonl"
 _GOING = 900.0
 """Seconds since the last record within which an unfinished run is taken to be going on."""
 
@@ -116,7 +114,9 @@ def is_run(path: Path) -> bool:
 def read_run(path: Path, name: str, axes: dict[str, Any] | None = None) -> Run:
     """Read a run's directory, which a run may be writing at this moment. What can't be read becomes a note."""
     notes: list[str] = []
-    metrics = _read_metrics(path / METRICS, notes)
+    metrics, damaged = read_records(path)
+    if damaged:
+        notes.append(f"{path / METRICS}: {damaged} lines are no records of steps, and are left out")
     state: CheckpointState | None = None
     for checkpoint in reversed(checkpoints(path)):
         try:
@@ -144,28 +144,6 @@ def _read_record(path: Path, notes: list[str]) -> dict[str, Any]:
         notes.append(f"{path}: could not be read ({exc})")
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _read_metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """Return the records of the log. The last line may be half written; other damaged lines become a note."""
-    if not path.is_file():
-        return []
-    rows, damaged = [], 0
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines):
-        if not line:
-            continue
-        try:
-            row = json.loads(line)
-            if isinstance(row, dict) and _is_number(row.get("step")):
-                rows.append(row)
-                continue
-        except ValueError:
-            pass
-        damaged += number < len(lines) - 1
-    if damaged:
-        notes.append(f"{path}: {damaged} lines are no records of steps, and are left out")
-    return rows
 
 
 def _is_number(value: Any) -> bool:

@@ -9,9 +9,7 @@ from typing import Any
 
 from draftcache.tools.reports.page.evaluations import SplitFigures
 from draftcache.tools.reports.page.runs import Run
-
-_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""0.975 quantiles of Student's t with 1 to 10 degrees of freedom."""
+from draftcache.tools.students_t import half_width
 
 
 @dataclass(frozen=True)
@@ -38,14 +36,8 @@ class TrialGroup:
         """95 % interval of the mean over seeds, by Student's t; None for fewer than two seeds."""
         if self.mean is None or len(self.values) < 2:
             return None
-        free = len(self.values) - 1
-        variance = sum((value - self.mean) ** 2 for value in self.values) / free
-        half = _quantile(free) * math.sqrt(variance / len(self.values))
+        half = half_width(self.values)
         return [self.mean - half, self.mean + half]
-
-
-def _quantile(free: int) -> float:
-    return _QUANTILES[free - 1] if free <= len(_QUANTILES) else 1.96 + 2.37 / free + 2.82 / free**2
 
 
 LOSS = "loss of the last 50 steps"
