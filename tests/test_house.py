@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -192,28 +191,39 @@ def test_such_an_import_would_be_noticed(code: str) -> None:
     assert not foreign_imports("import pytest\nfrom support.paths import ROOT")
 
 
-def timed(*words: str) -> tuple[float, str]:
-    """Seconds of computing that Python took under these words, and what it printed."""
-    started = os.times()
-    result = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
-    ended = os.times()
-    return sum(ended[2:4]) - sum(started[2:4]), result.stdout  # of child processes
+def test_help_lists_every_command_and_loads_little() -> None:
+    """What help loads decides how fast it starts, and unlike seconds it is the same on a busy machine.
 
-
-def test_help_is_fast_and_lists_every_command() -> None:
-    """Beside Python's own start with argparse, so that neither a slow machine nor a busy one decides.
-
-    Help takes 1.0 to 1.6 times as long as that start, and an import of numpy alone, the negative control, 5 times.
-    os.times counts in hundredths of a second, so each is added up over some runs.
+    Help adds 46 modules to argparse's own, all of them Python's or the house's; numpy, the negative control, adds 200.
     """
-    ours, least, with_numpy = [], [], []
-    for _ in range(6):
-        least.append(timed("-c", "import argparse")[0])
-        took, printed = timed("-m", "draftcache.tools.cli", "--help")
-        ours.append(took)
-        assert all(name in printed for name in COMMANDS)
-        with_numpy.append(timed("-c", "import argparse, numpy")[0])
-    assert sum(ours) < 3 * sum(least) < sum(with_numpy), (ours, least, with_numpy)
+    code = """
+import argparse, sys
+before = set(sys.modules)
+{}
+print("\\n", *(set(sys.modules) - before))
+"""
+
+    def loaded(statement: str) -> tuple[str, list[str]]:
+        command = [sys.executable, "-c", code.format(statement)]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        help_text, _, names = printed.rpartition("\n ")
+        return help_text, names.split()
+
+    def is_light(names: list[str]) -> bool:
+        known = {*sys.stdlib_module_names, "draftcache"}
+        return len(names) < 80 and {name.partition(".")[0] for name in names} <= known
+
+    ours = """
+from draftcache.tools.cli import main
+try:
+    main(["--help"])
+except SystemExit as exit:
+    assert exit.code == 0
+"""
+    printed, names = loaded(ours)
+    assert all(name in printed for name in COMMANDS)
+    assert is_light(names), names
+    assert not is_light(loaded("import numpy")[1])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
