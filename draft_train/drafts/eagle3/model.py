@@ -8,28 +8,11 @@ Shape suffixes: T rows, H hidden, N query heads, G key-value heads, D head width
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from draftcache.draft_train.drafts.eagle3.shape import Eagle3Shape
+from draftcache.draft_train.drafts.layers import MLP, RMSNorm, draw_weight, linear
 from draftcache.draft_train.kernels.rotary import rotary_table, rotate
-
-
-class RMSNorm(nn.Module):
-    """Computes x / rms(x) * weight in the dtype of the weight (float32), whatever the autocast dtype."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the norm [..., H] of `hidden` [..., H], in its dtype."""
-        return F.rms_norm(hidden.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(hidden.dtype)
-
-
-def _linear(inputs: int, outputs: int) -> nn.Linear:
-    return nn.Linear(inputs, outputs, bias=False)
 
 
 class Attention(nn.Module):
@@ -39,10 +22,10 @@ class Attention(nn.Module):
         super().__init__()
         self.shape = shape
         queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-        self.q_proj = _linear(2 * shape.hidden_size, queries)
-        self.k_proj = _linear(2 * shape.hidden_size, keys)
-        self.v_proj = _linear(2 * shape.hidden_size, keys)
-        self.o_proj = _linear(queries, shape.hidden_size)
+        self.q_proj = linear(2 * shape.hidden_size, queries)
+        self.k_proj = linear(2 * shape.hidden_size, keys)
+        self.v_proj = linear(2 * shape.hidden_size, keys)
+        self.o_proj = linear(queries, shape.hidden_size)
 
     def queries(self, inputs: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Return rotated queries [N, T, D] for inputs [T, 2H] at int64 positions [T]."""
@@ -65,27 +48,13 @@ class Attention(nn.Module):
         return projected.view(projected.shape[0], -1, self.shape.head_dim).transpose(0, 1)
 
 
-class MLP(nn.Module):
-    """The MLP of the layer: `down(silu(gate(x)) * up(x))`."""
-
-    def __init__(self, shape: Eagle3Shape) -> None:
-        super().__init__()
-        self.gate_proj = _linear(shape.hidden_size, shape.intermediate_size)
-        self.up_proj = _linear(shape.hidden_size, shape.intermediate_size)
-        self.down_proj = _linear(shape.intermediate_size, shape.hidden_size)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the output [T, H] for `hidden` [T, H]."""
-        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))  # type: ignore[no-any-return]
-
-
 class DraftLayer(nn.Module):
     """The decoder layer. Its attention reads inputs of width 2H, and its residual is the un-normed state."""
 
     def __init__(self, shape: Eagle3Shape) -> None:
         super().__init__()
         self.self_attn = Attention(shape)
-        self.mlp = MLP(shape)
+        self.mlp = MLP(shape.hidden_size, shape.intermediate_size)
         self.input_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.hidden_norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
@@ -106,10 +75,10 @@ class Eagle3Model(nn.Module):
     def __init__(self, shape: Eagle3Shape) -> None:
         super().__init__()
         self.shape = shape
-        self.fc = _linear(shape.taps * shape.hidden_size, shape.hidden_size)
+        self.fc = linear(shape.taps * shape.hidden_size, shape.hidden_size)
         self.midlayer = DraftLayer(shape)
         self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
-        self.lm_head = _linear(shape.hidden_size, shape.draft_vocab_size)
+        self.lm_head = linear(shape.hidden_size, shape.draft_vocab_size)
 
     @torch.no_grad()
     def initialize(self, seed: int, head: torch.Tensor | None = None, norm: torch.Tensor | None = None) -> None:
@@ -119,13 +88,9 @@ class Eagle3Model(nn.Module):
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                values = torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator)
-                parameter.copy_(head.float() if name == "lm_head.weight" and head is not None else values)
-            else:
-                parameter.copy_(
-                    norm.float() if name == "norm.weight" and norm is not None else torch.ones_like(parameter)
-                )
+            values = draw_weight(parameter.shape, generator)
+            given = {"lm_head.weight": head, "norm.weight": norm}.get(name)
+            parameter.copy_(values if given is None else given.float())
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return draft-vocabulary logits [T, V] for the layer's un-normed output [T, H]."""

@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from draftcache.draft_train.data.batches import Batch
 from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 from draftcache.draft_train.drafts.eagle3.window_attention import window_attention
+from draftcache.draft_train.drafts.layers import compute_dtype
 from draftcache.draft_train.loss.objective import StepOutput
 
 
 def unroll(model: Eagle3Model, embeddings: torch.Tensor, batch: Batch, steps: int) -> Iterator[StepOutput]:
     """Yield the outputs of steps 0 .. steps-1 while any row is left. `embeddings` [V, H] are the verifier's."""
-    dtype = _compute_dtype(model)
+    dtype = compute_dtype(model.fc.weight)
     layer, attention = model.midlayer, model.midlayer.self_attn
     base = model.fc(batch.taps.to(dtype))
     inputs = layer.attention_input(F.embedding(batch.key_tokens, embeddings).to(base.dtype), base)
@@ -58,11 +59,3 @@ def unroll(model: Eagle3Model, embeddings: torch.Tensor, batch: Batch, steps: in
         )
         hidden = layer.finish(hidden, attended)
         yield StepOutput(number=step, rows=rows, hidden=hidden)
-
-
-def _compute_dtype(model: Eagle3Model) -> torch.dtype:
-    """Return the autocast dtype where autocast is on, else the dtype of the weights."""
-    device = model.fc.weight.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return model.fc.weight.dtype
