@@ -6,6 +6,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from draftcache.draft_train.setting_tables import CHOICES, foreign_setting, own_values
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.settings import require_finite
 from draftcache.store.storage.base import Location
@@ -25,7 +26,7 @@ class TrainConfig:
     store: Location = field(metadata=_doc("store to train from: the --output of `draftcache capture`"))
     output: Path = field(metadata=_doc("directory for checkpoints and metrics; the same command resumes it"))
     splits: tuple[str, ...] = field(metadata=_doc("splits of the store to train on"))
-    draft: str = field(default="eagle3", metadata=_doc("architecture of the draft: eagle3"))
+    draft: str = field(default="eagle3", metadata=_doc("architecture of the draft: eagle3, dflash or dspark"))
     init_from: Path | None = field(
         default=None, metadata=_doc("start from this checkpoint's weights with a fresh optimizer (stage 2)")
     )
@@ -67,12 +68,25 @@ class TrainConfig:
     beta1: float = field(default=0.9, metadata=_doc("AdamW decay of the first moment"))
     beta2: float = field(default=0.95, metadata=_doc("AdamW decay of the second moment"))
     max_grad_norm: float = field(default=0.5, metadata=_doc("gradient norm above which gradients are scaled down"))
-    ttt_steps: int = field(default=6, metadata=_doc("training-time-test steps: how far the draft is unrolled"))
-    step_decay: float = field(default=0.8, metadata=_doc("weight of step k in the loss is step_decay ** k"))
-    loss: str = field(
-        default="tail-kl",
+    ttt_steps: int = field(
+        default=0, metadata=_doc("eagle3: training-time-test steps, how far the draft is unrolled; 0 for 6")
+    )
+    step_decay: float = field(
+        default=0.0,
         metadata=_doc(
-            "loss of a row: tail-kl, renormalized-kl, tv, lk or lk-alpha (see draft_train/loss/row_losses.py)"
+            "weight of step or slot k in the loss is step_decay ** k; 0 for the draft's own: 0.8, or exp(-1/gamma) "
+            "with the gamma that its paper has for the block size"
+        ),
+    )
+    step_weights: str = field(
+        default="decay",
+        metadata=_doc("decay; or d-pace: a step weighs as much as acceptance depends on it (see draft_train/loss)"),
+    )
+    loss: str = field(
+        default="",
+        metadata=_doc(
+            "loss of a row: tail-kl, renormalized-kl, tv, lk, lk-alpha, ce or ce-l1 (see "
+            "draft_train/loss/row_losses.py); empty for the draft's own: ce-l1 of dspark, tail-kl of the others"
         ),
     )
     loss_rows: str = field(
@@ -88,6 +102,52 @@ class TrainConfig:
     )
     top_k: int = field(
         default=0, metadata=_doc("teacher entries used per position, the best of the store's; 0 for all of them")
+    )
+    block_size: int = field(default=0, metadata=_doc("dflash, dspark: slots of a block; 0 for 8"))
+    anchor: str = field(
+        default="",
+        metadata=_doc(
+            "dspark: first, where the slot of the anchor predicts too, or bonus, where only the others do, as in "
+            "dflash; empty for first"
+        ),
+    )
+    anchor_share: float = field(
+        default=1.0,
+        metadata=_doc("dflash, dspark: share of a conversation's anchors that an epoch trains on, drawn for each"),
+    )
+    mask_token_id: int = field(
+        default=-1,
+        metadata=_doc(
+            "dflash, dspark: token whose embedding stands in slots that are to be predicted; it must not occur in the "
+            "data; -1 chooses one"
+        ),
+    )
+    num_hidden_layers: int = field(default=0, metadata=_doc("dflash, dspark: layers of the draft; 0 for 5"))
+    layer_types: tuple[str, ...] = field(
+        default=(),
+        metadata=_doc("dflash, dspark: sliding or full for each layer; default: what --sliding-window says, for all"),
+    )
+    block_attention: str = field(
+        default="",
+        metadata=_doc(
+            "dflash, dspark: causal, bidirectional or by-layer: causal in sliding layers, bidirectional in full ones; "
+            "empty for by-layer"
+        ),
+    )
+    attention_sinks: bool = field(
+        default=False, metadata=_doc("dflash, dspark: each head has a learned logit that attention may go to instead")
+    )
+    markov_rank: int = field(
+        default=0, metadata=_doc("dspark: rank of the logits' bias by the token before; 0 for 256")
+    )
+    confidence_head: bool = field(
+        default=False, metadata=_doc("dspark: train a head that tells how likely each proposal is accepted")
+    )
+    train_embeddings: bool = field(
+        default=False, metadata=_doc("dflash, dspark: train embeddings of the draft's own, not the verifier's")
+    )
+    train_head: bool = field(
+        default=False, metadata=_doc("dflash, dspark: train the head too, from the verifier's rows on")
     )
     sliding_window: int = field(default=4096, metadata=_doc("draft attention window; 0 for full attention"))
     intermediate_size: int = field(default=0, metadata=_doc("width of the draft's MLP; 0 for 3 x hidden"))
@@ -123,11 +183,19 @@ class TrainConfig:
     track_group: str = field(default="", metadata=_doc("group of Weights & Biases, such as the name of a sweep"))
 
     def __post_init__(self) -> None:
+        neutral = {item.name: item.default for item in fields(self)}
+        if (foreign := foreign_setting(vars(self), neutral)) is not None:
+            name, owners = foreign
+            raise InputError(
+                f"--{name.replace('_', '-')}: expected it with --draft {' or '.join(owners)}, which has it, found "
+                f"--draft {self.draft}"
+            )
+        for name, value in own_values(vars(self), neutral).items():
+            object.__setattr__(self, name, value)
         require_finite(self)
         for name in (
             "epochs",
             "batch_conversations",
-            "ttt_steps",
             "loss_chunk",
             "checkpoint_every",
             "keep_checkpoints",
@@ -140,12 +208,18 @@ class TrainConfig:
             _require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1", getattr(self, name))
         for name in ("beta1", "beta2"):
             _require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1", getattr(self, name))
-        _require("data_share", 0 < self.data_share <= 1, "above 0 and at most 1", self.data_share)
+        for name in ("data_share", "anchor_share"):
+            _require(name, 0 < getattr(self, name) <= 1, "above 0 and at most 1", getattr(self, name))
+        _require("mask_token_id", self.mask_token_id >= -1, "a token id, or -1", self.mask_token_id)
         for name in ("seed", "order_seed"):
             value = getattr(self, name)
             _require(name, value is None or 0 <= value < 2**63, "0 or more, below 2^63", value)
         for name in (
             "eval_every",
+            "ttt_steps",
+            "block_size",
+            "num_hidden_layers",
+            "markov_rank",
             "draft_vocab_size",
             "sliding_window",
             "intermediate_size",
@@ -157,12 +231,14 @@ class TrainConfig:
         _require("splits", bool(self.splits), "at least one split", self.splits)
         once = len(set(self.splits)) == len(self.splits)
         _require("splits", once, "every split once, as a split is not trained on twice in an epoch", self.splits)
-        _require("compute", self.compute in COMPUTE, f"one of {COMPUTE}", self.compute)
-        _require("attention", self.attention in ATTENTION, f"one of {ATTENTION}", self.attention)
-        _require("order", self.order in ORDERS, f"one of {ORDERS}", self.order)
-        _require("out_of_vocab", self.out_of_vocab in OUT_OF_VOCAB, f"one of {OUT_OF_VOCAB}", self.out_of_vocab)
-        _require("head_init", self.head_init in ("verifier", "random"), "verifier or random", self.head_init)
-        _require("track", self.track in TRACKERS, f"one of {TRACKERS}", self.track)
+        for name, choices in CHOICES.items():
+            _require(name, getattr(self, name) in choices, f"one of {choices}", getattr(self, name))
+        _require(
+            "step_weights",
+            self.step_weights == "decay" or self.loss_rows == "turns",
+            "decay with --loss-rows",
+            self.loss_rows,
+        )
         _require("eval_split", not (self.eval_every and not self.eval_split), "a split with --eval-every", None)
         _require("remap_vocab", not self.remap_vocab or self.init_from is not None, "--init-from with it", None)
 
@@ -186,7 +262,7 @@ class TrainConfig:
         loose |= {"compute", "attention", "recompute_mlp"}
         loose |= {"draft_vocab_size", "pack_tokens", "prefetch_gb"}
         values = {name: value for name, value in asdict(self).items() if name not in loose}
-        return values | {"splits": list(self.splits)}
+        return values | {"splits": list(self.splits), "layer_types": list(self.layer_types)}
 
     def to_json(self) -> dict[str, Any]:
         """Return all settings as JSON values."""
@@ -198,6 +274,7 @@ class TrainConfig:
         """Return the settings of `to_json`. Raises InputError for a value out of range."""
         start = values["init_from"]
         given = {"output": Path(values["output"]), "splits": tuple(values["splits"])}
+        given["layer_types"] = tuple(values.get("layer_types", ()))
         return cls(**values | given | {"init_from": None if start is None else Path(start)})
 
     def reading(self) -> dict[str, Any]:
@@ -215,18 +292,6 @@ class TrainConfig:
     def objective_defaults(cls) -> dict[str, Any]:
         """Return the default of every setting that has one: its value in runs that are older than the setting."""
         return {item.name: item.default for item in fields(cls) if item.default is not MISSING}
-
-
-TRACKERS = ("off", "wandb", "wandb-offline", "tensorboard")
-COMPUTE = ("auto", "fused", "plain")
-ATTENTION = ("triton", "flash")
-ORDERS = ("shuffle", "bucketed")
-OUT_OF_VOCAB = ("weight", "drop", "keep")
-MEMORY_SETTINGS = (
-    "draft", "ttt_steps", "batch_conversations", "pack_tokens", "loss_chunk", "intermediate_size",
-    "num_attention_heads", "num_key_value_heads", "head_dim",
-)  # fmt: skip
-"""Fields on which the GPU memory of a run depends, beside recompute_mlp, attention, window and draft vocabulary."""
 
 
 def _require(name: str, holds: bool, expected: str, found: Any) -> None:

@@ -15,7 +15,6 @@ from draftcache.draft_train.acceptance import LENGTH_BUCKETS, AcceptanceCounts
 from draftcache.draft_train.bigram import bigram_table
 from draftcache.draft_train.by_length import figures, require_edges
 from draftcache.draft_train.checkpoint import load_draft, load_state, resolve_checkpoint
-from draftcache.draft_train.config import COMPUTE
 from draftcache.draft_train.data.frozen import FrozenWeights
 from draftcache.draft_train.data.teacher import TeacherView
 from draftcache.draft_train.drafts.protocol import CheckpointState, Draft
@@ -26,6 +25,7 @@ from draftcache.draft_train.fit import require_fit
 from draftcache.draft_train.intervals import LEVEL, RESAMPLES
 from draftcache.draft_train.measure import Hits, Sampling, bigram_hits, draft_hits, measure
 from draftcache.draft_train.sampled import SampledCounts, draft_overlaps, require_temperature
+from draftcache.draft_train.setting_tables import CHOICES
 from draftcache.draft_train.split_checks import members_of, warn_of_trained
 from draftcache.store.common.device import choose_device
 from draftcache.store.common.errors import InputError, ManifestMismatchError
@@ -76,8 +76,8 @@ def evaluate(
     """
     if draft_tokens < 1:
         raise InputError(f"--draft-tokens: expected at least 1, found {draft_tokens}")
-    if compute not in COMPUTE:
-        raise InputError(f"--compute: expected one of {list(COMPUTE)}, found {compute!r}")
+    if compute not in CHOICES["compute"]:
+        raise InputError(f"--compute: expected one of {list(CHOICES['compute'])}, found {compute!r}")
     if resamples < 100:
         raise InputError(f"--resamples: expected at least 100, found {resamples}")
     if seed < 0:

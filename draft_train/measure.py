@@ -19,7 +19,7 @@ from draftcache.draft_train.data.batches import Batch, BatchNeeds
 from draftcache.draft_train.data.frozen import FrozenWeights
 from draftcache.draft_train.data.order import micro_batches
 from draftcache.draft_train.data.packed_batch import BatchLoader
-from draftcache.draft_train.data.prefetch import Prefetcher
+from draftcache.draft_train.data.prefetch import Part, Prefetcher
 from draftcache.draft_train.data.teacher import TeacherView
 from draftcache.draft_train.drafts.protocol import Draft
 from draftcache.draft_train.sampled import Overlaps, SampledCounts
@@ -68,7 +68,7 @@ def measure(
     places[members] = np.arange(len(members))
     largest = max((loader.most_bytes(part) for part in parts), default=0)
     data = Prefetcher(
-        store, [loader], ((part, 1.0) for part in parts), [device], most_bytes=min(most_bytes, _AHEAD * largest)
+        store, [loader], (Part(part, 1.0) for part in parts), [device], most_bytes=min(most_bytes, _AHEAD * largest)
     )
     with as_current(device), data:
         for part in parts:

@@ -12,6 +12,7 @@ from draftcache.draft_train.drafts.protocol import VerifierShape
 from draftcache.draft_train.drafts.registry import find_architecture
 from draftcache.draft_train.fit import require_verifier, require_window
 from draftcache.draft_train.loss.row_losses import find_loss
+from draftcache.draft_train.mask_token import with_mask_token
 from draftcache.draft_train.ranks import Ranks
 from draftcache.draft_train.split_checks import held_out_members, trained_members
 from draftcache.draft_train.state_file import read_state
@@ -61,6 +62,7 @@ def require_trainable(config: TrainConfig, store: StoreReader) -> None:
     held_out_members(store, config, say=False)
     vocab = store.manifest.teacher_form.choose(config.draft_vocab_size)
     TeacherView.of(store, vocab, config.top_k)
+    config = with_mask_token(config, store)
     shape = find_architecture(config.draft).shape_for(config, VerifierShape.of(store, vocab.size))
     require_window(shape.sliding_window, store)
     if config.init_from is not None:

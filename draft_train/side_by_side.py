@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 from draftcache.draft_train.data.order import StepPlan
-from draftcache.draft_train.data.prefetch import Prefetcher, ring_bytes
+from draftcache.draft_train.data.prefetch import Part, Prefetcher, ring_bytes
 from draftcache.draft_train.held_out import acceptance_lengths
 from draftcache.draft_train.training_run import TrainingRun, TrainingStopped
 from draftcache.store.common.device import as_current
@@ -58,7 +58,11 @@ def require_same_reading(trainers: Sequence[TrainingRun]) -> None:
 def read_ahead(trainers: Sequence[TrainingRun], first: int) -> Prefetcher:
     """Return a reader of the micro-batches of step `first` and all later ones, which serves each run its own."""
     lead = trainers[0]
-    parts = ((part, 1 / len(plan.conversations)) for plan in lead.schedule.steps(first) for part in plan.parts)
+    parts = (
+        Part(part, 1 / len(plan.conversations), plan.epoch)
+        for plan in lead.schedule.steps(first)
+        for part in plan.parts
+    )
     loaders = [item.loader for item in trainers]
     most = int(max(item.config.prefetch_gb for item in trainers) * 1e9)
     room = ring_bytes(lead.store, loaders, lead.schedule, most)

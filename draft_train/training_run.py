@@ -36,6 +36,7 @@ from draftcache.draft_train.drafts.protocol import CheckpointState, VerifierShap
 from draftcache.draft_train.drafts.registry import find_architecture
 from draftcache.draft_train.fit import require_equal, require_fit, require_window
 from draftcache.draft_train.learner import Learner
+from draftcache.draft_train.mask_token import with_mask_token
 from draftcache.draft_train.optimizer import learning_rate
 from draftcache.draft_train.output_lock import OutputLock, output_lock
 from draftcache.draft_train.ranks import Ranks
@@ -71,13 +72,13 @@ class TrainingRun:
 
         `source` is the opened store of `config.store`, where several runs share it.
         """
-        self.config = config
         self.ranks = ranks or Ranks(choose_device(config.device))
         self.stop = stop or StopRequest()
         self.device = self.ranks.device
         require_work(config, self.ranks)
         source = source or TrainingSource(config.store)
         self.store = source.store
+        self.config = config = with_mask_token(config, self.store)
         require_norm(config, self.store)
         self.members = trained_members(self.store, config)
         self.held_out = held_out_members(self.store, config, say=self.ranks.leads)

@@ -14,7 +14,7 @@ from torch import nn
 
 from draftcache.draft_train.data.batches import Batch, BatchNeeds, HostRows, build_batch
 from draftcache.draft_train.data.packed_batch import BatchLoader
-from draftcache.draft_train.data.prefetch import Prefetcher, ring_bytes
+from draftcache.draft_train.data.prefetch import Part, Prefetcher, ring_bytes
 from draftcache.draft_train.data.teacher import TeacherView
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import ShardDamagedError
@@ -63,7 +63,7 @@ def test_batches_are_those_of_the_plain_way(tmp_path: Path, mode: str, layout: s
     store = StoreReader(tmp_path / "store")
     parts = [np.array([0, 3, 1]), np.array([5]), np.array([2, 4])] * 3
     loader = loader_of(store, None)
-    with Prefetcher(store, [loader], [(part, 0.2) for part in parts], [CPU], most_bytes=1 << 16) as data:
+    with Prefetcher(store, [loader], [Part(part, 0.2) for part in parts], [CPU], most_bytes=1 << 16) as data:
         found = [data.next_batch() for _ in parts]
     for part, batch in zip(parts, found, strict=True):
         items = [store.read(int(number), decode=False) for number in part]
@@ -143,7 +143,7 @@ def test_errors_of_the_threads_are_raised_where_the_batch_is_asked_for(tmp_path:
     data = bytearray(path.read_bytes())
     data[5] ^= 1
     path.write_bytes(data)
-    parts = [(np.array([number]), 1.0) for number in (6, 0, 1)]
+    parts = [Part(np.array([number]), 1.0) for number in (6, 0, 1)]
     with Prefetcher(store, [loader_of(store)], parts, [CPU], most_bytes=1 << 20) as reading:
         reading.next_batch()  # of the other shard
         with pytest.raises(ShardDamagedError, match=r"tap_3.*crc32c; run `draftcache repair`"):
@@ -154,7 +154,7 @@ def test_errors_of_the_threads_are_raised_where_the_batch_is_asked_for(tmp_path:
 def test_threads_end_in_the_middle_and_nothing_is_asked_for_twice(tmp_path: Path) -> None:
     write_store(tmp_path / "store", per_shard=6)
     store, before = StoreReader(tmp_path / "store"), threading.active_count()
-    parts = [(np.array([number % 6]), 1.0) for number in range(100)]
+    parts = [Part(np.array([number % 6]), 1.0) for number in range(100)]
     with Prefetcher(store, [loader_of(store)], parts, [CPU], most_bytes=1 << 20) as data:
         data.next_batch()
         assert threading.active_count() > before
@@ -187,7 +187,7 @@ def test_reading_ahead_keeps_to_its_memory(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(PinnedRing, "take", watched_take)
     monkeypatch.setattr(PinnedRing, "give_back", watched_give_back)
-    parts = [(np.array([number % 6]), 1.0) for number in range(40)]
+    parts = [Part(np.array([number % 6]), 1.0) for number in range(40)]
     for room, expected in ((3.5, 3), (1.5, 1), (0.5, 1)):
         reached = most = 0
         with Prefetcher(store, [loader], parts, [CPU], most_bytes=int(room * one)) as data:
@@ -206,7 +206,7 @@ def test_waiting_for_data_is_measured(tmp_path: Path, monkeypatch: pytest.Monkey
         time.sleep(0.2)
         return slow(*arguments)  # type: ignore[arg-type]
 
-    parts = [(np.array([0]), 1.0)]
+    parts = [Part(np.array([0]), 1.0)]
     with Prefetcher(store, [loader_of(store)], parts, [CPU], most_bytes=1 << 20) as data:
         time.sleep(0.3)
         data.next_batch()

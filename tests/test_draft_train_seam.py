@@ -86,8 +86,10 @@ def test_flags_of_a_fused_pass_are_refused_where_there_is_none(tmp_path: Path) -
 
 
 def test_names() -> None:
-    assert architecture_names() == ["eagle3", "linear"]
-    with pytest.raises(InputError, match=r"--draft: expected one of \['eagle3', 'linear'\], found 'medusa'"):
+    assert architecture_names() == ["dflash", "dspark", "eagle3", "linear"]
+    with pytest.raises(
+        InputError, match=r"--draft: expected one of \['dflash', 'dspark', 'eagle3', 'linear'\], found 'medusa'"
+    ):
         find_architecture("medusa")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from draftcache.draft_train.data.loss_rows import find_loss_rows
+from draftcache.draft_train.data.loss_rows import AnchorDraw, find_loss_rows
 from draftcache.draft_train.data.teacher import TeacherView
 from draftcache.store.common.errors import InputError
 from draftcache.store.format import torch_codecs
@@ -42,6 +42,9 @@ class BatchNeeds:
     """Whether the teacher's entries or states are read. An evaluation needs its argmax only."""
     next_tokens: bool = False
     """Whether the batch has `next_tokens`."""
+    anchor_share: float = 1.0
+    """Share of each conversation's start rows that an epoch takes, drawn from `anchor_seed` and the epoch."""
+    anchor_seed: int = 0
 
 
 class HostRows(NamedTuple):
@@ -139,6 +142,7 @@ def build_batch(
     device: torch.device = _CPU,
     loss_share: float | None = None,
     loss_rows: str = "turns",
+    next_tokens: bool = False,
 ) -> Batch:
     """Return a batch on `device` of conversations that were read with `decode=False`.
 
@@ -146,7 +150,14 @@ def build_batch(
     draft vocabulary. With `loss_share` None, these conversations are the whole optimizer step. `loss_rows` names a rule
     of `draftcache.draft_train.data.loss_rows`. Raises InputError where the store lacks a row that a start row needs.
     """
-    columns = pack_columns(conversations, max_steps=max_steps, window=window, teacher=teacher, loss_rows=loss_rows)
+    columns = pack_columns(
+        conversations,
+        max_steps=max_steps,
+        window=window,
+        teacher=teacher,
+        loss_rows=loss_rows,
+        next_tokens=next_tokens,
+    )
     tensors = {name: value.to(device, non_blocking=True) for name, value in columns.tensors.items()}
     tensors["taps"] = torch.cat([stored_taps(item, codec, device) for item in conversations])
     return columns.batch(tensors, loss_share)
@@ -187,14 +198,16 @@ def pack_columns(
     teacher: TeacherView,
     loss_rows: str = "turns",
     next_tokens: bool = False,
+    draw: AnchorDraw | None = None,
 ) -> Columns:
     """Return everything of a batch but its taps, for the arguments of `build_batch`.
 
-    `teacher_hidden` is there only if it was read, and `next_tokens` if it is asked for.
+    `teacher_hidden` is there only if it was read, and `next_tokens` if it is asked for. With `draw`, the batch has only
+    the start rows that it takes.
     """
     lengths = [item.arrays["token_ids"].shape[0] for item in conversations]
     reach = window if window is not None else max(lengths) + max_steps
-    parts = [_row_columns(item, max_steps, loss_rows) | teacher.columns(item.arrays) for item in conversations]
+    parts = [_row_columns(item, max_steps, loss_rows, draw) | teacher.columns(item.arrays) for item in conversations]
     absent = teacher.lookup is not None and any(bool((part["teacher_ids"] < 0).any()) for part in parts)
     if next_tokens:
         for item, part in zip(conversations, parts, strict=True):
@@ -231,12 +244,16 @@ def _next_tokens(item: Conversation) -> torch.Tensor:
     return torch.from_numpy(item.arrays["token_ids"].astype(np.int64)[positions + 1])
 
 
-def _row_columns(item: Conversation, max_steps: int, loss_rows: str) -> dict[str, torch.Tensor]:
+def _row_columns(
+    item: Conversation, max_steps: int, loss_rows: str, draw: AnchorDraw | None
+) -> dict[str, torch.Tensor]:
     """Return the columns of one conversation that do not depend on the teacher's values, by `Batch` field."""
     arrays = item.arrays
     token_ids = arrays["token_ids"].astype(np.int64)
     positions = arrays["positions"].astype(np.int64)
     rows = find_loss_rows(loss_rows)(item.loss_mask, max_steps)
+    if draw is not None:
+        rows = rows.take(draw.taken(item.content_hash, len(rows.starts)))
     offsets = np.arange(max_steps)
     live = offsets[None, :] < rows.steps[:, None]
     token_positions = rows.starts[:, None] + 1 + offsets  # of x_{t+1+k}, and of its teacher

@@ -16,6 +16,7 @@ those that `unshifted` wants past the end of each turn. These pairs are left out
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -37,6 +38,24 @@ class LossRows:
     """[S] steps to compute for each row, at least 1."""
     carries: NDArray[np.bool_]
     """[S, max_steps]: which steps of a row carry loss. None at or beyond `steps` does."""
+
+    def take(self, chosen: NDArray[np.int64]) -> LossRows:
+        """Return some of these rows, by their numbers in ascending order."""
+        return LossRows(self.starts[chosen], self.steps[chosen], self.carries[chosen])
+
+
+@dataclass(frozen=True)
+class AnchorDraw:
+    """The start rows of an epoch: a share of those of each conversation, which seed, epoch and content decide."""
+
+    share: float
+    seed: int
+    epoch: int
+
+    def taken(self, content_hash: str, rows: int) -> NDArray[np.int64]:
+        """Return the numbers, ascending, of the start rows that are taken of a conversation's `rows`, rounded up."""
+        draw = np.random.default_rng([self.seed, self.epoch, int(content_hash[:16], 16)])
+        return np.sort(draw.permutation(rows)[: math.ceil(self.share * rows)])
 
 
 def turn_rows(loss_mask: NDArray[np.bool_], max_steps: int) -> LossRows:

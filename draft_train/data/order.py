@@ -61,6 +61,8 @@ class StepPlan:
     """Conversations of the whole step, on all ranks."""
     parts: list[Numbers]
     """This rank's micro-batches. There may be none if the step has fewer conversations than the run has ranks."""
+    epoch: int
+    """The epoch, counted from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,4 +104,4 @@ class Schedule:
             )
             for chosen in batches[max(0, first - epoch * self.steps_per_epoch) :]:
                 mine = chosen[self.rank :: self.world]
-                yield StepPlan(chosen, micro_batches(mine, self.tokens[mine], self.pack_tokens))
+                yield StepPlan(chosen, micro_batches(mine, self.tokens[mine], self.pack_tokens), epoch)

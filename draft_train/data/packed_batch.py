@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from draftcache.draft_train.data.batches import Batch, BatchNeeds, Columns, pack_columns
-from draftcache.draft_train.data.loss_rows import find_loss_rows
+from draftcache.draft_train.data.loss_rows import AnchorDraw, find_loss_rows
 from draftcache.draft_train.data.teacher import TeacherView
 from draftcache.store.common.pinned_ring import ALIGNMENT, aligned
 from draftcache.store.format import torch_codecs
@@ -149,13 +149,14 @@ class BatchLoader:
         return int(self.bytes[numbers].sum()) + ALIGNMENT * (len(self.state_names) + 16)
 
     def read(
-        self, store: StoreReader, numbers: NDArray[np.int64], loss_share: float, memory: torch.Tensor
+        self, store: StoreReader, numbers: NDArray[np.int64], loss_share: float, memory: torch.Tensor, epoch: int = 0
     ) -> PackedBatch:
-        """Read conversations into `memory`, uint8 of at least `most_bytes(numbers)`.
+        """Read conversations into `memory`, uint8 of at least `most_bytes(numbers)`. `epoch` draws the start rows.
 
         Raises what `store.read` raises, and InputError where the store lacks a row that a start row needs.
         """
         items = [store.read(int(number), self.column_names, window=self.read_window) for number in numbers]
+        share = self.needs.anchor_share
         columns = pack_columns(
             items,
             max_steps=self.needs.steps,
@@ -163,6 +164,7 @@ class BatchLoader:
             teacher=self.teacher,
             loss_rows=self.loss_rows,
             next_tokens=self.needs.next_tokens,
+            draw=None if share == 1.0 else AnchorDraw(share, self.needs.anchor_seed, epoch),
         )
         arena = _Arena(memory)
         slots = {}

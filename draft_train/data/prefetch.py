@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import fields
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -37,8 +37,16 @@ _AHEAD_ON_DEVICE = 1
 
 _Place = tuple[int, torch.device]
 """A loader by its number, and the device that its batches go to."""
-Part = tuple[NDArray[np.int64], float]
-"""The conversations of a micro-batch [M] int64, and the share of each in the step's loss."""
+
+
+class Part(NamedTuple):
+    """What a micro-batch is read from."""
+
+    conversations: NDArray[np.int64]
+    """[M] numbers of conversations."""
+    loss_share: float
+    """The share of each of them in the step's loss."""
+    epoch: int = 0
 
 
 class Prefetcher:
@@ -138,10 +146,10 @@ class Prefetcher:
         part = next(self._parts, None)
         while not self._closed.is_set():
             while part is not None and len(waiting) < _AHEAD_PER_READER * self._readers:
-                memory = self._memory.take(sum(self._sizes(part[0])), larger_alone=True)
+                memory = self._memory.take(sum(self._sizes(part.conversations)), larger_alone=True)
                 if memory is None:
                     break
-                waiting.append((memory, pool.submit(self._read, *part, memory)))
+                waiting.append((memory, pool.submit(self._read, part, memory)))
                 part = next(self._parts, None)
             if not waiting:
                 return
@@ -157,13 +165,15 @@ class Prefetcher:
         """Return the bytes of host memory for the micro-batch of each loader, [loaders]."""
         return [aligned(loader.most_bytes(numbers)) for loader in self._loaders]
 
-    def _read(self, numbers: NDArray[np.int64], loss_share: float, memory: torch.Tensor) -> list[PackedBatch]:
+    def _read(self, wanted: Part, memory: torch.Tensor) -> list[PackedBatch]:
         store = self._stores.get()
         try:
             with store.keeping_arrays() if len(self._loaders) > 1 else nullcontext():
                 return [
-                    loader.read(store, numbers, loss_share, part)
-                    for loader, part in zip(self._loaders, torch.split(memory, self._sizes(numbers)), strict=True)
+                    loader.read(store, wanted.conversations, wanted.loss_share, part, wanted.epoch)
+                    for loader, part in zip(
+                        self._loaders, torch.split(memory, self._sizes(wanted.conversations)), strict=True
+                    )
                 ]
         finally:
             self._stores.put(store)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import Field, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -188,6 +189,10 @@ class Draft(ABC):
     def logits(self, output: StepOutput, batch: Batch) -> Tensor:
         """Return the draft-vocabulary logits [A, V] of an output's rows."""
 
+    def confidence(self, output: StepOutput, batch: Batch) -> Tensor | None:
+        """Return logits [A] of the chance that an output's proposals are accepted; None where a draft tells none."""
+        return None
+
     def gradient_pass(
         self, config: TrainConfig, objective: Objective, frozen: FrozenWeights, *, say: bool = True
     ) -> GradientPass:
@@ -212,7 +217,8 @@ class Draft(ABC):
         steps = self.needs(config).steps
 
         def loss(batch: Batch) -> Any:
-            return objective(self.step_outputs(frozen, batch, steps), lambda output: self.logits(output, batch), batch)
+            logits, confidence = partial(self.logits, batch=batch), partial(self.confidence, batch=batch)
+            return objective(self.step_outputs(frozen, batch, steps), logits, batch, confidence)
 
         return PlainPass(self.model, loss)
 

@@ -10,8 +10,12 @@ from draftcache.store.common.errors import InputError
 DEFAULT = "eagle3"
 """The architecture of checkpoints that name none, because they were written when there was only one."""
 
-_BUILT_IN = {"eagle3": "draftcache.draft_train.drafts.eagle3.architecture"}
-"""By name, the modules that define `ARCHITECTURE`."""
+_BUILT_IN = {
+    "eagle3": ("draftcache.draft_train.drafts.eagle3.architecture", "ARCHITECTURE"),
+    "dflash": ("draftcache.draft_train.drafts.block.architecture", "DFLASH"),
+    "dspark": ("draftcache.draft_train.drafts.block.architecture", "DSPARK"),
+}
+"""By name, the module of an architecture and its name there."""
 _registered: dict[str, Architecture] = {}
 
 
@@ -30,5 +34,6 @@ def find_architecture(name: str) -> Architecture:
     if name not in _registered:
         if name not in _BUILT_IN:
             raise InputError(f"--draft: expected one of {architecture_names()}, found {name!r}")
-        register(importlib.import_module(_BUILT_IN[name]).ARCHITECTURE)
+        module, attribute = _BUILT_IN[name]
+        register(getattr(importlib.import_module(module), attribute))
     return _registered[name]

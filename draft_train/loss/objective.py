@@ -14,13 +14,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.data.batches import Batch
 from draftcache.draft_train.data.teacher import exact_probabilities
-from draftcache.draft_train.loss.row_losses import RowTeacher, find_loss
+from draftcache.draft_train.loss.d_pace import d_pace_weights
+from draftcache.draft_train.loss.row_losses import RowTeacher, acceptance, find_loss
 from draftcache.store.format.head_form import IDENTITY, HeadForm
 
 
@@ -41,6 +43,14 @@ class StepOutput:
 
 Logits = Callable[[StepOutput], Tensor]
 """Returns the draft-vocabulary logits [A, V] of an output's rows."""
+Confidence = Callable[[StepOutput], Tensor | None]
+"""Returns logits [A] of the probability that the proposals of an output's rows are accepted; None from drafts without.
+"""
+
+
+def needs_text(config: TrainConfig) -> bool:
+    """Return whether a loss under these settings reads the tokens of the text, `Batch.next_tokens`."""
+    return config.step_weights == "d-pace" or find_loss(config.loss).needs_text
 
 
 def teacher_probabilities(teacher_logits: Tensor, log_z_draft: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,10 +155,23 @@ class Objective:
         self.verifier_head = verifier_head
         self.head_form = head_form
         self.loss = find_loss(config.loss)
+        self.draft_ids = torch.full((in_draft.shape[0],), -1, device=target_ids.device)
+        """[V] int64: the draft id of each verifier id, -1 outside the draft vocabulary."""
+        self.draft_ids[target_ids] = torch.arange(target_ids.shape[0], device=target_ids.device)
 
-    def __call__(self, outputs: Iterable[StepOutput], logits: Logits, batch: Batch) -> ObjectiveResult:
-        """Add up the loss over a draft's outputs. Autograd reaches the draft through them and through `logits`."""
+    def __call__(
+        self, outputs: Iterable[StepOutput], logits: Logits, batch: Batch, confidence: Confidence | None = None
+    ) -> ObjectiveResult:
+        """Add up the loss over a draft's outputs. Autograd reaches the draft through them and through `logits`.
+
+        Where `confidence` says something, its binary cross entropy to alpha (see `row_losses`), which gets no gradient
+        here, is added to every row's loss, with the row's weight.
+        """
         device, steps = batch.taps.device, batch.step_tokens.shape[1]
+        paces: Tensor | None = None
+        if self.config.step_weights == "d-pace":
+            outputs = list(outputs)
+            paces = d_pace_weights(self._realised(outputs, logits, batch))
         total = torch.zeros((), device=device)
         sums = torch.zeros(3, steps, dtype=torch.float64, device=device)
         for output in outputs:
@@ -159,7 +182,11 @@ class Objective:
             losses, hits = self._rows(logits, batch, output, teacher_rows)
             weight = row_weights(self.config.out_of_vocab, batch, teacher_rows, self.in_draft)
             weight = weight * row_means(batch, output.rows)
-            total = total + self.config.step_decay**output.number * (losses * weight).sum() * batch.loss_share
+            pace = self.config.step_decay**output.number if paces is None else paces[output.rows, output.number]
+            weight = weight * pace * batch.loss_share
+            total = total + (losses * weight).sum()
+            if confidence is not None and (said := confidence(output)) is not None:
+                total = total + (self._confidence_losses(said, logits, batch, output, teacher_rows) * weight).sum()
             sums[0, output.number] = teacher_rows.numel()
             sums[1, output.number] = losses.detach().sum()
             sums[2, output.number] = hits.sum()
@@ -193,6 +220,47 @@ class Objective:
         ]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
+    @torch.no_grad()
+    def _realised(self, outputs: Iterable[StepOutput], logits: Logits, batch: Batch) -> Tensor:
+        """Return `realised` of `d_pace_weights`."""
+        found = torch.full(batch.step_tokens.shape, -1.0, dtype=torch.float32, device=batch.taps.device)
+        for output in outputs:
+            for first in range(0, output.rows.shape[0], self.config.loss_chunk):
+                part = output.take(slice(first, first + self.config.loss_chunk))
+                teacher_rows = batch.teacher_index[part.rows, part.number]
+                found[part.rows, part.number] = self.realised_probability(logits(part), batch, teacher_rows)
+        return found
+
+    def realised_probability(self, logits: Tensor, batch: Batch, teacher_rows: Tensor) -> Tensor:
+        """Return the probability [T] float32 that draft logits [T, V] give to the tokens that the text has next.
+
+        It is 0 for tokens outside the draft vocabulary.
+        """
+        ids = self._text_ids(batch, teacher_rows)
+        assert ids is not None, "the batch was asked for with its text"
+        log_q = logits.float().gather(1, ids.clamp(min=0)[:, None])[:, 0] - torch.logsumexp(logits.float(), dim=-1)
+        return torch.where(ids >= 0, log_q.exp(), 0.0)
+
+    def _text_ids(self, batch: Batch, teacher_rows: Tensor) -> Tensor | None:
+        return None if batch.next_tokens is None else self.draft_ids[batch.next_tokens[teacher_rows]]
+
+    def _confidence_losses(
+        self, said: Tensor, logits: Logits, batch: Batch, output: StepOutput, teacher_rows: Tensor
+    ) -> Tensor:
+        """Return the losses [T] of the confidence `said` [T] in an output's rows, whose teacher rows are [T] int64."""
+        targets = []
+        for first in range(0, teacher_rows.numel(), self.config.loss_chunk):
+            rows = slice(first, first + self.config.loss_chunk)
+            with torch.no_grad():
+                targets.append(self.acceptance(logits(output.take(rows)), batch, teacher_rows[rows]))
+        return F.binary_cross_entropy_with_logits(said, torch.cat(targets).to(said.dtype), reduction="none")
+
+    def acceptance(self, logits: Tensor, batch: Batch, teacher_rows: Tensor) -> Tensor:
+        """Return alpha [T] (see `row_losses`) of draft logits [T, V] for the teacher rows [T] int64."""
+        return acceptance(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)), self.row_teacher(batch, teacher_rows)
+        )
+
     def row_losses(self, logits: Tensor, batch: Batch, teacher_rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return losses [T] and hits [T] bool of draft logits [T, V] for the teacher rows [T] int64."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -201,13 +269,14 @@ class Objective:
 
     def row_teacher(self, batch: Batch, teacher_rows: Tensor) -> RowTeacher:
         """Return the teacher over the draft vocabulary in the teacher rows [T] int64."""
-        mass = draft_mass(batch, teacher_rows)
+        mass, text = draft_mass(batch, teacher_rows), self._text_ids(batch, teacher_rows)
         if batch.teacher_hidden is not None:
             assert self.verifier_head is not None, "the trainer gives it where a store holds states"
             states = batch.teacher_hidden[teacher_rows]
-            return RowTeacher(None, exact_probabilities(states, self.verifier_head, self.head_form), mass=mass)
+            p = exact_probabilities(states, self.verifier_head, self.head_form)
+            return RowTeacher(None, p, mass=mass, realised=text)
         p, tau = teacher_probabilities(batch.teacher_logits[teacher_rows], batch.log_z_draft[teacher_rows])
-        return RowTeacher(batch.teacher_ids[teacher_rows], p, tau, mass, absent=batch.absent_entries)
+        return RowTeacher(batch.teacher_ids[teacher_rows], p, tau, mass, batch.absent_entries, text)
 
 
 def tail_sums(batch: Batch) -> tuple[Tensor, Tensor]:

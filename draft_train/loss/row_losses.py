@@ -17,6 +17,10 @@ stored. The draft is `q = softmax(logits)`, and its tail is `1 - sum_S q_i`. S a
   rate that they found best. KL leads while the draft is far off, where the gradient of alpha vanishes. The paper takes
   lambda from the mean alpha of an unroll step's rows; here it is the alpha of the row itself, so that a row's loss
   depends on no other row, whichever slice, pack or rank that row is in.
+- `ce`: `-log q_x` of the token x that the text has next, whatever the teacher holds of it. It is the loss of trainers
+  that keep no teacher. Rows whose x is outside the draft vocabulary have a loss of 0.
+- `ce-l1`: `0.1 ce + 0.9 L1(p, q)`, the objective of DSpark (DeepSpec's published settings). The L1 distance over the
+  verifier's vocabulary is `2 (1 - alpha)` with the alpha of `tv`.
 - `lk-alpha`: `-log alpha`, the same paper's likelihood of acceptance: the gradient is that of `tv`, times 1 / alpha.
 
 Entries that are absent (id -1) are not in S. Where S is empty, tau = 1 and nothing has a gradient; where S is all of D,
@@ -53,6 +57,9 @@ class RowTeacher:
     """[T] the verifier's probability of the whole draft vocabulary; None counts as 1."""
     absent: bool = True
     """Whether an id may be -1. False promises that none is, which saves passes over [T, V]."""
+    realised: torch.Tensor | None = None
+    """[T] int64 draft id of the token that the text has next, -1 where it is outside the draft vocabulary. None where
+    the batch has no `next_tokens`."""
 
 
 Kernel = Callable[
@@ -70,6 +77,8 @@ class Loss:
     name: str
     function: Callable[[torch.Tensor, RowTeacher], torch.Tensor]
     """Float32 draft logits [T, V] and their teacher -> losses [T]. Only the logits get a gradient."""
+    needs_text: bool = False
+    """Whether it reads `RowTeacher.realised`."""
     kernel: Kernel | None = None
     """Computes losses and gradients in one pass, for teachers with ids; None: autograd goes through `function`."""
 
@@ -101,6 +110,17 @@ def renormalized_loss(logits: torch.Tensor, teacher: RowTeacher) -> torch.Tensor
 def tv_loss(logits: torch.Tensor, teacher: RowTeacher) -> torch.Tensor:
     """Return the loss `tv` [T]."""
     return 1.0 - acceptance(logits, teacher)
+
+
+def ce_loss(logits: torch.Tensor, teacher: RowTeacher) -> torch.Tensor:
+    """Return the loss `ce` [T]."""
+    assert teacher.realised is not None, "the batch was asked for with its text"
+    return F.cross_entropy(logits, teacher.realised, ignore_index=-1, reduction="none")
+
+
+def ce_l1_loss(logits: torch.Tensor, teacher: RowTeacher) -> torch.Tensor:
+    """Return the loss `ce-l1` [T]."""
+    return 0.1 * ce_loss(logits, teacher) + 0.9 * 2.0 * tv_loss(logits, teacher)
 
 
 def lk_loss(logits: torch.Tensor, teacher: RowTeacher) -> torch.Tensor:
@@ -147,6 +167,8 @@ LOSSES = {
         Loss("tv", tv_loss),
         Loss("lk", lk_loss),
         Loss("lk-alpha", lk_alpha_loss),
+        Loss("ce", ce_loss, needs_text=True),
+        Loss("ce-l1", ce_l1_loss, needs_text=True),
     )
 }
 """Every loss by its name."""

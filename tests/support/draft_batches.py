@@ -25,9 +25,12 @@ def batch_of(names: list[str], window: int | None) -> Batch:
     return build_batch(items, manifest().codec, max_steps=STEPS, window=window)
 
 
-def batches() -> tuple[Batch, list[Batch]]:
-    """Put two conversations of unlike lengths into one batch, and also each into a batch of its own."""
+def batches(**asked: bool) -> tuple[Batch, list[Batch]]:
+    """Put two conversations of unlike lengths into one batch, and also each into a batch of its own.
+
+    `asked` are further arguments of `build_batch`.
+    """
     rng = np.random.default_rng(0)
     items = [conversation(rng, mask) for mask in (turns(30, (5, 25)), turns(20, (3, 6), (9, 19)))]
-    make = lambda chosen: build_batch(chosen, manifest().codec, max_steps=STEPS, window=WINDOW)  # noqa: E731
+    make = lambda chosen: build_batch(chosen, manifest().codec, max_steps=STEPS, window=WINDOW, **asked)  # noqa: E731
     return make(items), [make([item]) for item in items]

@@ -16,7 +16,14 @@ Parts = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tens
 def row_loss(name: str) -> Callable[..., torch.Tensor]:
     """The loss of this name as a function of logits [T, V] and of `Parts`."""
     loss = row_losses.find_loss(name)
-    return lambda logits, *parts: loss.function(logits, RowTeacher(*parts))
+    return lambda logits, *parts: loss.function(logits, RowTeacher(*parts, realised=text(len(logits), logits.shape[1])))
+
+
+def text(rows: int, vocab_size: int) -> torch.Tensor:
+    """The draft ids [rows] int64 of a made-up text, of which the first token is outside the draft vocabulary."""
+    ids = (3 * torch.arange(rows) + 1) % vocab_size
+    ids[:1] = -1
+    return ids
 
 
 def acceptance(logits: torch.Tensor, *parts: torch.Tensor | None) -> torch.Tensor:

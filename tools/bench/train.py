@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-from draftcache.draft_train.config import ATTENTION, TrainConfig
+from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.data.batches import Batch
 from draftcache.draft_train.drafts.eagle3.choose_pass import pass_settings
 from draftcache.draft_train.drafts.eagle3.fused_pass import FusedPass
@@ -43,6 +43,7 @@ from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 from draftcache.draft_train.loss.objective import Objective
 from draftcache.draft_train.optimizer import make_optimizer
 from draftcache.draft_train.ranks import GradientSums, Ranks, joined_ranks
+from draftcache.draft_train.setting_tables import CHOICES
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.files import write_json
 from draftcache.tools.bench.capture import matmul_ceiling, timed
@@ -56,6 +57,7 @@ LOADER, LOADED = "loader-32k", 12
 """The name of the case that reads a store, and the number of its conversations."""
 EVALUATION = "eval-32k"
 """The name of the case that evaluates on that store, after training on it."""
+ATTENTION = CHOICES["attention"]
 UNITS = {
     "tok_s": "tok/s", "median_tok_s": "tok/s", "peak_gib": "GiB", "matmul_share": "of bf16 matmul",
     "data_wait_share": "of wall time", "gb_s": "GB/s", "disk_gb_s": "GB/s", "of_synthetic": "of train-32k",

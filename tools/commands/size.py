@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from draftcache.draft_train.config import MEMORY_SETTINGS, TrainConfig
+from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.setting_tables import MEMORY_SETTINGS
 from draftcache.tools.arguments import add_settings, count, finite_number
 from draftcache.tools.results import add_json, show
 

@@ -121,7 +121,7 @@ def guessed_tokens(prepare: CheckedStep | None, splits: Sequence[str], above: Ma
 
 def _train(item: CheckedStep, checked: Checked, above: Mapping[str, Step]) -> dict[str, Any]:
     """Return GPU memory and hours of a training run, by the functions behind `draftcache size --train`."""
-    from draftcache.draft_train.config import MEMORY_SETTINGS
+    from draftcache.draft_train.setting_tables import MEMORY_SETTINGS
     from draftcache.tools.reports.training_memory import training_memory
 
     arguments = item.arguments
@@ -129,7 +129,7 @@ def _train(item: CheckedStep, checked: Checked, above: Mapping[str, Step]) -> di
     maker = None if capture is None else checked[capture.name]
     words = ["--train", "--window", str(arguments.sliding_window)]
     for name in MEMORY_SETTINGS:
-        words += ["--" + name.replace("_", "-"), str(getattr(arguments, name))]
+        words += _flag(name, getattr(arguments, name))
     config = verifier_config(item.step, above) or {}
     if maker is None or _finished(str(arguments.store)):
         words += ["--store", str(arguments.store)]
@@ -191,6 +191,14 @@ def _train_seconds(draft: Mapping[str, Any], arguments: Any, tokens: int | None,
     flops = 3 * (loss * steps * per_row - loss * 4 * hidden * keys + tokens * base)
     flops += 3.5 * 4 * queries * loss * steps * window
     return float(arguments.epochs * flops / (TRAIN_SHARE * GPU_TFLOPS["h100"] * 1e12))
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    """Return the words of a command that give the setting `name` this value."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
 
 
 def _layers(given: Sequence[int], config: Mapping[str, Any]) -> Sequence[int]:

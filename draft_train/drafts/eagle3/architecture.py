@@ -28,7 +28,7 @@ from draftcache.draft_train.drafts.protocol import (
     Shape,
     VerifierShape,
 )
-from draftcache.draft_train.loss.objective import Objective, StepOutput
+from draftcache.draft_train.loss.objective import Objective, StepOutput, needs_text
 from draftcache.store.common.errors import InputError
 from draftcache.store.format.vocab_map import VocabMap
 
@@ -53,7 +53,7 @@ class Eagle3Draft(Draft):
         )
 
     def needs(self, config: TrainConfig) -> BatchNeeds:
-        return BatchNeeds(steps=config.ttt_steps, window=self.shape.sliding_window)
+        return BatchNeeds(steps=config.ttt_steps, window=self.shape.sliding_window, next_tokens=needs_text(config))
 
     def step_outputs(self, frozen: FrozenWeights, batch: Batch, steps: int) -> Iterator[StepOutput]:
         return unroll(self.model, frozen.embed_tokens, batch, steps)

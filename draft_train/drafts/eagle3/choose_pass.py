@@ -77,6 +77,8 @@ def why_not_fused(config: TrainConfig, model: Eagle3Model, device: torch.device)
     reason = why_no_kernels(model, device)
     if reason is None and config.loss_rows != "turns":
         return f"--loss-rows {config.loss_rows}: its rows may unroll past the end of their turn"
+    if reason is None and config.step_weights != "decay":
+        return f"--step-weights {config.step_weights}: the weights of a step depend on later ones"
     return reason
 
 

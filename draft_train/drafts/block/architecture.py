@@ -1,0 +1,137 @@
+"""DFlash and DSpark as implementations of the draft protocol: one model, with and without what DSpark adds to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.data.batches import Batch, BatchNeeds
+from draftcache.draft_train.data.frozen import FrozenWeights
+from draftcache.draft_train.drafts.block import memory, served
+from draftcache.draft_train.drafts.block.forward import block_outputs
+from draftcache.draft_train.drafts.block.model import BlockModel
+from draftcache.draft_train.drafts.block.shape import BlockShape
+from draftcache.draft_train.drafts.protocol import (
+    Architecture,
+    BatchRows,
+    CheckpointState,
+    Draft,
+    ServedForm,
+    Shape,
+    VerifierShape,
+)
+from draftcache.draft_train.loss.objective import StepOutput, needs_text
+from draftcache.store.format.vocab_map import VocabMap
+
+
+class BlockDraft(Draft):
+    """One block draft. Implements `Draft`."""
+
+    shape: BlockShape
+    model: BlockModel
+
+    def __init__(self, name: str, shape: BlockShape, model: BlockModel) -> None:
+        """`name` is that of the architecture."""
+        super().__init__(shape, model)
+        self.name = name
+
+    @property
+    def rows_by_draft_id(self) -> tuple[str, ...]:
+        return ("lm_head.weight", *(["markov_head.markov_w2.weight"] if self.shape.markov_rank else []))
+
+    def initialize(self, seed: int, frozen: FrozenWeights, head_init: str) -> None:
+        self.model.initialize(
+            seed,
+            head=frozen.lm_head.cpu().float() * frozen.head_form.scale,  # a served draft has a plain head
+            embeddings=frozen.embed_tokens.cpu(),
+            norm=frozen.norm.cpu() if head_init == "verifier" else None,
+        )
+
+    def needs(self, config: TrainConfig) -> BatchNeeds:
+        return BatchNeeds(
+            steps=self.shape.steps,
+            window=self.shape.sliding_window,
+            next_tokens=needs_text(config),
+            anchor_share=config.anchor_share,
+            anchor_seed=config.seed,
+        )
+
+    def step_outputs(self, frozen: FrozenWeights, batch: Batch, steps: int) -> Iterator[StepOutput]:
+        return block_outputs(self.model, frozen.embed_tokens, batch, steps)
+
+    def logits(self, output: StepOutput, batch: Batch) -> Tensor:
+        return self.model.logits(output.hidden, batch.step_tokens[output.rows, output.number])
+
+    def confidence(self, output: StepOutput, batch: Batch) -> Tensor | None:
+        if not self.shape.confidence_head:
+            return None
+        return self.model.confidence(output.hidden, batch.step_tokens[output.rows, output.number])
+
+    def served_form(
+        self, state: CheckpointState, vocab_map: VocabMap, *, engine: str, dtype: torch.dtype
+    ) -> ServedForm:
+        return served.served_form(self.name, self.shape, self.model, state, vocab_map, engine=engine, dtype=dtype)
+
+
+class BlockArchitecture(Architecture):
+    """Builds the block drafts of one name. Implements `Architecture`."""
+
+    def __init__(self, name: str) -> None:
+        """`name` is "dflash" or "dspark"."""
+        self.name = name
+        self.engines = served.ENGINES[name]
+
+    def shape_for(self, config: TrainConfig, verifier: VerifierShape) -> BlockShape:
+        window = config.sliding_window or None
+        types = config.layer_types or ("full" if window is None else "sliding",) * config.num_hidden_layers
+        of_layer = {"causal": lambda _: True, "bidirectional": lambda _: False}.get(
+            config.block_attention, lambda kind: kind == "sliding"
+        )
+        return BlockShape(
+            hidden_size=verifier.hidden_size,
+            taps=verifier.taps,
+            num_hidden_layers=config.num_hidden_layers,
+            intermediate_size=config.intermediate_size or 3 * verifier.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            vocab_size=verifier.vocab_size,
+            draft_vocab_size=verifier.draft_vocab_size,
+            window=window if "sliding" in types else None,
+            layer_types=types,
+            causal=tuple(of_layer(kind) for kind in types),
+            rope_theta=config.rope_theta,
+            rms_norm_eps=verifier.rms_norm_eps,
+            block_size=config.block_size,
+            bonus_anchor=config.anchor != "first",
+            mask_token_id=config.mask_token_id,
+            markov_rank=config.markov_rank,
+            attention_sinks=config.attention_sinks,
+            confidence_head=config.confidence_head,
+            train_embeddings=config.train_embeddings,
+            train_head=config.train_head,
+        )
+
+    def read_shape(self, values: dict[str, Any]) -> BlockShape:
+        return BlockShape.read(values)
+
+    def build(self, shape: Shape, device: torch.device) -> BlockDraft:
+        assert isinstance(shape, BlockShape)
+        with torch.device(device):
+            return BlockDraft(self.name, shape, BlockModel(shape))
+
+    def peak_bytes(self, shape: Shape, config: TrainConfig, batch: BatchRows) -> dict[str, int]:
+        assert isinstance(shape, BlockShape)
+        return memory.peak_bytes(shape, config, batch)
+
+    def check_served(self, path: Path) -> None:
+        served.check_served(path, self.name)
+
+
+DFLASH = BlockArchitecture("dflash")
+DSPARK = BlockArchitecture("dspark")
