@@ -22,7 +22,7 @@ ROOMS = {
     "draft_train": {"setting_tables": 0, "config": 1, "kernels": 1, "data": 2, "loss": 3, "drafts": 4, "": 5},
     "tools": {
         "arguments": 0,
-        "speculative_decode": 0,
+        "decoding": 0,
         "students_t": 0,
         "truth": 1,
         "results": 0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,23 @@ from draftcache.capture.verifier.load import Verifier
 from draftcache.draft_train.checkpoint import load_draft, load_state
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.data.frozen import FrozenWeights
-from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 from draftcache.draft_train.evaluate import evaluate
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.reader import StoreReader
-from draftcache.tools import speculative_decode
 from draftcache.tools.cli import main
+from draftcache.tools.decoding import loop
+from draftcache.tools.decoding.loop import speculative_greedy
 from draftcache.tools.demo.pipeline import ASSETS, LAYERS, VERIFIER, load_demo_verifier, read_conversations
 from draftcache.tools.demo.traces import encode_prompts, generate_batch, prompt_of, write_traces
-from draftcache.tools.speculative_decode import speculative_greedy
 from draftcache.tools.truth import online_check, truth_check
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 TOKENS = 32
+BLOCKS: dict[str, dict[str, Any]] = {
+    "dspark": {"markov_rank": 32, "attention_sinks": True},
+    "dflash": {"block_attention": "bidirectional"},
+}
+"""By architecture of block drafts, settings that it is tried with."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +52,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A draft after 30 steps on 60 real conversations."""
+    """Drafts of every architecture, each in a folder of its name, after 30 steps on 60 real conversations."""
     root = tmp_path_factory.mktemp("trained")
     rows = read_conversations(ASSETS / "conversations" / "train.jsonl.gz", 0, 60)
     (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -68,11 +73,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     CaptureJob(capture).run()
     training = TrainConfig(
-        store=root / "store", output=root / "run", splits=("train",), epochs=4, batch_conversations=8,
+        store=root / "store", output=root / "eagle3", splits=("train",), epochs=4, batch_conversations=8,
         learning_rate=4e-3, sliding_window=24, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2,
         head_dim=32, device="cpu",
     )  # fmt: skip
     Trainer(training).run()
+    for draft, more in BLOCKS.items():
+        own = {"draft": draft, "output": root / draft, "ttt_steps": 0, "step_decay": 0.0, "loss": "", "epochs": 2}
+        shape = {"num_hidden_layers": 2, "block_size": 6, "anchor_share": 0.2}
+        Trainer(replace(training, **own | shape | more)).run()  # type: ignore[arg-type]
     return root
 
 
@@ -83,14 +92,15 @@ def prompts(tokenizer: Any) -> list[list[int]]:
     return [ids for ids in encoded if len(ids) < 80][:4]
 
 
+@pytest.mark.parametrize("name", ["eagle3", *BLOCKS])
 def test_text_is_equal_and_verify_steps_are_equal(
-    verifier: Verifier, tokenizer: Any, trained: Path, prompts: list[list[int]], tmp_path: Path
+    name: str, verifier: Verifier, tokenizer: Any, trained: Path, prompts: list[list[int]], tmp_path: Path
 ) -> None:
     truth = truth_check(
         verifier=verifier,
         verifier_path=VERIFIER,
         vocab_map=trained / "prepared" / "vocab_map.safetensors",
-        checkpoint=trained / "run",
+        checkpoint=trained / name,
         prompts=prompts,
         eos_token_id=int(tokenizer.eos_token_id),
         max_new_tokens=TOKENS,
@@ -106,7 +116,7 @@ def test_text_is_equal_and_verify_steps_are_equal(
 def online(trained: Path, verifier_path: Path, *more: str) -> int:
     return main(
         [
-            "eval", "--store", str(trained / "store"), "--checkpoint", str(trained / "run"), "--splits", "train",
+            "eval", "--store", str(trained / "store"), "--checkpoint", str(trained / "eagle3"), "--splits", "train",
             "--device", "cpu", "--online", "--verifier", str(verifier_path), "--online-prompts", "2",
             "--online-tokens", "16", "--resamples", "100", *more,
         ]
@@ -117,7 +127,7 @@ def test_the_check_needs_only_a_store_and_its_verifier(trained: Path, tmp_path: 
     found = online_check(
         store=trained / "store",
         verifier_path=VERIFIER,
-        checkpoint=trained / "run",
+        checkpoint=trained / "eagle3",
         splits=["train"],
         prompts=2,
         max_new_tokens=16,
@@ -132,13 +142,13 @@ def test_the_check_needs_only_a_store_and_its_verifier(trained: Path, tmp_path: 
 def test_as_a_command_it_ends_with_1_where_decoding_reads_other_states(
     trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = speculative_decode._greedy
+    original = loop._greedy
 
     def shifted(verifier: Any, tokens: list[int], layers: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         choices, aux = original(verifier, tokens, layers)
         return choices, torch.roll(aux, 1, dims=0)
 
-    monkeypatch.setattr(speculative_decode, "_greedy", shifted)
+    monkeypatch.setattr(loop, "_greedy", shifted)
     assert online(trained, VERIFIER, "--json") == 1
     found = json.loads(capsys.readouterr().out)["online"]
     assert (found["text_equal"], found["steps_equal"]) == (True, False)
@@ -160,9 +170,8 @@ def test_states_of_the_row_before_keep_the_text_and_cost_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Negative control: feeding the draft h_{t-1} for h_t is invisible in the text, and visible in the count."""
-    path = next((trained / "run" / "checkpoints").iterdir())
-    draft = load_draft(path, load_state(path), torch.device("cpu")).model
-    assert isinstance(draft, Eagle3Model)
+    path = next((trained / "eagle3" / "checkpoints").iterdir())
+    draft = load_draft(path, load_state(path), torch.device("cpu"))
     store = StoreReader(trained / "store")
     embeddings = FrozenWeights.load(store, torch.device("cpu")).embed_tokens
     target_ids = torch.from_numpy(store.vocab_map().target_ids)
@@ -178,13 +187,13 @@ def test_states_of_the_row_before_keep_the_text_and_cost_steps(
         return [result.token_ids for result in results], sum(result.verify_steps for result in results)
 
     text, steps = decode()
-    original = speculative_decode._greedy
+    original = loop._greedy
 
     def shifted(verifier: Any, tokens: list[int], layers: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         choices, aux = original(verifier, tokens, layers)
         return choices, torch.roll(aux, 1, dims=0)
 
-    monkeypatch.setattr(speculative_decode, "_greedy", shifted)
+    monkeypatch.setattr(loop, "_greedy", shifted)
     shifted_text, shifted_steps = decode()
     assert shifted_text == text
     assert shifted_steps > steps
@@ -200,14 +209,12 @@ def test_batched_traces_are_the_plain_greedy_ones(verifier: Verifier, tokenizer:
     for row in written:
         prompt = [token for token, mask in zip(row["token_ids"], row["loss_mask"], strict=True) if not mask]
         trace = row["token_ids"][len(prompt) :]
-        plain = speculative_decode.plain_greedy(
-            verifier, prompt, max_new_tokens=16, eos_token_id=int(tokenizer.eos_token_id)
-        )
+        plain = loop.plain_greedy(verifier, prompt, max_new_tokens=16, eos_token_id=int(tokenizer.eos_token_id))
         assert trace == plain
 
 
 def test_evaluation_stands_beside_its_baselines(trained: Path) -> None:
-    where: dict[str, Any] = {"store": trained / "store", "checkpoint": trained / "run", "splits": ["train"]}
+    where: dict[str, Any] = {"store": trained / "store", "checkpoint": trained / "eagle3", "splits": ["train"]}
     assert list(evaluate(**where, device="cpu")["splits"]["train"]) == ["draft", "untrained"]
     result = evaluate(**where, bigram_splits=["train"], device="cpu")
     row = result["splits"]["train"]

@@ -24,15 +24,14 @@ from draftcache.capture.verifier.ssm_precision import enforce_contract
 from draftcache.capture.verifier.weights import former_fingerprint, weights_fingerprint
 from draftcache.draft_train.checkpoint import load_draft, load_state, resolve_checkpoint
 from draftcache.draft_train.data.frozen import FrozenWeights
-from draftcache.draft_train.drafts.eagle3.architecture import ARCHITECTURE as EAGLE3
-from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 from draftcache.draft_train.drafts.protocol import CheckpointState
+from draftcache.draft_train.drafts.registry import find_architecture
 from draftcache.draft_train.fit import require_fit
 from draftcache.draft_train.measure import measure_draft
 from draftcache.store.common.errors import InputError, ManifestMismatchError
 from draftcache.store.reader import StoreReader
 from draftcache.store.storage.base import Location
-from draftcache.tools.speculative_decode import plain_greedy, speculative_greedy
+from draftcache.tools.decoding.loop import has_cache, plain_greedy, speculative_greedy
 
 
 @dataclass(frozen=True)
@@ -88,13 +87,13 @@ def truth_check(
     store = _capture_traces(kept, verifier_path, vocab_map, layers, directory, device)
     path = resolve_checkpoint(checkpoint)
     draft = load_draft(path, load_state(path), torch.device("cpu"))
-    assert isinstance(draft.model, Eagle3Model), "the decoding loop runs Eagle3 drafts"
+    assert has_cache(draft), "the caller has checked it"
     frozen = FrozenWeights.load(store, torch.device("cpu"))
     counts = measure_draft(draft, frozen, store, store.members("truth"), draft_tokens=draft_tokens)
     target_ids = torch.from_numpy(store.vocab_map().target_ids)
     online = [
         speculative_greedy(
-            verifier, draft.model, frozen.embed_tokens, target_ids, layers, prompt,
+            verifier, draft, frozen.embed_tokens, target_ids, layers, prompt,
             max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, draft_tokens=draft_tokens,
         )
         for prompt, _ in kept
@@ -194,8 +193,8 @@ def require_online(store: StoreReader, verifier_path: Path, checkpoint: Path) ->
     """Return the checkpoint's state. Raises what `online_check` raises, in a second and before anything is computed."""
     state = load_state(resolve_checkpoint(checkpoint))
     require_fit(checkpoint, state, store)
-    if state.architecture != EAGLE3.name:
-        raise InputError(f"--online: expected an Eagle3 draft, which the loop can run, found {state.architecture}")
+    if not has_cache(find_architecture(state.architecture).build(state.shape, torch.device("meta"))):
+        raise InputError(f"--online: expected a draft that the decoding loop can run, found {state.architecture}")
     expected, known = store.manifest.verifier["weights_hash"], (weights_fingerprint, former_fingerprint)
     if expected not in (found := [fingerprint(verifier_path) for fingerprint in known]):
         raise ManifestMismatchError(

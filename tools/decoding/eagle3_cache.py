@@ -1,29 +1,15 @@
-"""Plain greedy speculative decoding with a Hugging Face verifier and our draft: slow, but easy to check by reading.
-
-It shares no code with the unroll: the draft runs one row at a time over lists of keys, as an engine's cache would
-hold them, and the verifier runs whole prefixes. `draftcache eval` must count the same number of verify steps.
-"""
+"""An Eagle3 draft that runs one row at a time over lists of keys, as an engine's cache would hold them."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 
 
-@dataclass(frozen=True)
-class SpeculativeResult:
-    """The generated ids (with the end of turn, without the prompt) and the number of verify steps after the prefill."""
-
-    token_ids: list[int]
-    verify_steps: int
-
-
-class _DraftCache:
+class Eagle3Cache:
     """The draft's keys and values of step-0 rows 0 to t, made from the verifier's taps.
 
     The diagonal keys of a chain (those of its later steps) are kept apart and dropped with the chain.
@@ -90,61 +76,3 @@ class _DraftCache:
             weights = torch.softmax(query[head, 0] @ keys[group].T / math.sqrt(shape.head_dim), dim=-1)
             attended.append(weights @ values[group])
         return layer.finish(hidden[None], torch.stack(attended)[:, None])[0]
-
-
-@torch.inference_mode()
-def plain_greedy(verifier: Any, prompt: list[int], *, max_new_tokens: int, eos_token_id: int) -> list[int]:
-    """Decode greedily by the verifier alone, one whole-prefix forward per token; return the ids after the prompt."""
-    tokens = list(prompt)
-    while len(tokens) < len(prompt) + max_new_tokens:
-        tokens.append(int(_greedy(verifier, tokens, ())[0][-1]))
-        if tokens[-1] == eos_token_id:
-            break
-    return tokens[len(prompt) :]
-
-
-@torch.inference_mode()
-def speculative_greedy(
-    verifier: Any,
-    draft: Eagle3Model,
-    embeddings: torch.Tensor,
-    target_ids: torch.Tensor,
-    layers: tuple[int, ...],
-    prompt: list[int],
-    *,
-    max_new_tokens: int,
-    eos_token_id: int,
-    draft_tokens: int = 5,
-    tap_dtype: torch.dtype = torch.float32,
-) -> SpeculativeResult:
-    """Decode greedily with a draft: each verify step checks `draft_tokens` proposed tokens in one verifier forward.
-
-    A verify step keeps the proposed tokens that agree with the verifier's choices, up to the first difference, and the
-    verifier's next token. `verifier` is a `draftcache.capture.verifier.load.Verifier`. Its taps are rounded to
-    `tap_dtype`, as the store rounds the taps that the draft was trained on.
-    """
-    cache = _DraftCache(draft, embeddings)
-    choices, taps = _greedy(verifier, prompt, layers)
-    tokens = [*prompt, int(choices[-1])]
-    limit = len(prompt) + max_new_tokens
-    steps = 0
-    while tokens[-1] != eos_token_id and len(tokens) < limit:
-        proposed = cache.propose(taps.to(tap_dtype), tokens, target_ids, draft_tokens)
-        known = len(tokens)
-        choices, taps = _greedy(verifier, tokens + proposed, layers)
-        steps += 1
-        for number in range(draft_tokens + 1):
-            tokens.append(int(choices[known - 1 + number]))
-            finished = tokens[-1] == eos_token_id or len(tokens) >= limit
-            if finished or number == draft_tokens or proposed[number] != tokens[-1]:
-                break
-    return SpeculativeResult(token_ids=tokens[len(prompt) :], verify_steps=steps)
-
-
-def _greedy(verifier: Any, tokens: list[int], layers: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the verifier's argmax after each token [L] int64, and its taps [L, taps * H] float32, both on the CPU."""
-    from draftcache.capture.verifier.head import head_logits
-
-    states = verifier.forward(torch.tensor(tokens), layers)
-    taps = torch.cat([states.taps[layer].float() for layer in layers], dim=-1) if layers else torch.empty(0)
-    return head_logits(states.final, verifier.head, verifier.head_form).argmax(-1).cpu(), taps.cpu()
