@@ -68,7 +68,7 @@ def block_attention(q: Tensor, context_kv: Tensor, block_kv: Tensor, mask: Block
     """
     blocks, slots, heads = q.shape[:3]
     step = max(1, SLICE_SLOTS // slots)
-    if blocks <= step:
+    if not blocks:
         return dense_block_attention(q, context_kv, block_kv, mask, sinks)
     low, high = mask.context_range(slots)
     firsts = torch.arange(0, blocks, step, device=low.device)

@@ -68,21 +68,21 @@ class BlockMask:
         low = torch.searchsorted(self.positions.long(), own - self.window, right=True, out_int32=True)
         return low, (self.start_rows + 1).int()
 
-    @staticmethod
-    def block_spans(low: Tensor, high: Tensor, rows: int, tile: int) -> Tensor:
-        """Return the blocks that see each tile of context rows, [4, tiles] int32, from a `context_range`.
 
-        `rows` is R. The four rows are first, whole_first, whole_last and last. All slots of the blocks whole_first ..
-        whole_last - 1 see all rows of the tile, and no block outside first .. last - 1 sees one of them.
-        """
-        begin = torch.arange(0, rows, tile, device=low.device, dtype=torch.int32)
-        end = (begin + tile).clamp(max=rows)
-        lowest, highest = low[:, 0].contiguous(), low[:, -1].contiguous()
-        return torch.stack(
-            (
-                torch.searchsorted(high, begin, right=True, out_int32=True),
-                torch.searchsorted(high, end, out_int32=True),
-                torch.searchsorted(highest, begin, right=True, out_int32=True),
-                torch.searchsorted(lowest, end, out_int32=True),
-            )
+def block_spans(low: Tensor, high: Tensor, rows: int, tile: int) -> Tensor:
+    """Return the blocks that see each tile of context rows, [4, tiles] int32, from a `BlockMask.context_range`.
+
+    `rows` is R. The four rows are first, whole_first, whole_last and last. All slots of the blocks whole_first ..
+    whole_last - 1 see all rows of the tile, and no block outside first .. last - 1 sees one of them.
+    """
+    begin = torch.arange(0, rows, tile, device=low.device, dtype=torch.int32)
+    end = (begin + tile).clamp(max=rows)
+    lowest, highest = low[:, 0].contiguous(), low[:, -1].contiguous()
+    return torch.stack(
+        (
+            torch.searchsorted(high, begin, right=True, out_int32=True),
+            torch.searchsorted(high, end, out_int32=True),
+            torch.searchsorted(highest, begin, right=True, out_int32=True),
+            torch.searchsorted(lowest, end, out_int32=True),
         )
+    )
