@@ -18,38 +18,35 @@ WHOLE, MASKED, OWN = (0, 1, 2) if tl is None else (tl.constexpr(0), tl.constexpr
 """Kinds of loops: over context that all rows see, over context that some see, and over slots of the own block."""
 
 
+OWN_TILE = 16
+"""Slots in a tile of own keys: the least of a product. 128 queries of 16 heads have the slots of one block or two."""
+
+
 @dataclass(frozen=True)
 class Tiles:
-    """Tile sizes of a kernel, for heads of up to 128 in a 16-bit dtype."""
+    """Tile sizes of a kernel over operands of 16 bits."""
 
     queries: int
     """Queries in a tile."""
     keys: int
-    """Context rows in a tile."""
+    """Keys in a tile."""
     warps: int
     """Warps of a program."""
     stages: int
-    """Tiles that are loaded ahead, and the one in use."""
+    """Tiles of the loop that are in shared memory at a time."""
 
-    def launch(self, q: Tensor) -> dict[str, Any]:
-        """Return a kernel's launch parameters for queries [..., D].
 
-        Float32 operands get smaller tiles, because they take twice the shared memory, and exact products, because the
-        tests that use them need these. Heads of 256 take half the keys and at least 8 warps, for the same reason and
-        for registers.
-        """
-        if q.dtype == torch.float32:
-            tiles = {"BLOCK_Q": 32, "BLOCK_K": 32, "BLOCK_O": 16, "num_warps": 4, "num_stages": 1}
-            return {**tiles, "PRECISION": "ieee"}
-        wide = q.shape[-1] > 128
-        return {
-            "BLOCK_Q": self.queries,
-            "BLOCK_K": self.keys // 2 if wide else self.keys,
-            "BLOCK_O": 16,  # the least of a product; a tile of 128 queries of 16 heads has two blocks' slots
-            "num_warps": max(self.warps, 8) if wide else self.warps,
-            "num_stages": min(self.stages, 2) if wide else self.stages,
-            "PRECISION": "tf32",
-        }
+def launch_parameters(q: Tensor, tiles: Tiles, wide: Tiles) -> dict[str, Any]:
+    """Return a kernel's launch parameters for queries [..., D]; `wide` are the tiles for D = 256.
+
+    Float32 operands get smaller tiles, because they take twice the shared memory, and exact products, because the tests
+    that use them need these.
+    """
+    if q.dtype == torch.float32:
+        return {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1, "PRECISION": "ieee"}
+    chosen = wide if q.shape[-1] > 128 else tiles
+    sizes = {"BLOCK_Q": chosen.queries, "BLOCK_K": chosen.keys}
+    return {**sizes, "num_warps": chosen.warps, "num_stages": chosen.stages, "PRECISION": "tf32"}
 
 
 def kernel_shape(q: Tensor, groups: int, mask: BlockMask) -> dict[str, Any]:
