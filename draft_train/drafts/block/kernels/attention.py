@@ -56,6 +56,10 @@ def attend_blocks_backward(
     `upstream` [S, B, N, D], contiguous, is the gradient of the output. The gradient of `context_kv` is added to
     `context_gradient` [R, 2, G, D] float32, contiguous, so that slices of the blocks sum up. The gradients of queries
     and block have their operands' dtype, that of the sinks is float32. All are the same bits every time.
+
+    Where few tiles of context are in reach of the blocks, sums of parts take up to 512 MiB for a while: a multiple of
+    `context_gradient`. A caller that knows on the host which rows its slice reaches saves most of it by passing these
+    rows of `context_kv` and of `context_gradient` with `BlockMask.part(blocks, rows)`.
     """
     if not runs_kernels(result.q):
         return attend_blocks_backward_reference(upstream, result, context_gradient)

@@ -101,7 +101,7 @@ def _part_count(result: BlockAttentionResult, block_q: int, block_k: int) -> int
     rows, _, groups, _ = result.context_kv.shape
     programs = groups * -(-min(rows, blocks + result.mask.window) // block_k)
     tiles = min(blocks, result.mask.window + block_k) * slots * (heads // groups) // block_q
-    wanted = min(-(-_PROGRAMS // programs), tiles // _LEAST_TILES, _PART_BYTES // (4 * result.context_kv.numel()))
+    wanted = min(_PROGRAMS // programs, tiles // _LEAST_TILES, _PART_BYTES // (4 * result.context_kv.numel()))
     return max(1, wanted)
 
 

@@ -17,7 +17,6 @@ from draftcache.draft_train.drafts.block.kernels.block_mask import BlockMask
 from draftcache.draft_train.drafts.block.kernels.tiles import (
     MASKED,
     OWN,
-    OWN_TILE,
     SIZES,
     WHOLE,
     Tiles,
@@ -25,6 +24,7 @@ from draftcache.draft_train.drafts.block.kernels.tiles import (
     kernel_shape,
     launch_parameters,
     loop_edges,
+    own_tile,
     query_rows,
 )
 from draftcache.store.common.triton_launch import jit, tl
@@ -50,10 +50,10 @@ def forward(
     launch = launch_parameters(q, _FORWARD, _WIDE)
     low, high = mask.context_range(slots)
     tiles = -(-blocks * slots * (heads // groups) // launch["BLOCK_Q"])
-    _attend_kernel[(groups, tiles)](
+    _attend_kernel[(tiles, groups)](
         q, context_kv, block_kv, q if sinks is None else sinks, low, high, out, log_sum_exp, blocks * slots,
         context_kv.shape[0], min(mask.window, slots), 1.0 / math.sqrt(width), SINKS=sinks is not None,
-        BLOCK_O=OWN_TILE, **kernel_shape(q, groups, mask), **launch,
+        BLOCK_O=own_tile(heads // groups, launch["BLOCK_K"]), **kernel_shape(q, groups, mask), **launch,
     )  # fmt: skip
     return out, log_sum_exp
 
@@ -69,10 +69,10 @@ def query_gradient(upstream: Tensor, result: BlockAttentionResult) -> tuple[Tens
     launch = launch_parameters(q, _GRADIENT, _WIDE)
     low, high = mask.context_range(slots)
     tiles = -(-blocks * slots * (heads // groups) // launch["BLOCK_Q"])
-    _query_gradient_kernel[(groups, tiles)](
+    _query_gradient_kernel[(tiles, groups)](
         upstream, q, result.context_kv, result.block_kv, low, high, result.out, result.log_sum_exp, delta, out,
         blocks * slots, result.context_kv.shape[0], min(mask.window, slots), 1.0 / math.sqrt(width),
-        BLOCK_O=OWN_TILE, **kernel_shape(q, groups, mask), **launch,
+        BLOCK_O=own_tile(heads // groups, launch["BLOCK_K"]), **kernel_shape(q, groups, mask), **launch,
     )  # fmt: skip
     return out, delta
 
@@ -110,7 +110,7 @@ def _attend_kernel(
     HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, CAUSAL: tl.constexpr,
     SINKS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    group, tile = tl.program_id(0), tl.program_id(1)
+    tile, group = tl.program_id(0), tl.program_id(1)
     column = tl.arange(0, WIDTH)[None, :]
     row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     token, head, inside = query_rows(row, group, tokens, HEADS, GROUPS)
@@ -181,7 +181,7 @@ def _query_gradient_kernel(
     HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    group, tile = tl.program_id(0), tl.program_id(1)
+    tile, group = tl.program_id(0), tl.program_id(1)
     column = tl.arange(0, WIDTH)[None, :]
     row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     token, head, inside = query_rows(row, group, tokens, HEADS, GROUPS)

@@ -19,7 +19,7 @@ WHOLE, MASKED, OWN = (0, 1, 2) if tl is None else (tl.constexpr(0), tl.constexpr
 
 
 OWN_TILE = 16
-"""Slots in a tile of own keys: the least of a product. 128 queries of 16 heads have the slots of one block or two."""
+"""Slots in a tile of own keys, where these are few: the least of a product."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,14 @@ def launch_parameters(q: Tensor, tiles: Tiles, wide: Tiles) -> dict[str, Any]:
     chosen = wide if q.shape[-1] > 128 else tiles
     sizes = {"BLOCK_Q": chosen.queries, "BLOCK_K": chosen.keys}
     return {**sizes, "num_warps": chosen.warps, "num_stages": chosen.stages, "PRECISION": "tf32"}
+
+
+def own_tile(turns: int, keys: int) -> int:
+    """Return how many slots of own blocks a program over queries takes at a time, of up to `keys`.
+
+    128 queries of 16 heads a group (`turns`) have the slots of one block or two, those of 2 heads have 64 and more.
+    """
+    return OWN_TILE if turns >= 8 else keys
 
 
 def kernel_shape(q: Tensor, groups: int, mask: BlockMask) -> dict[str, Any]:
