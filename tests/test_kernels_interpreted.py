@@ -19,7 +19,16 @@ from support.paths import ROOT
 FORWARD = "test_capture_forward.py::test_random_weights_equal_the_models_code"
 PARTS = (
     (("test_gpu_draft_attention.py",), 40),
-    (("test_gpu_draft_kernels.py", "test_gpu_kernels.py", "test_kernels_interpreted.py", FORWARD), 90),
+    (
+        (
+            "test_gpu_draft_kernels.py",
+            "test_block_kernels.py",
+            "test_gpu_kernels.py",
+            "test_kernels_interpreted.py",
+            FORWARD,
+        ),
+        100,
+    ),
 )
 """What each process tests, and how many tests that is at least."""
 
