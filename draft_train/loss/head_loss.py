@@ -12,7 +12,7 @@ from torch import Tensor
 
 from draftcache.draft_train.data.batches import Batch
 from draftcache.draft_train.kernels.norms import rms_norm, rms_norm_backward
-from draftcache.draft_train.loss.objective import Objective, row_weights, teacher_probabilities
+from draftcache.draft_train.loss.objective import Objective, row_weights
 from draftcache.store.common.products import add_product, float32_product
 
 _PLAIN_SHARE = 8
@@ -71,13 +71,15 @@ class HeadLoss:
         The gradients of norm and head are added to the buffers of `head`.
         """
         losses, hits, upstream = [], [], torch.empty_like(hidden)
-        size = self.slice_rows if self._uses_kernel(batch) else max(1, self.slice_rows // _PLAIN_SHARE)
+        size = self.rows_at_once(batch, hidden)
         for first in range(0, hidden.shape[0], size):
             rows = slice(first, first + size)
             normed = rms_norm(hidden[rows], head.norm, head.eps)
-            loss, hit, gradient = self._slice(
-                batch, normed, head.matrix, chosen.teacher_rows[rows], chosen.weight[rows]
+            logits = float32_product(normed, head.matrix)
+            loss, hit, gradient = self.of_logits(
+                batch, logits, chosen.teacher_rows[rows], chosen.weight[rows], normed.dtype
             )
+            del logits
             losses.append(loss)
             hits.append(hit)
             add_product(head.matrix_gradient, gradient, normed)
@@ -86,24 +88,19 @@ class HeadLoss:
         out = rms_norm_backward(upstream, hidden, head.norm, head.eps, head.norm_gradient, residual)
         return out, torch.cat(losses), torch.cat(hits)
 
-    def _uses_kernel(self, batch: Batch) -> bool:
-        return batch.teacher_hidden is None and self.objective.loss.kernel is not None
+    def rows_at_once(self, batch: Batch, hidden: Tensor) -> int:
+        """Return the rows of a slice of states [T, H]."""
+        kernel = self.objective.loss.has_kernel(hidden, batch.teacher_hidden is not None)
+        return self.slice_rows if kernel else max(1, self.slice_rows // _PLAIN_SHARE)
 
-    def _slice(
-        self, batch: Batch, normed: Tensor, head: Tensor, teacher_rows: Tensor, weight: Tensor
+    def of_logits(
+        self, batch: Batch, logits: Tensor, teacher_rows: Tensor, weight: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return losses [T], hits [T], and the weighted gradient of the logits [T, V] in the products' dtype."""
-        logits = float32_product(normed, head)
-        if self._uses_kernel(batch):
-            assert self.objective.loss.kernel is not None
-            p, tau = teacher_probabilities(batch.teacher_logits[teacher_rows], batch.log_z_draft[teacher_rows])
-            gradient = torch.empty_like(logits, dtype=normed.dtype)
-            losses, argmax = self.objective.loss.kernel(
-                logits, batch.teacher_ids[teacher_rows], p, tau, weight, gradient
-            )
-            return losses, self.objective.target_ids[argmax] == batch.argmax[teacher_rows], gradient
-        with torch.enable_grad():
-            leaf = logits.requires_grad_()
-            losses, hits = self.objective.row_losses(leaf, batch, teacher_rows)
-            (gradient,) = torch.autograd.grad(losses, leaf, weight.to(losses.dtype))
-        return losses.detach(), hits, gradient.to(normed.dtype)
+        """Return losses [T], hits [T] bool, and the weighted gradient of the logits [T, V] in `dtype`.
+
+        The logits may be overwritten.
+        """
+        gradient = torch.empty_like(logits, dtype=dtype)
+        teacher = self.objective.row_teacher(batch, teacher_rows)
+        losses, argmax = self.objective.loss.weighted_gradient(logits, teacher, weight, gradient)
+        return losses, self.objective.target_ids[argmax] == batch.argmax[teacher_rows], gradient

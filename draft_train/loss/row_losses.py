@@ -35,9 +35,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from draftcache.draft_train.loss.kernels.ce_l1 import CROSS_ENTROPY, DISTANCE, ce_l1
 from draftcache.draft_train.loss.kernels.tail_kl import tail_kl
 from draftcache.draft_train.loss.tail_bucket import fused_tail_bucket_loss, head_loss
 from draftcache.store.common.errors import InputError
+from draftcache.store.common.triton_launch import runs_kernels
 
 LK_DECAY = 3.0
 """lambda = exp(-LK_DECAY alpha)."""
@@ -62,12 +64,9 @@ class RowTeacher:
     the batch has no `next_tokens`."""
 
 
-Kernel = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-    tuple[torch.Tensor, torch.Tensor],
-]
-"""Takes float32 logits [T, V], ids, p, tau, weights [T] and a buffer [T, V] for the weighted gradient of the logits.
-Returns losses [T] and argmax [T] int64, as `kernels.tail_kl` does."""
+Kernel = Callable[[torch.Tensor, RowTeacher, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""What `Loss.weighted_gradient` does, for teachers with ids, on devices that run kernels. It may overwrite the logits.
+"""
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,28 @@ class Loss:
     needs_text: bool = False
     """Whether it reads `RowTeacher.realised`."""
     kernel: Kernel | None = None
-    """Computes losses and gradients in one pass, for teachers with ids; None: autograd goes through `function`."""
+    """Computes losses and gradients in one pass; None: autograd goes through `function`."""
+
+    def has_kernel(self, logits: torch.Tensor, states: bool) -> bool:
+        """Return whether a kernel serves these logits; `states` says that the teacher is known over all ids."""
+        return self.kernel is not None and not states and runs_kernels(logits)
+
+    def weighted_gradient(
+        self, logits: torch.Tensor, teacher: RowTeacher, weight: torch.Tensor, out: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return losses [T] and argmax [T] int64 of float32 logits [T, V], which may be overwritten.
+
+        `out` [T, V] receives `weight * d loss / d logits` in its dtype; `weight` is [T].
+        """
+        if self.has_kernel(logits, teacher.ids is None):
+            assert self.kernel is not None
+            return self.kernel(logits, teacher, weight, out)
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            losses = self.function(leaf, teacher)
+            (gradient,) = torch.autograd.grad(losses, leaf, weight.to(losses.dtype))
+        out.copy_(gradient)
+        return losses.detach(), logits.argmax(-1)
 
 
 def find_loss(name: str) -> Loss:
@@ -96,6 +116,14 @@ def tail_kl_loss(logits: torch.Tensor, teacher: RowTeacher) -> torch.Tensor:
         return F.cross_entropy(logits, teacher.p.to(logits.dtype), reduction="none")
     assert teacher.tau is not None, "stored entries come with their tail"
     return fused_tail_bucket_loss(logits, teacher.ids, teacher.p, teacher.tau, absent=teacher.absent)
+
+
+def _tail_kl_kernel(
+    logits: torch.Tensor, teacher: RowTeacher, weight: torch.Tensor, out: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    assert teacher.ids is not None
+    assert teacher.tau is not None, "stored entries come with their tail"
+    return tail_kl(logits, teacher.ids, teacher.p, teacher.tau, weight, out)
 
 
 def renormalized_loss(logits: torch.Tensor, teacher: RowTeacher) -> torch.Tensor:
@@ -120,7 +148,18 @@ def ce_loss(logits: torch.Tensor, teacher: RowTeacher) -> torch.Tensor:
 
 def ce_l1_loss(logits: torch.Tensor, teacher: RowTeacher) -> torch.Tensor:
     """Return the loss `ce-l1` [T]."""
-    return 0.1 * ce_loss(logits, teacher) + 0.9 * 2.0 * tv_loss(logits, teacher)
+    return CROSS_ENTROPY * ce_loss(logits, teacher) + DISTANCE * 2.0 * tv_loss(logits, teacher)
+
+
+def _ce_l1_kernel(
+    logits: torch.Tensor, teacher: RowTeacher, weight: torch.Tensor, out: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    assert teacher.ids is not None
+    assert teacher.tau is not None, "stored entries come with their tail"
+    assert teacher.realised is not None, "the batch was asked for with its text"
+    mass = torch.ones_like(teacher.tau) if teacher.mass is None else teacher.mass
+    p = (teacher.p * mass[:, None]).contiguous()
+    return ce_l1(logits, teacher.ids, p, teacher.tau * mass, teacher.realised, weight, out)
 
 
 def lk_loss(logits: torch.Tensor, teacher: RowTeacher) -> torch.Tensor:
@@ -162,13 +201,13 @@ def _negative_entropy(teacher: RowTeacher) -> torch.Tensor:
 LOSSES = {
     loss.name: loss
     for loss in (
-        Loss("tail-kl", tail_kl_loss, kernel=tail_kl),
+        Loss("tail-kl", tail_kl_loss, kernel=_tail_kl_kernel),
         Loss("renormalized-kl", renormalized_loss),
         Loss("tv", tv_loss),
         Loss("lk", lk_loss),
         Loss("lk-alpha", lk_alpha_loss),
         Loss("ce", ce_loss, needs_text=True),
-        Loss("ce-l1", ce_l1_loss, needs_text=True),
+        Loss("ce-l1", ce_l1_loss, needs_text=True, kernel=_ce_l1_kernel),
     )
 }
 """Every loss by its name."""

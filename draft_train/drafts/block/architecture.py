@@ -89,9 +89,7 @@ class BlockArchitecture(Architecture):
     def shape_for(self, config: TrainConfig, verifier: VerifierShape) -> BlockShape:
         window = config.sliding_window or None
         types = config.layer_types or ("full" if window is None else "sliding",) * config.num_hidden_layers
-        of_layer = {"causal": lambda _: True, "bidirectional": lambda _: False}.get(
-            config.block_attention, lambda kind: kind == "sliding"
-        )
+        by_layer = config.block_attention == "by-layer"
         return BlockShape(
             hidden_size=verifier.hidden_size,
             taps=verifier.taps,
@@ -104,7 +102,7 @@ class BlockArchitecture(Architecture):
             draft_vocab_size=verifier.draft_vocab_size,
             window=window if "sliding" in types else None,
             layer_types=types,
-            causal=tuple(of_layer(kind) for kind in types),
+            causal=tuple(kind == "sliding" if by_layer else config.block_attention == "causal" for kind in types),
             rope_theta=config.rope_theta,
             rms_norm_eps=verifier.rms_norm_eps,
             block_size=config.block_size,

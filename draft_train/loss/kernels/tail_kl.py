@@ -11,7 +11,7 @@ from torch import Tensor
 from draftcache.draft_train.loss.tail_bucket import fused_tail_bucket_loss
 from draftcache.store.common.triton_launch import jit, power_of_two, runs_kernels, tl
 
-_MOST_IN_REGISTERS = 32_768
+MOST_IN_REGISTERS = 32_768
 """Most logits of a row that a program keeps in registers: 64 per thread."""
 
 
@@ -28,16 +28,27 @@ def tail_kl(logits: Tensor, ids: Tensor, p: Tensor, tau: Tensor, weight: Tensor,
     losses = torch.empty(rows, device=logits.device, dtype=torch.float32)
     argmax = torch.empty(rows, device=logits.device, dtype=torch.int64)
     if rows:
-        taken = torch.empty(ids.shape, device=logits.device, dtype=torch.float32)
-        lanes = {"ENTRIES": power_of_two(entries)}
-        _take_entries_kernel[(rows,)](logits, ids, taken, width, entries, **lanes, num_warps=2)
-        block = min(_MOST_IN_REGISTERS, power_of_two(width))
+        taken = take_entries(logits, ids)
+        block = min(MOST_IN_REGISTERS, power_of_two(width))
         processors = torch.cuda.get_device_properties(logits.device).multi_processor_count if logits.is_cuda else 4
         _tail_kl_kernel[(min(rows, processors),)](
             logits, ids, taken, p, tau, weight, out, losses, argmax, rows, width, entries,
-            torch.finfo(torch.float32).tiny, BLOCK=block, WHOLE=width <= block, **lanes, num_warps=16,
+            torch.finfo(torch.float32).tiny, BLOCK=block, WHOLE=width <= block, ENTRIES=power_of_two(entries),
+            num_warps=16,
         )  # fmt: skip
     return losses, argmax
+
+
+def take_entries(logits: Tensor, ids: Tensor) -> Tensor:
+    """Return the logits [T, K] of the teacher's entries, and overwrite them in `logits` [T, V] by -inf.
+
+    It runs a kernel. The tail of a row can then be summed without the entries: 1 - sum q would cancel.
+    """
+    taken = torch.empty(ids.shape, device=logits.device, dtype=torch.float32)
+    _take_entries_kernel[(len(ids),)](
+        logits, ids, taken, logits.shape[1], ids.shape[1], ENTRIES=power_of_two(ids.shape[1]), num_warps=2
+    )
+    return taken
 
 
 def tail_kl_reference(
@@ -54,7 +65,7 @@ def tail_kl_reference(
 
 @jit
 def _take_entries_kernel(logits, ids, inside, width, entries, ENTRIES: tl.constexpr):
-    """Move the teacher's entries out of each row, to sum the tail without them: 1 - sum q would cancel."""
+    """Move the teacher's entries out of each row."""
     row = tl.program_id(0).to(tl.int64)
     entry = tl.arange(0, ENTRIES)
     named = tl.load(ids + row * entries + entry, mask=entry < entries, other=-1)
