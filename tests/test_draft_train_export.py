@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ def test_export_holds_what_engines_load(checkpoint: Path, tmp_path: Path) -> Non
     assert written["sliding_window"] == 16
     assert written["layer_types"] == ["sliding_attention"]
     assert written["norm_before_residual"] is False
+    assert (written["fc_norm"], written["norm_output"]) == (False, False)
     tensors = load_file(path / "model.safetensors")
     trained = load_file(checkpoint / "model.safetensors")
     assert set(tensors) == set(trained) | {"d2t", "t2d"}
@@ -48,6 +50,30 @@ def test_export_holds_what_engines_load(checkpoint: Path, tmp_path: Path) -> Non
     ids = tensors["d2t"] + torch.arange(len(tensors["d2t"]))
     np.testing.assert_array_equal(ids.numpy(), vocab_map().target_ids)
     assert tensors["t2d"].dtype == torch.bool
+
+
+def test_eagle31_is_in_the_config_and_its_norms_are_in_the_tensors(tmp_path: Path) -> None:
+    write_store(tmp_path / "store")
+    path = export(Trainer(config(tmp_path, epochs=1, eagle31=True)).run(), tmp_path / "draft", engine="vllm")
+    written = json.loads((path / "config.json").read_text())
+    assert (written["fc_norm"], written["norm_output"]) == (True, True)
+    norms = {name for name in load_file(path / "model.safetensors") if name.startswith("fc_norm.")}
+    assert norms == {f"fc_norm.{number}.weight" for number in range(len(LAYERS))}
+    for changes, text in (
+        ({"fc_norm": False}, r"norms of the taps \[\], found \['fc_norm.0.weight'"),
+        ({"eagle_aux_hidden_state_layer_ids": [2, 3]}, "norms of the taps"),
+        ({"norm_output": None}, "expected norm_output to be true or false, found None"),
+    ):
+        (path / "config.json").write_text(json.dumps(written | changes))
+        with pytest.raises(CheckpointError, match=text):
+            check_served(path)
+
+
+def test_a_checkpoint_of_the_other_kind_is_no_warm_start(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="draft fc_norm"):
+        Trainer(replace(config(tmp_path, eagle31=True, init_from=checkpoint), output=tmp_path / "second")).run()
+    with pytest.raises(CheckpointError, match=r"draft fc_norm is False, here it is True.*--eagle31"):
+        Trainer(config(tmp_path, epochs=1, eagle31=True)).run()
 
 
 def test_aux_ids_follow_the_engine() -> None:

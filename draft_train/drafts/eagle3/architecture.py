@@ -96,6 +96,8 @@ class Eagle3(Architecture):
             sliding_window=config.sliding_window or None,
             rope_theta=config.rope_theta,
             rms_norm_eps=verifier.rms_norm_eps,
+            fc_norm=config.eagle31,
+            norm_output=config.eagle31,
         )
 
     def read_shape(self, values: dict[str, Any]) -> Eagle3Shape:
