@@ -21,6 +21,7 @@ from draftcache.draft_train.export import export, served_positions
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import CheckpointError, InputError
 from draftcache.store.format.manifest import Tap
+from draftcache.tools.cli import main
 from support.processes import wait_for
 from support.synthetic import LAYERS, manifest, vocab_map, write_store
 from support.training_runs import config, rewrite_state
@@ -84,6 +85,38 @@ def test_aux_ids_follow_the_engine() -> None:
         tap_ids(taps, "other")
     with pytest.raises(CheckpointError, match="block outputs"):
         tap_ids([{"layer": 2, "point": "input"}], "vllm")
+
+
+NEMOTRON = {"model_type": "nemotron_h", "architecture": "NemotronHForCausalLM", "name": "/models/cascade"}
+
+
+@pytest.mark.parametrize("left_out", [None, "model_type", "architecture"])
+def test_sglang_does_not_serve_an_eagle3_draft_of_a_nemotron_h(
+    tmp_path: Path, left_out: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verifier = NEMOTRON if left_out is None else NEMOTRON | {left_out: "other"}
+    write_store(tmp_path / "store", verifier=manifest().verifier | verifier)
+    last, draft = Trainer(config(tmp_path, epochs=1)).run(), tmp_path / "draft"
+    words = ["export", "--checkpoint", str(last), "--output", str(draft), "--engine"]
+    assert main([*words, "sglang"]) == 2
+    said = capsys.readouterr().err
+    for part in ("serves the draft of /models/cascade, found sglang", "--engine vllm", "--draft dflash", "--force"):
+        assert part in said
+    assert not draft.exists()
+    assert main([*words, "sglang", "--force"]) == 0
+    assert "export: warning: sglang is known not to serve the draft of /models/cascade" in capsys.readouterr().err
+    written = json.loads((draft / "config.json").read_text())
+    assert written["eagle_aux_hidden_state_layer_ids"] == list(LAYERS)
+    shutil.rmtree(draft)
+    assert main([*words, "vllm"]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_force_is_refused_where_nothing_is_to_be_forced(checkpoint: Path, tmp_path: Path) -> None:
+    for engine in ("vllm", "sglang"):
+        with pytest.raises(InputError, match=f"--force: .*found --engine {engine}, of which nothing is known"):
+            export(checkpoint, tmp_path / "draft", engine=engine, force=True)
+    export(checkpoint, tmp_path / "draft", engine="sglang")
 
 
 def test_full_attention_draft_says_so(tmp_path: Path) -> None:

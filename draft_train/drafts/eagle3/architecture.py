@@ -126,6 +126,9 @@ class Eagle3(Architecture):
         )
         return memory.peak_bytes(shape, work)
 
+    def why_not_served(self, verifier: dict[str, Any], engine: str) -> str | None:
+        return served.why_not_served(verifier, engine)
+
     def check_served(self, path: Path) -> None:
         served.check_served(path)
 

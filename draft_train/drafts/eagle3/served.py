@@ -41,6 +41,20 @@ def tap_ids(taps: list[dict[str, Any]], engine: str) -> list[int]:
     return ids
 
 
+def why_not_served(verifier: dict[str, Any], engine: str) -> str | None:
+    """Return why `engine` can't serve an Eagle3 draft beside this verifier, and what to do; None where it can.
+
+    The class is compared where a manifest of an earlier version names no type.
+    """
+    nemotron = verifier.get("model_type") == "nemotron_h" or verifier.get("architecture") == "NemotronHForCausalLM"
+    if engine != "sglang" or not nemotron:
+        return None
+    return (
+        "SGLang's NemotronH hands its states to DFlash drafts and not to Eagle3 drafts (as of August 2026); serve this "
+        "one with vLLM, which takes --engine vllm, or train another with --draft dflash"
+    )
+
+
 def served_config(shape: Eagle3Shape, state: CheckpointState, engine: str, dtype: str) -> dict[str, Any]:
     """Return config.json of the exported draft. `dtype` is the name of its weights' dtype."""
     verifier = state.verifier
