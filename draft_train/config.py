@@ -155,6 +155,10 @@ class TrainConfig:
     num_key_value_heads: int = field(default=2, metadata=_doc("key-value heads of the draft"))
     head_dim: int = field(default=128, metadata=_doc("width of one head"))
     rope_theta: float = field(default=10_000.0, metadata=_doc("rotary base"))
+    eagle31: bool = field(
+        default=False,
+        metadata=_doc("eagle3: norms of its own for each tap, and the normed output is carried: Eagle3.1"),
+    )
     head_init: str = field(
         default="verifier",
         metadata=_doc("lm_head and norm start as the verifier's rows (verifier) or at random (random)"),
@@ -233,12 +237,8 @@ class TrainConfig:
         _require("splits", once, "every split once, as a split is not trained on twice in an epoch", self.splits)
         for name, choices in CHOICES.items():
             _require(name, getattr(self, name) in choices, f"one of {choices}", getattr(self, name))
-        _require(
-            "step_weights",
-            self.step_weights == "decay" or self.loss_rows == "turns",
-            "decay with --loss-rows",
-            self.loss_rows,
-        )
+        turns = self.step_weights == "decay" or self.loss_rows == "turns"
+        _require("step_weights", turns, "decay with --loss-rows", self.loss_rows)
         _require("eval_split", not (self.eval_every and not self.eval_split), "a split with --eval-every", None)
         _require("remap_vocab", not self.remap_vocab or self.init_from is not None, "--init-from with it", None)
 

@@ -7,13 +7,14 @@ not at all.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from draftcache.draft_train.checkpoint import load_draft, load_state, load_vocab_map, resolve_checkpoint
-from draftcache.draft_train.drafts.protocol import CheckpointState
+from draftcache.draft_train.drafts.protocol import Architecture, CheckpointState
 from draftcache.draft_train.drafts.registry import find_architecture
 from draftcache.store.common.errors import CheckpointError, InputError
 from draftcache.store.common.files import atomic_directory
@@ -23,14 +24,22 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def export(
-    checkpoint: Path, output: Path, *, engine: str, dtype: str = "bfloat16", max_position_embeddings: int | None = None
+    checkpoint: Path,
+    output: Path,
+    *,
+    engine: str,
+    dtype: str = "bfloat16",
+    max_position_embeddings: int | None = None,
+    force: bool = False,
 ) -> Path:
     """Write the served form of a checkpoint (or of a run's newest checkpoint) to the directory `output`; return it.
 
     `engine` is "vllm" or "sglang", `dtype` one of `DTYPES`. Engines let the draft propose within its
-    `max_position_embeddings`, by default those of `served_positions`. Raises CheckpointError for an incomplete or
-    mismatched checkpoint, InputError if `output` exists, the draft can't be exported for this engine, or no number of
-    positions is known.
+    `max_position_embeddings`, by default those of `served_positions`. An engine that is known not to serve such a draft
+    beside its verifier is refused, or with `force` warned of on stderr.
+
+    Raises CheckpointError for an incomplete or mismatched checkpoint, InputError if `output` exists, the draft can't be
+    exported for this engine, no number of positions is known, or `force` has nothing to force.
     """
     if dtype not in DTYPES:
         raise InputError(f"--dtype: expected one of {list(DTYPES)}, found {dtype!r}")
@@ -44,6 +53,7 @@ def export(
             f"--engine: expected one of {list(architecture.engines)} for a draft of {architecture.name}, "
             f"found {engine!r}"
         )
+    _require_served(architecture, state, engine, force)
     positions = served_positions(path, state, max_position_embeddings)
     state = replace(state, verifier=state.verifier | {"max_position_embeddings": positions})
     vocab_map = load_vocab_map(path, state)
@@ -57,6 +67,25 @@ def export(
         except CheckpointError as exc:
             raise CheckpointError(f"{path}: its draft cannot be served, nothing was exported: {exc}") from exc
     return output
+
+
+def _require_served(architecture: Architecture, state: CheckpointState, engine: str, force: bool) -> None:
+    """Raise InputError where the engine is known not to serve the draft, unless `force`, which has to be needed."""
+    reason = architecture.why_not_served(state.verifier, engine)
+    if reason is None:
+        if force:
+            raise InputError(
+                f"--force: expected an engine that is known not to serve this draft, found --engine {engine}, of which "
+                "nothing is known against it; leave --force out"
+            )
+        return
+    named = f"the draft of {state.verifier['name']}"
+    if not force:
+        raise InputError(
+            f"--engine: expected an engine that serves {named}, found {engine}: {reason}; --force exports it all the "
+            "same"
+        )
+    print(f"draftcache export: warning: {engine} is known not to serve {named}: {reason}", file=sys.stderr)
 
 
 def served_positions(path: Path, state: CheckpointState, asked: int | None = None) -> int:

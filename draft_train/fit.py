@@ -10,6 +10,7 @@ from draftcache.draft_train.drafts.protocol import CheckpointState
 from draftcache.store.common.errors import CheckpointError, ManifestMismatchError
 from draftcache.store.format.teacher import DraftVocab
 from draftcache.store.reader import StoreReader
+from draftcache.store.tap_choice import capture_command
 
 
 def require_window(window: int | None, store: StoreReader) -> None:
@@ -46,11 +47,20 @@ def require_fit(path: Path, state: CheckpointState, store: StoreReader) -> Draft
 def require_verifier(path: Path, state: CheckpointState, store: StoreReader) -> None:
     """Raise CheckpointError where the checkpoint was trained on another verifier or other taps than the store has."""
     manifest = store.manifest
-    pairs = {
-        "verifier weights": (state.verifier["weights_hash"], manifest.verifier["weights_hash"]),
-        "taps": (state.taps, [tap.to_json() for tap in manifest.taps]),
-    }
-    require_equal(path, pairs, _elsewhere(store))
+    weights = (state.verifier["weights_hash"], manifest.verifier["weights_hash"])
+    require_equal(path, {"verifier weights": weights}, _elsewhere(store))
+    taps = (state.taps, [tap.to_json() for tap in manifest.taps])
+    if taps[0] != taps[1]:
+        require_equal(path, {"taps": taps}, f"{_elsewhere(store)}; {_its_taps(state, store)}")
+
+
+def _its_taps(state: CheckpointState, store: StoreReader) -> str:
+    """Return the command that makes a store with the checkpoint's taps: of this store, or of the verifier."""
+    asked, stored = {int(tap["layer"]) for tap in state.taps}, set(store.manifest.layers)
+    if asked <= stored:
+        chosen = ",".join(map(str, sorted(asked)))
+        return f"take its taps out of this one: draftcache convert {store.location} OTHER --layers {chosen}"
+    return f"capture its taps too: {capture_command(store.manifest, sorted(asked | stored))}"
 
 
 def _elsewhere(store: StoreReader) -> str:

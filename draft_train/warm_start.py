@@ -72,7 +72,7 @@ def require_shape(
     require_equal(
         path,
         {f"draft {name}": (value, mine[name]) for name, value in asdict(state.shape).items() if name not in but},
-        "use the same shape, --draft-vocab-size included",
+        "use the same shape, --draft-vocab-size and --eagle31 included",
     )
 
 

@@ -11,10 +11,11 @@ from draftcache.store.format.bf16 import bf16_to_float32, float32_to_bf16
 from draftcache.store.format.schema import Conversation
 from draftcache.store.format.tap_codecs import LOSSY_MODES
 from draftcache.store.reader import StoreReader
+from draftcache.store.tap_choice import names_with_taps
 
 
 def compare_conversations(source: StoreReader, first: int, last: int, copy: StoreReader) -> dict[int, float]:
-    """Compare all conversations of `copy` with the source's `first .. last-1`.
+    """Compare all conversations of `copy` with the source's `first .. last-1`, in all arrays but taps it doesn't have.
 
     Where the copy's mode is lossy and the source's is another, taps are measured instead: the result holds the largest
     `normalised_error` of a conversation by tap, and is {} otherwise. Raises StoreError, which names the conversation,
@@ -26,8 +27,9 @@ def compare_conversations(source: StoreReader, first: int, last: int, copy: Stor
         )
     lossy = copy.manifest.mode in LOSSY_MODES and copy.manifest.mode != source.manifest.mode
     errors: dict[int, float] = {}
+    names = names_with_taps(source, copy.manifest.layers)
     for number in range(first, last):
-        expected, found = source.read(number), copy.read(number - first)
+        expected, found = source.read(number, names), copy.read(number - first)
         for layer, error in _compare(expected, found, source, copy, lossy=lossy).items():
             errors[layer] = max(errors.get(layer, 0.0), error)
     return errors

@@ -1,9 +1,9 @@
-"""Copies a store into another layout, mode or size of shards, and reads back the shards that it wrote."""
+"""Copies a store into another layout, mode or size of shards, or some of its taps, and reads back what it wrote."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 
 from draftcache.store.common.errors import InputError, ShardDamagedError, StoreError
 from draftcache.store.comparison import compare_conversations
+from draftcache.store.convert_plan import ShardPlan, plan_shards
 from draftcache.store.convert_summary import ConvertSummary
 from draftcache.store.format.array_spec import tap_name
 from draftcache.store.format.bf16 import float32_to_bf16
@@ -24,6 +25,7 @@ from draftcache.store.format.tap_codecs import LOSSY_MODES
 from draftcache.store.format.teacher_stats import describe, tail_mass
 from draftcache.store.reader import StoreReader
 from draftcache.store.storage.base import Location, Storage
+from draftcache.store.tap_choice import choose_taps, names_with_taps
 from draftcache.store.writer import StoreWriter
 
 _CALIBRATION_ROWS = 65_536
@@ -43,17 +45,8 @@ _WRITER_FIELDS = (
 """Fields of a commit record that the writer or a conversion makes. The others are capture's."""
 
 
-@dataclass(frozen=True)
-class _ShardPlan:
-    """One shard of the target: rows `first .. last-1` of the source's index, all of one split."""
-
-    first: int
-    last: int
-    split: int
-
-
 class Conversion:
-    """A copy of a store into another layout, mode or size of shards.
+    """A copy of a store, or of some of its taps, into another layout, mode or size of shards.
 
     A copy that is killed at any instant goes on where it was, by the same call.
     """
@@ -66,6 +59,7 @@ class Conversion:
         layout: str | None = None,
         mode: str | None = None,
         shard_tokens: int | None = None,
+        layers: Sequence[int] | None = None,
         check: bool = True,
         allow_lossy_source: bool = False,
     ) -> None:
@@ -73,11 +67,12 @@ class Conversion:
 
         `layout` is one of `manifest.LAYOUTS` and `mode` one of `tap_codecs.MODES`, each by default the source's. With
         `shard_tokens`, conversations are dealt into new shards of at least that many tokens; without it, the shards
-        stay as they are. `check` reads every written shard back and compares it. `allow_lossy_source` permits another
-        mode for states that a lossy mode has changed already. int8 reads about 65,536 rows here, for its scales.
+        stay as they are. `layers` are the blocks whose taps are kept; without it, all are. `check` reads every written
+        shard back and compares it. `allow_lossy_source` permits another mode for states that a lossy mode has changed
+        already. int8 reads about 65,536 rows here, for its scales.
 
-        Raises InputError where the source's states can not become the target's or `shard_tokens` is below 1, and the
-        errors of `StoreReader` for the source.
+        Raises InputError where the source's states can not become the target's, a tap of `layers` is not stored, or
+        `shard_tokens` is below 1, and the errors of `StoreReader` for the source.
         """
         self.source = StoreReader(source)
         self.target = target
@@ -85,7 +80,8 @@ class Conversion:
         self.tokens = int(self.source.index["tokens"].sum())
         """Tokens of the store, by which progress is measured."""
         self._records = list(self.source.records())
-        manifest = self.source.manifest
+        manifest = self.source.manifest if layers is None else choose_taps(self.source, layers)
+        self._names = names_with_taps(self.source, manifest.layers)
         mode = mode or manifest.mode
         if mode != manifest.mode and manifest.mode in LOSSY_MODES and not allow_lossy_source:
             raise InputError(
@@ -97,47 +93,28 @@ class Conversion:
         if shard_tokens is not None and shard_tokens < 1:
             raise InputError(f"--shard-tokens: expected at least 1, found {shard_tokens}")
         self._resharded = shard_tokens is not None
-        self.plan = list(self._plan(shard_tokens))
+        self.plan = list(plan_shards(self.source.index, self._records, shard_tokens))
         self.manifest = replace(
             manifest,
             layout=layout or manifest.layout,
             mode=mode,
-            channel_scales=manifest.channel_scales if mode == manifest.mode else self._channel_scales(mode),
+            channel_scales=manifest.channel_scales
+            if mode == manifest.mode
+            else self._channel_scales(mode, manifest.layers),
             shards=len(self.plan),
             shard_tokens=shard_tokens or manifest.shard_tokens,
         )
 
-    def _plan(self, shard_tokens: int | None) -> Iterator[_ShardPlan]:
-        """Yield the target's shards.
-
-        They are the source's shards, or conversations in order until there are `shard_tokens` tokens, never of two
-        splits.
-        """
-        index = self.source.index
-        if shard_tokens is None:
-            ends = np.cumsum([record["conversations"] for record in self._records])
-            for record, end in zip(self._records, ends.tolist(), strict=True):
-                first = end - record["conversations"]
-                yield _ShardPlan(first, end, int(index["split"][first]) if end > first else 0)
-            return
-        first = tokens = 0
-        for number in range(len(index)):
-            tokens += int(index["tokens"][number])
-            last_of_split = number + 1 == len(index) or index["split"][number + 1] != index["split"][number]
-            if tokens >= shard_tokens or last_of_split:
-                yield _ShardPlan(first, number + 1, int(index["split"][number]))
-                first, tokens = number + 1, 0
-
-    def _channel_scales(self, mode: str) -> dict[str, Any] | None:
+    def _channel_scales(self, mode: str, layers: Sequence[int]) -> dict[str, Any] | None:
         """Return the scales of int8, which are the rms of every channel over conversations at even steps; else None."""
         if mode != "int8":
             return None
         manifest, index = self.source.manifest, self.source.index
-        calibration = Calibration(manifest.layers, manifest.hidden_size)
+        calibration = Calibration(layers, manifest.hidden_size)
         share = min(1.0, _CALIBRATION_ROWS / max(int(index["rows"].sum()), 1))
         for number in np.linspace(0, len(index) - 1, max(1, round(len(index) * share))).round().astype(int):
-            item = self.source.read(int(number), [tap_name(layer) for layer in manifest.layers])
-            for layer in manifest.layers:
+            item = self.source.read(int(number), [tap_name(layer) for layer in layers])
+            for layer in layers:
                 calibration.add(layer, item.arrays[tap_name(layer)])
         return calibration.finish().to_json()
 
@@ -168,7 +145,7 @@ class Conversion:
             )
         return summary
 
-    def _copy(self, writer: StoreWriter, shard: int, plan: _ShardPlan, summary: ConvertSummary) -> None:
+    def _copy(self, writer: StoreWriter, shard: int, plan: ShardPlan, summary: ConvertSummary) -> None:
         """Write a shard, compare it and commit it then, so that a shard that differs is never a part of the target.
 
         A shard that was committed without a comparison is compared now. Raises StoreError where a conversation differs.
@@ -189,7 +166,7 @@ class Conversion:
             begun.commit(extra, check)
         summary.shards += 1
 
-    def _compare(self, storage: Storage, plan: _ShardPlan, summary: ConvertSummary, record: Record) -> None:
+    def _compare(self, storage: Storage, plan: ShardPlan, summary: ConvertSummary, record: Record) -> None:
         """Read back the shard of a commit record, which need not be written yet, and compare it. Raises StoreError."""
         written = StoreReader.of_shard(storage, self.manifest, read_shard_index(storage, record), record)
         try:
@@ -241,18 +218,19 @@ class Conversion:
         Its taps are the stored parts where the mode stays, otherwise states of the dtype that the target's mode takes.
         """
         if self.manifest.mode == self.source.manifest.mode:
-            return self.source.read(number, decode=False)
-        item = self.source.read(number)
+            return self.source.read(number, self._names, decode=False)
+        item = self.source.read(number, self._names)
         arrays = dict(item.arrays)
         for name in (tap_name(layer) for layer in self.manifest.layers):
             if arrays[name].dtype == np.float32:
                 arrays[name] = float32_to_bf16(arrays[name])
         return replace(item, arrays=arrays)
 
-    def _extra(self, shard: int, plan: _ShardPlan) -> Record:
+    def _extra(self, shard: int, plan: ShardPlan) -> Record:
         """Return the fields that capture recorded: as they are, or those of the conversations of a new shard."""
         if not self._resharded:
-            return {name: value for name, value in self._records[shard].items() if name not in _WRITER_FIELDS}
+            kept = {name: value for name, value in self._records[shard].items() if name not in _WRITER_FIELDS}
+            return kept | ({"gates": self._kept_gates(kept["gates"])} if "gates" in kept else {})
         index = self.source.index
         numbers = range(plan.first, plan.last)
         form = self.source.manifest.teacher_form
@@ -268,7 +246,11 @@ class Conversion:
             "provenance": last_source.get("provenance", {}),
         }
 
-    def _norms(self, plan: _ShardPlan) -> dict[str, Any]:
+    def _kept_gates(self, gates: dict[str, Any]) -> dict[str, Any]:
+        """Return the sums of the target's taps among those of a source shard's, which are by block number as text."""
+        return {layer: values for layer, values in gates.items() if int(layer) in self.manifest.layers}
+
+    def _norms(self, plan: ShardPlan) -> dict[str, Any]:
         """Return the sums of the gates' norms, by tap.
 
         The sums of a whole source shard can't be divided, so they go where the shard's last conversation goes: none is
@@ -278,7 +260,7 @@ class Conversion:
         joined: dict[str, NormBand] = {}
         for record, end in zip(self._records, ends, strict=True):
             if plan.first < end <= plan.last:
-                for layer, values in record.get("gates", {}).items():
+                for layer, values in self._kept_gates(record.get("gates", {})).items():
                     joined.setdefault(layer, NormBand()).join(NormBand(*values))
         return {layer: band.to_json() for layer, band in joined.items()}
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from draftcache.draft_train.export import export, served_positions
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import CheckpointError, InputError
 from draftcache.store.format.manifest import Tap
+from draftcache.tools.cli import main
 from support.processes import wait_for
 from support.synthetic import LAYERS, manifest, vocab_map, write_store
 from support.training_runs import config, rewrite_state
@@ -40,6 +42,7 @@ def test_export_holds_what_engines_load(checkpoint: Path, tmp_path: Path) -> Non
     assert written["sliding_window"] == 16
     assert written["layer_types"] == ["sliding_attention"]
     assert written["norm_before_residual"] is False
+    assert (written["fc_norm"], written["norm_output"]) == (False, False)
     tensors = load_file(path / "model.safetensors")
     trained = load_file(checkpoint / "model.safetensors")
     assert set(tensors) == set(trained) | {"d2t", "t2d"}
@@ -50,6 +53,30 @@ def test_export_holds_what_engines_load(checkpoint: Path, tmp_path: Path) -> Non
     assert tensors["t2d"].dtype == torch.bool
 
 
+def test_eagle31_is_in_the_config_and_its_norms_are_in_the_tensors(tmp_path: Path) -> None:
+    write_store(tmp_path / "store")
+    path = export(Trainer(config(tmp_path, epochs=1, eagle31=True)).run(), tmp_path / "draft", engine="vllm")
+    written = json.loads((path / "config.json").read_text())
+    assert (written["fc_norm"], written["norm_output"]) == (True, True)
+    norms = {name for name in load_file(path / "model.safetensors") if name.startswith("fc_norm.")}
+    assert norms == {f"fc_norm.{number}.weight" for number in range(len(LAYERS))}
+    for changes, text in (
+        ({"fc_norm": False}, r"norms of the taps \[\], found \['fc_norm.0.weight'"),
+        ({"eagle_aux_hidden_state_layer_ids": [2, 3]}, "norms of the taps"),
+        ({"norm_output": None}, "expected norm_output to be true or false, found None"),
+    ):
+        (path / "config.json").write_text(json.dumps(written | changes))
+        with pytest.raises(CheckpointError, match=text):
+            check_served(path)
+
+
+def test_a_checkpoint_of_the_other_kind_is_no_warm_start(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="draft fc_norm"):
+        Trainer(replace(config(tmp_path, eagle31=True, init_from=checkpoint), output=tmp_path / "second")).run()
+    with pytest.raises(CheckpointError, match=r"draft fc_norm is False, here it is True.*--eagle31"):
+        Trainer(config(tmp_path, epochs=1, eagle31=True)).run()
+
+
 def test_aux_ids_follow_the_engine() -> None:
     taps = [Tap(layer=layer).to_json() for layer in (2, 26, 48)]
     assert tap_ids(taps, "vllm") == [3, 27, 49]
@@ -58,6 +85,38 @@ def test_aux_ids_follow_the_engine() -> None:
         tap_ids(taps, "other")
     with pytest.raises(CheckpointError, match="block outputs"):
         tap_ids([{"layer": 2, "point": "input"}], "vllm")
+
+
+NEMOTRON = {"model_type": "nemotron_h", "architecture": "NemotronHForCausalLM", "name": "/models/cascade"}
+
+
+@pytest.mark.parametrize("left_out", [None, "model_type", "architecture"])
+def test_sglang_does_not_serve_an_eagle3_draft_of_a_nemotron_h(
+    tmp_path: Path, left_out: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verifier = NEMOTRON if left_out is None else NEMOTRON | {left_out: "other"}
+    write_store(tmp_path / "store", verifier=manifest().verifier | verifier)
+    last, draft = Trainer(config(tmp_path, epochs=1)).run(), tmp_path / "draft"
+    words = ["export", "--checkpoint", str(last), "--output", str(draft), "--engine"]
+    assert main([*words, "sglang"]) == 2
+    said = capsys.readouterr().err
+    for part in ("serves the draft of /models/cascade, found sglang", "--engine vllm", "--draft dflash", "--force"):
+        assert part in said
+    assert not draft.exists()
+    assert main([*words, "sglang", "--force"]) == 0
+    assert "export: warning: sglang is known not to serve the draft of /models/cascade" in capsys.readouterr().err
+    written = json.loads((draft / "config.json").read_text())
+    assert written["eagle_aux_hidden_state_layer_ids"] == list(LAYERS)
+    shutil.rmtree(draft)
+    assert main([*words, "vllm"]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_force_is_refused_where_nothing_is_to_be_forced(checkpoint: Path, tmp_path: Path) -> None:
+    for engine in ("vllm", "sglang"):
+        with pytest.raises(InputError, match=f"--force: .*found --engine {engine}, of which nothing is known"):
+            export(checkpoint, tmp_path / "draft", engine=engine, force=True)
+    export(checkpoint, tmp_path / "draft", engine="sglang")
 
 
 def test_full_attention_draft_says_so(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from draftcache.draft_train.drafts.gradient_pass import PlainPass
 from draftcache.draft_train.optimizer import make_optimizer
 from draftcache.store.common.errors import InputError
 from support.draft_batches import MASKS, batch_of
-from support.draft_models import WINDOW, embeddings, make_model
+from support.draft_models import EAGLE31, WINDOW, embeddings, make_model
 from support.gradient_passes import SMALL, config, near, objective, plain_pass, run
 
 
@@ -31,10 +31,17 @@ def fused(model: Eagle3Model, settings: FusedPassSettings = SMALL, **changes: ob
     return FusedPass(model, objective(**changes), embeddings(), settings, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("window", [WINDOW, 3, None])
-@pytest.mark.parametrize("names", [[name] for name in MASKS] + [list(MASKS)])
-def test_equals_autograd(names: list[str], window: int | None) -> None:
-    model, batch = make_model(window), batch_of(names, window)
+EVERY = [[name] for name in MASKS] + [list(MASKS)]
+
+
+@pytest.mark.parametrize(
+    ("names", "window", "switches"),
+    [(names, window, {}) for names in EVERY for window in (WINDOW, 3, None)]
+    + [(list(MASKS), WINDOW, {"fc_norm": True}), (list(MASKS), WINDOW, {"norm_output": True})]
+    + [(names, WINDOW, EAGLE31) for names in EVERY],
+)
+def test_equals_autograd(names: list[str], window: int | None, switches: dict[str, bool]) -> None:
+    model, batch = make_model(window, **switches), batch_of(names, window)
     expected = run(plain_pass(model, objective(), embeddings()), model, batch)
     for settings in (
         SMALL,
@@ -91,8 +98,9 @@ def test_training_follows_the_plain_pass_under_the_real_optimizer() -> None:
     assert not near(begun, runs[1], bound=1e-2)  # the steps are large enough to be told from none
 
 
-def test_every_gradient_is_announced_once_and_complete() -> None:
-    model, batch = make_model(), batch_of(["three turns"], WINDOW)
+@pytest.mark.parametrize("switches", [{}, EAGLE31])
+def test_every_gradient_is_announced_once_and_complete(switches: dict[str, bool]) -> None:
+    model, batch = make_model(**switches), batch_of(["three turns"], WINDOW)
     heard: dict[nn.Parameter, torch.Tensor] = {}
 
     def ready(parameters: list[nn.Parameter]) -> None:

@@ -18,7 +18,7 @@ from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 from draftcache.tools.bench.parts.train_cases import CASES, SHAPE, STEPS, TOP_K, Case, synthetic_batch
 from draftcache.tools.cli import main
 from support.draft_batches import MASKS, batch_of
-from support.draft_models import embeddings, make_model
+from support.draft_models import EAGLE31, embeddings, make_model
 from support.gradient_passes import objective
 from support.synthetic import write_store
 
@@ -76,23 +76,29 @@ def test_the_sums_of_flash_attention_count_where_little_else_is_held() -> None:
     assert gib(replace(lean, flash_attention=True)) > gib(lean)
 
 
+def test_eagle31_takes_the_norms_inputs_more() -> None:
+    work = work_of(CASES["train-32k"])
+    more = sum(peak_bytes(replace(SHAPE, **EAGLE31), work).values()) - sum(peak_bytes(SHAPE, work).values())
+    assert 0 < more < 0.03 * sum(peak_bytes(SHAPE, work).values())
+
+
 def test_a_second_micro_batch_is_counted() -> None:
     assert gib(work_of(CASES["train-32k"], prefetched=True)) == pytest.approx(MEASURED["loader-32k"], rel=0.1)
 
 
 def test_parameters_and_batch_are_the_real_ones() -> None:
-    model = make_model()
-    assert parameters(model.shape) == sum(value.numel() for value in model.parameters())
+    for model in (make_model(), make_model(**EAGLE31)):
+        assert parameters(model.shape) == sum(value.numel() for value in model.parameters())
     batch = synthetic_batch(Case((300,)), torch.device("cpu"))
     tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
     expected = sum(value.numel() * value.element_size() for value in tensors)
     assert batch_bytes(SHAPE, work_of(Case((300,)))) == expected
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("recompute", "switches"), [(False, {}), (True, {}), (False, EAGLE31)])
 @torch.no_grad()
-def test_what_is_kept_of_a_step_is_what_the_pass_keeps(recompute: bool) -> None:
-    model = Eagle3Model(make_model().shape)
+def test_what_is_kept_of_a_step_is_what_the_pass_keeps(recompute: bool, switches: dict[str, bool]) -> None:
+    model = Eagle3Model(make_model(**switches).shape)
     training = FusedPass(model, objective(), embeddings().float(), FusedPassSettings(7, 7, recompute), torch.bfloat16)
     batch = batch_of(list(MASKS), 37)
     base, steps = training._base(batch), []

@@ -83,6 +83,8 @@ def test_flags_of_a_fused_pass_are_refused_where_there_is_none(tmp_path: Path) -
     for changes, flag in (({"compute": "fused"}, "--compute fused"), ({"recompute_mlp": True}, "--recompute-mlp")):
         with pytest.raises(InputError, match=f"{flag}: expected a draft with a fused pass"):
             Trainer(config(tmp_path, draft="linear", **changes))
+    with pytest.raises(InputError, match="--eagle31: expected it with --draft eagle3, which has it, found --draft dfl"):
+        config(tmp_path, draft="dflash", ttt_steps=0, eagle31=True)
 
 
 def test_names() -> None:

@@ -17,7 +17,7 @@ from draftcache.store.format.array_spec import tap_name
 from draftcache.store.format.rows import run_lengths
 from draftcache.store.format.schema import Conversation
 from support.draft_batches import MASKS
-from support.draft_models import STEPS, WINDOW, embeddings, make_model
+from support.draft_models import EAGLE31, STEPS, WINDOW, embeddings, make_model
 from support.synthetic import HIDDEN, LAYERS, conversation, manifest, turns
 
 
@@ -41,6 +41,10 @@ def naive(
     attn, tokens = layer.self_attn, item.arrays["token_ids"].astype(int)
     aux = torch.from_numpy(np.concatenate([item.arrays[tap_name(number)] for number in LAYERS], axis=1)).double()
     positions = item.arrays["positions"].tolist()
+    if model.shape.fc_norm:
+        norms = [model.get_parameter(f"fc_norm.{number}.weight") for number in range(len(LAYERS))]
+        normed = [[rms(tap, norm) for tap, norm in zip(row.split(HIDDEN), norms, strict=True)] for row in aux]
+        aux = torch.stack([torch.cat(row) for row in normed])
     base = {t: model.fc.weight @ aux[row] for row, t in enumerate(positions)}
     width, heads, groups = model.shape.head_dim, 4, 2
 
@@ -76,6 +80,8 @@ def naive(
             gate, up = layer.mlp.gate_proj.weight @ x, layer.mlp.up_proj.weight @ x
             hidden = after + layer.mlp.down_proj.weight @ (torch.nn.functional.silu(gate) * up)
             outputs[t, k] = hidden
+            if model.shape.norm_output:
+                hidden = rms(hidden, model.norm.weight)
     return outputs
 
 
@@ -105,14 +111,19 @@ def gradients(
     generator = torch.Generator().manual_seed(11)
     total = sum((outputs[key] * torch.randn(HIDDEN, generator=generator).double()).sum() for key in keys)
     assert isinstance(total, torch.Tensor)
-    wanted = [value for name, value in model.named_parameters() if not name.startswith(("norm", "lm_head"))]
+    unused = ("lm_head",) if model.shape.norm_output else ("norm", "lm_head")
+    wanted = [value for name, value in model.named_parameters() if not name.startswith(unused)]
     return list(torch.autograd.grad(total, wanted))
 
 
-@pytest.mark.parametrize("window", [WINDOW, 3, None])
-@pytest.mark.parametrize("name", MASKS)
-def test_unroll_equals_the_naive_reference(name: str, window: int | None) -> None:
-    model = make_model(window)
+@pytest.mark.parametrize(
+    ("name", "window", "switches"),
+    [(name, window, {}) for name in MASKS for window in (WINDOW, 3, None)]
+    + [("one turn", WINDOW, {"fc_norm": True}), ("one turn", WINDOW, {"norm_output": True})]
+    + [(name, WINDOW, EAGLE31) for name in MASKS],
+)
+def test_unroll_equals_the_naive_reference(name: str, window: int | None, switches: dict[str, bool]) -> None:
+    model = make_model(window, **switches)
     item = conversation(np.random.default_rng(1), MASKS[name])
     expected = naive(model, embeddings(), item, window)
     found = {key[1:]: value for key, value in fast_outputs(model, [item], window).items()}
@@ -122,6 +133,20 @@ def test_unroll_equals_the_naive_reference(name: str, window: int | None) -> Non
     keys = sorted(expected)
     for ours, theirs in zip(gradients(model, found, keys), gradients(model, expected, keys), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("switch", EAGLE31)
+def test_each_switch_of_eagle31_changes_the_outputs(switch: str) -> None:
+    """With the same matrices, and the weights of `fc_norm` at 1; `norm_output` leaves step 0 as it is."""
+    plain, switched = make_model(), make_model(**{switch: True})
+    switched.load_state_dict(
+        plain.state_dict() | {name: torch.ones(HIDDEN) for name in switched.state_dict() if name.startswith("fc_norm")}
+    )
+    item = conversation(np.random.default_rng(1), MASKS["one turn"])
+    before, after = (fast_outputs(model, [item], WINDOW) for model in (plain, switched))
+    assert before.keys() == after.keys()
+    changed = {key[-1] for key in before if not torch.allclose(before[key], after[key], rtol=1e-3)}
+    assert changed == set(range(STEPS)) - ({0} if switch == "norm_output" else set())
 
 
 def test_a_window_that_ignores_the_step_is_told_apart() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from draftcache.capture.prepare.token_dataset import TokenDataset
 from draftcache.draft_train.checkpoint import load_state, resolve_checkpoint
+from draftcache.draft_train.drafts.eagle3.shape import Eagle3Shape
 from draftcache.draft_train.evaluate import evaluate
 from draftcache.draft_train.export import export
 from draftcache.draft_train.trainer import Trainer
@@ -79,6 +80,8 @@ def test_an_old_run_resumes_is_evaluated_and_exported(old: Path) -> None:
     path = resolve_checkpoint(old / "run")
     state = load_state(path)
     assert (state.architecture, state.step, state.finished) == ("eagle3", 2, True)
+    assert isinstance(state.shape, Eagle3Shape)
+    assert (state.shape.fc_norm, state.shape.norm_output) == (False, False)  # fields that it does not have
     assert Trainer(config(old, epochs=2, checkpoint_every=1, keep_checkpoints=1)).run() == path
     figures = evaluate(store=old / "store", checkpoint=old / "run", splits=["val"])
     assert figures["splits"]["val"]["draft"]["verify_steps"] > 0

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from draftcache.store.common.errors import InputError, ManifestMismatchError, StoreError
+from draftcache.draft_train.evaluate import evaluate
+from draftcache.draft_train.trainer import Trainer
+from draftcache.store.common.errors import CheckpointError, InputError, ManifestMismatchError, StoreError
 from draftcache.store.convert import Conversion
 from draftcache.store.format.bf16 import float32_to_bf16
 from draftcache.store.format.tap_codecs import MODES
@@ -21,6 +23,7 @@ from draftcache.store.verify import verify_store
 from draftcache.store.writer import StoreWriter
 from draftcache.tools.cli import main
 from support.synthetic import LAYERS, conversation, manifest, turns, write_files, write_store
+from support.training_runs import config
 
 EXACT = ("bf16", "lossless")
 
@@ -30,7 +33,7 @@ def shard_files(root: Path) -> dict[str, bytes]:
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
 
 
-def many(root: Path, **changes: Any) -> None:
+def many(root: Path, gates: dict[str, Any] | None = None, **changes: Any) -> None:
     """20 conversations in 4 shards of two splits, with a quarantined one between."""
     rng = np.random.default_rng(0)
     made = manifest(shards=4, **changes)
@@ -43,7 +46,7 @@ def many(root: Path, **changes: Any) -> None:
             out = {"split": made.splits[shard // 2], "dataset_index": 6 * (shard % 2) + 5, "reason": "NaN"}
             extra = {
                 "quarantined": [out],
-                "gates": {},
+                "gates": gates or {},
                 "tail_mass": {"count": 1, "mean": shard},
                 "provenance": {"n": 1},
             }
@@ -100,12 +103,66 @@ def test_shards_of_another_size(tmp_path: Path) -> None:
     assert not verify_store(tmp_path / "b").damages
 
 
+@pytest.mark.parametrize("changes", [{}, {"layout": "webdataset", "shard_tokens": 100}])
+@pytest.mark.parametrize("mode", MODES)
+def test_some_of_the_taps(tmp_path: Path, mode: str, changes: dict[str, Any]) -> None:
+    many(tmp_path / "a", gates={str(layer): [5, 0.5 * layer, 1.0] for layer in LAYERS}, mode=mode)
+    kept = (LAYERS[0], LAYERS[2])
+    summary = Conversion(tmp_path / "a", tmp_path / "b", layers=kept, **changes).run()
+    assert (summary.checked, summary.finished) == (20, True)
+    assert summary.bytes_after < summary.bytes_before
+    one, two = StoreReader(tmp_path / "a"), StoreReader(tmp_path / "b")
+    assert [tap.layer for tap in two.manifest.taps] == list(kept)
+    assert two.manifest.hash != one.manifest.hash
+    dropped = set(one.codec.specs(LAYERS[1]))
+    for number in range(len(one)):
+        before, after = (store.read(number, decode=False).arrays for store in (one, two))
+        assert after.keys() == before.keys() - dropped
+        assert all(np.array_equal(after[name], before[name]) for name in after)
+        assert set(two.read(number).arrays) == set(one.read(number).arrays) - {f"tap_{LAYERS[1]}"}
+    gates = [record["gates"] for record in two.records() if record["gates"]]
+    assert len(gates) == 4
+    assert all(found == {str(layer): [5, 0.5 * layer, 1.0] for layer in kept} for found in gates)
+    assert not verify_store(tmp_path / "b").damages
+    with pytest.raises(ManifestMismatchError, match="taps"):
+        Conversion(tmp_path / "a", tmp_path / "b", **changes).run()
+
+
+def test_some_of_the_taps_in_another_mode_and_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_store(tmp_path / "a", mode="bf16")
+    words = ["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--layers", "3,4"]
+    assert main([*words, "--mode", "int8"]) == 0
+    found = StoreReader(tmp_path / "b").manifest
+    assert (found.layers, set(found.codec.channel_scales.scales)) == ((3, 4), {3, 4})  # type: ignore[attr-defined]
+    assert not verify_store(tmp_path / "b").damages
+    assert main([*words[:2], str(tmp_path / "c"), "--layers", "2,3"]) == 2
+    said = capsys.readouterr().err
+    assert "taps [1, 3, 4]" in said
+    assert "--layers 1,2,3,4 --splits train,val --window 0 --teacher draft --top-k 6 --mode bf16" in said
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_checkpoint_of_other_taps_names_the_command_that_makes_its_store(tmp_path: Path) -> None:
+    write_store(tmp_path / "store", mode="bf16")
+    fewer = tmp_path / "fewer"
+    Conversion(tmp_path / "store", fewer, layers=(1, 4)).run()
+    wide = Trainer(config(tmp_path, epochs=1)).run()
+    narrow = Trainer(config(tmp_path, epochs=1, store=fewer, output=tmp_path / "narrow")).run()
+    with pytest.raises(CheckpointError, match=r"its taps is .*draftcache convert .*store OTHER --layers 1,4$"):
+        evaluate(store=tmp_path / "store", checkpoint=narrow, splits=["val"])
+    with pytest.raises(CheckpointError, match=r"capture its taps too: draftcache capture .* --layers 1,3,4 "):
+        evaluate(store=fewer, checkpoint=wide, splits=["val"])
+    assert evaluate(store=fewer, checkpoint=narrow, splits=["val"])["splits"]["val"]["draft"]["verify_steps"] > 0
+
+
 def test_a_wrong_bit_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control of the comparison."""
     write_store(tmp_path / "a", mode="bf16")
     damage_tap_3(monkeypatch)
     with pytest.raises(StoreError, match=r"expected tap_3 as in .*read back other values"):
         Conversion(tmp_path / "a", tmp_path / "b", layout="webdataset").run()
+    with pytest.raises(StoreError, match=r"expected tap_3 as in .*read back other values"):
+        Conversion(tmp_path / "a", tmp_path / "d", layout="webdataset", layers=(3, 4)).run()
     Conversion(tmp_path / "a", tmp_path / "c", layout="webdataset", check=False).run()
 
 
@@ -171,16 +228,18 @@ def test_what_can_not_be_made_is_refused(tmp_path: Path) -> None:
     assert main(["convert", str(tmp_path / "x"), str(tmp_path / "y"), "--layout", "parquet"]) == 2
 
 
-def test_killed_and_rerun_equals_uninterrupted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layers", [None, (1, 4)])
+def test_killed_and_rerun_equals_uninterrupted(tmp_path: Path, layers: tuple[int, ...] | None) -> None:
     many(tmp_path / "a", mode="lossless")
-    Conversion(tmp_path / "a", tmp_path / "whole", layout="webdataset", shard_tokens=50).run()
+    changes: dict[str, Any] = {"layout": "webdataset", "shard_tokens": 50, "layers": layers}
+    Conversion(tmp_path / "a", tmp_path / "whole", **changes).run()
     rng = np.random.default_rng(0)
     kills = 0
     for _ in range(60):
         child = os.fork()
         if child == 0:
             try:
-                Conversion(tmp_path / "a", tmp_path / "cut", layout="webdataset", shard_tokens=50).run()
+                Conversion(tmp_path / "a", tmp_path / "cut", **changes).run()
             finally:
                 os._exit(0)
         time.sleep(float(rng.uniform(0.005, 0.1)))
@@ -188,6 +247,6 @@ def test_killed_and_rerun_equals_uninterrupted(tmp_path: Path) -> None:
         kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
         if (tmp_path / "cut" / "commit" / "index.json").exists():
             break
-    Conversion(tmp_path / "a", tmp_path / "cut", layout="webdataset", shard_tokens=50).run()
+    Conversion(tmp_path / "a", tmp_path / "cut", **changes).run()
     assert kills >= 2
     assert shard_files(tmp_path / "cut") == shard_files(tmp_path / "whole")

@@ -271,6 +271,22 @@ def test_the_published_sizes(verifier: Path, capsys: pytest.CaptureFixture[str])
         assert row["limit"] == ("compute" if compute["seconds"] > row["write_seconds"] else "writing")
 
 
+@pytest.mark.parametrize("layers", [(1, 5, 51), (1, 5, 19, 29, 51), (1, 5, 19, 29, 41, 51)])
+def test_each_tap_adds_its_bytes(verifier: Path, layers: tuple[int, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    """bf16: 2 x 2688 bytes for each tap of each row, and 178 of the rest at this share of loss."""
+    every = ("--tokens", "1e6", "--loss-fraction", "0.64", "--mean-length", "32768", "--verifier", str(verifier))
+    assert run(*every, "--layers", ",".join(map(str, layers)), "--mode", "bf16", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["settings"]["layers"] == list(layers)
+    (mode,) = found["modes"].values()
+    taps = {name: size for name, size in mode["arrays"].items() if name.startswith("tap_")}
+    assert list(taps) == [f"tap_{layer}" for layer in layers]
+    rows = found["counts"]["rows"]
+    assert all(size == pytest.approx(2 * 2688 * rows, rel=0.005) for size in taps.values())
+    assert mode["bytes_per_token"] == pytest.approx((len(layers) * 2 * 2688 * rows) / 1e6 + 178, rel=0.005)
+    assert found["peers"]["SpecForge"]["bytes_per_token"] == (len(layers) + 1) * 2 * 2688 + 16
+
+
 def test_tables(verifier: Path, dataset: TokenDataset, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*GUESS, "--verifier", str(verifier), "--gpu", "a100") == 0
     printed = capsys.readouterr().out

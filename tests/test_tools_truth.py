@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,16 +21,22 @@ from draftcache.capture.prepare.job import PrepareConfig, prepare
 from draftcache.capture.verifier.load import Verifier
 from draftcache.draft_train.checkpoint import load_draft, load_state
 from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.data.batches import build_batch
 from draftcache.draft_train.data.frozen import FrozenWeights
+from draftcache.draft_train.drafts.eagle3.unroll import unroll
 from draftcache.draft_train.evaluate import evaluate
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.reader import StoreReader
 from draftcache.tools.cli import main
 from draftcache.tools.decoding import loop
+from draftcache.tools.decoding.eagle3_cache import Eagle3Cache
 from draftcache.tools.decoding.loop import speculative_greedy
 from draftcache.tools.demo.pipeline import ASSETS, LAYERS, VERIFIER, load_demo_verifier, read_conversations
 from draftcache.tools.demo.traces import encode_prompts, generate_batch, prompt_of, write_traces
 from draftcache.tools.truth import online_check, truth_check
+from support.draft_models import EAGLE31, STEPS, WINDOW, embeddings, make_model
+from support.synthetic import LAYERS as SYNTHETIC_LAYERS
+from support.synthetic import conversation, manifest, turns, vocab_map
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 TOKENS = 32
@@ -82,6 +89,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         own = {"draft": draft, "output": root / draft, "ttt_steps": 0, "step_decay": 0.0, "loss": "", "epochs": 2}
         shape = {"num_hidden_layers": 2, "block_size": 6, "anchor_share": 0.2}
         Trainer(replace(training, **own | shape | more)).run()  # type: ignore[arg-type]
+    Trainer(replace(training, output=root / "eagle31", epochs=2, eagle31=True)).run()
     return root
 
 
@@ -92,7 +100,7 @@ def prompts(tokenizer: Any) -> list[list[int]]:
     return [ids for ids in encoded if len(ids) < 80][:4]
 
 
-@pytest.mark.parametrize("name", ["eagle3", *BLOCKS])
+@pytest.mark.parametrize("name", ["eagle3", "eagle31", *BLOCKS])
 def test_text_is_equal_and_verify_steps_are_equal(
     name: str, verifier: Verifier, tokenizer: Any, trained: Path, prompts: list[list[int]], tmp_path: Path
 ) -> None:
@@ -111,6 +119,38 @@ def test_text_is_equal_and_verify_steps_are_equal(
     assert truth.offline_steps == truth.online_steps
     # Some drafts were accepted and some were not, so that the equality says something.
     assert truth.tokens - truth.traces > truth.online_steps > truth.tokens / 6
+
+
+@pytest.mark.parametrize("switches", [{}, EAGLE31])
+def test_the_loop_proposes_what_the_unroll_chooses(switches: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chain from each row; it is then the conversation that the unroll reads. A loop without a switch differs."""
+    model, table, targets = make_model(**switches), embeddings(), torch.from_numpy(vocab_map().target_ids)
+    item = conversation(np.random.default_rng(3), turns(30, (4, 30)))
+    taps = torch.from_numpy(np.concatenate([item.arrays[f"tap_{layer}"] for layer in SYNTHETIC_LAYERS], axis=1))
+    tokens = item.arrays["token_ids"].astype(int).tolist()
+
+    def chain(row: int) -> list[int]:
+        cache = Eagle3Cache(model, table)
+        return cache.propose(taps.double(), tokens[: row + 2], targets, STEPS)
+
+    def chosen(row: int) -> list[int]:
+        proposed = tokens[: row + 2] + chains[row]
+        read = np.array(proposed + tokens[len(proposed) :], np.uint32)
+        one = replace(item, arrays=item.arrays | {"token_ids": read})
+        batch = build_batch([one], manifest().codec, max_steps=STEPS, window=WINDOW)
+        steps = unroll(model, table, batch, STEPS)
+        start = int((batch.key_positions[batch.start_index] == row).nonzero())
+        logits = [model.logits(step.hidden)[int((step.rows == start).nonzero())] for step in steps]
+        return [int(targets[int(values.argmax())]) for values in logits]
+
+    with torch.inference_mode():
+        chains = {row: chain(row) for row in range(3, 20)}
+        assert chains == {row: chosen(row) for row in chains}
+        monkeypatch.setattr(model, "combine", lambda taps: model.fc(taps))
+        assert bool(switches) == (chains != {row: chain(row) for row in chains})
+        monkeypatch.undo()
+        monkeypatch.setattr(model, "carried", lambda hidden: hidden)
+        assert bool(switches) == (chains != {row: chain(row) for row in chains})
 
 
 def online(trained: Path, verifier_path: Path, *more: str) -> int:

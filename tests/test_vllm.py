@@ -100,7 +100,8 @@ def test_probe_names_vllms_ids(tmp_path: Path, kind: str) -> None:
     assert not compare_files(tmp_path / "other.safetensors", written, ids=tuple(IDS)).fits  # negative control
 
 
-def test_vllm_serves_the_export_with_the_verify_steps_that_eval_counts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("eagle31", [False, True])
+def test_vllm_serves_the_export_with_the_verify_steps_that_eval_counts(tmp_path: Path, eagle31: bool) -> None:
     model = save_verifier(tmp_path / "llama", "llama")
     draw = random.Random(0)
     prompts = [[draw.randrange(3, VOCAB) for _ in range(draw.randrange(10, 60))] for _ in range(24)]
@@ -125,6 +126,7 @@ def test_vllm_serves_the_export_with_the_verify_steps_that_eval_counts(tmp_path:
     training = TrainConfig(
         store=tmp_path / "store", output=tmp_path / "run", splits=("traces",), epochs=60, batch_conversations=8,
         learning_rate=3e-3, sliding_window=24, num_attention_heads=4, num_key_value_heads=2, head_dim=32, device="cpu",
+        eagle31=eagle31,
     )  # fmt: skip
     Trainer(training).run()
     counted = evaluate(store=tmp_path / "store", checkpoint=tmp_path / "run", splits=["traces"])
@@ -143,10 +145,10 @@ def test_vllm_serves_the_export_with_the_verify_steps_that_eval_counts(tmp_path:
     assert text == plain
     assert steps == expected["verify_steps"]
     assert steps < 0.8 * expected["tokens"]  # drafts are accepted, so that the equality says something
-    # Negative control: the trap of aux ids that are off by one costs steps and says nothing.
+    # Negative control: aux ids that are off by one, or an un-normed state that is carried on, cost steps silently.
     config = json.loads((draft / "config.json").read_text())
-    config["eagle_aux_hidden_state_layer_ids"] = list(LAYERS)
+    config |= {"norm_output": False} if eagle31 else {"eagle_aux_hidden_state_layer_ids": list(LAYERS)}
     (draft / "config.json").write_text(json.dumps(config))
     text, wrong = served()
     assert text == plain
-    assert wrong > 1.1 * steps
+    assert wrong > (1.03 if eagle31 else 1.1) * steps

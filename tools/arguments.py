@@ -71,6 +71,11 @@ def count(text: str) -> int:
     return int(number)
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """Return the whole numbers of a,b,c. Raises ValueError, which argparse reports, for what is none."""
+    return tuple(int(part) for part in text.split(",") if part)
+
+
 def refuse_renamed(parser: argparse.ArgumentParser, renamed: Mapping[str, str]) -> None:
     """Refuse the flags of former versions with an InputError that names the new flag. `renamed` is {old: new}.
 

@@ -239,10 +239,7 @@ class Draft(ABC):
                 yield StepLogits(part.number, part.rows, self.logits(part, batch))
 
     def proposer(self, frozen: FrozenWeights, compute: str = "auto") -> Proposer:
-        """Return a function of a batch and a count that makes the choices of `propose`, by the present weights.
-
-        It computes as `logit_reader` does.
-        """
+        """Return a function that makes the choices of `propose` by the present weights, as `logit_reader` computes."""
         read = self.logit_reader(frozen, compute)
 
         @torch.inference_mode()
@@ -290,10 +287,11 @@ class Architecture(ABC):
 
     @abstractmethod
     def peak_bytes(self, shape: Shape, config: TrainConfig, batch: BatchRows) -> dict[str, int]:
-        """Return the GPU memory of a training step at its peak, in bytes by `MEMORY_KINDS`, without a GPU.
+        """Return what PyTorch allocates at a training step's peak, in bytes by `MEMORY_KINDS`. It needs no GPU."""
 
-        It is the memory that PyTorch allocates: CUDA's context (about half a GB) and fragmentation come on top.
-        """
+    def why_not_served(self, verifier: dict[str, Any], engine: str) -> str | None:
+        """Return why `engine` can't serve drafts of `verifier`, as in a manifest, and what to do; None if it can."""
+        return None
 
     @abstractmethod
     def check_served(self, path: Path) -> None:

@@ -14,12 +14,16 @@ WINDOW = 7
 """The draft's sliding window, shorter than the conversations."""
 
 
-def make_model(window: int | None = WINDOW) -> Eagle3Model:
+EAGLE31 = {"fc_norm": True, "norm_output": True}
+"""The switches of the shape that make an Eagle3 draft an Eagle3.1 draft."""
+
+
+def make_model(window: int | None = WINDOW, **switches: bool) -> Eagle3Model:
     """Make a draft whose weights are so large that every part of it shows in its outputs."""
     shape = Eagle3Shape(
         hidden_size=HIDDEN, taps=len(LAYERS), intermediate_size=16, num_attention_heads=4, num_key_value_heads=2,
         head_dim=6, vocab_size=VOCAB, draft_vocab_size=DRAFT_VOCAB, sliding_window=window, rope_theta=10_000.0,
-        rms_norm_eps=1e-5,
+        rms_norm_eps=1e-5, **switches,
     )  # fmt: skip
     model = Eagle3Model(shape)
     model.initialize(0)

@@ -12,12 +12,12 @@ VOCAB = 640
 KINDS = ("nemotron_h", "llama")
 
 
-def make_model(kind: str, pattern: str = "MEM*E") -> Any:
-    """Make a random model over VOCAB token ids with states of width 32: of 4 blocks, or of NemotronH's `pattern`."""
+def make_model(kind: str, pattern: str = "MEM*E", blocks: int = 4) -> Any:
+    """Make a random model over VOCAB token ids, states of width 32: a Llama of `blocks`, a NemotronH of `pattern`."""
     torch.manual_seed(0)
     if kind == "llama":
         llama = LlamaConfig(
-            vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=blocks, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=0,
         )  # fmt: skip
         return LlamaForCausalLM(llama).eval()

@@ -1,4 +1,4 @@
-"""`draftcache convert`: copy a store into another layout, mode or shard size, and compare the copy with the source."""
+"""`draftcache convert`: copy a store or some of its taps, also into another layout, mode or shard size, and compare."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from draftcache.tools.arguments import numbers
 from draftcache.tools.results import add_json, show
 
 
@@ -17,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", help="zarr or webdataset (default: the source's)")
     parser.add_argument("--mode", help="bf16, lossless, int8 or fp8 (default: the source's)")
     parser.add_argument("--shard-tokens", type=int, help="tokens per shard (default: the source's shards)")
+    parser.add_argument("--layers", type=numbers, help="blocks whose taps are kept, among the stored (default: all)")
     parser.add_argument("--no-check", action="store_true", help="do not read back and compare")
     parser.add_argument("--allow-lossy-source", action="store_true", help="convert from int8 or fp8 to another mode")
     add_json(parser)
@@ -26,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Convert the store and print a summary.
 
     Returns 0 if the target is finished and, without --no-check, was compared; 1 if another run still writes shards.
-    Raises InputError for an unknown layout or mode.
+    Raises InputError for an unknown layout or mode, and for a tap that is not stored.
     """
     from draftcache.store.common.errors import InputError
     from draftcache.store.common.progress import progress_bar
@@ -43,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         layout=arguments.layout,
         mode=arguments.mode,
         shard_tokens=arguments.shard_tokens,
+        layers=arguments.layers,
         check=not arguments.no_check,
         allow_lossy_source=arguments.allow_lossy_source,
     )

@@ -23,6 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="length up to which the draft is served; default: the verifier's, or the store's longest, rounded up",
     )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="export for an engine that is known not to serve this draft, which is refused otherwise: "
+        "an Eagle3 draft of a NemotronH for sglang; refused itself where nothing is to be forced",
+    )
     add_json(parser)
 
 
@@ -36,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         engine=arguments.engine,
         dtype=arguments.dtype,
         max_position_embeddings=arguments.max_position_embeddings,
+        force=arguments.force,
     )
     files = ["config.json", "model.safetensors"]
     values = {"output": str(path), "files": files, "engine": arguments.engine, "dtype": arguments.dtype}

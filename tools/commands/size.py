@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.setting_tables import MEMORY_SETTINGS
-from draftcache.tools.arguments import add_settings, count, finite_number
+from draftcache.tools.arguments import add_settings, count, finite_number, numbers
 from draftcache.tools.results import add_json, show
 
 if TYPE_CHECKING:
@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     from draftcache.store.format.array_spec import ArraySpec
 
 _DRAFT_VOCAB = 32_000
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(",") if part)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,12 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--verifier", type=Path, help="its directory: config.json is read")
     shape.add_argument("--hidden-size", type=int, help="without a verifier at hand")
     parser.add_argument("--vocab-size", type=int, help="with --train and --hidden-size: the verifier's")
-    parser.add_argument("--layers", type=_numbers, default=(2, 26, 48), help="taps (default: 2,26,48)")
+    parser.add_argument("--layers", type=numbers, default=(2, 26, 48), help="taps (default: 2,26,48)")
     parser.add_argument("--top-k", type=int, default=64, help="teacher logits per position (default: 64)")
     parser.add_argument("--teacher", default="draft", help="draft, full or hidden, as of capture (default: draft)")
     parser.add_argument("--draft-vocab-size", type=count, help="default: the dataset's map, else 32000")
     parser.add_argument(
-        "--more-vocab-sizes", type=_numbers, default=(), help="further draft vocabularies: 8000,16000 (default: none)"
+        "--more-vocab-sizes", type=numbers, default=(), help="further draft vocabularies: 8000,16000 (default: none)"
     )
     parser.add_argument("--window", type=int, default=4096, help="rows beyond it are dropped; 0 keeps all")
     parser.add_argument(

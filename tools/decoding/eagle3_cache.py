@@ -32,7 +32,7 @@ class Eagle3Cache:
         `taps` [rows, taps * H] holds the taps from row 0 on.
         """
         for row in range(len(self.keys), len(tokens) - 1):
-            base = self.model.fc(taps[row][None].to(self.model.fc.weight.dtype))[0]
+            base = self.model.combine(taps[row][None].to(self.model.fc.weight.dtype))[0]
             _, key, value = self._row(tokens[row + 1], base, row)
             self.keys.append(key)
             self.values.append(value)
@@ -44,7 +44,7 @@ class Eagle3Cache:
         """
         self.extend(taps, tokens)
         row = len(tokens) - 2
-        hidden = self.model.fc(taps[row][None].to(self.model.fc.weight.dtype))[0]
+        hidden = self.model.combine(taps[row][None].to(self.model.fc.weight.dtype))[0]
         token, proposed = tokens[row + 1], []
         diagonal: list[tuple[torch.Tensor, torch.Tensor]] = []
         for step in range(count):
@@ -54,6 +54,7 @@ class Eagle3Cache:
             hidden = self._attend(inputs, hidden, row, step, diagonal)
             token = int(target_ids[int(self.model.logits(hidden[None])[0].argmax())])
             proposed.append(token)
+            hidden = self.model.carried(hidden)
         return proposed
 
     def _attend(

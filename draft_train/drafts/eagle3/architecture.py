@@ -96,6 +96,8 @@ class Eagle3(Architecture):
             sliding_window=config.sliding_window or None,
             rope_theta=config.rope_theta,
             rms_norm_eps=verifier.rms_norm_eps,
+            fc_norm=config.eagle31,
+            norm_output=config.eagle31,
         )
 
     def read_shape(self, values: dict[str, Any]) -> Eagle3Shape:
@@ -123,6 +125,9 @@ class Eagle3(Architecture):
             flash_attention=settings.flash_attention,
         )
         return memory.peak_bytes(shape, work)
+
+    def why_not_served(self, verifier: dict[str, Any], engine: str) -> str | None:
+        return served.why_not_served(verifier, engine)
 
     def check_served(self, path: Path) -> None:
         served.check_served(path)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from draftcache.draft_train.data.batches import Batch
 from draftcache.draft_train.drafts.eagle3.fused_state import BaseRows, FusedPassSettings, StepState
@@ -94,7 +94,7 @@ class FusedForward:
         """Compute fc, the projections of all tokens, and step-0 keys and values."""
         shape, matrices, dtype = self.shape, self.matrices, self.weights.dtype
         projected = self._tokens(batch) @ matrices.qkv_tokens.t()
-        hidden = batch.taps.to(dtype) @ matrices.fc.t()
+        hidden = self._fc_input(batch) @ matrices.fc.t()
         heads = (2, shape.num_key_value_heads, shape.head_dim)
         base = BaseRows(
             projected=projected,
@@ -110,6 +110,22 @@ class FusedForward:
         split_heads(keys, base.table, every, 0, base.kv, every)
         return base
 
+    def _fc_input(self, batch: Batch) -> Tensor:
+        """Return the taps [R, taps * H], each through its own norm where the shape says `fc_norm`."""
+        taps = batch.taps.to(self.weights.dtype)
+        if not self.shape.fc_norm:
+            return taps
+        normed = torch.empty_like(taps)
+        for columns, norm in self._tap_norms():
+            normed[:, columns] = rms_norm(taps[:, columns].contiguous(), norm, self.eps)
+        return normed
+
+    def _tap_norms(self) -> list[tuple[slice, nn.Parameter]]:
+        """Return for each tap its columns of fc's input, and the weight of its norm."""
+        width = self.shape.hidden_size
+        norms = [norm.get_parameter("weight") for norm in self.model.fc_norm]
+        return [(slice(number * width, (number + 1) * width), norm) for number, norm in enumerate(norms)]
+
     def _embedded(self, batch: Batch) -> Tensor:
         return F.embedding(batch.key_tokens, self.embeddings).to(self.weights.dtype)
 
@@ -122,7 +138,10 @@ class FusedForward:
     ) -> StepState:
         number, rows = mask.step, mask.rows
         hidden, chosen = (base.hidden, starts) if previous is None else (previous.result, kept)
-        if chosen is not None:
+        is_copy = chosen is not None
+        if previous is not None and self.shape.norm_output:
+            hidden, is_copy = self._carried(previous, kept), True
+        elif chosen is not None:
             hidden = hidden[chosen]
         normed = rms_norm(hidden, self.layer.hidden_norm.weight, self.eps)
         # Row t + k is a start row too, k rows after row t: the turn goes on that far, or step k would carry no loss.
@@ -134,10 +153,14 @@ class FusedForward:
         q = split_heads(projected, base.table, key_rows, self.shape.num_attention_heads, kv, rows, shared)
         del projected, normed
         attention = attend(q, base.kv, base.diagonal, mask)
-        out = None if chosen is None else hidden  # it is a copy then
+        out = hidden if is_copy else None
         after = torch.addmm(hidden, attention.out.flatten(1), self.matrices.output.t(), out=out)
         result, gate_up = self._mlp(after)
         return StepState(number, rows, key_rows, kept, attention, after, gate_up, result)
+
+    def _carried(self, previous: StepState, kept: Tensor | None) -> Tensor:
+        """Return the state [T, H] after the final norm that a step consumes, for rows `kept` of the previous one."""
+        return rms_norm(previous.result, self.model.norm.weight, self.eps, kept)
 
     def _mlp(self, after: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the MLP's output [T, H], residual included, and gate and up by slice unless they are recomputed."""

@@ -130,12 +130,19 @@ class FusedPass(FusedForward):
 
         The gradient of the tokens' projections is added to `total` [R, (N + 2G) D].
         """
-        gradients, weight, hidden = self.gradients, self.layer.hidden_norm.weight, previous.result
+        gradients, weight = self.gradients, self.layer.hidden_norm.weight
+        hidden, kept = previous.result, step.kept
+        if self.shape.norm_output:
+            hidden, kept = self._carried(previous, kept), None
         projected = join_heads(q_gradient, keys.diagonal[step.number - 1], base.table, step.key_rows, step.rows, total)
-        add_product(gradients.qkv_states, projected, rms_norm(hidden, weight, self.eps, step.kept))
+        add_product(gradients.qkv_states, projected, rms_norm(hidden, weight, self.eps, kept))
         given = projected @ self.matrices.qkv_states
         del projected
-        return rms_norm_backward(given, hidden, weight, self.eps, gradients.vectors[weight], after, step.kept)
+        given = rms_norm_backward(given, hidden, weight, self.eps, gradients.vectors[weight], after, kept)
+        if not self.shape.norm_output:
+            return given
+        norm = self.model.norm.weight
+        return rms_norm_backward(given, previous.result, norm, self.eps, gradients.vectors[norm], kept=step.kept)
 
     def _base_backward(
         self,
@@ -161,8 +168,15 @@ class FusedPass(FusedForward):
         given[rows] += asked @ matrices.qkv_states[:queries]
         residual = torch.zeros_like(base.hidden).index_copy_(0, rows, after)
         hidden = rms_norm_backward(given, base.hidden, weight, self.eps, gradients.vectors[weight], residual)
-        add_product(gradients.fc, hidden, batch.taps.to(hidden.dtype))
+        self._fc_backward(batch, hidden)
         add_product(gradients.qkv_tokens, total, self._tokens(batch))
         weight = self.layer.input_layernorm.weight
         given = total @ matrices.qkv_tokens
         rms_norm_backward(given, self._embedded(batch), weight, self.eps, gradients.vectors[weight])
+
+    def _fc_backward(self, batch: Batch, upstream: Tensor) -> None:
+        """Add the gradients of fc, and of the taps' norms, for `upstream` [R, H], the gradient of fc's output."""
+        add_product(self.gradients.fc, upstream, self._fc_input(batch))
+        for columns, norm in self._tap_norms():
+            given, tap = upstream @ self.matrices.fc[:, columns], batch.taps[:, columns].to(upstream.dtype)
+            rms_norm_backward(given, tap.contiguous(), norm, self.eps, self.gradients.vectors[norm])

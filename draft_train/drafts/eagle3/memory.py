@@ -59,7 +59,8 @@ def parameters(shape: Eagle3Shape) -> int:
     hidden, heads = shape.hidden_size, _widths(shape)
     attention = hidden * (2 * heads.projected + heads.queries)
     mlp = 3 * hidden * shape.intermediate_size
-    return hidden * (shape.taps * hidden + shape.draft_vocab_size + 4) + attention + mlp
+    norms = 4 + (shape.taps if shape.fc_norm else 0)
+    return hidden * (shape.taps * hidden + shape.draft_vocab_size + norms) + attention + mlp
 
 
 def batch_bytes(shape: Eagle3Shape, work: Work) -> int:
@@ -130,11 +131,14 @@ def _forward(memory: _Memory, shape: Eagle3Shape, work: Work) -> None:
     states, projected = work.starts * hidden, work.starts * heads.projected * BF16
     memory.working(embedded=work.rows * hidden, tokens=work.rows * hidden)
     memory.done("embedded")
+    memory.take("kept for backward", "base", work.rows * heads.projected * BF16)
+    memory.done("tokens")
+    if shape.fc_norm:
+        _normed_taps(memory, shape, work)
     table = work.rows * shape.head_dim * FLOAT32
     shared = heads.projected + shape.hidden_size + heads.keys
     memory.take("kept for backward", "base", work.rows * shared * BF16 + table)
     memory.take("kept for backward", "diagonal keys", (work.steps - 1) * work.starts * heads.keys * BF16)
-    memory.done("tokens")
     gate_up = 2 * shape.intermediate_size if work.recompute_mlp else 0
     for step in range(work.steps):
         memory.working(input=states, normed=states, projected=projected)
@@ -179,13 +183,25 @@ def _backward(memory: _Memory, shape: Eagle3Shape, work: Work) -> None:
         # What is left is the MLP's input, and the queries' gradient in the memory of the attention output.
         memory.take("kept for backward", kept, states + queries)
         if step:
-            memory.working(projected=work.starts * heads.projected * BF16, normed=states)
+            of_norm = states if shape.norm_output else 0
+            memory.working(input=of_norm, projected=work.starts * heads.projected * BF16, normed=states)
             memory.done("normed")
             memory.working(given=states)
             memory.done("projected")
+            memory.working(of_input=of_norm)
+            memory.done("given")
             memory.working(carried=states)
-            memory.done("given", "after")
+            memory.done("input", "of_input", "after")
         else:
             memory.working(asked=queries, shared=work.rows * heads.keys * BF16, normed=work.rows * hidden)
             memory.working(given=work.rows * hidden, residual=work.rows * hidden, base=work.rows * hidden)
+            if shape.fc_norm:
+                _normed_taps(memory, shape, work)
         memory.give("kept for backward", kept)
+
+
+def _normed_taps(memory: _Memory, shape: Eagle3Shape, work: Work) -> None:
+    """Make fc's input of the taps, one after the other, and free it."""
+    tap = work.rows * shape.hidden_size * BF16
+    memory.working(fc_input=shape.taps * tap, tap=tap, normed_tap=tap)
+    memory.done("fc_input", "tap", "normed_tap")

@@ -70,11 +70,13 @@ class DraftLayer(nn.Module):
 
 
 class Eagle3Model(nn.Module):
-    """The weights that an engine loads: `fc`, one layer, `norm` and `lm_head`."""
+    """The weights that an engine loads: `fc`, one layer, `norm` and `lm_head`; with Eagle3.1 `fc_norm`, one per tap."""
 
     def __init__(self, shape: Eagle3Shape) -> None:
         super().__init__()
         self.shape = shape
+        norms = shape.taps if shape.fc_norm else 0
+        self.fc_norm = nn.ModuleList([RMSNorm(shape.hidden_size, shape.rms_norm_eps) for _ in range(norms)])
         self.fc = linear(shape.taps * shape.hidden_size, shape.hidden_size)
         self.midlayer = DraftLayer(shape)
         self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
@@ -91,6 +93,17 @@ class Eagle3Model(nn.Module):
             values = draw_weight(parameter.shape, generator)
             given = {"lm_head.weight": head, "norm.weight": norm}.get(name)
             parameter.copy_(values if given is None else given.float())
+
+    def combine(self, taps: torch.Tensor) -> torch.Tensor:
+        """Return the state [T, H] that step 0 consumes: `fc` of the taps [T, taps * H], each normed with `fc_norm`."""
+        if self.fc_norm:
+            parts = taps.chunk(self.shape.taps, dim=-1)
+            taps = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        return self.fc(taps)  # type: ignore[no-any-return]
+
+    def carried(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the state [T, H] that the next step consumes, for the layer's un-normed output [T, H]."""
+        return self.norm(hidden) if self.shape.norm_output else hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return draft-vocabulary logits [T, V] for the layer's un-normed output [T, H]."""

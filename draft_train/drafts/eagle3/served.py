@@ -41,6 +41,20 @@ def tap_ids(taps: list[dict[str, Any]], engine: str) -> list[int]:
     return ids
 
 
+def why_not_served(verifier: dict[str, Any], engine: str) -> str | None:
+    """Return why `engine` can't serve an Eagle3 draft beside this verifier, and what to do; None where it can.
+
+    The class is compared where a manifest of an earlier version names no type.
+    """
+    nemotron = verifier.get("model_type") == "nemotron_h" or verifier.get("architecture") == "NemotronHForCausalLM"
+    if engine != "sglang" or not nemotron:
+        return None
+    return (
+        "SGLang's NemotronH hands its states to DFlash drafts and not to Eagle3 drafts (as of August 2026); serve this "
+        "one with vLLM, which takes --engine vllm, or train another with --draft dflash"
+    )
+
+
 def served_config(shape: Eagle3Shape, state: CheckpointState, engine: str, dtype: str) -> dict[str, Any]:
     """Return config.json of the exported draft. `dtype` is the name of its weights' dtype."""
     verifier = state.verifier
@@ -72,6 +86,10 @@ def served_config(shape: Eagle3Shape, state: CheckpointState, engine: str, dtype
         "layer_types": ["sliding_attention" if shape.sliding_window else "full_attention"],
         "use_sliding_window": shape.sliding_window is not None,
         "norm_before_residual": False,
+        # Eagle3.1. vLLM takes a field that is not written for False, and then refuses the norms' tensors, but carries
+        # the un-normed state without a word.
+        "fc_norm": shape.fc_norm,
+        "norm_output": shape.norm_output,
         "eagle_aux_hidden_state_layer_ids": ids,
         "eagle_config": {"eagle_aux_hidden_state_layer_ids": ids, "use_aux_hidden_state": True},
         # Information for people: outputs of these blocks, counted from 0. No engine was found that reads this field.
@@ -129,8 +147,20 @@ def check_served(path: Path) -> None:
         raise CheckpointError(f"{path}: expected d2t and t2d to name the same target ids, found them to differ")
     if not config["max_position_embeddings"]:
         raise CheckpointError(f"{path}: expected max_position_embeddings above 0, found none: engines need it")
+    _check_norms(path, config, tensors)
     if tensors["lm_head.weight"].shape[0] != config["draft_vocab_size"]:
         raise CheckpointError(f"{path}: expected {config['draft_vocab_size']} head rows")
     for name, value in tensors.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise CheckpointError(f"{path}: {name}: expected finite weights, found NaN or infinity")
+
+
+def _check_norms(path: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Raise CheckpointError where config.json doesn't say which norms run, or the taps' norms are not there by it."""
+    for name in ("fc_norm", "norm_output"):
+        if not isinstance(config.get(name), bool):
+            raise CheckpointError(f"{path}: expected {name} to be true or false, found {config.get(name)!r}")
+    taps = len(config["eagle_aux_hidden_state_layer_ids"]) if config["fc_norm"] else 0
+    expected = [f"fc_norm.{number}.weight" for number in range(taps)]
+    if (found := sorted(name for name in tensors if name.startswith("fc_norm."))) != sorted(expected):
+        raise CheckpointError(f"{path}: expected the norms of the taps {expected}, found {found}")

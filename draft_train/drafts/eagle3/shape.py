@@ -25,10 +25,14 @@ class Eagle3Shape:
     """Window in positions: a row attends to keys fewer than this many positions back; None attends to all keys."""
     rope_theta: float
     rms_norm_eps: float
+    fc_norm: bool = False
+    """Whether each tap goes through an RMS norm of its own before `fc`. The defaults are those of older checkpoints."""
+    norm_output: bool = False
+    """Whether a step consumes the previous step's output after the final norm, which the head reads too."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value is not None and value <= 0:
+            if value is not None and not isinstance(value, bool) and value <= 0:
                 raise InputError(f"draft shape: expected {name} above 0, found {value}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(

@@ -1,6 +1,7 @@
 """Training-time test: the draft is unrolled on its own outputs, as it runs when it is served.
 
-At step 0, row t consumes its taps and `emb(x_{t+1})`; at step k, its un-normed output of step k-1 and `emb(x_{t+1+k})`.
+At step 0, row t consumes its taps and `emb(x_{t+1})`; at step k, its output of step k-1 (un-normed, or after the final
+norm where the shape says `norm_output`) and `emb(x_{t+1+k})`.
 Its position at step k is t + k, for the query and for the new diagonal key. Rows that are not start rows only provide
 step-0 keys and values. A row whose turn has ended takes no part in later steps.
 """
@@ -23,7 +24,7 @@ def unroll(model: Eagle3Model, embeddings: torch.Tensor, batch: Batch, steps: in
     """Yield the outputs of steps 0 .. steps-1 while any row is left. `embeddings` [V, H] are the verifier's."""
     dtype = compute_dtype(model.fc.weight)
     layer, attention = model.midlayer, model.midlayer.self_attn
-    base = model.fc(batch.taps.to(dtype))
+    base = model.combine(batch.taps.to(dtype))
     inputs = layer.attention_input(F.embedding(batch.key_tokens, embeddings).to(base.dtype), base)
     keys, values = attention.keys_values(inputs, batch.key_positions)
 
@@ -41,6 +42,7 @@ def unroll(model: Eagle3Model, embeddings: torch.Tensor, batch: Batch, steps: in
                 rows, positions, hidden = rows[alive], positions[alive], hidden[alive]
                 diagonal_keys = [key[:, alive] for key in diagonal_keys]
                 diagonal_values = [value[:, alive] for value in diagonal_values]
+            hidden = model.carried(hidden)
             embedded = F.embedding(batch.step_tokens[rows, step], embeddings).to(hidden.dtype)
             inputs = layer.attention_input(embedded, hidden)
             key, value = attention.keys_values(inputs, positions + step)
