@@ -20,6 +20,7 @@ from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.data.batches import Batch, BatchNeeds
 from draftcache.draft_train.data.frozen import FrozenWeights
 from draftcache.draft_train.drafts.gradient_pass import GradientPass, PlainPass
+from draftcache.draft_train.drafts.pass_support import require_plain
 from draftcache.draft_train.loss.objective import Objective, StepOutput
 from draftcache.store.common.errors import InputError
 from draftcache.store.format.vocab_map import VocabMap
@@ -201,15 +202,7 @@ class Draft(ABC):
         Raises InputError for settings that this architecture can't honour. The default is autograd over
         `step_outputs`, for architectures without a hand-written pass.
         """
-        asked = {
-            "--compute fused": config.compute == "fused",
-            "--recompute-mlp": config.recompute_mlp,
-            "--attention flash": config.attention == "flash",
-        }
-        if flag := next((flag for flag, given in asked.items() if given), None):
-            raise InputError(
-                f"{flag}: expected a draft with a fused pass, found --draft {config.draft}, which has none"
-            )
+        require_plain(config, f"--draft {config.draft}, which has none")
         return self.plain_pass(config, objective, frozen)
 
     def plain_pass(self, config: TrainConfig, objective: Objective, frozen: FrozenWeights) -> PlainPass:

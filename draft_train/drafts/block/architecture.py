@@ -13,19 +13,22 @@ from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.data.batches import Batch, BatchNeeds
 from draftcache.draft_train.data.frozen import FrozenWeights
 from draftcache.draft_train.drafts.block import memory, served
+from draftcache.draft_train.drafts.block.choose_pass import choose_forward, choose_pass
 from draftcache.draft_train.drafts.block.forward import block_outputs
 from draftcache.draft_train.drafts.block.model import BlockModel
 from draftcache.draft_train.drafts.block.shape import BlockShape
+from draftcache.draft_train.drafts.gradient_pass import GradientPass
 from draftcache.draft_train.drafts.protocol import (
     Architecture,
     BatchRows,
     CheckpointState,
     Draft,
+    LogitReader,
     ServedForm,
     Shape,
     VerifierShape,
 )
-from draftcache.draft_train.loss.objective import StepOutput, needs_text
+from draftcache.draft_train.loss.objective import Objective, StepOutput, needs_text
 from draftcache.store.format.vocab_map import VocabMap
 
 
@@ -71,6 +74,16 @@ class BlockDraft(Draft):
         if not self.shape.confidence_head:
             return None
         return self.model.confidence(output.hidden, batch.step_tokens[output.rows, output.number])
+
+    def gradient_pass(
+        self, config: TrainConfig, objective: Objective, frozen: FrozenWeights, *, say: bool = True
+    ) -> GradientPass:
+        fused = choose_pass(config, self.model, objective, frozen.embed_tokens, say=say)
+        return fused or self.plain_pass(config, objective, frozen)
+
+    def logit_reader(self, frozen: FrozenWeights, compute: str = "auto") -> LogitReader:
+        fused = choose_forward(self.model, frozen.embed_tokens, compute)
+        return super().logit_reader(frozen, "plain") if fused is None else fused.step_logits
 
     def served_form(
         self, state: CheckpointState, vocab_map: VocabMap, *, engine: str, dtype: torch.dtype

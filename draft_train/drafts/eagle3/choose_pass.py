@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 
 from draftcache.draft_train.config import TrainConfig
@@ -12,9 +10,9 @@ from draftcache.draft_train.drafts.eagle3.fused_pass import FusedPass
 from draftcache.draft_train.drafts.eagle3.fused_state import FusedPassSettings
 from draftcache.draft_train.drafts.eagle3.kernels.flash_attention import why_not_flash
 from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
+from draftcache.draft_train.drafts.pass_support import require_plain, say_plain, why_no_kernels
 from draftcache.draft_train.loss.objective import Objective
 from draftcache.store.common.errors import InputError
-from draftcache.store.common.triton_launch import tl
 
 _LEAN_ROWS = 4096
 """Most rows of a slice where memory is to be spared."""
@@ -35,15 +33,9 @@ def choose_pass(
         if config.attention == "flash" and (missing := why_not_flash(model.shape.head_dim, embeddings.device)):
             raise InputError(f"--attention flash: expected FlashAttention 4 to run, found {missing}")
         return FusedPass(model, objective, embeddings, pass_settings(config))
-    needing = {
-        "--compute fused": config.compute == "fused",
-        "--recompute-mlp": config.recompute_mlp,
-        "--attention flash": config.attention == "flash",
-    }
-    if asked := next((flag for flag, given in needing.items() if given), None):
-        raise InputError(f"{asked}: expected the fused pass, found {reason or '--compute plain'}")
+    require_plain(config, reason or "--compute plain")
     if say and reason is not None and embeddings.is_cuda:
-        print(f"draftcache train: the plain pass runs, several times slower, because of {reason}", file=sys.stderr)
+        say_plain(reason)
     return None
 
 
@@ -64,7 +56,7 @@ def choose_forward(model: Eagle3Model, embeddings: torch.Tensor, compute: str) -
 
     `compute` is that of `Draft.proposer`. Raises InputError where "fused" can't be honoured.
     """
-    reason = why_no_kernels(model, embeddings.device)
+    reason = why_no_kernels(model.shape.head_dim, embeddings.device)
     if compute == "fused" and reason is not None:
         raise InputError(f"--compute fused: expected the fused pass, found {reason}")
     if compute == "plain" or reason is not None:
@@ -74,21 +66,9 @@ def choose_forward(model: Eagle3Model, embeddings: torch.Tensor, compute: str) -
 
 def why_not_fused(config: TrainConfig, model: Eagle3Model, device: torch.device) -> str | None:
     """Return the reason why the fused pass can't run; None if it can."""
-    reason = why_no_kernels(model, device)
+    reason = why_no_kernels(model.shape.head_dim, device)
     if reason is None and config.loss_rows != "turns":
         return f"--loss-rows {config.loss_rows}: its rows may unroll past the end of their turn"
     if reason is None and config.step_weights != "decay":
         return f"--step-weights {config.step_weights}: the weights of a step depend on later ones"
     return reason
-
-
-def why_no_kernels(model: Eagle3Model, device: torch.device) -> str | None:
-    """Return the reason why the kernels can't run; None if they can."""
-    width = model.shape.head_dim
-    if device.type != "cuda":
-        return f"device {device}: its kernels need a GPU"
-    if tl is None:
-        return "no triton; install it, it comes with torch on Linux"
-    if width & (width - 1) or not 16 <= width <= 256:
-        return f"--head-dim {width}: its kernels need a power of two from 16 to 256"
-    return None

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from draftcache.draft_train.drafts.eagle3.shape import Eagle3Shape
-from draftcache.draft_train.drafts.protocol import MEMORY_KINDS
+from draftcache.draft_train.drafts.memory_ledger import MemoryLedger
 
 BF16, FLOAT32, INT64 = 2, 4, 8
 MOST_COPIES = 4
@@ -41,7 +41,7 @@ class Work:
 
 def peak_bytes(shape: Eagle3Shape, work: Work) -> dict[str, int]:
     """Return the bytes of each kind (`MEMORY_KINDS`) at the moment when their sum is largest."""
-    memory = _Memory()
+    memory = MemoryLedger()
     weights = parameters(shape)
     # Parameter, gradient and two moments in float32, and a bf16 copy for the products.
     memory.take("weights and optimizer", "", weights * (4 * FLOAT32 + BF16))
@@ -51,7 +51,7 @@ def peak_bytes(shape: Eagle3Shape, work: Work) -> dict[str, int]:
     memory.take("next micro-batch", "", batch_bytes(shape, work) if work.prefetched else 0)
     _forward(memory, shape, work)
     _backward(memory, shape, work)
-    return {kind: sum(size for (of, _), size in memory.most.items() if of == kind) for kind in MEMORY_KINDS}
+    return memory.peak()
 
 
 def parameters(shape: Eagle3Shape) -> int:
@@ -100,33 +100,7 @@ def _widths(shape: Eagle3Shape) -> _Widths:
     return _Widths(shape.num_attention_heads * shape.head_dim, 2 * shape.num_key_value_heads * shape.head_dim)
 
 
-class _Memory:
-    """The tensors that are alive, in bytes by kind and name, and a copy of that table at its peak."""
-
-    def __init__(self) -> None:
-        self._held: dict[tuple[str, str], int] = {}
-        self.most: dict[tuple[str, str], int] = {}
-
-    def take(self, kind: str, name: str, size: int) -> None:
-        """Allocate `size` bytes, in place of the tensor that has this kind and name already."""
-        self._held[kind, name] = size
-        if sum(self._held.values()) > sum(self.most.values()):
-            self.most = dict(self._held)
-
-    def give(self, kind: str, *names: str) -> None:
-        for name in names:
-            del self._held[kind, name]
-
-    def working(self, **sizes: int) -> None:
-        """Allocate these working tensors, one after the other."""
-        for name, size in sizes.items():
-            self.take("working", name, size)
-
-    def done(self, *names: str) -> None:
-        self.give("working", *names)
-
-
-def _forward(memory: _Memory, shape: Eagle3Shape, work: Work) -> None:
+def _forward(memory: MemoryLedger, shape: Eagle3Shape, work: Work) -> None:
     heads, hidden, sliced = _widths(shape), shape.hidden_size * BF16, min(work.mlp_rows, work.starts)
     states, projected = work.starts * hidden, work.starts * heads.projected * BF16
     memory.working(embedded=work.rows * hidden, tokens=work.rows * hidden)
@@ -149,7 +123,7 @@ def _forward(memory: _Memory, shape: Eagle3Shape, work: Work) -> None:
         memory.done("mlp", "input")
 
 
-def _backward(memory: _Memory, shape: Eagle3Shape, work: Work) -> None:
+def _backward(memory: MemoryLedger, shape: Eagle3Shape, work: Work) -> None:
     heads, hidden, sliced = _widths(shape), shape.hidden_size * BF16, min(work.slice_rows, work.starts)
     of_mlp = min(work.mlp_rows, work.starts)
     states, queries = work.starts * hidden, work.starts * heads.queries * BF16
@@ -200,7 +174,7 @@ def _backward(memory: _Memory, shape: Eagle3Shape, work: Work) -> None:
         memory.give("kept for backward", kept)
 
 
-def _normed_taps(memory: _Memory, shape: Eagle3Shape, work: Work) -> None:
+def _normed_taps(memory: MemoryLedger, shape: Eagle3Shape, work: Work) -> None:
     """Make fc's input of the taps, one after the other, and free it."""
     tap = work.rows * shape.hidden_size * BF16
     memory.working(fc_input=shape.taps * tap, tap=tap, normed_tap=tap)

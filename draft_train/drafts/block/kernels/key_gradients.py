@@ -41,7 +41,7 @@ _PROGRAMS = 1056
 """Programs of a pass over context that keep a GPU busy: two on each of 132 processors, four times over."""
 _LEAST_TILES = 8
 """Tiles of queries in a part, at least."""
-_PART_BYTES = 1 << 29
+PART_BYTES = 1 << 29
 """Most memory of the parts."""
 
 
@@ -101,7 +101,7 @@ def _part_count(result: BlockAttentionResult, block_q: int, block_k: int) -> int
     rows, _, groups, _ = result.context_kv.shape
     programs = groups * -(-min(rows, blocks + result.mask.window) // block_k)
     tiles = min(blocks, result.mask.window + block_k) * slots * (heads // groups) // block_q
-    wanted = min(_PROGRAMS // programs, tiles // _LEAST_TILES, _PART_BYTES // (4 * result.context_kv.numel()))
+    wanted = min(_PROGRAMS // programs, tiles // _LEAST_TILES, PART_BYTES // (4 * result.context_kv.numel()))
     return max(1, wanted)
 
 
