@@ -232,13 +232,12 @@ class TrainConfig:
             "top_k",
         ):
             _require(name, getattr(self, name) >= 0, "0 or more", getattr(self, name))
-        _require("splits", bool(self.splits), "at least one split", self.splits)
-        once = len(set(self.splits)) == len(self.splits)
-        _require("splits", once, "every split once, as a split is not trained on twice in an epoch", self.splits)
+        once = bool(self.splits) and len(set(self.splits)) == len(self.splits)
+        _require("splits", once, "every split once, and at least one", self.splits)
         for name, choices in CHOICES.items():
             _require(name, getattr(self, name) in choices, f"one of {choices}", getattr(self, name))
         turns = self.step_weights == "decay" or self.loss_rows == "turns"
-        _require("step_weights", turns, "decay with --loss-rows", self.loss_rows)
+        _require("loss_rows", turns, "turns with d-pace", self.loss_rows)
         _require("eval_split", not (self.eval_every and not self.eval_split), "a split with --eval-every", None)
         _require("remap_vocab", not self.remap_vocab or self.init_from is not None, "--init-from with it", None)
 

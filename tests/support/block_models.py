@@ -59,10 +59,8 @@ def make_model(shape: BlockShape) -> BlockModel:
 def conversations() -> list[Conversation]:
     """Make two conversations of unlike lengths, which do not have the mask token."""
     rng = np.random.default_rng(0)
-    items = [conversation(rng, mask) for mask in (turns(34, (12, 28)), turns(26, (3, 6), (15, 25)))]
-    for item in items:
-        item.arrays["token_ids"] %= MASK_TOKEN
-    return items
+    masks = (turns(34, (12, 28)), turns(26, (3, 6), (15, 25)))
+    return [conversation(rng, mask, tokens=MASK_TOKEN) for mask in masks]
 
 
 def batch_of(shape: BlockShape, items: list[Conversation]) -> Batch:

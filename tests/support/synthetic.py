@@ -47,13 +47,16 @@ def conversation(
     number: int = 0,
     split: int = 0,
     mode: str = "float32",
+    tokens: int = VOCAB,
 ) -> Conversation:
     """Make a conversation with this loss mask [L], random token ids and taps, and the teacher of random logits.
+
+    Its token ids are below `tokens`.
 
     Taps [R, HIDDEN] of the R rows in reach are float32, or bf16 bits in any mode but float32.
     """
     length = mask.shape[0]
-    token_ids = rng.integers(0, VOCAB, length).astype(np.uint32)
+    token_ids = rng.integers(0, tokens, length).astype(np.uint32)
     rows = rows_in_reach(mask, window)
     taps = {tap_name(layer): rng.normal(size=(length, HIDDEN)).astype(np.float32)[rows] for layer in LAYERS}
     if mode != "float32":
@@ -147,15 +150,24 @@ def items_of(shard: int, count: int = 3) -> list[Conversation]:
     return [conversation(rng, turns(60, (6, 16), (22, 50)), number=count * shard + number) for number in range(count)]
 
 
-def write_store(root: Path, *, per_shard: int = 4, seed: int = 0, **changes: Any) -> StoreManifest:
-    """Write a finished store, one shard of `train` and one of `val`, and give its manifest back."""
+def write_store(root: Path, *, per_shard: int = 4, seed: int = 0, tokens: int = VOCAB, **changes: Any) -> StoreManifest:
+    """Write a finished store, one shard of `train` and one of `val`, and give its manifest back.
+
+    No token id of `tokens` or above occurs in it.
+    """
     rng = np.random.default_rng(seed)
     made = manifest(**changes)
     with StoreWriter(root, made, write_files) as writer:
         for shard in range(made.shards):
             items = [
                 conversation(
-                    rng, turns(40, (6, 16), (22, 37)), window=made.window, number=number, split=shard, mode=made.mode
+                    rng,
+                    turns(40, (6, 16), (22, 37)),
+                    window=made.window,
+                    number=number,
+                    split=shard,
+                    mode=made.mode,
+                    tokens=tokens,
                 )
                 for number in range(per_shard)
             ]
