@@ -290,7 +290,8 @@ class TrainConfig:
     @classmethod
     def objective_defaults(cls) -> dict[str, Any]:
         """Return the default of every setting that has one: its value in runs that are older than the setting."""
-        return {item.name: item.default for item in fields(cls) if item.default is not MISSING}
+        defaults = {item.name: item.default for item in fields(cls) if item.default is not MISSING}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
 
 
 def _require(name: str, holds: bool, expected: str, found: Any) -> None:

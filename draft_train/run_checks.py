@@ -8,8 +8,8 @@ from draftcache.draft_train.checkpoint import resolve_checkpoint
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.data.loss_rows import find_loss_rows
 from draftcache.draft_train.data.teacher import TeacherView
-from draftcache.draft_train.drafts.protocol import VerifierShape
 from draftcache.draft_train.drafts.registry import find_architecture
+from draftcache.draft_train.drafts.sizes import VerifierShape
 from draftcache.draft_train.fit import require_verifier, require_window
 from draftcache.draft_train.loss.row_losses import find_loss
 from draftcache.draft_train.mask_token import with_mask_token

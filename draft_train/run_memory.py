@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from draftcache.draft_train.config import TrainConfig
-from draftcache.draft_train.drafts.protocol import BatchRows, VerifierShape
 from draftcache.draft_train.drafts.registry import find_architecture
+from draftcache.draft_train.drafts.sizes import BatchRows, VerifierShape
 from draftcache.store.common.errors import InputError
 from draftcache.store.reader import StoreReader
 

@@ -32,8 +32,9 @@ from draftcache.draft_train.data.loss_rows import left_out_pairs
 from draftcache.draft_train.data.order import Schedule, StepPlan
 from draftcache.draft_train.data.packed_batch import BatchLoader
 from draftcache.draft_train.data.teacher import TeacherView
-from draftcache.draft_train.drafts.protocol import CheckpointState, VerifierShape
+from draftcache.draft_train.drafts.protocol import CheckpointState
 from draftcache.draft_train.drafts.registry import find_architecture
+from draftcache.draft_train.drafts.sizes import VerifierShape
 from draftcache.draft_train.fit import require_equal, require_fit, require_window
 from draftcache.draft_train.learner import Learner
 from draftcache.draft_train.mask_token import with_mask_token

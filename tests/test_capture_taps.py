@@ -13,7 +13,7 @@ import torch
 
 from draftcache.capture.job.worker_job import CaptureJob
 from draftcache.capture.verifier.ssm_precision import enforce_contract
-from draftcache.draft_train.drafts.protocol import VerifierShape
+from draftcache.draft_train.drafts.sizes import VerifierShape
 from draftcache.store.common.errors import InputError
 from draftcache.store.convert import Conversion
 from draftcache.store.reader import StoreReader

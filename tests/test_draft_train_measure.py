@@ -17,7 +17,7 @@ from draftcache.draft_train.drafts import protocol
 from draftcache.draft_train.drafts.eagle3.architecture import ARCHITECTURE, Eagle3Draft
 from draftcache.draft_train.drafts.eagle3.fused_forward import FusedForward
 from draftcache.draft_train.drafts.eagle3.fused_state import FusedPassSettings
-from draftcache.draft_train.drafts.protocol import VerifierShape
+from draftcache.draft_train.drafts.sizes import VerifierShape
 from draftcache.draft_train.measure import _turns, draft_hits, measure, measure_draft
 from draftcache.store.common.errors import InputError
 from draftcache.store.format.rows import start_rows, tokens_left

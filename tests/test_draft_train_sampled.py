@@ -15,7 +15,7 @@ from draftcache.draft_train.data.batches import build_batch
 from draftcache.draft_train.data.frozen import FrozenWeights
 from draftcache.draft_train.data.teacher import TeacherView
 from draftcache.draft_train.drafts.eagle3.architecture import ARCHITECTURE
-from draftcache.draft_train.drafts.protocol import VerifierShape
+from draftcache.draft_train.drafts.sizes import VerifierShape
 from draftcache.draft_train.evaluate import evaluate
 from draftcache.draft_train.overlap import TeacherRows, overlap_bounds
 from draftcache.draft_train.sampled import SampledCounts, draft_overlaps, expected_steps, require_temperature

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from draftcache.draft_train.checkpoint import checkpoints, load_draft, load_state, resolve_checkpoint
-from draftcache.draft_train.drafts.protocol import BatchRows
 from draftcache.draft_train.drafts.registry import architecture_names, find_architecture, register
+from draftcache.draft_train.drafts.sizes import BatchRows
 from draftcache.draft_train.evaluate import evaluate
 from draftcache.draft_train.export import export
 from draftcache.draft_train.trainer import Trainer
@@ -81,7 +81,7 @@ def test_a_checkpoint_without_an_architecture_is_eagle3(tmp_path: Path) -> None:
 def test_flags_of_a_fused_pass_are_refused_where_there_is_none(tmp_path: Path) -> None:
     write_store(tmp_path / "store")
     for changes, flag in (({"compute": "fused"}, "--compute fused"), ({"recompute_mlp": True}, "--recompute-mlp")):
-        with pytest.raises(InputError, match=f"{flag}: expected a draft with a fused pass"):
+        with pytest.raises(InputError, match=f"{flag}: expected a fused pass"):
             Trainer(config(tmp_path, draft="linear", **changes))
     with pytest.raises(InputError, match="--eagle31: expected it with --draft eagle3, which has it, found --draft dfl"):
         config(tmp_path, draft="dflash", ttt_steps=0, eagle31=True)

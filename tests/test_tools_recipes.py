@@ -254,7 +254,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path, tokenizer_dir: Path)
         ("splits = [\"train\"]", "splits = [\"trian\"]", "one of the splits ['train'], found 'trian': did you"),
         ("sliding_window = 16", "sliding_window = 64", "sliding_window: expected at most 20, the window of the store"),
         ("sliding_window = 16", "sliding_window = 0", "the window of the store, found full attention"),
-        ("ttt_steps = 2", "ttt_steps = 0", "line 34, [train-first]: --ttt-steps: expected at least 1, found 0"),
+        ("ttt_steps = 2", "ttt_steps = -1", "line 34, [train-first]: --ttt-steps: expected 0 or more, found -1"),
         ("head_dim = 4", 'head_dim = "4"', "head_dim: expected a whole number, found '4'"),
         ("top-k = 16", "top-k = 201", "top_k: expected at most the draft vocabulary's 200, found 201"),
         ("layers = [0, 1, 2]", "layers = [0, 1, 4]", "expected blocks 0 to 3"),

@@ -93,7 +93,7 @@ def test_every_argument_of_every_command_may_stand_in_a_file(name: str) -> None:
             "epochs = 1\nlearning_rat = 1",
             "line 2: expected a flag of `draftcache train`, found 'learning_rat': did you",
         ),
-        ("qqqqqq = 1", "known: attention, "),
+        ("qqqqqq = 1", "known: anchor, "),
         ('epochs = "2"', "line 1: epochs: expected a whole number, found '2'"),
         ("epochs = 2.5", "epochs: expected a whole number, found 2.5"),
         ("learning_rate = true", "learning_rate: expected a number, found true"),

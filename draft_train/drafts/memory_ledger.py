@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from draftcache.draft_train.drafts.protocol import MEMORY_KINDS
+from draftcache.draft_train.drafts.sizes import MEMORY_KINDS
 
 
 class MemoryLedger:

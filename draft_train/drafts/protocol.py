@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import Field, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,79 +21,13 @@ from draftcache.draft_train.data.batches import Batch, BatchNeeds
 from draftcache.draft_train.data.frozen import FrozenWeights
 from draftcache.draft_train.drafts.gradient_pass import GradientPass, PlainPass
 from draftcache.draft_train.drafts.pass_support import require_plain
+from draftcache.draft_train.drafts.sizes import BatchRows, Shape, VerifierShape
 from draftcache.draft_train.loss.objective import Objective, StepOutput
 from draftcache.store.common.errors import InputError
 from draftcache.store.format.vocab_map import VocabMap
-from draftcache.store.reader import StoreReader
 
-MEMORY_KINDS = (
-    "weights and optimizer", "frozen weights", "micro-batch", "next micro-batch", "kept for backward", "working",
-)  # fmt: skip
-"""What `Architecture.peak_bytes` tells apart. The first is each run's own for its whole time; runs that train side by
-side on a device share the frozen weights, and all else serves one run after the other."""
 LOGIT_ROWS = 8192
 """Rows whose logits exist at once while a draft proposes."""
-
-
-class Shape(Protocol):
-    """The shape of a draft: a frozen dataclass of JSON values with at least these fields."""
-
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the verifier's states, which the draft reads."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids of the verifier."""
-
-    @property
-    def draft_vocab_size(self) -> int:
-        """Number of token ids that the draft can propose."""
-
-    @property
-    def sliding_window(self) -> int | None:
-        """Window in positions: a row attends to keys fewer than this many positions back; None attends to all keys."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerifierShape:
-    """The part of a draft's shape that the verifier and its store decide."""
-
-    hidden_size: int
-    taps: int
-    """Captured block outputs per row."""
-    vocab_size: int
-    draft_vocab_size: int
-    rms_norm_eps: float
-
-    @classmethod
-    def of(cls, store: StoreReader, draft_vocab_size: int) -> VerifierShape:
-        """Return the shape for a store. `draft_vocab_size` 0 chooses its main draft vocabulary.
-
-        Raises InputError where the store has no draft vocabulary of this size.
-        """
-        manifest = store.manifest
-        return cls(
-            hidden_size=manifest.hidden_size,
-            taps=len(manifest.taps),
-            vocab_size=int(manifest.verifier["vocab_size"]),
-            draft_vocab_size=manifest.teacher_form.choose(draft_vocab_size).size,
-            rms_norm_eps=float(manifest.verifier["rms_norm_eps"]),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchRows:
-    """The size of a micro-batch, for the memory estimate."""
-
-    rows: int
-    """Key rows, whose taps are read."""
-    starts: int
-    """Start rows."""
-    top_k: int
-    """Teacher entries per start row; 0 where the store holds final-norm states instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,6 +219,14 @@ class Architecture(ABC):
     def why_not_served(self, verifier: dict[str, Any], engine: str) -> str | None:
         """Return why `engine` can't serve drafts of `verifier`, as in a manifest, and what to do; None if it can."""
         return None
+
+    @abstractmethod
+    def operations(self, shape: Shape, config: TrainConfig, batch: BatchRows) -> float:
+        """Return the floating-point operations that a training step over these rows needs, forward and backward.
+
+        They are those of matrix products and attention, by counting: every start row has all its steps, and a program
+        that computes something twice does not need more.
+        """
 
     @abstractmethod
     def check_served(self, path: Path) -> None:

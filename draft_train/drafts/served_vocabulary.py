@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from draftcache.draft_train.drafts.protocol import Shape
+from draftcache.draft_train.drafts.sizes import Shape
 from draftcache.store.common.errors import CheckpointError
 from draftcache.store.format.vocab_map import VocabMap
 

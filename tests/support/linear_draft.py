@@ -14,15 +14,8 @@ from torch import Tensor, nn
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.data.batches import Batch, BatchNeeds
 from draftcache.draft_train.data.frozen import FrozenWeights
-from draftcache.draft_train.drafts.protocol import (
-    Architecture,
-    BatchRows,
-    CheckpointState,
-    Draft,
-    ServedForm,
-    Shape,
-    VerifierShape,
-)
+from draftcache.draft_train.drafts.protocol import Architecture, CheckpointState, Draft, ServedForm
+from draftcache.draft_train.drafts.sizes import BatchRows, Shape, VerifierShape
 from draftcache.draft_train.loss.objective import StepOutput
 from draftcache.store.common.errors import CheckpointError
 from draftcache.store.format.vocab_map import VocabMap
@@ -107,6 +100,10 @@ class Linear(Architecture):
         assert isinstance(shape, LinearShape)
         weights = shape.steps * shape.draft_vocab_size * shape.taps * shape.hidden_size
         return {"weights": 16 * weights, "logits": 4 * batch.starts * shape.draft_vocab_size}
+
+    def operations(self, shape: Shape, config: TrainConfig, batch: BatchRows) -> float:
+        assert isinstance(shape, LinearShape)
+        return 4.0 * batch.starts * shape.steps * shape.draft_vocab_size * shape.taps * shape.hidden_size
 
     def check_served(self, path: Path) -> None:
         if json.loads((path / "config.json").read_text())["architectures"] != ["Linear"]:

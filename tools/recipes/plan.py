@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from draftcache.draft_train.config import TrainConfig
 from draftcache.store.common.errors import DraftcacheError
+from draftcache.tools.arguments import read_settings
 from draftcache.tools.cli import COMMANDS
 from draftcache.tools.recipes.auto import capture_of, decide, split_names, verifier_config
 from draftcache.tools.recipes.checks import Checked, CheckedStep
@@ -175,22 +177,22 @@ def _train_tokens(
     return tokens, tokens, GUESS
 
 
-def _train_seconds(draft: Mapping[str, Any], arguments: Any, tokens: int | None, loss: int | None) -> float | None:
-    """Return the seconds of a run on one H100, from the operations of its products and of attention.
+def _train_seconds(draft: dict[str, Any], arguments: Any, tokens: int | None, loss: int | None) -> float | None:
+    """Return the seconds of a run on one H100, from the operations that its steps need. `draft` is the shape's JSON.
 
-    The formula is that of tools/bench/parts/train_cases.py; every loss token starts a row that is unrolled to the end.
+    Every loss token starts a row that goes on to the end, and a full attention is that over 32,768 tokens.
     """
+    from draftcache.draft_train.drafts.registry import find_architecture
+    from draftcache.draft_train.drafts.sizes import BatchRows
+
     if tokens is None or loss is None:
         return None
-    hidden, queries = draft["hidden_size"], draft["num_attention_heads"] * draft["head_dim"]
-    keys = 2 * draft["num_key_value_heads"] * draft["head_dim"]
-    per_row = 2 * hidden * (3 * queries + 2 * keys + 3 * draft["intermediate_size"] + draft["draft_vocab_size"])
-    base = 2 * hidden * (draft["taps"] * hidden + 2 * keys)
-    window = draft["sliding_window"] or 32_768
-    steps = arguments.ttt_steps
-    flops = 3 * (loss * steps * per_row - loss * 4 * hidden * keys + tokens * base)
-    flops += 3.5 * 4 * queries * loss * steps * window
-    return float(arguments.epochs * flops / (TRAIN_SHARE * GPU_TFLOPS["h100"] * 1e12))
+    config = read_settings(TrainConfig, arguments)
+    architecture = find_architecture(config.draft)
+    length = min(tokens, 32_768)
+    rows = BatchRows(rows=length, starts=max(1, length * loss // max(1, tokens)), top_k=0)
+    operations = architecture.operations(architecture.read_shape(draft), config, rows) * tokens / max(1, length)
+    return config.epochs * operations / (TRAIN_SHARE * GPU_TFLOPS["h100"] * 1e12)
 
 
 def _flag(name: str, value: Any) -> list[str]:

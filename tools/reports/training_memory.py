@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from draftcache.draft_train.config import TrainConfig
-from draftcache.draft_train.drafts.protocol import Architecture, BatchRows, Shape, VerifierShape
+from draftcache.draft_train.drafts.protocol import Architecture
 from draftcache.draft_train.drafts.registry import find_architecture
+from draftcache.draft_train.drafts.sizes import BatchRows, Shape, VerifierShape
 from draftcache.draft_train.run_memory import USABLE, SizedBatch, largest_batches
 from draftcache.draft_train.setting_tables import MEMORY_SETTINGS
 from draftcache.store.common.errors import InputError

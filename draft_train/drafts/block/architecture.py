@@ -18,16 +18,8 @@ from draftcache.draft_train.drafts.block.forward import block_outputs
 from draftcache.draft_train.drafts.block.model import BlockModel
 from draftcache.draft_train.drafts.block.shape import BlockShape
 from draftcache.draft_train.drafts.gradient_pass import GradientPass
-from draftcache.draft_train.drafts.protocol import (
-    Architecture,
-    BatchRows,
-    CheckpointState,
-    Draft,
-    LogitReader,
-    ServedForm,
-    Shape,
-    VerifierShape,
-)
+from draftcache.draft_train.drafts.protocol import Architecture, CheckpointState, Draft, LogitReader, ServedForm
+from draftcache.draft_train.drafts.sizes import BatchRows, Shape, VerifierShape
 from draftcache.draft_train.loss.objective import Objective, StepOutput, needs_text
 from draftcache.store.format.vocab_map import VocabMap
 
@@ -139,6 +131,20 @@ class BlockArchitecture(Architecture):
     def peak_bytes(self, shape: Shape, config: TrainConfig, batch: BatchRows) -> dict[str, int]:
         assert isinstance(shape, BlockShape)
         return memory.peak_bytes(shape, config, batch)
+
+    def operations(self, shape: Shape, config: TrainConfig, batch: BatchRows) -> float:
+        assert isinstance(shape, BlockShape)
+        hidden, queries = shape.hidden_size, shape.num_attention_heads * shape.head_dim
+        keys, layers = 2 * shape.num_key_value_heads * shape.head_dim, shape.num_hidden_layers
+        starts = batch.starts * config.anchor_share
+        per_slot = 3.0 * 2 * hidden * (2 * queries + keys + 3 * shape.intermediate_size)
+        windows = [(shape.window if kind == "sliding" else None) or batch.rows for kind in shape.layer_types]
+        attention = 3.5 * 4 * queries * sum(windows)
+        # A frozen head's weights have no gradient, and neither have the taps.
+        head = 2 * (hidden + shape.markov_rank) + hidden * shape.train_head + shape.markov_rank
+        base = 2 * hidden * (2 * shape.taps * hidden + 3 * layers * keys)
+        slots = starts * shape.block_size * (layers * per_slot + attention)
+        return slots + starts * shape.steps * 2 * shape.draft_vocab_size * head + batch.rows * base
 
     def check_served(self, path: Path) -> None:
         served.check_served(path, self.name)

@@ -16,7 +16,7 @@ from draftcache.draft_train.drafts.block.choose_pass import pass_settings
 from draftcache.draft_train.drafts.block.kernels.key_gradients import PART_BYTES
 from draftcache.draft_train.drafts.block.shape import BlockShape
 from draftcache.draft_train.drafts.memory_ledger import MemoryLedger
-from draftcache.draft_train.drafts.protocol import BatchRows
+from draftcache.draft_train.drafts.sizes import BatchRows
 
 BF16, FLOAT32, INT64 = 2, 4, 8
 

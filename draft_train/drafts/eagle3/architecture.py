@@ -18,16 +18,8 @@ from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 from draftcache.draft_train.drafts.eagle3.shape import Eagle3Shape
 from draftcache.draft_train.drafts.eagle3.unroll import unroll
 from draftcache.draft_train.drafts.gradient_pass import GradientPass
-from draftcache.draft_train.drafts.protocol import (
-    Architecture,
-    BatchRows,
-    CheckpointState,
-    Draft,
-    LogitReader,
-    ServedForm,
-    Shape,
-    VerifierShape,
-)
+from draftcache.draft_train.drafts.protocol import Architecture, CheckpointState, Draft, LogitReader, ServedForm
+from draftcache.draft_train.drafts.sizes import BatchRows, Shape, VerifierShape
 from draftcache.draft_train.loss.objective import Objective, StepOutput, needs_text
 from draftcache.store.common.errors import InputError
 from draftcache.store.format.vocab_map import VocabMap
@@ -128,6 +120,16 @@ class Eagle3(Architecture):
 
     def why_not_served(self, verifier: dict[str, Any], engine: str) -> str | None:
         return served.why_not_served(verifier, engine)
+
+    def operations(self, shape: Shape, config: TrainConfig, batch: BatchRows) -> float:
+        assert isinstance(shape, Eagle3Shape)
+        hidden, queries = shape.hidden_size, shape.num_attention_heads * shape.head_dim
+        keys = 2 * shape.num_key_value_heads * shape.head_dim
+        per_row = 2 * hidden * (3 * queries + 2 * keys + 3 * shape.intermediate_size + shape.draft_vocab_size)
+        base = 2 * hidden * (shape.taps * hidden + 2 * keys)
+        rows = batch.starts * config.ttt_steps
+        products = 3.0 * (rows * per_row - batch.starts * 4 * hidden * keys + batch.rows * base)
+        return products + 3.5 * 4 * queries * rows * (shape.sliding_window or batch.rows)
 
     def check_served(self, path: Path) -> None:
         served.check_served(path)
