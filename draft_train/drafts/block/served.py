@@ -18,7 +18,7 @@ from torch import nn
 
 from draftcache.draft_train.drafts.block.shape import BlockShape
 from draftcache.draft_train.drafts.protocol import CheckpointState, ServedForm
-from draftcache.draft_train.drafts.served_vocabulary import require_same_map, vocab_tensors
+from draftcache.draft_train.drafts.served_tensors import require_finite, require_same_map, vocab_tensors
 from draftcache.store.common.errors import CheckpointError
 from draftcache.store.common.files import read_json
 from draftcache.store.format.head_form import HeadForm
@@ -162,9 +162,7 @@ def check_served(path: Path, name: str) -> None:
         raise CheckpointError(f"{path}: expected a mask token of the vocabulary, found {config['mask_token_id']}")
     if not config["max_position_embeddings"]:
         raise CheckpointError(f"{path}: expected max_position_embeddings above 0, found none: engines need it")
-    for key, value in tensors.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise CheckpointError(f"{path}: {key}: expected finite weights, found NaN or infinity")
+    require_finite(path, tensors)
 
 
 def _expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

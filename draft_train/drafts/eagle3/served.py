@@ -17,6 +17,7 @@ from torch import nn
 
 from draftcache.draft_train.drafts.eagle3.shape import Eagle3Shape
 from draftcache.draft_train.drafts.protocol import CheckpointState, ServedForm
+from draftcache.draft_train.drafts.served_tensors import require_finite, require_same_map, vocab_tensors
 from draftcache.store.common.errors import CheckpointError, InputError
 from draftcache.store.common.files import read_json
 from draftcache.store.format.vocab_map import VocabMap
@@ -118,19 +119,7 @@ def served_form(
     """Return config.json, and the model's tensors in `dtype` with d2t int64 [D] and t2d bool [V] beside them."""
     config = served_config(shape, state, engine, str(dtype).removeprefix("torch."))
     tensors = {name: value.to(dtype).contiguous() for name, value in model.state_dict().items()}
-    return ServedForm(config, tensors | _vocab_tensors(shape, vocab_map))
-
-
-def _vocab_tensors(shape: Eagle3Shape, vocab_map: VocabMap) -> dict[str, torch.Tensor]:
-    """Return d2t and t2d. t2d is as long as the verifier's head, which may have padding rows after the tokenizer's."""
-    if len(vocab_map) != shape.draft_vocab_size or vocab_map.vocab_size > shape.vocab_size:
-        raise CheckpointError(
-            f"expected a map of {shape.draft_vocab_size} of at most {shape.vocab_size} ids, "
-            f"found {len(vocab_map)} of {vocab_map.vocab_size}"
-        )
-    t2d = torch.zeros(shape.vocab_size, dtype=torch.bool)
-    t2d[: vocab_map.vocab_size] = torch.from_numpy(vocab_map.t2d)
-    return {"d2t": torch.from_numpy(vocab_map.d2t.copy()), "t2d": t2d}
+    return ServedForm(config, tensors | vocab_tensors(shape, vocab_map))
 
 
 def check_served(path: Path) -> None:
@@ -141,18 +130,13 @@ def check_served(path: Path) -> None:
     missing = sorted(required - tensors.keys())
     if missing or not any(name.startswith("midlayer.") for name in tensors):
         raise CheckpointError(f"{path}: expected {sorted(required)} and midlayer.*, missing {missing}")
-    d2t = tensors["d2t"]
-    targets = d2t + torch.arange(d2t.shape[0])
-    if not torch.equal(targets, torch.nonzero(tensors["t2d"])[:, 0]):
-        raise CheckpointError(f"{path}: expected d2t and t2d to name the same target ids, found them to differ")
+    require_same_map(path, tensors)
     if not config["max_position_embeddings"]:
         raise CheckpointError(f"{path}: expected max_position_embeddings above 0, found none: engines need it")
     _check_norms(path, config, tensors)
     if tensors["lm_head.weight"].shape[0] != config["draft_vocab_size"]:
         raise CheckpointError(f"{path}: expected {config['draft_vocab_size']} head rows")
-    for name, value in tensors.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise CheckpointError(f"{path}: {name}: expected finite weights, found NaN or infinity")
+    require_finite(path, tensors)
 
 
 def _check_norms(path: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The tensors by which engines map draft ids to the verifier's: d2t in offset form, and t2d."""
+"""The tensors of exports of any architecture: maps of draft ids, d2t in offset form and t2d, and what all must be."""
 
 from __future__ import annotations
 
@@ -36,3 +36,10 @@ def require_same_map(path: Path, tensors: Mapping[str, Tensor]) -> None:
     targets = d2t + torch.arange(d2t.shape[0])
     if not torch.equal(targets, torch.nonzero(tensors["t2d"])[:, 0]):
         raise CheckpointError(f"{path}: expected d2t and t2d to name the same target ids, found them to differ")
+
+
+def require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError where a weight of an export is NaN or infinite."""
+    for name, value in tensors.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise CheckpointError(f"{path}: {name}: expected finite weights, found NaN or infinity")
