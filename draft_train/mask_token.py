@@ -6,6 +6,7 @@ It must not occur in the data: a conversation that held it would teach the draft
 from __future__ import annotations
 
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,8 +46,18 @@ def with_mask_token(config: TrainConfig, store: StoreReader) -> TrainConfig:
     return replace(config, mask_token_id=chosen)
 
 
+_counted: WeakKeyDictionary[StoreReader, NDArray[np.int64]] = WeakKeyDictionary()
+"""By opened store, its token counts: the trials of a sweep ask for them again and again."""
+
+
 def token_counts(store: StoreReader) -> NDArray[np.int64]:
     """Return how often each of the verifier's token ids occurs in a store, [vocabulary] int64."""
+    if store not in _counted:
+        _counted[store] = _count(store)
+    return _counted[store]
+
+
+def _count(store: StoreReader) -> NDArray[np.int64]:
     counts = np.zeros(int(store.manifest.verifier["vocab_size"]), np.int64)
     with progress_bar(total=len(store), desc="looking for a mask token", unit=" conversations") as bar:
         for number in range(len(store)):

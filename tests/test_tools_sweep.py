@@ -32,7 +32,7 @@ from draftcache.tools.sweep.rungs import Rungs
 from draftcache.tools.sweep.worker import FAILED, is_finished, train_group
 from support.processes import wait_for
 from support.ray_cluster import RAY_ENVIRONMENT, ray_cluster
-from support.synthetic import write_store
+from support.synthetic import VOCAB, write_store
 from support.training_runs import metrics
 
 CPU = [torch.device("cpu")]
@@ -90,6 +90,31 @@ def test_trials_are_the_runs_that_the_settings_make_alone(root: Path, capsys: py
     changed = written(root, axes, weight_decay=0.5)
     assert main(["sweep", str(changed), "--output", str(root / "out"), "--device", "cpu"]) == 2
     assert "expected weight_decay 0.0 in trial_0000" in capsys.readouterr().err
+
+
+def test_architectures_are_an_axis_with_settings_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_store(tmp_path / "store", tokens=VOCAB - 1)
+    shape = "num_hidden_layers = 1\nblock_size = 3\n"
+    own = f"[train.eagle3]\nttt_steps = 2\n[train.dspark]\n{shape}markov_rank = 2\n[train.dflash]\n{shape}"
+    axes = {"order": ["shuffle", "bucketed"], "draft": ["eagle3", "dspark", "dflash"]}
+    path = written(tmp_path, axes, own, ttt_steps=0)
+    assert main(["sweep", str(path), "--output", str(tmp_path / "out"), "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(row["draft"], row["state"]) for row in found["trials"]] == [
+        (name, "finished") for name in axes["draft"]
+    ] * 2
+    sweep = Sweep.from_json(read_json(tmp_path / "out" / PLAN_NAME))
+    assert sweep.groups == [[0, 1, 2], [3, 4, 5]]  # one reading feeds three
+    for trial in sweep.trials[:3]:
+        alone = Trainer(replace_output(trial.config, tmp_path / "alone" / trial.name)).run()
+        mine, theirs = (load_file(run / "model.safetensors") for run in (checkpoints(trial.config.output)[-1], alone))
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    with pytest.raises(
+        InputError, match=r"\[train.dsparc\]: expected the name of an architecture.*did you mean dspark"
+    ):
+        read_sweep(written(tmp_path, more="[train.dsparc]\nblock_size = 3"), tmp_path / "other")
 
 
 def replace_output(config: Any, output: Path) -> Any:

@@ -1,7 +1,8 @@
 """The trials of a sweep: every combination of the values on its axes, over settings that all trials share.
 
-A sweep is a TOML file. [train] holds flags of `draftcache train`, [axes] lists of values for some of those flags, and
-[asha], which may be left out, says when trials that do worse than others end early.
+A sweep is a TOML file. [train] holds flags of `draftcache train`, [train.NAME] flags of the trials with `draft = NAME`
+alone, [axes] lists of values for some of those flags, and [asha], which may be left out, says when trials that do worse
+than others end early.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.drafts.registry import DEFAULT, architecture_names
 from draftcache.draft_train.run_checks import require_trainable
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.files import canonical_json
@@ -125,8 +127,9 @@ def read_sweep(path: Path, output: Path) -> Sweep:
             raise InputError(f"{path}: expected a section [{name}] with flags of `draftcache train`, found none")
     axes = _axes(path, body["axes"])
     asha = _asha(path, body.get("asha"))
-    shared = {name_of(key): value for key, value in body["train"].items()}
-    for key in (*shared, *axes):
+    shared = {name_of(key): value for key, value in body["train"].items() if not isinstance(value, dict)}
+    of_draft = _of_draft(path, body["train"])
+    for key in (*shared, *axes, *(key for own in of_draft.values() for key in own)):
         if key in _OWN:
             raise InputError(f"{path}: expected no {key}, which the sweep decides itself; leave it out")
     shared.setdefault("track_group", output.name)
@@ -134,9 +137,23 @@ def read_sweep(path: Path, output: Path) -> Sweep:
     for number, values in enumerate(itertools.product(*axes.values())):
         chosen = dict(zip(axes, values, strict=True))
         name = f"trial_{number:04d}"
-        trials.append(Trial(name=name, axes=chosen, config=_config(path, shared, chosen, output / RUNS / name)))
+        own = of_draft.get((shared | chosen).get("draft", DEFAULT), {})
+        config = _config(path, shared | own, chosen, output / RUNS / name)
+        trials.append(Trial(name=name, axes=chosen, config=config))
     _check(path, trials, asha)
     return Sweep(axes=axes, trials=trials, asha=asha, groups=_groups(trials))
+
+
+def _of_draft(path: Path, section: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the flags of the sections [train.NAME] by the architecture that they are for."""
+    known = architecture_names()
+    found = {key: value for key, value in section.items() if isinstance(value, dict)}
+    for key in found:
+        if key not in known:
+            raise InputError(
+                f"{path}: [train.{key}]: expected the name of an architecture, one of {known}: {nearest(key, known)}"
+            )
+    return {key: {name_of(name): value for name, value in own.items()} for key, own in found.items()}
 
 
 def _axes(path: Path, section: Mapping[str, Any]) -> dict[str, list[Any]]:
