@@ -34,6 +34,9 @@ NEEDS_FLASH = pytest.mark.skipif(
 """In the interpreter its plain twin takes its place, beside the kernels of rows' own keys."""
 
 
+STEPS_TRIED = [0, 5] if INTERPRETED else [0, 1, 5]
+
+
 def mask_of(positions: torch.Tensor, key_positions: torch.Tensor, step: int, window: int, slots: int) -> StepMask:
     rows = torch.arange(slots, device=DEVICE)[-positions.numel() :]
     return StepMask(rows, positions.to(DEVICE, torch.int32), key_positions.to(DEVICE, torch.int32), step, window)
@@ -83,16 +86,17 @@ def require_attention(mask: StepMask, heads: int, groups: int, width: int, dtype
     assert error(found, expected_q) < 2 * bound
     for ours, theirs in zip(sums, wide_sums, strict=True):
         assert error(ours, theirs) < 2 * bound
-    again_sums = [torch.zeros_like(part) for part in sums]
-    again = attend_backward(given, attend(q, kv, own, mask), *again_sums)
-    assert all(torch.equal(one, two) for one, two in zip((found, *sums), (again, *again_sums), strict=True))
+    if not INTERPRETED:  # which runs one program after the other
+        again_sums = [torch.zeros_like(part) for part in sums]
+        again = attend_backward(given, attend(q, kv, own, mask), *again_sums)
+        assert all(torch.equal(one, two) for one, two in zip((found, *sums), (again, *again_sums), strict=True))
     if mask.step:  # negative control: rows that see one key more are told apart
         wider = attend_reference(*wide, replace(plain, window=mask.window + mask.step))
         assert mask.window > keys or error(wider.out, expected.out) > BOUND[F32]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("step", [0, 1, 5])
+@pytest.mark.parametrize("step", STEPS_TRIED)
 @pytest.mark.parametrize(("heads", "groups", "width"), HEADS)
 @pytest.mark.parametrize("name", cases())
 def test_attention(name: str, heads: int, groups: int, width: int, step: int, dtype: torch.dtype) -> None:
@@ -102,7 +106,7 @@ def test_attention(name: str, heads: int, groups: int, width: int, step: int, dt
 
 
 @NEEDS_FLASH
-@pytest.mark.parametrize("step", [0, 1, 5])
+@pytest.mark.parametrize("step", STEPS_TRIED)
 @pytest.mark.parametrize(("heads", "groups", "width"), HEADS)
 @pytest.mark.parametrize("name", [*(name for name in cases() if name != "holes"), "close turns"])
 def test_flash_attention(name: str, heads: int, groups: int, width: int, step: int) -> None:
@@ -154,8 +158,9 @@ def test_the_whole_pass_through_its_kernels_equals_autograd_in_float64(dtype: to
     found = run(training, model, batch.to(DEVICE))
     torch.testing.assert_close(found[0][0].cpu(), expected[0][0], rtol=bound, atol=0)
     assert near({name: value.cpu().double() for name, value in found[1].items()}, expected[1], bound)
-    again = run(training, model, batch.to(DEVICE))
-    assert all(torch.equal(again[1][name], value) for name, value in found[1].items())
+    if not INTERPRETED:  # which runs one operation after the other
+        again = run(training, model, batch.to(DEVICE))
+        assert all(torch.equal(again[1][name], value) for name, value in found[1].items())
 
 
 @pytest.mark.skipif(INTERPRETED, reason="there is no device to wait for")

@@ -18,11 +18,11 @@ from support.paths import ROOT
 
 FORWARD = "test_capture_forward.py::test_random_weights_equal_the_models_code"
 PARTS = (
-    (("test_gpu_draft_attention.py",), 40),
+    (("test_gpu_draft_attention.py", "test_gpu_block_pass.py"), 30),
     (
         (
             "test_gpu_draft_kernels.py",
-            "test_block_kernels.py",
+            "test_gpu_block_kernels.py",
             "test_gpu_kernels.py",
             "test_kernels_interpreted.py",
             FORWARD,

@@ -118,8 +118,10 @@ class BlockHead:
         losses, hits, gradient = self.loss.of_logits(batch, logits, rows.teacher, weight, inputs.dtype)
         del logits
         result.loss.add_((losses * weight).sum())
-        result.losses.index_add_(0, rows.steps, losses.to(result.losses.dtype))
-        result.hits.index_add_(0, rows.steps, hits.to(result.hits.dtype))
+        # Not by `index_add_`: its order differs from run to run, and so would the last bits of what is logged.
+        of_step = rows.steps == torch.arange(len(result.losses), device=hidden.device)[:, None]
+        result.losses.add_((of_step * losses.double()).sum(1))
+        result.hits.add_((of_step & hits).sum(1))
         if self.model.shape.train_head:
             add_product(buffers["head"], gradient, inputs[:, :width])
         given = gradient @ self.weights.head
