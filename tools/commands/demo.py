@@ -11,7 +11,10 @@ from draftcache.tools.results import add_json, show
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the demo's flags."""
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/demo"), help="directory of the run (default: runs/demo)"
+        "--output", type=Path, help="directory of the run (default: runs/demo, runs/demo-DRAFT for another draft)"
+    )
+    parser.add_argument(
+        "--draft", choices=("eagle3", "dflash", "dspark"), default="eagle3", help="architecture (default: eagle3)"
     )
     parser.add_argument(
         "--part",
@@ -30,13 +33,16 @@ def run(arguments: argparse.Namespace) -> int:
     from draftcache.tools.demo.pipeline import Demo, DemoSize
     from draftcache.tools.demo.report import format_summary
 
+    own = "demo" if arguments.draft == "eagle3" else f"demo-{arguments.draft}"
+    output = arguments.output or Path("runs") / own
+    demo = Demo(output, DemoSize(), arguments.draft)
     if arguments.part == "data":
-        Demo(arguments.output, DemoSize()).write_data()
-        files = sorted(path.name for path in arguments.output.glob("*.jsonl"))
-        show(arguments, {"output": str(arguments.output), "files": files}, f"{arguments.output}: {', '.join(files)}")
+        demo.write_data()
+        files = sorted(path.name for path in output.glob("*.jsonl"))
+        show(arguments, {"output": str(output), "files": files}, f"{output}: {', '.join(files)}")
         return 0
-    summary = Demo(arguments.output, DemoSize()).run()
+    summary = demo.run()
     made = "report.html, summary.json, curves.png, draft/ (for vLLM)"
-    where = f"{arguments.output}: {made}; {summary['seconds']['total']:.0f} s"
-    show(arguments, {"output": str(arguments.output), **summary}, f"\n{format_summary(summary)}\n\n{where}")
+    where = f"{output}: {made}; {summary['seconds']['total']:.0f} s"
+    show(arguments, {"output": str(output), **summary}, f"\n{format_summary(summary)}\n\n{where}")
     return 0 if summary["speculative_decode_lossless"] and summary["offline_equals_online"] else 1

@@ -33,6 +33,15 @@ TRACE_SPLITS = ("val_traces", "mt_bench", "humaneval")
 IN_DOMAIN = "val_traces"
 
 
+_BLOCKS = {"ttt_steps": 0, "num_hidden_layers": 2, "block_size": 6}
+DRAFTS: dict[str, dict[str, Any]] = {
+    "eagle3": {},
+    "dflash": {"draft": "dflash", **_BLOCKS},
+    "dspark": {"draft": "dspark", **_BLOCKS, "markov_rank": 64},
+}
+"""By architecture, what its training steps set otherwise than the recipe."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DemoSize:
     """How much of the shipped text a demo run uses; how it trains is in the recipe."""
@@ -86,9 +95,11 @@ def _answer(prompts: list[list[int]], *, max_new_tokens: int, eos_token_id: int)
 class Demo:
     """One run of the demo in a directory."""
 
-    def __init__(self, output: Path, size: DemoSize) -> None:
+    def __init__(self, output: Path, size: DemoSize, draft: str = "eagle3") -> None:
+        """`draft` is one of `DRAFTS`."""
         self.output = output
         self.size = size
+        self.draft = draft
         self.seconds: dict[str, float] = {}
 
     def path(self, *parts: str) -> Path:
@@ -128,7 +139,9 @@ class Demo:
         from draftcache.tools.recipes.runner import run_steps
         from draftcache.tools.recipes.steps import steps_of
 
-        recipe = load_recipe(find_recipe("demo"), {}, self.output)
+        stages = ("train-stage1", "train-stage2")
+        given = {f"{stage}.{name}": value for stage in stages for name, value in DRAFTS[self.draft].items()}
+        recipe = load_recipe(find_recipe("demo"), given, self.output)
         outcomes = run_steps(check_steps(steps_of(recipe, self.output)), self.output, lambda _, words: main(words))
         if code := outcomes[-1].exit_code:
             raise DraftcacheError(f"[{outcomes[-1].name}] ended with exit code {code}; see its message above")
