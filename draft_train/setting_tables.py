@@ -35,6 +35,7 @@ BLOCKS = ("dflash", "dspark")
 _OWNERS: dict[str, tuple[str, ...]] = {
     "ttt_steps": ("eagle3",),
     "eagle31": ("eagle3",),
+    "attention": ("eagle3",),
     "num_hidden_layers": BLOCKS,
     "block_size": BLOCKS,
     "layer_types": BLOCKS,

@@ -188,7 +188,7 @@ def test_every_epoch_draws_its_anchors_by_seed_and_content(tmp_path: Path) -> No
         (["--draft", "dspark", "--eagle31"], "--eagle31: expected it with --draft eagle3"),
         (["--draft", "dspark", "--anchor-share", "0"], "--anchor-share: expected above 0"),
         (["--draft", "dspark", "--layer-types", "sliding"], "--layer-types: expected one of"),
-        (["--draft", "dspark", "--attention", "flash"], "--attention flash: expected --draft eagle3"),
+        (["--draft", "dspark", "--attention", "flash"], "--attention: expected it with --draft eagle3"),
         (
             ["--draft", "dspark", "--step-weights", "d-pace", "--loss-rows", "unshifted"],
             "--loss-rows: expected turns with d-pace",

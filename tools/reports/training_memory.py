@@ -13,7 +13,7 @@ from draftcache.draft_train.drafts.protocol import Architecture
 from draftcache.draft_train.drafts.registry import find_architecture
 from draftcache.draft_train.drafts.sizes import BatchRows, Shape, VerifierShape
 from draftcache.draft_train.run_memory import USABLE, SizedBatch, largest_batches
-from draftcache.draft_train.setting_tables import MEMORY_SETTINGS
+from draftcache.draft_train.setting_tables import BLOCKS, MEMORY_SETTINGS
 from draftcache.store.common.errors import InputError
 
 CARDS_GIB = (24, 40, 80)
@@ -43,6 +43,8 @@ def training_memory(arguments: argparse.Namespace, config: dict[str, Any]) -> di
     shape = architecture.shape_for(train, verifier)
     found = {}
     for name, changes in SETTINGS_SHOWN.items():
+        if "attention" in changes and train.draft in BLOCKS:
+            continue  # FlashAttention has no mask for blocks
         settings = replace(train, **changes)
         peaks = [(architecture.peak_bytes(shape, settings, rows), tokens) for tokens, rows in batches]
         peak, tokens = max(peaks, key=lambda item: sum(item[0].values()))

@@ -22,10 +22,8 @@ def choose_pass(
     """Return the fused pass if --compute asks for it or, with auto, if it can run; None for the plain pass.
 
     `say` prints why the plain pass runs on a GPU. Raises InputError where --compute fused or --recompute-mlp can't be
-    honoured, and for --attention flash: FlashAttention has no mask for blocks.
+    honoured.
     """
-    if config.attention == "flash":
-        raise InputError(f"--attention flash: expected --draft eagle3, found {config.draft}, whose kernels are its own")
     reason = why_no_kernels(model.shape.head_dim, embeddings.device)
     if reason is None and config.loss_rows != "turns":
         reason = f"--loss-rows {config.loss_rows}: not every row of a block carries loss up to its end"
