@@ -100,8 +100,17 @@ def test_probe_names_vllms_ids(tmp_path: Path, kind: str) -> None:
     assert not compare_files(tmp_path / "other.safetensors", written, ids=tuple(IDS)).fits  # negative control
 
 
-@pytest.mark.parametrize("eagle31", [False, True])
-def test_vllm_serves_the_export_with_the_verify_steps_that_eval_counts(tmp_path: Path, eagle31: bool) -> None:
+DRAFTS: dict[str, dict[str, Any]] = {
+    "eagle3": {},
+    "eagle31": {"eagle31": True},
+    "dflash": {"draft": "dflash", "num_hidden_layers": 2, "block_size": 6},
+    "dflash-full": {"draft": "dflash", "num_hidden_layers": 2, "block_size": 6, "sliding_window": 0},
+}
+"""By name, settings of drafts that this vLLM serves on a CPU; DSpark needs a GPU."""
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_vllm_serves_the_export_with_the_verify_steps_that_eval_counts(tmp_path: Path, name: str) -> None:
     model = save_verifier(tmp_path / "llama", "llama")
     draw = random.Random(0)
     prompts = [[draw.randrange(3, VOCAB) for _ in range(draw.randrange(10, 60))] for _ in range(24)]
@@ -123,19 +132,20 @@ def test_vllm_serves_the_export_with_the_verify_steps_that_eval_counts(tmp_path:
         window=0, device="cpu",
     )  # fmt: skip
     CaptureJob(captured).run()
-    training = TrainConfig(
-        store=tmp_path / "store", output=tmp_path / "run", splits=("traces",), epochs=60, batch_conversations=8,
-        learning_rate=3e-3, sliding_window=24, num_attention_heads=4, num_key_value_heads=2, head_dim=32, device="cpu",
-        eagle31=eagle31,
-    )  # fmt: skip
-    Trainer(training).run()
+    values: dict[str, Any] = {
+        "store": tmp_path / "store", "output": tmp_path / "run", "splits": ("traces",), "epochs": 60,
+        "batch_conversations": 8, "learning_rate": 3e-3, "sliding_window": 24, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 32, "device": "cpu",
+    }  # fmt: skip
+    Trainer(TrainConfig(**values | DRAFTS[name])).run()
     counted = evaluate(store=tmp_path / "store", checkpoint=tmp_path / "run", splits=["traces"])
     expected = counted["splits"]["traces"]["draft"]
     assert expected["kind"] == "exact"
     draft = export(tmp_path / "run", tmp_path / "draft", engine="vllm", dtype="float32")
 
     def served() -> tuple[list[list[int]], int]:
-        speculative = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 5}
+        method = DRAFTS[name].get("draft", "eagle3")
+        speculative = {"method": method, "model": str(draft), "num_speculative_tokens": 5}
         answer = vllm(tmp_path, model, prompts, ANSWER, speculative_config=speculative)
         drafts = int(answer["counters"]["vllm:spec_decode_num_drafts"])
         return [item["token_ids"] for item in answer["outputs"]], drafts
@@ -145,10 +155,15 @@ def test_vllm_serves_the_export_with_the_verify_steps_that_eval_counts(tmp_path:
     assert text == plain
     assert steps == expected["verify_steps"]
     assert steps < 0.8 * expected["tokens"]  # drafts are accepted, so that the equality says something
-    # Negative control: aux ids that are off by one, or an un-normed state that is carried on, cost steps silently.
+    # Negative control: tap ids that are off by one, or an un-normed state that is carried on, cost steps silently.
     config = json.loads((draft / "config.json").read_text())
-    config |= {"norm_output": False} if eagle31 else {"eagle_aux_hidden_state_layer_ids": list(LAYERS)}
+    if name == "eagle31":
+        config["norm_output"] = False
+    elif name == "eagle3":
+        config["eagle_aux_hidden_state_layer_ids"] = list(LAYERS)
+    else:
+        config["dflash_config"]["target_layer_ids"] = [layer - 1 for layer in LAYERS]
     (draft / "config.json").write_text(json.dumps(config))
     text, wrong = served()
     assert text == plain
-    assert wrong > (1.03 if eagle31 else 1.1) * steps
+    assert wrong > (1.03 if name == "eagle31" else 1.1) * steps

@@ -66,9 +66,19 @@ def with_teacher(item: Conversation, kind: str, top_k: int, *, bf16: bool) -> Co
 
 
 def write_teacher_store(
-    root: Path, kind: str, *, top_k: int = TOP_K, per_shard: int = 4, bf16: bool = False, **changes: Any
+    root: Path,
+    kind: str,
+    *,
+    top_k: int = TOP_K,
+    per_shard: int = 4,
+    bf16: bool = False,
+    tokens: int = VOCAB,
+    **changes: Any,
 ) -> None:
-    """Write a finished store with all three vocabularies. `bf16`: states are stored as bit patterns."""
+    """Write a finished store with all three vocabularies. `bf16`: states are stored as bit patterns.
+
+    Its token ids are below `tokens`.
+    """
     rng = np.random.default_rng(0)
     made = manifest(
         teacher=kind,
@@ -96,7 +106,8 @@ def write_teacher_store(
             items = []
             for number in range(per_shard):
                 mask = turns(40, (6, 16), (22, 37))
-                item = conversation(rng, mask, window=made.window, number=number, split=shard, mode=made.mode)
+                where = {"window": made.window, "number": number, "split": shard}
+                item = conversation(rng, mask, mode=made.mode, tokens=tokens, **where)
                 items.append(with_teacher(item, kind, top_k, bf16=bf16))
             tails = describe(np.concatenate([tail_mass(item.arrays, in_draft) for item in items]))
             writer.write_shard(shard, items, {"quarantined": [], "gates": {}, "tail_mass": tails})

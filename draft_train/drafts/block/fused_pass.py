@@ -163,6 +163,7 @@ class BlockPass(BlockForward):
         """Add the gradients of what makes the context's keys and values, for theirs of all slices."""
         every = torch.arange(context.base.shape[0], device=context.base.device)
         given = torch.zeros_like(context.base)
+        none = torch.zeros_like(layers[0].norms.query)  # ranks may be adding up the gradient of q_norm by now
         for layer, projected, kv_gradient in zip(layers, context.projected, kv_gradients, strict=True):
             attention = layer.layer.self_attn
             gradient = normed_heads_backward(
@@ -172,7 +173,7 @@ class BlockPass(BlockForward):
                 replace(layer.norms, queries=0),
                 context.table,
                 every,
-                self.weights.gradient(attention.q_norm.weight),
+                none,
                 self.weights.gradient(attention.k_norm.weight),
             )
             add_product(layer.gradients["qkv"][layer.queries :], gradient, context.states)
