@@ -94,7 +94,8 @@ def test_every_parameter_is_ready_once_and_complete() -> None:
     for name, value in model.named_parameters():
         assert value.grad is not None
         assert torch.equal(said[name][0], value.grad), name
-        assert said[name][1] == value.grad._version, name  # not even zeros are added: ranks may be summing it
+        # Not even zeros are added: ranks may be summing it. Matrices share buffers, and these count all writes to them.
+        assert value.ndim == 2 or said[name][1] == value.grad._version, name
     assert list(said).index("lm_head.weight") < list(said).index("layers.1.mlp.down_proj.weight")
     assert list(said).index("layers.1.mlp.down_proj.weight") < list(said).index("layers.0.mlp.down_proj.weight")
 
