@@ -59,3 +59,5 @@ def test_a_missing_wheel_is_named(tmp_path: Path) -> None:
         archive.writestr("specforge/__init__.py", "")
     with pytest.raises(InputError, match="expected one wheel nemo_automodel"), unpacked_wheels(tmp_path):
         pass
+    with unpacked_wheels(tmp_path, ["specforge"]) as root:  # only what is asked for has to be there
+        assert (root / "specforge" / "__init__.py").is_file()

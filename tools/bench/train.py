@@ -11,6 +11,12 @@ are float32, products bf16.
   saves memory) over those of a bf16 product, which is measured first.
 - `matmul_ms` and the other times in ms, with --profile, are one more step's by kind of kernel.
 
+The cases `dspark-` and `dflash-` train block drafts (parts/block_cases.py has their shape and their floors) with one
+optimizer step per batch of the same kind. `anchor_s` are anchors per second; every token is one, except in
+`dspark-32k-3072-anchors`, which has as many as the peer of train_peers. Before the first case of a draft is timed, the
+gradients of its fused pass are compared with float64 autograd on a small batch: `gradient_error` is the largest
+relative difference, and above 0.05 nothing is timed. Block drafts have one attention, whatever --attention says.
+
 The case `loader-32k` trains from a lossless store that it writes to disk; `loader-32k-in-memory` is its second epoch.
 `of_synthetic` is its rate as a share of `train-32k` of the same run; `disk_gb_s` is the rate of reading the store's
 files without training. With `--attention triton,flash` each case is measured with both, one after the other; names of
@@ -23,7 +29,6 @@ import argparse
 import gc
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,22 +40,22 @@ from typing import Any
 
 import torch
 
-from draftcache.draft_train.config import TrainConfig
-from draftcache.draft_train.data.batches import Batch
-from draftcache.draft_train.drafts.eagle3.choose_pass import pass_settings
-from draftcache.draft_train.drafts.eagle3.fused_pass import FusedPass
-from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
-from draftcache.draft_train.loss.objective import Objective
-from draftcache.draft_train.optimizer import make_optimizer
-from draftcache.draft_train.ranks import GradientSums, Ranks, joined_ranks
+from draftcache.draft_train.ranks import joined_ranks
 from draftcache.draft_train.setting_tables import CHOICES
-from draftcache.store.common.errors import InputError
+from draftcache.store.common.errors import DraftcacheError, InputError
 from draftcache.store.common.files import write_json
-from draftcache.tools.bench.capture import matmul_ceiling, timed
+from draftcache.tools.bench.capture import matmul_ceiling
+from draftcache.tools.bench.parts.block_cases import (
+    BLOCK_CASES,
+    LIMIT,
+    gradient_error,
+    needed_block_flops,
+)
 from draftcache.tools.bench.parts.rows import report, result_row, some_of
 from draftcache.tools.bench.parts.stages import IDLE, REST, STAGES, stage_times
 from draftcache.tools.bench.parts.train_cases import CASES, SHAPE, needed_flops, synthetic_batch
 from draftcache.tools.bench.parts.train_loader import evaluation_metrics, loader_metrics, write_store
+from draftcache.tools.bench.parts.train_steps import block_step, optimizer_step, timed_steps
 
 LONG = 32_768
 LOADER, LOADED = "loader-32k", 12
@@ -61,7 +66,7 @@ ATTENTION = CHOICES["attention"]
 UNITS = {
     "tok_s": "tok/s", "median_tok_s": "tok/s", "peak_gib": "GiB", "matmul_share": "of bf16 matmul",
     "data_wait_share": "of wall time", "gb_s": "GB/s", "disk_gb_s": "GB/s", "of_synthetic": "of train-32k",
-    "of_training": "of loader-32k-in-memory",
+    "of_training": "of loader-32k-in-memory", "anchor_s": "anchors/s", "gradient_error": "relative",
     **dict.fromkeys((*STAGES, REST, IDLE), "ms"),
 }  # fmt: skip
 Metrics = dict[str, float]
@@ -71,7 +76,7 @@ def main() -> None:
     """Run the chosen cases and report their results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, metavar="FILE")
-    names = (*CASES, LOADER)
+    names = (*CASES, *BLOCK_CASES, LOADER)
     parser.add_argument("--cases", type=some_of(names), default=",".join(names), help="(%(default)s)")
     parser.add_argument(
         "--attention", type=some_of(ATTENTION), default=ATTENTION[0], help=f"of {', '.join(ATTENTION)} (%(default)s)"
@@ -79,13 +84,16 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="say where the time of one more step goes")
     parser.add_argument("--directory", type=Path, help="for the store of loader-32k, 6 GB (default: a temporary one)")
     parser.add_argument("--peer-wheels", type=Path, metavar="DIRECTORY", help="time peers first: see train_peers")
+    parser.add_argument("--peers", default="", metavar="NAME,NAME", help="which of them (all)")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise InputError("expected a CUDA device, found none; this benchmark measures one")
     if "WORLD_SIZE" in os.environ:
         measure_ranks(arguments)
         return
-    rows = peer_rows(arguments.peer_wheels)  # the peers run before this process takes any of the GPU's memory
+    rows = peer_rows(
+        arguments.peer_wheels, arguments.peers
+    )  # the peers run before this process takes any of the GPU's memory
     device = torch.device("cuda")
     ceiling = matmul_ceiling(device)
     print(f"bf16 matmul {ceiling / 1e12:.0f} TFLOP/s", flush=True)
@@ -98,7 +106,7 @@ def main() -> None:
     report(rows, arguments.output)
 
 
-def peer_rows(wheels: Path | None) -> list[dict[str, Any]]:
+def peer_rows(wheels: Path | None, peers: str) -> list[dict[str, Any]]:
     """Return the result rows of `train_peers`, which runs in another process.
 
     Importing the peers would change torch's settings in this one.
@@ -115,6 +123,7 @@ def peer_rows(wheels: Path | None) -> list[dict[str, Any]]:
             str(wheels),
             "--output",
             str(output),
+            *(["--peers", peers] if peers else []),
         ]
         subprocess.run(command, check=True)
         rows: list[dict[str, Any]] = json.loads(output.read_text())
@@ -124,9 +133,13 @@ def peer_rows(wheels: Path | None) -> list[dict[str, Any]]:
 def measure(arguments: argparse.Namespace, device: torch.device, ceiling: float) -> Iterator[tuple[str, Metrics]]:
     """Yield each case's name and metrics, as they are measured. `ceiling` is the FLOP/s of a bf16 product."""
     synthetic: Metrics = {}
+    checked: set[str] = set()
     for name in arguments.cases:
         if name == LOADER:
             yield from measure_loader(arguments, synthetic)
+            continue
+        if name in BLOCK_CASES:
+            yield from measure_block(arguments, name, device, ceiling, checked)
             continue
         case = CASES[name]
         batch = synthetic_batch(case, device)
@@ -140,14 +153,56 @@ def measure(arguments: argparse.Namespace, device: torch.device, ceiling: float)
             share = needed_flops(batch) / seconds / ceiling
             yield named, {"tok_s": rate, "peak_gib": peak / 2**30, "matmul_share": share}
             if arguments.profile:
-                times, kernels = stage_times(partial(step, batch))
-                yield named, times
-                for kernel, milliseconds, calls in kernels[:40]:
-                    print(f"{milliseconds:9.2f} ms {calls:5d}  {kernel[:150]}")
+                yield named, profiled(partial(step, batch))
             del step
             gc.collect()
             torch.cuda.empty_cache()
         del batch
+
+
+def measure_block(
+    arguments: argparse.Namespace, name: str, device: torch.device, ceiling: float, checked: set[str]
+) -> Iterator[tuple[str, Metrics]]:
+    """Yield the metrics of a block draft's case, after a check of its gradients if its draft is not in `checked`.
+
+    Raises DraftcacheError where the gradients are not those of the plain pass.
+    """
+    case = BLOCK_CASES[name]
+    if case.draft not in checked:
+        error = gradient_error(case, device)
+        yield f"{case.draft}-gradients", {"gradient_error": error}
+        if not error <= LIMIT:  # NaN too
+            raise DraftcacheError(
+                f"{name}: expected gradients within {LIMIT} of those of the plain pass, found {error:.3g}; a pass that "
+                "is wrong is not timed"
+            )
+        checked.add(case.draft)
+    shape = case.shape()
+    batch = synthetic_batch(case.batch, device, shape, shape.steps, text=True)
+    step = block_step(case, device)
+    seconds, peak = timed_steps(partial(step, batch))
+    yield (
+        name,
+        {
+            "tok_s": sum(case.batch.lengths) / seconds,
+            "anchor_s": len(batch.start_index) / seconds,
+            "peak_gib": peak / 2**30,
+            "matmul_share": needed_block_flops(shape, batch) / seconds / ceiling,
+        },
+    )
+    if arguments.profile:
+        yield name, profiled(partial(step, batch))
+    del step, batch
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def profiled(step: Callable[[], Any]) -> Metrics:
+    """Return where the time of one more step goes, and print its longest kernels."""
+    times, kernels = stage_times(step)
+    for kernel, milliseconds, calls in kernels[:40]:
+        print(f"{milliseconds:9.2f} ms {calls:5d}  {kernel[:150]}")
+    return times
 
 
 def measure_loader(arguments: argparse.Namespace, synthetic: Metrics) -> Iterator[tuple[str, Metrics]]:
@@ -193,45 +248,6 @@ def measure_ranks(arguments: argparse.Namespace) -> None:
             torch.cuda.empty_cache()
         if ranks.leads:
             report(rows, arguments.output)
-
-
-def optimizer_step(
-    device: torch.device, ranks: Ranks | None = None, *, lean: bool = False, attention: str = "triton"
-) -> Callable[[Batch], Any]:
-    """Make a fresh draft and return a function that trains it by one batch; with `ranks`, by one batch of each rank."""
-    with torch.device(device):
-        model = Eagle3Model(SHAPE)
-        embeddings = torch.randn(SHAPE.vocab_size, SHAPE.hidden_size, dtype=torch.bfloat16)
-        target_ids = torch.arange(SHAPE.draft_vocab_size)
-        in_draft = torch.arange(SHAPE.vocab_size) < SHAPE.draft_vocab_size
-    config = TrainConfig(
-        store=Path("synthetic"), output=Path("synthetic"), splits=("train",), recompute_mlp=lean, attention=attention
-    )
-    training = FusedPass(model, Objective(config, target_ids, in_draft), embeddings, pass_settings(config))
-    optimizer = make_optimizer(config, model)
-
-    sums = None if ranks is None else GradientSums(model, ranks)
-
-    def step(batch: Batch) -> Any:
-        result = training(batch, sums.ready if sums else None)
-        if sums:
-            sums.finish()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return result
-
-    return step
-
-
-def timed_steps(step: Callable[[], Any], runs: int = 5) -> tuple[float, int]:
-    """Return the median seconds of a step, and the most bytes that PyTorch held in the steps."""
-    for _ in range(2):
-        step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    seconds = statistics.median(timed(step) for _ in range(runs))
-    return seconds, torch.cuda.max_memory_allocated()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Training steps of SpecForge and NeMo Automodel for the 30B verifier's draft, from their published wheels.
+"""Training steps of SpecForge, NeMo Automodel and speculators for the 30B verifier's draft, from their own wheels.
 
-    pip download --no-deps --dest WHEELS specforge==0.2.0 nemo-automodel==0.7.0
+    pip download --no-deps --dest WHEELS specforge==0.2.0 nemo-automodel==0.7.0 speculators==0.9.0
     python -m draftcache.tools.bench.train_peers --peer-wheels WHEELS [--length 32768] [--output FILE]
 
-This needs one GPU of 80 GB, torch with triton, and transformers. It times each project's trainer core as the project's
-offline recipe runs it: forward, backward and optimizer step of one conversation with loss on every row, on random
-states and weights, with no data loader and nothing to copy to the GPU. Neither project has a window.
+This needs one GPU of 80 GB, torch with triton, and transformers, and for speculators a C compiler. It times each
+project's trainer core as the project's offline recipe runs it: forward, backward and optimizer step of one conversation
+with loss on every row, on random states and weights, with no data loader and nothing to copy to the GPU. The Eagle3
+drafts have no window.
 
 - SpecForge: `OnlineEagle3Model` with flex attention and the compact teacher, which computes the verifier's
   probabilities from its last hidden states inside the step; AdamW over float32 master weights.
@@ -13,6 +14,11 @@ states and weights, with no data loader and nothing to copy to the GPU. Neither 
   bf16 weights. Its FlashAttention-2 comes from torch, which contains the same kernels as the flash-attn package. Its
   input forms are tried in turn (a padded batch, a packed batch, and a packed batch with its `compile` option), and the
   fastest form is reported.
+
+- speculators: its `DSparkDraftModel`, at the shape of the case `dspark-32k` of `train`; parts/peer_blocks.py says what
+  it computes otherwise. Its anchors are bounded by memory: it is timed with 3,072 (`peer-dspark-32k`; compare it with
+  `dspark-32k-3072-anchors`), and with more of them (`peer-dspark-32k-6144-anchors`, ...) until they don't fit.
+  `anchor_s` is anchors per second, and `anchors` their number in a step.
 
 `tok_s` is tokens over the median of 3 steps after 2 that are not counted; `peak_gib` is the most memory that torch
 allocated in the counted steps. Importing SpecForge raises torch's recompile limit for the whole process.
@@ -25,19 +31,22 @@ import gc
 import importlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from draftcache.draft_train.drafts.block.shape import BlockShape
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.files import write_json
-from draftcache.tools.bench.parts.peer_wheels import automodel_modules, unpacked_wheels
-from draftcache.tools.bench.parts.rows import report, result_row
+from draftcache.tools.bench.parts.block_cases import BLOCK_CASES, PEER_ANCHORS
+from draftcache.tools.bench.parts.peer_blocks import dspark_step
+from draftcache.tools.bench.parts.peer_wheels import WHEELS, automodel_modules, unpacked_wheels
+from draftcache.tools.bench.parts.rows import report, result_row, some_of
 
-UNITS = {"tok_s": "tok/s", "peak_gib": "GiB"}
+UNITS = {"tok_s": "tok/s", "peak_gib": "GiB", "anchor_s": "anchors/s", "anchors": "anchors"}
 WARM_UP, TIMED = 2, 3
 
 Metrics = dict[str, float]
@@ -59,16 +68,18 @@ class PeerShape:
 
 
 def main() -> None:
-    """Time both projects and report the results."""
+    """Time the chosen projects and report the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--peer-wheels", type=Path, required=True, metavar="DIRECTORY", help="holds both wheels")
+    parser.add_argument("--peer-wheels", type=Path, required=True, metavar="DIRECTORY", help="holds the wheels")
+    parser.add_argument("--peers", type=some_of(WHEELS), default=",".join(WHEELS), help="(%(default)s)")
     parser.add_argument("--length", type=int, default=32_768, help="tokens of the conversation (%(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise InputError("expected a CUDA device, found none; this benchmark measures one")
     name, rows = torch.cuda.get_device_name(), []
-    for case, metrics in peer_cases(torch.device("cuda"), arguments.length, arguments.peer_wheels):
+    device = torch.device("cuda")
+    for case, metrics in peer_cases(device, arguments.length, arguments.peer_wheels, peers=arguments.peers):
         rows += [result_row(case, metric, value, UNITS[metric], name) for metric, value in metrics.items()]
         if arguments.output:  # a run that is cut short leaves the results of its finished cases
             write_json(arguments.output, rows)
@@ -76,27 +87,54 @@ def main() -> None:
 
 
 def peer_cases(
-    device: torch.device, length: int, wheels: Path, shape: PeerShape | None = None
+    device: torch.device,
+    length: int,
+    wheels: Path,
+    shape: PeerShape | None = None,
+    peers: Sequence[str] = tuple(WHEELS),
 ) -> Iterator[tuple[str, Metrics]]:
-    """Yield the cases `specforge-32k` and `automodel-32k` (named after `length`), with `tok_s` and `peak_gib`.
+    """Yield the cases of these projects, such as `specforge-32k` (named after `length`), with their metrics.
 
     The memory of one case is freed before the next. Raises InputError if a wheel is missing or no form of Automodel's
     input runs.
     """
     shape = shape or PeerShape()
     suffix = f"{length // 1024}k" if length >= 1024 else str(length)
-    with unpacked_wheels(wheels):
-        yield f"specforge-{suffix}", _timed_case(lambda: specforge_step(shape, length, device), length, device)
-        forms = {}
-        for form in ("padded", "packed", "packed, compiled"):
-            try:
-                forms[form] = _timed_case(lambda form=form: automodel_step(shape, length, device, form), length, device)  # type: ignore[misc]
-                print(f"automodel, {form}:", forms[form], flush=True)
-            except RuntimeError as exc:  # a form that does not fit or compile is left out
-                print(f"automodel, {form}: left out: {type(exc).__name__}: {str(exc)[:200]}", flush=True)
-        if not forms:
-            raise InputError("automodel: expected one of its input forms to run, found none that does")
-        yield f"automodel-{suffix}", max(forms.values(), key=lambda metrics: metrics["tok_s"])
+    with unpacked_wheels(wheels, peers):
+        if "specforge" in peers:
+            yield f"specforge-{suffix}", _timed_case(lambda: specforge_step(shape, length, device), length, device)
+        if "automodel" in peers:
+            yield f"automodel-{suffix}", _fastest_automodel(shape, length, device)
+        if "speculators" in peers:
+            yield from speculators_cases(BLOCK_CASES["dspark-32k"].shape(), length, device)
+
+
+def _fastest_automodel(shape: PeerShape, length: int, device: torch.device) -> Metrics:
+    forms = {}
+    for form in ("padded", "packed", "packed, compiled"):
+        try:
+            forms[form] = _timed_case(lambda form=form: automodel_step(shape, length, device, form), length, device)  # type: ignore[misc]
+            print(f"automodel, {form}:", forms[form], flush=True)
+        except RuntimeError as exc:  # a form that does not fit or compile is left out
+            print(f"automodel, {form}: left out: {type(exc).__name__}: {str(exc)[:200]}", flush=True)
+    if not forms:
+        raise InputError("automodel: expected one of its input forms to run, found none that does")
+    return max(forms.values(), key=lambda metrics: metrics["tok_s"])
+
+
+def speculators_cases(shape: BlockShape, length: int, device: torch.device) -> Iterator[tuple[str, Metrics]]:
+    """Yield the cases of speculators' DSpark draft of this shape, with more and more anchors until they don't fit."""
+    name = f"peer-dspark-{length // 1024}k" if length >= 1024 else f"peer-dspark-{length}"
+    anchors = min(PEER_ANCHORS, length)
+    while anchors <= length:
+        case = name if anchors <= PEER_ANCHORS else f"{name}-{anchors}-anchors"
+        try:
+            metrics = _timed_case(lambda count=anchors: dspark_step(shape, length, count, device), length, device)  # type: ignore[misc]
+        except torch.cuda.OutOfMemoryError as exc:
+            print(f"{case}: left out: {str(exc)[:200]}", flush=True)
+            return
+        yield case, metrics | {"anchor_s": metrics["tok_s"] * anchors / length, "anchors": anchors}
+        anchors *= 2
 
 
 def _timed_case(build: Callable[[], Step], length: int, device: torch.device) -> Metrics:

@@ -7,7 +7,7 @@ import importlib.machinery
 import importlib.util
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,19 +17,20 @@ import torch
 
 from draftcache.store.common.errors import InputError
 
-WHEELS = ("specforge", "nemo_automodel")
+WHEELS = {"specforge": "specforge", "automodel": "nemo_automodel", "speculators": "speculators"}
+"""By project, the beginning of its wheel's name."""
 _BARE = ("speculative", "speculative.eagle", "datasets", "datasets.llm")
 
 
 @contextmanager
-def unpacked_wheels(directory: Path) -> Iterator[Path]:
-    """Unpack both wheels and make them importable until the context ends; yields the directory.
+def unpacked_wheels(directory: Path, projects: Iterable[str] = tuple(WHEELS)) -> Iterator[Path]:
+    """Unpack the wheels of these projects and make them importable until the context ends; yields the directory.
 
     The files must last as long, because the projects import lazily and triton reads kernels' sources. Raises InputError
     unless `directory` holds exactly one wheel of each project.
     """
     with TemporaryDirectory() as root:
-        for name in WHEELS:
+        for name in (WHEELS[project] for project in projects):
             found = sorted(directory.glob(f"{name}-*.whl"))
             if len(found) != 1:
                 raise InputError(f"{directory}: expected one wheel {name}-*.whl, found {len(found)}")

@@ -10,10 +10,10 @@ import torch
 STAGES = {
     "attention_ms": (
         "_attend_kernel", "_query_gradient_kernel", "_key_gradient_kernel", "_merge_diagonal_kernel", "FlashAttention",
-        "flash_bwd",
+        "flash_bwd", "_add_parts_kernel",
     ),
-    "loss_ms": ("_tail_kl_kernel",),
-    "norm_swiglu_ms": ("_rms_norm", "_swiglu"),
+    "loss_ms": ("_tail_kl_kernel", "_ce_l1_kernel"),
+    "norm_swiglu_ms": ("_rms_norm", "_swiglu", "_split_normed", "_normed_gradient"),
     "matmul_ms": ("nvjet", "gemm", "cutlass", "splitK"),
     "optimizer_ms": ("multi_tensor_apply", "FusedOptimizer"),
 }  # fmt: skip

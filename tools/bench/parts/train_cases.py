@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from draftcache.draft_train.data.batches import Batch, HostRows
 from draftcache.draft_train.drafts.eagle3.shape import Eagle3Shape
+from draftcache.draft_train.drafts.sizes import Shape
 
 SHAPE = Eagle3Shape(
     hidden_size=2688, taps=3, intermediate_size=8064, num_attention_heads=32, num_key_value_heads=2, head_dim=128,
     vocab_size=131_072, draft_vocab_size=32_000, sliding_window=4096, rope_theta=10_000.0, rms_norm_eps=1e-5,
 )  # fmt: skip
 STEPS, TOP_K, TURNS = 6, 64, 8
+
+
+class TapsShape(Shape, Protocol):
+    """The shape of a draft that reads taps."""
+
+    @property
+    def taps(self) -> int:
+        """Number of taps side by side."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,8 @@ class Case:
     lengths: tuple[int, ...]
     share: float = 1.0
     lean: bool = False
+    anchors: int = 0
+    """Start rows of a conversation that are trained on, drawn at random; 0 for all."""
 
 
 CASES = {
@@ -38,26 +50,31 @@ CASES = {
 }
 
 
-def synthetic_batch(case: Case, device: torch.device) -> Batch:
-    """Return a batch of random states and teacher: conversations of 8 turns, with the loss rows at each turn's end."""
-    parts = [_conversation(length, case.share) for length in case.lengths]
+def synthetic_batch(
+    case: Case, device: torch.device, shape: TapsShape = SHAPE, steps: int = STEPS, *, text: bool = False
+) -> Batch:
+    """Return a batch of random states and teacher: conversations of 8 turns, with the loss rows at each turn's end.
+
+    `steps` are the most tokens that are predicted from a start row. `text` asks for `next_tokens`.
+    """
+    parts = [_conversation(length, case, steps) for length in case.lengths]
     sizes = [rows.numel() for rows, _ in parts]
     first_row = [sum(case.lengths[:number]) for number in range(len(parts))]
     starts = torch.cat([rows + first for (rows, _), first in zip(parts, first_row, strict=True)])
-    steps = torch.cat([left for _, left in parts])
+    left = torch.cat([left for _, left in parts])
     positions = [torch.arange(length) + 2 * number * 300_000 for number, length in enumerate(case.lengths)]
-    total, step_rows = sum(case.lengths), starts[:, None] + torch.arange(STEPS)
-    live = torch.arange(STEPS)[None] < steps[:, None]
+    total, step_rows = sum(case.lengths), starts[:, None] + torch.arange(steps)
+    live = torch.arange(steps)[None] < left[:, None]
     generator = torch.Generator(device=device).manual_seed(0)
     with torch.device(device):
-        aux = torch.randn(total, 3 * SHAPE.hidden_size, generator=generator, dtype=torch.bfloat16)
-        tokens = torch.randint(SHAPE.vocab_size, (total,), generator=generator)
-        ids = torch.randint(SHAPE.draft_vocab_size // TOP_K, (total, TOP_K), generator=generator)
-        ids = ids + torch.arange(TOP_K) * (SHAPE.draft_vocab_size // TOP_K)
+        aux = torch.randn(total, shape.taps * shape.hidden_size, generator=generator, dtype=torch.bfloat16)
+        tokens = torch.randint(shape.vocab_size, (total,), generator=generator)
+        ids = torch.randint(shape.draft_vocab_size // TOP_K, (total, TOP_K), generator=generator)
+        ids = ids + torch.arange(TOP_K) * (shape.draft_vocab_size // TOP_K)
         logits = 2 * torch.randn(total, TOP_K, generator=generator)
         log_z = torch.logsumexp(logits, -1) + 0.05
     step_rows, live = step_rows.to(device).clamp(max=total - 1), live.to(device)
-    rows = {"key_positions": torch.cat(positions), "start_index": starts, "steps": steps}
+    rows = {"key_positions": torch.cat(positions), "start_index": starts, "steps": left}
     return Batch(
         taps=aux,
         key_tokens=tokens,
@@ -74,19 +91,25 @@ def synthetic_batch(case: Case, device: torch.device) -> Batch:
         conversations=len(parts),
         loss_share=1 / len(parts),
         tokens=total,
-        window=SHAPE.sliding_window or total,
+        window=shape.sliding_window or total,
+        next_tokens=tokens.roll(-1) if text else None,
     )
 
 
-def _conversation(length: int, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _conversation(length: int, case: Case, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the start rows [S], and how many steps of each carry loss [S]. Share 1 means one turn of all rows."""
     rows = torch.arange(length)
-    if share == 1.0:
-        return rows, (length - rows).clamp(max=STEPS)
-    turn = length // TURNS
-    offset = rows % turn
-    chosen = rows[(offset >= round(turn * (1 - share))) & (rows < turn * TURNS)]
-    return chosen, (turn - chosen % turn).clamp(max=STEPS)
+    if case.share == 1.0:
+        chosen, left = rows, (length - rows).clamp(max=steps)
+    else:
+        turn = length // TURNS
+        offset = rows % turn
+        chosen = rows[(offset >= round(turn * (1 - case.share))) & (rows < turn * TURNS)]
+        left = (turn - chosen % turn).clamp(max=steps)
+    if case.anchors:
+        drawn = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[: case.anchors].sort().values
+        chosen, left = chosen[drawn], left[drawn]
+    return chosen, left
 
 
 def needed_flops(batch: Batch) -> float:
