@@ -25,7 +25,6 @@ seeds, not for other held-out text. Rows are written after each family, and the 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -35,18 +34,17 @@ from pathlib import Path
 from typing import Any
 
 from draftcache.store.common.device import choose_device
-from draftcache.store.common.errors import DraftcacheError, InputError
+from draftcache.store.common.errors import DraftcacheError
 from draftcache.store.common.failures import describe_failure, exit_code_of
-from draftcache.store.common.files import read_json, write_json
+from draftcache.store.common.files import write_json
 from draftcache.store.reader import StoreReader
-from draftcache.tools.bench.parts.ablation_bench import DEFAULTS, Bench, Setup, settings_of
+from draftcache.tools.bench.parts.ablation_bench import DEFAULTS, Bench, Setup, add_flags, settings_of
+from draftcache.tools.bench.parts.ablation_bench import setup_of as bench_setup
 from draftcache.tools.bench.parts.ablation_families import FAMILIES, Trials, pairs_without_teacher
 from draftcache.tools.bench.parts.ablation_jobs import Jobs
-from draftcache.tools.bench.parts.rows import cpu_name, report, result_row, some_of
-from draftcache.tools.students_t import half_width
+from draftcache.tools.bench.parts.rows import cpu_name, paired_means, report, result_row, some_of
 
 UNIT = "tokens/step"
-_MOST_DRAFT_IDS = 32_000  # as the recipes' "auto"
 _BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
 
 
@@ -64,49 +62,22 @@ def main() -> int:
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """Return the flags of this benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--verifier", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--dataset", type=Path, required=True, metavar="PREPARED")
-    parser.add_argument("--layers", default="auto", help="blocks to capture, as of `draftcache capture` (%(default)s)")
-    parser.add_argument("--train-split", required=True, metavar="NAME")
-    parser.add_argument("--eval-split", required=True, metavar="NAME")
+    add_flags(parser)
     parser.add_argument("--first-split", metavar="NAME", help="of the family order's first stage (the --train-split)")
     parser.add_argument("--first-share", type=float, default=0.5, help="of that split's conversations (%(default)s)")
     parser.add_argument("--turns-input", nargs=2, default=[], metavar=("train=FILE", "eval=FILE"))
-    parser.add_argument("--vocab-map", type=Path, metavar="FILE", help="draft vocabulary (the dataset's, or a new one)")
-    parser.add_argument("--draft-vocab-size", type=int, help="of a new one (32,000, or 3/4 of the verifier's)")
-    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="for stores, sweeps and logs")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
-    parser.add_argument("--jobs", type=int, default=1, help="commands at once (%(default)s)")
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--only", type=some_of(FAMILIES), default=list(FAMILIES), metavar="FAMILY,FAMILY")
-    parser.add_argument("--train", action="append", default=[], metavar="KEY=VALUE", help="setting of every trial")
-    parser.add_argument("--capture", action="append", default=[], metavar="KEY=VALUE", help="flag of every capture")
     return parser.parse_args(words)
 
 
 def setup_of(arguments: argparse.Namespace) -> Setup:
     """Return what the flags choose. Raises InputError for counts out of range."""
-    for name, least in (("seeds", 2), ("jobs", 1)):
-        if getattr(arguments, name) < least:
-            raise InputError(f"--{name}: expected {least} or more, found {getattr(arguments, name)}")
-    vocabulary = int(read_json(arguments.dataset / "manifest.json")["vocab_size"])
-    return Setup(
-        verifier=arguments.verifier,
-        dataset=arguments.dataset,
-        layers=arguments.layers,
-        train_split=arguments.train_split,
-        eval_split=arguments.eval_split,
+    return bench_setup(
+        arguments,
+        DEFAULTS,
         first_split=arguments.first_split or arguments.train_split,
         first_share=arguments.first_share,
         turns_inputs={key: Path(value) for key, value in settings_of(arguments.turns_input, "--turns-input").items()},
-        vocab_map=arguments.vocab_map,
-        draft_vocab_size=arguments.draft_vocab_size or min(_MOST_DRAFT_IDS, vocabulary * 3 // 4),
-        work=arguments.work,
-        seeds=arguments.seeds,
-        device=arguments.device,
-        train=DEFAULTS | settings_of(arguments.train, "--train"),
-        capture=settings_of(arguments.capture, "--capture"),
     )
 
 
@@ -154,17 +125,10 @@ def family_rows(cases: Trials, reference: str, device: str) -> list[dict[str, An
     """Return the result rows of a family: means over seeds, and paired differences to the case `reference`."""
     rows = []
     for case, trials in cases.items():
-        lengths = _lengths(trials)
-        values: dict[str, tuple[float, str]] = {
-            "acceptance_length": (statistics.fmean(lengths), UNIT),
-            "half_width": (half_width(lengths), UNIT),
-            "trials": (len(lengths), "trials"),
-            "optimizer_steps": (trials[0]["steps"], "steps"),
-        }
-        if case != reference:
-            changes = [mine - theirs for mine, theirs in zip(lengths, _lengths(cases[reference]), strict=True)]
-            values["difference"] = (statistics.fmean(changes), UNIT)
-            values["difference_half_width"] = (half_width(changes), UNIT)
+        compared = None if case == reference else _lengths(cases[reference])
+        found = paired_means("acceptance_length", _lengths(trials), compared)
+        values = {metric: (value, UNIT) for metric, value in found.items()}
+        values |= {"trials": (len(trials), "trials"), "optimizer_steps": (trials[0]["steps"], "steps")}
         rows += [result_row(case, metric, value, unit, device) for metric, (value, unit) in values.items()]
     return rows
 

@@ -1,7 +1,11 @@
-"""What the families of ablations share: stores, vocabulary map and sweeps, each made by the command at most once."""
+"""What comparisons of trained drafts share: flags, stores, vocabulary map, sweeps and evaluations.
+
+Each is made by the command at most once.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +23,7 @@ from draftcache.tools.sweep.plan import PLAN_NAME
 T = TypeVar("T")
 TOP_K = 256
 """Teacher entries in the stores. Training uses the setting `top_k` of them."""
+_MOST_DRAFT_IDS = 32_000  # as the recipes' "auto"
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 2e-3, "weight_decay": 0.3, "beta2": 0.99, "batch_conversations": 2, "epochs": 1, "ttt_steps": 6,
     "sliding_window": 512, "top_k": 64, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -50,6 +55,53 @@ class Setup:
     """Settings of every trial, by name."""
     capture: Mapping[str, Any]
     """Flags of every capture beside those that the families choose."""
+
+
+def add_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add the flags of a `Setup`, and --jobs and --output. `required` says whether those without a default must be
+    there.
+    """
+    parser.add_argument("--verifier", type=Path, required=required, metavar="DIR")
+    parser.add_argument("--dataset", type=Path, required=required, metavar="PREPARED")
+    parser.add_argument("--layers", default="auto", help="blocks to capture, as of `draftcache capture` (%(default)s)")
+    parser.add_argument("--train-split", required=required, metavar="NAME")
+    parser.add_argument("--eval-split", required=required, metavar="NAME")
+    parser.add_argument("--vocab-map", type=Path, metavar="FILE", help="draft vocabulary (the dataset's, or a new one)")
+    parser.add_argument("--draft-vocab-size", type=int, help="of a new one (32,000, or 3/4 of the verifier's)")
+    parser.add_argument("--work", type=Path, required=required, metavar="DIR", help="for stores, sweeps and logs")
+    parser.add_argument("--output", type=Path, required=required, metavar="FILE")
+    parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="commands at once (%(default)s)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--train", action="append", default=[], metavar="KEY=VALUE", help="setting of every trial")
+    parser.add_argument("--capture", action="append", default=[], metavar="KEY=VALUE", help="flag of every capture")
+
+
+def setup_of(arguments: argparse.Namespace, defaults: Mapping[str, Any], **more: Any) -> Setup:
+    """Return what the flags choose; `defaults` are settings of every trial, and `more` fields that have no flag.
+
+    Raises InputError for counts out of range.
+    """
+    for name, least in (("seeds", 2), ("jobs", 1)):
+        if getattr(arguments, name) < least:
+            raise InputError(f"--{name}: expected {least} or more, found {getattr(arguments, name)}")
+    vocabulary = int(read_json(arguments.dataset / "manifest.json")["vocab_size"])
+    values: dict[str, Any] = {"first_split": arguments.train_split, "first_share": 1.0, "turns_inputs": {}}
+    values["train"] = {**defaults, **settings_of(arguments.train, "--train")}
+    return Setup(
+        verifier=arguments.verifier,
+        dataset=arguments.dataset,
+        layers=arguments.layers,
+        train_split=arguments.train_split,
+        eval_split=arguments.eval_split,
+        vocab_map=arguments.vocab_map,
+        draft_vocab_size=arguments.draft_vocab_size or min(_MOST_DRAFT_IDS, vocabulary * 3 // 4),
+        work=arguments.work,
+        seeds=arguments.seeds,
+        device=arguments.device,
+        capture=settings_of(arguments.capture, "--capture"),
+        **values | more,
+    )
 
 
 @dataclass
@@ -150,6 +202,15 @@ class Bench:
                 raise WorkerError(f"{output}: expected a finished {trial['trial']}, found it {trial['state']}")
             trial |= {"axes": planned["axes"], "run": output / planned["run"]}
         return trials
+
+    def compared(self, name: str, store: Path, runs: Sequence[Path], draft_tokens: int = 5) -> list[float]:
+        """Return the acceptance lengths of finished runs on the held-out split of a store, all on the same batches."""
+        split, (first, *others) = self.setup.eval_split, [str(run) for run in runs]
+        words = ["--store", store, "--checkpoint", first, "--splits", split, "--device", self.setup.device]
+        words += ["--draft-tokens", draft_tokens, "--json", *(["--compare", *others] if others else [])]
+        figures = json.loads(self.jobs.run(f"eval-{name}", self.priority, "eval", *words))["splits"][split]
+        found = {first: figures["draft"], **figures["compared"]}
+        return [float(found[str(run)]["acceptance_length"]) for run in runs]
 
 
 def sweep_file(shared: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> str:

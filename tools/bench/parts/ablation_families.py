@@ -57,14 +57,9 @@ def mode(bench: Bench) -> Trials:
 
     calls = [lambda seed=seed, name=name: trained(seed, name) for seed in range(bench.setup.seeds) for name in MODES]
     trials = bench.together(calls)
-    runs = [str(trial["run"]) for trial in trials]
-    split = bench.setup.eval_split
-    words = ["--store", bench.store(), "--checkpoint", runs[0], "--splits", split, "--device", bench.setup.device]
-    words += ["--json", "--compare", *runs[1:]]
-    figures = json.loads(bench.jobs.run("eval-mode", bench.priority, "eval", *words))["splits"][split]
-    lengths = {runs[0]: figures["draft"], **figures["compared"]}
-    for trial, run in zip(trials, runs, strict=True):
-        trial["acceptance_length"] = lengths[run]["acceptance_length"]
+    lengths = bench.compared("mode", bench.store(), [trial["run"] for trial in trials])
+    for trial, length in zip(trials, lengths, strict=True):
+        trial["acceptance_length"] = length
     return _cases([trials], lambda trial: f"mode={trial['mode']}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from typing import Any
 
 from draftcache.store.common.checkout import code_commit
 from draftcache.store.common.files import write_json
+from draftcache.tools.students_t import half_width
 
 
 def cpu_name() -> str:
@@ -44,6 +46,21 @@ def result_row(case: str, metric: str, value: float, unit: str, device: str) -> 
         "commit": code_commit(),
         "command": " ".join([program, *sys.argv[1:]]),
     }
+
+
+def paired_means(
+    name: str, values: Sequence[float], reference: Sequence[float] | None, suffix: str = ""
+) -> dict[str, float]:
+    """Return the mean of runs that differ in their seed, the half width of its 95 % interval, and the same of the
+    paired differences to `reference`, the runs of another case with the same seeds, where it is given.
+
+    The metrics are `name`, half_width, difference and difference_half_width, each with `suffix`.
+    """
+    found = {name: statistics.fmean(values), "half_width": half_width(values)}
+    if reference is not None:
+        changes = [mine - theirs for mine, theirs in zip(values, reference, strict=True)]
+        found |= {"difference": statistics.fmean(changes), "difference_half_width": half_width(changes)}
+    return {f"{metric}{suffix}": value for metric, value in found.items()}
 
 
 def report(rows: Sequence[dict[str, Any]], output: Path | None) -> None:
