@@ -34,7 +34,7 @@ from support.draft_models import embeddings
 from support.gradient_passes import config as objective_config
 from support.gradient_passes import near, objective, run
 from support.kernel_device import BF16, DEVICE, DTYPES, F32, MARKS
-from support.rank_processes import TRAIN
+from support.rank_processes import TRAIN, WORKER, as_json, finish, start, weights
 from support.synthetic import VOCAB, vocab_map, write_store
 from support.training_runs import config, metrics
 
@@ -182,3 +182,18 @@ def test_architectures_side_by_side_have_the_bits_of_their_runs_alone(tmp_path: 
         names = (f"with{number}", f"alone{number}")
         mine, theirs = (load_file(checkpoints(tmp_path / name)[-1] / "model.safetensors") for name in names)
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs), number
+
+
+@ON_GPU
+def test_two_ranks_that_share_a_gpu_train_the_same_run(tmp_path: Path) -> None:
+    """Over gloo, as NCCL takes one rank per GPU: the pass tells of its gradients while others are made."""
+    write_store(tmp_path / "store", per_shard=6, tokens=VOCAB - 1)
+    alone, ranks = (settings_of(tmp_path, name, device="cuda:0") for name in ("alone", "ranks"))
+    for made, world in ((alone, 1), (ranks, 2)):
+        ends = finish(start(world, [WORKER, as_json(made)]))
+        assert all(code == 0 for code, *_ in ends), ends
+    expected = weights(tmp_path / "alone-0.safetensors")
+    found = [weights(tmp_path / f"ranks-{rank}.safetensors") for rank in range(2)]
+    for name, value in expected.items():
+        assert torch.equal(found[0][name], found[1][name])
+        assert float((found[0][name] - value).norm()) < 0.05 * float(value.norm()), name

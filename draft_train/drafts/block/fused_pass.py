@@ -9,7 +9,7 @@ Markov head's product is part of the head's: `[norm(h), W1[x]] [lm_head, W2]^T`.
 Needed operations, by counting: per slot row and layer `2 H (2 N D + 2 G D + 3 I)` for the products and `4 N D` times
 the keys that it sees, per row with loss `2 V (H + M)` for the head, per context row `2 H (taps H + 2 L G D)`; a
 backward pass takes twice that, without the gradient of a frozen head's weights and of the taps. For H 2688, 32/2 heads
-of 128, I 6144, V 32,000, 6 layers, 8 slots and a window of 1,024 these are 21 GFLOP per anchor.
+of 128, I 6144, V 32,000, 6 layers, 8 slots, a rank of 256 and a window of 1,024 these are 27 GFLOP per anchor.
 
 Shape suffixes are those of `fused_forward`, with M the Markov rank.
 """
