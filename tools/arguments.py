@@ -34,7 +34,7 @@ def add_settings(
         if hints[item.name] is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=item.default, help=help_text)
             continue
-        if not required and item.default not in (None, ()):
+        if not required and item.default not in (None, (), ""):
             help_text += f" (default: {item.default})".replace("%", "%%")
         parser.add_argument(
             flag,
