@@ -187,6 +187,8 @@ class TrainConfig:
     track_group: str = field(default="", metadata=_doc("group of Weights & Biases, such as the name of a sweep"))
 
     def __post_init__(self) -> None:
+        for name in ("splits", "layer_types"):  # JSON has lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         neutral = {item.name: item.default for item in fields(self)}
         if (foreign := foreign_setting(vars(self), neutral)) is not None:
             name, owners = foreign
@@ -272,9 +274,8 @@ class TrainConfig:
     def from_json(cls, values: dict[str, Any]) -> TrainConfig:
         """Return the settings of `to_json`. Raises InputError for a value out of range."""
         start = values["init_from"]
-        given = {"output": Path(values["output"]), "splits": tuple(values["splits"])}
-        given["layer_types"] = tuple(values.get("layer_types", ()))
-        return cls(**values | given | {"init_from": None if start is None else Path(start)})
+        given = {"output": Path(values["output"]), "init_from": None if start is None else Path(start)}
+        return cls(**values | given)
 
     def reading(self) -> dict[str, Any]:
         """Return the settings that decide what is read of a store, and in which order."""

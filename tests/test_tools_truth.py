@@ -59,7 +59,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Drafts of every architecture, each in a folder of its name, after 30 steps on 60 real conversations."""
+    """Drafts of every architecture, each in a folder of its name, after 15 or 30 steps on 60 real conversations."""
     root = tmp_path_factory.mktemp("trained")
     rows = read_conversations(ASSETS / "conversations" / "train.jsonl.gz", 0, 60)
     (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -87,7 +87,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Trainer(training).run()
     for draft, more in BLOCKS.items():
         own = {"draft": draft, "output": root / draft, "ttt_steps": 0, "step_decay": 0.0, "loss": "", "epochs": 2}
-        shape = {"num_hidden_layers": 2, "block_size": 6, "anchor_share": 0.2}
+        shape = {"num_hidden_layers": 2, "block_size": 6, "anchor_share": 0.1}
         Trainer(replace(training, **own | shape | more)).run()  # type: ignore[arg-type]
     Trainer(replace(training, output=root / "eagle31", epochs=2, eagle31=True)).run()
     return root
