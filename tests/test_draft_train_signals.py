@@ -51,7 +51,7 @@ def read_until(stream: IO[str], text: str) -> str:
     return lines
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_saves_the_step_and_the_same_command_resumes(tmp_path: Path, number: signal.Signals) -> None:
     write_store(tmp_path / "store", per_shard=6)
     whole, cut = (config(tmp_path, output=tmp_path / n, epochs=100, checkpoint_every=1000) for n in ("whole", "cut"))
