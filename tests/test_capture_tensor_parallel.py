@@ -30,7 +30,7 @@ from draftcache.store.verify import verify_store
 from support.capture_jobs import config, flags, prepare_rows, write_rows
 from support.paths import DEMO
 from support.processes import ONE_THREAD, children, wait_for
-from support.tiny_models import KINDS, save_model
+from support.tiny_models import save_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
