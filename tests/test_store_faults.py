@@ -101,7 +101,11 @@ def test_two_writers_killed_200_times_then_finished_equal_an_uninterrupted_one(t
     assert rounds > 1
 
 
-@pytest.mark.parametrize("mode", MODES)
+REST = [mode for mode in MODES if mode not in ("lossless", "int8")]
+"""Modes whose arrays are like those of others."""
+
+
+@pytest.mark.parametrize("mode", ["lossless", "int8", *(pytest.param(m, marks=pytest.mark.slow) for m in REST)])
 @pytest.mark.parametrize("layout", ["zarr", "webdataset"])
 def test_every_flip_is_found_by_verify_and_by_reading_the_rows_it_touches(
     tmp_path: Path, mode: str, layout: str

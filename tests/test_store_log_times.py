@@ -164,6 +164,7 @@ CaptureJob.run_worker = speak
 """
 
 
+@pytest.mark.slow
 def test_worker_processes_put_times_too(tmp_path: Path, tokenizer_dir: Path) -> None:
     """What a worker of capture writes, and what the command says of one that was killed."""
     (tmp_path / "sitecustomize.py").write_text(WORKERS_SPEAK)  # Python imports it first, in workers too
