@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import Field, dataclass
+from dataclasses import Field, asdict, dataclass
 from typing import Any, ClassVar, Protocol
 
+from draftcache.store.common.errors import InputError
 from draftcache.store.reader import StoreReader
 
 MEMORY_KINDS = (
@@ -12,6 +13,23 @@ MEMORY_KINDS = (
 )  # fmt: skip
 """What `Architecture.peak_bytes` tells apart. The first is each run's own for its whole time; runs that train side by
 side on a device share the frozen weights, and all else serves one run after the other."""
+
+
+def require_sizes(shape: Any, may_be_less: tuple[str, ...] = ()) -> None:
+    """Raise InputError where a number in a draft's shape, a dataclass, is not above 0, or its heads can't be grouped
+    or rotated. Numbers that `may_be_less` names are not looked at.
+    """
+    for name, value in asdict(shape).items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and name not in may_be_less and value <= 0:
+            raise InputError(f"draft shape: expected {name} above 0, found {value}")
+    if shape.num_attention_heads % shape.num_key_value_heads:
+        raise InputError(
+            f"draft shape: expected attention heads in groups of the {shape.num_key_value_heads} key-value heads, "
+            f"found {shape.num_attention_heads}"
+        )
+    if shape.head_dim % 2:
+        raise InputError(f"draft shape: expected an even head_dim for rotary embeddings, found {shape.head_dim}")
 
 
 class Shape(Protocol):

@@ -18,7 +18,7 @@ from torch import nn
 
 from draftcache.draft_train.drafts.block.shape import BlockShape
 from draftcache.draft_train.drafts.protocol import CheckpointState, ServedForm
-from draftcache.draft_train.drafts.served_tensors import require_finite, require_same_map, vocab_tensors
+from draftcache.draft_train.drafts.served_parts import common_config, require_finite, require_same_map, vocab_tensors
 from draftcache.store.common.errors import CheckpointError
 from draftcache.store.common.files import read_json
 from draftcache.store.format.head_form import HeadForm
@@ -43,7 +43,6 @@ def served_config(
         raise CheckpointError("expected a mask token, found none")
     if engine == "sglang":
         _require_sglang(shape, own_head)
-    verifier = state.verifier
     ids = [int(tap["layer"]) for tap in state.taps]
     by_layer = tuple(kind == "sliding" for kind in shape.layer_types)
     of_block = {"mask_token_id": shape.mask_token_id, "target_layer_ids": ids, "block_size": shape.block_size}
@@ -51,29 +50,11 @@ def served_config(
         of_block["causal"] = all(shape.causal)
     if shape.attention_sinks:
         of_block["attention_sink_bias"] = True
-    config = {
+    config = common_config(shape, state, engine, dtype) | {
         "architectures": [_ARCHITECTURES[name]],
         "model_type": "qwen3",
-        "hidden_size": shape.hidden_size,
-        "target_hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
         "num_hidden_layers": shape.num_hidden_layers,
-        "num_target_layers": verifier.get("layers"),
-        "num_attention_heads": shape.num_attention_heads,
-        "num_key_value_heads": shape.num_key_value_heads,
-        "head_dim": shape.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": shape.rms_norm_eps,
-        "rope_theta": shape.rope_theta,
-        "rope_scaling": None,
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        "max_position_embeddings": verifier["max_position_embeddings"],
-        "bos_token_id": verifier["bos_token_id"],
-        "eos_token_id": verifier["eos_token_id"],
-        "pad_token_id": verifier["pad_token_id"],
-        "vocab_size": shape.vocab_size,
-        "draft_vocab_size": shape.draft_vocab_size,
+        "num_target_layers": state.verifier.get("layers"),
         "sliding_window": shape.window,
         "use_sliding_window": shape.window is not None,
         "max_window_layers": 0,
@@ -82,15 +63,6 @@ def served_config(
         "mask_token_id": shape.mask_token_id,
         "target_layer_ids": ids,
         "dflash_config": of_block,
-        "draftcache": {
-            "engine": engine,
-            "draft_vocab_hash": state.draft_vocab_hash,
-            "store_hash": state.store_hash,
-            "verifier": verifier["name"],
-            "verifier_weights_hash": verifier["weights_hash"],
-            "step": state.step,
-        },
-        "dtype": dtype,
     }
     if name == "dspark":
         # vLLM 0.26 reads the first name of the layout, and 0.32 the second.

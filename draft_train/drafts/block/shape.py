@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+from draftcache.draft_train.drafts.sizes import require_sizes
 from draftcache.store.common.errors import InputError
 
 LAYER_TYPES = ("sliding", "full")
@@ -48,17 +49,7 @@ class BlockShape:
     train_head: bool = False
 
     def __post_init__(self) -> None:
-        may_be_0 = ("markov_rank", "mask_token_id")
-        for name, value in asdict(self).items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and name not in may_be_0 and value <= 0:
-                raise InputError(f"draft shape: expected {name} above 0, found {value}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(
-                f"draft shape: expected attention heads in groups of the {self.num_key_value_heads} key-value heads, "
-                f"found {self.num_attention_heads}"
-            )
-        if self.head_dim % 2:
-            raise InputError(f"draft shape: expected an even head_dim for rotary embeddings, found {self.head_dim}")
+        require_sizes(self, ("markov_rank", "mask_token_id"))
         if len(self.layer_types) != self.num_hidden_layers or not set(self.layer_types) <= set(LAYER_TYPES):
             raise InputError(
                 f"--layer-types: expected one of {LAYER_TYPES} for each of {self.num_hidden_layers} layers, found "

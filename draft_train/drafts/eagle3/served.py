@@ -17,7 +17,7 @@ from torch import nn
 
 from draftcache.draft_train.drafts.eagle3.shape import Eagle3Shape
 from draftcache.draft_train.drafts.protocol import CheckpointState, ServedForm
-from draftcache.draft_train.drafts.served_tensors import require_finite, require_same_map, vocab_tensors
+from draftcache.draft_train.drafts.served_parts import common_config, require_finite, require_same_map, vocab_tensors
 from draftcache.store.common.errors import CheckpointError, InputError
 from draftcache.store.common.files import read_json
 from draftcache.store.format.vocab_map import VocabMap
@@ -58,31 +58,12 @@ def why_not_served(verifier: dict[str, Any], engine: str) -> str | None:
 
 def served_config(shape: Eagle3Shape, state: CheckpointState, engine: str, dtype: str) -> dict[str, Any]:
     """Return config.json of the exported draft. `dtype` is the name of its weights' dtype."""
-    verifier = state.verifier
     ids = tap_ids(state.taps, engine)
-    return {
+    return common_config(shape, state, engine, dtype) | {
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
-        "hidden_size": shape.hidden_size,
-        "target_hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
         "num_hidden_layers": 1,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_key_value_heads": shape.num_key_value_heads,
-        "head_dim": shape.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": shape.rms_norm_eps,
-        "rope_theta": shape.rope_theta,
-        "rope_scaling": None,
-        "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "max_position_embeddings": verifier["max_position_embeddings"],
-        "bos_token_id": verifier["bos_token_id"],
-        "eos_token_id": verifier["eos_token_id"],
-        "pad_token_id": verifier["pad_token_id"],
-        "vocab_size": shape.vocab_size,
-        "draft_vocab_size": shape.draft_vocab_size,
         "sliding_window": shape.sliding_window,
         "layer_types": ["sliding_attention" if shape.sliding_window else "full_attention"],
         "use_sliding_window": shape.sliding_window is not None,
@@ -95,15 +76,6 @@ def served_config(shape: Eagle3Shape, state: CheckpointState, engine: str, dtype
         "eagle_config": {"eagle_aux_hidden_state_layer_ids": ids, "use_aux_hidden_state": True},
         # Information for people: outputs of these blocks, counted from 0. No engine was found that reads this field.
         "target_hidden_state_indices": [tap["layer"] for tap in state.taps],
-        "draftcache": {
-            "engine": engine,
-            "draft_vocab_hash": state.draft_vocab_hash,
-            "store_hash": state.store_hash,
-            "verifier": verifier["name"],
-            "verifier_weights_hash": verifier["weights_hash"],
-            "step": state.step,
-        },
-        "dtype": dtype,
     }
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from draftcache.store.common.errors import InputError
+from draftcache.draft_train.drafts.sizes import require_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +31,4 @@ class Eagle3Shape:
     """Whether a step consumes the previous step's output after the final norm, which the head reads too."""
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value is not None and not isinstance(value, bool) and value <= 0:
-                raise InputError(f"draft shape: expected {name} above 0, found {value}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(
-                f"draft shape: expected attention heads in groups of the {self.num_key_value_heads} key-value heads, "
-                f"found {self.num_attention_heads}"
-            )
-        if self.head_dim % 2:
-            raise InputError(f"draft shape: expected an even head_dim for rotary embeddings, found {self.head_dim}")
+        require_sizes(self)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from draftcache.draft_train.loss.tail_bucket import fused_tail_bucket_loss
-from draftcache.store.common.triton_launch import jit, power_of_two, runs_kernels, tl
+from draftcache.store.common.triton_launch import jit, power_of_two, tl
 
 MOST_IN_REGISTERS = 32_768
 """Most logits of a row that a program keeps in registers: 64 per thread."""
@@ -20,10 +20,9 @@ def tail_kl(logits: Tensor, ids: Tensor, p: Tensor, tau: Tensor, weight: Tensor,
 
     `ids` [T, K] int64, -1 where absent, `p` [T, K] float32, `tau` and `weight` [T] float32; `out` [T, V] receives
     `weight * d loss / d logits` in its dtype. The logits are overwritten at the teacher's entries. A tail below `tiny`,
-    float32's smallest normal number, has no digits left and counts as `tiny`.
+    float32's smallest normal number, has no digits left and counts as `tiny`. This runs kernels only: elsewhere
+    autograd goes through the definition.
     """
-    if not runs_kernels(logits):
-        return tail_kl_reference(logits, ids, p, tau, weight, out)
     (rows, width), entries = logits.shape, ids.shape[1]
     losses = torch.empty(rows, device=logits.device, dtype=torch.float32)
     argmax = torch.empty(rows, device=logits.device, dtype=torch.int64)

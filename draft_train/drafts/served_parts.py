@@ -1,16 +1,56 @@
-"""The tensors of exports of any architecture: maps of draft ids, d2t in offset form and t2d, and what all must be."""
+"""What exports of every architecture share: fields of config.json, maps of draft ids (d2t, t2d), and checks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from draftcache.draft_train.drafts.protocol import CheckpointState
 from draftcache.draft_train.drafts.sizes import Shape
 from draftcache.store.common.errors import CheckpointError
 from draftcache.store.format.vocab_map import VocabMap
+
+
+def common_config(shape: Shape, state: CheckpointState, engine: str, dtype: str) -> dict[str, Any]:
+    """Return the fields of config.json that are Llama's and Qwen's alike. `dtype` is the name of the weights' dtype."""
+    verifier, values = state.verifier, asdict(shape)
+    sizes = (
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "rope_theta",
+    )
+    return {
+        "hidden_size": shape.hidden_size,
+        "target_hidden_size": shape.hidden_size,
+        **{name: values[name] for name in (*sizes, "rms_norm_eps", "rope_theta")},
+        "hidden_act": "silu",
+        "rope_scaling": None,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": verifier["max_position_embeddings"],
+        "bos_token_id": verifier["bos_token_id"],
+        "eos_token_id": verifier["eos_token_id"],
+        "pad_token_id": verifier["pad_token_id"],
+        "vocab_size": shape.vocab_size,
+        "draft_vocab_size": shape.draft_vocab_size,
+        "draftcache": {
+            "engine": engine,
+            "draft_vocab_hash": state.draft_vocab_hash,
+            "store_hash": state.store_hash,
+            "verifier": verifier["name"],
+            "verifier_weights_hash": verifier["weights_hash"],
+            "step": state.step,
+        },
+        "dtype": dtype,
+    }
 
 
 def vocab_tensors(shape: Shape, vocab_map: VocabMap) -> dict[str, Tensor]:
