@@ -54,7 +54,18 @@ def speculators_modules() -> tuple[ModuleType, ModuleType]:
     importlib.import_module(f"{_PACKAGE}.models.attention")
     dspark = importlib.import_module(f"{_PACKAGE}.models.dspark")
     config.reload_schemas()
+    _leave_out_of_graphs()
     return config, dspark
+
+
+def _leave_out_of_graphs() -> None:
+    """Call the fused losses' Triton kernels outside of the graphs that torch.compile makes of the rest.
+
+    torch 2.11 refuses a graph in which kernels share a list of tile sizes, as these do ("already tracked for mutation").
+    """
+    fused = importlib.import_module(f"{_PACKAGE}.losses.fused")
+    for name in ("fused_ce_loss", "fused_tv_loss"):
+        setattr(fused, name, torch.compiler.disable(getattr(fused, name)))
 
 
 def dspark_model(shape: BlockShape, length: int, device: torch.device) -> Any:
