@@ -25,6 +25,8 @@ ROOMS = {
         "decoding": 0,
         "students_t": 0,
         "truth": 1,
+        "running_engine": 0,
+        "engine_count": 1,
         "results": 0,
         "config_file": 1,
         "reports": 1,

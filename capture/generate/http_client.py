@@ -53,9 +53,21 @@ class _FailedError(Exception):
 class HttpClient:
     """Asks one server, many requests side by side. Use as an async context manager."""
 
-    def __init__(self, url: str, *, connections: int, retries: int, timeout_seconds: float) -> None:
-        """`timeout_seconds` is for one response, from the request to its last byte."""
+    def __init__(
+        self,
+        url: str,
+        *,
+        connections: int,
+        retries: int,
+        timeout_seconds: float,
+        flag: str = "--server",
+        remedy: str = "what was answered is kept: run the same command again once the server is back",
+    ) -> None:
+        """`timeout_seconds` is for one response, from the request to its last byte. `flag` is the one that gives the
+        URL, and `remedy` what to do where the server fails every time; errors name them.
+        """
         self.url = url.rstrip("/")
+        self._flag, self._remedy = flag, remedy
         self.retried = 0
         """Requests that were sent again."""
         self._retries = retries
@@ -80,8 +92,15 @@ class HttpClient:
     ) -> None:
         await self._client.__aexit__(kind, value, trace)
 
-    async def ask(self, method: str, path: str, payload: Any, read: Callable[[Any], _Read]) -> _Read:
-        """Send a request and return `read(parsed body)`, again and again where the server fails.
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        payload: Any,
+        read: Callable[[Any], _Read],
+        parse: Callable[[bytes], Any] = parse_json,
+    ) -> _Read:
+        """Send a request and return `read(parse(body))`, again and again where the server fails.
 
         Raises ServerError where it fails every time, RowRejectedError where `read` raises BadResponseError every time,
         RefusedError where the server refuses the request, and InputError where it would refuse any.
@@ -90,7 +109,7 @@ class HttpClient:
             if attempt:
                 self.retried += 1
             try:
-                return read(await self._once(method, path, payload))
+                return read(await self._once(method, path, payload, parse))
             except (_FailedError, BadResponseError) as exc:
                 failure: Exception = exc
             if attempt < self._retries:
@@ -99,12 +118,9 @@ class HttpClient:
         times = f"{self._retries + 1} times"
         if isinstance(failure, BadResponseError):
             raise RowRejectedError("bad-response", expected="a response of the API", found=f"{times}: {failure}")
-        raise ServerError(
-            f"{self.url}{path}: expected an answer, found {failure}, {times}; what was answered is kept: "
-            "run the same command again once the server is back"
-        )
+        raise ServerError(f"{self.url}{path}: expected an answer, found {failure}, {times}; {self._remedy}")
 
-    async def _once(self, method: str, path: str, payload: Any) -> Any:
+    async def _once(self, method: str, path: str, payload: Any, parse: Callable[[bytes], Any]) -> Any:
         try:
             async with (
                 asyncio.timeout(self._timeout),
@@ -116,13 +132,13 @@ class HttpClient:
         except httpx2.TransportError as exc:
             raise _FailedError(f"{type(exc).__name__} ({exc})") from exc
         except httpx2.InvalidURL as exc:
-            raise InputError(f"--server: expected a URL such as http://host:8000/v1, found {self.url!r}") from exc
+            raise InputError(f"{self._flag}: expected a URL such as http://host:8000/v1, found {self.url!r}") from exc
         if response.status_code != 200:
             raise self._refusal(response.status_code, _message(data), response.headers, path)
         try:
-            return parse_json(data)
+            return parse(data)
         except ValueError as exc:
-            raise BadResponseError(f"a body that is no JSON ({exc})") from exc
+            raise BadResponseError(f"a body that is no {'JSON' if parse is parse_json else 'text'} ({exc})") from exc
 
     def _refusal(self, status: int, said: str, headers: httpx2.Headers, path: str) -> Exception:
         if status in (408, 425, 429) or status >= 500:

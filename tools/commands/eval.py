@@ -81,6 +81,17 @@ def _add_online(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--verifier", type=Path, help="with --online: directory of the store's verifier")
     group.add_argument("--online-prompts", type=int, default=8, help="prompts, the shortest (default: 8)")
     group.add_argument("--online-tokens", type=int, default=64, help="tokens of each answer at most (default: 64)")
+    group = parser.add_argument_group("check against a running engine")
+    group.add_argument(
+        "--engine",
+        metavar="URL",
+        help="also ask a running vLLM or SGLang with this draft for the turns of some conversations, greedily, and "
+        "compare its count of verify steps where its text is the store's; ends with exit code 1 if they differ by more "
+        "than 1 %%, or if no text is equal",
+    )
+    group.add_argument(
+        "--engine-conversations", type=int, default=32, metavar="N", help="conversations, the shortest (default: 32)"
+    )
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -88,11 +99,12 @@ def check(arguments: argparse.Namespace) -> None:
     from draftcache.draft_train.by_length import require_edges
 
     _require_online(arguments)
+    _require_engine(arguments)
     require_edges(_edges(arguments.length_buckets))
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate and print the figures per split. Returns 0, or 1 where --online found a difference."""
+    """Evaluate and print the figures per split. Returns 0, or 1 where --online or --engine found a difference."""
     from draftcache.draft_train.evaluate import evaluate
     from draftcache.store.common.files import write_json
 
@@ -102,6 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
         from draftcache.tools.truth import require_online
 
         require_online(StoreReader(arguments.store), arguments.verifier, arguments.checkpoint)
+    asked = _ask_engine(arguments) if arguments.engine else None
     result = evaluate(
         store=arguments.store,
         checkpoint=arguments.checkpoint,
@@ -121,6 +134,10 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if arguments.online:
         result["online"] = _online(arguments)
+    if asked is not None:
+        from draftcache.tools.engine_count import engine_result
+
+        result["engine"] = engine_result(*asked, result, arguments.draft_tokens)
     if arguments.output is not None:
         write_json(arguments.output, result)
     shown = {name: value for name, value in result.items() if name not in ("kind", "conversations")}
@@ -129,8 +146,9 @@ def run(arguments: argparse.Namespace) -> int:
     from draftcache.tools.reports.acceptance_text import format_evaluation
 
     show(arguments, shown, format_evaluation(result))
-    online = result.get("online")
-    return 0 if online is None or (online["text_equal"] and online["steps_equal"]) else 1
+    online, engine = result.get("online"), result.get("engine")
+    equal = online is None or (online["text_equal"] and online["steps_equal"])
+    return 0 if equal and (engine is None or engine["steps_equal"]) else 1
 
 
 def _require_online(arguments: argparse.Namespace) -> None:
@@ -144,6 +162,33 @@ def _require_online(arguments: argparse.Namespace) -> None:
             raise InputError(f"--{flag.replace('_', '-')}: expected at least 2, found {getattr(arguments, flag)}")
     if arguments.show_conversations < 0:
         raise InputError(f"--show-conversations: expected 0 or more, found {arguments.show_conversations}")
+
+
+def _require_engine(arguments: argparse.Namespace) -> None:
+    from draftcache.store.common.errors import InputError
+
+    if arguments.engine_conversations < 1:
+        raise InputError(f"--engine-conversations: expected at least 1, found {arguments.engine_conversations}")
+
+
+def _ask_engine(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Return the engine and its answers. What the store or the checkpoint lacks is told before it is asked."""
+    from draftcache.draft_train.checkpoint import load_state, resolve_checkpoint
+    from draftcache.draft_train.fit import require_fit
+    from draftcache.store.reader import StoreReader
+    from draftcache.tools.engine_count import engine_answers
+    from draftcache.tools.running_engine import RunningEngine
+
+    store = StoreReader(arguments.store)
+    require_fit(arguments.checkpoint, load_state(resolve_checkpoint(arguments.checkpoint)), store)
+    with RunningEngine(arguments.engine) as engine:
+        return engine, engine_answers(
+            engine,
+            store,
+            arguments.splits.split(","),
+            most=arguments.engine_conversations,
+            draft_tokens=arguments.draft_tokens,
+        )
 
 
 def _edges(text: str) -> list[int]:

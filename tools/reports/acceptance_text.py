@@ -28,6 +28,8 @@ def format_evaluation(result: dict[str, Any]) -> str:
         lines += _sampled(split, row)
     if "online" in result:
         lines += ["", _online(result["online"])]
+    if "engine" in result:
+        lines += ["", _engine(result["engine"])]
     return "\n".join(lines)
 
 
@@ -112,3 +114,18 @@ def _online(found: dict[str, Any]) -> str:
         f"steps offline {found['offline_verify_steps']:,}, online {found['online_verify_steps']:,} for "
         f"{found['tokens']:,} tokens of {found['traces']} prompts: {'equal' if found['steps_equal'] else 'NOT EQUAL'}"
     )
+
+
+def _engine(found: dict[str, Any]) -> str:
+    verdict = {True: "equal within 1 %", False: "NOT EQUAL", None: "nothing to compare"}[found["steps_equal"]]
+    text = (
+        f"{found['engine']} {found['version']}, {found['model']}: the store's text on "
+        f"{found['conversations_of_equal_text']} of {found['conversations']} conversations; verify steps offline "
+        f"{found['offline_verify_steps']:,}, engine {found['engine_verify_steps']:,} for {found['tokens']:,} tokens, "
+        f"acceptance {found['offline_acceptance_length']:.3f} and {found['engine_acceptance_length']:.3f}: {verdict}"
+    )
+    if found["engine_accepted_by_position"]:
+        accepted = found["engine_accepted_by_position"]
+        text += f"; it accepted {sum(accepted):,} of {found['engine_drafted']:,} draft tokens, by position "
+        text += " ".join(f"{count:,}" for count in accepted)
+    return text

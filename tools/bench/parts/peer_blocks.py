@@ -61,7 +61,7 @@ def speculators_modules() -> tuple[ModuleType, ModuleType]:
 def _leave_out_of_graphs() -> None:
     """Call the fused losses' Triton kernels outside of the graphs that torch.compile makes of the rest.
 
-    torch 2.11 refuses a graph in which kernels share a list of tile sizes, as these do ("already tracked for mutation").
+    torch 2.11 refuses a graph whose kernels share a list of tile sizes, as these do ("already tracked for mutation").
     """
     fused = importlib.import_module(f"{_PACKAGE}.losses.fused")
     for name in ("fused_ce_loss", "fused_tv_loss"):
