@@ -65,7 +65,7 @@ def _leave_out_of_graphs() -> None:
     """
     fused = importlib.import_module(f"{_PACKAGE}.losses.fused")
     for name in ("fused_ce_loss", "fused_tv_loss"):
-        setattr(fused, name, torch.compiler.disable(getattr(fused, name)))
+        setattr(fused, name, torch.compiler.disable(getattr(fused, name)))  # type: ignore[no-untyped-call]
 
 
 def dspark_model(shape: BlockShape, length: int, device: torch.device) -> Any:
