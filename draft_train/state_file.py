@@ -38,7 +38,7 @@ def read_state(directory: Path) -> tuple[CheckpointState, dict[str, str]]:
     """
     body = _read_body(directory / STATE_NAME)
     names = [item.name for item in fields(CheckpointState)]
-    values: dict[str, Any] = {"architecture": DEFAULT, "longest": 0}
+    values: dict[str, Any] = {"architecture": DEFAULT, "longest": 0, "code": {}}
     values |= {name: body[name] for name in names if name in body}
     missing = sorted({*names, "files"} - values.keys() - body.keys())
     if missing:

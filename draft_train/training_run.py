@@ -45,6 +45,7 @@ from draftcache.draft_train.run_checks import require_norm, require_work
 from draftcache.draft_train.run_log import RunLog, step_record
 from draftcache.draft_train.split_checks import held_out_members, trained_members
 from draftcache.draft_train.warm_start import require_shape, require_vocabulary, warm_start
+from draftcache.store.common.checkout import code_commit, code_version
 from draftcache.store.common.device import choose_device
 from draftcache.store.common.errors import DraftcacheError
 from draftcache.store.common.stopping import Stopped, StopRequest
@@ -265,6 +266,7 @@ class TrainingRun:
             taps=[tap.to_json() for tap in self.store.manifest.taps],
             metrics=metrics,
             longest=int(self.store.index["tokens"].max()),
+            code={"version": code_version(), "commit": code_commit()},
         )
         path = checkpoint_path(self.config.output, self.step)
         save_checkpoint(path, state, self.model, self.optimizer, self.vocab_map)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from draftcache.draft_train.checkpoint import checkpoints, load_state
 from draftcache.draft_train.config import TrainConfig
@@ -20,6 +20,7 @@ from draftcache.draft_train.data.packed_batch import BatchLoader
 from draftcache.draft_train.drafts.block import served
 from draftcache.draft_train.drafts.block.model import BlockModel
 from draftcache.draft_train.drafts.protocol import CheckpointState
+from draftcache.draft_train.drafts.serving_target import ServingTarget
 from draftcache.draft_train.evaluate import evaluate
 from draftcache.draft_train.export import export
 from draftcache.draft_train.mask_token import with_mask_token
@@ -82,34 +83,6 @@ def test_a_block_draft_trains_resumes_and_is_evaluated_and_exported(draft: str, 
     assert tensors["lm_head.weight"].shape == (DRAFT_VOCAB, 8)
 
 
-def exported(tmp_path: Path) -> Path:
-    write_store(tmp_path / "store", tokens=TOKENS)
-    Trainer(settings(tmp_path, "dspark", epochs=1)).run()
-    return export(tmp_path / "run", tmp_path / "draft", engine="vllm")
-
-
-def test_an_export_that_an_engine_could_not_load_is_refused(tmp_path: Path) -> None:
-    path = exported(tmp_path)
-    served.check_served(path, "dspark")
-    tensors, written = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
-
-    def refused(message: str, change: dict[str, Any] | None = None, **values: torch.Tensor | None) -> None:
-        kept = {name: value for name, value in (tensors | values).items() if value is not None}
-        save_file(kept, path / "model.safetensors")
-        (path / "config.json").write_text(json.dumps(written | (change or {})))
-        with pytest.raises(CheckpointError, match=message):
-            served.check_served(path, "dspark")
-
-    refused("fc.weight", {"dflash_config": written["dflash_config"] | {"target_layer_ids": [1]}})
-    refused("markov_head.markov_w2.weight", **{"markov_head.markov_w2.weight": None})
-    refused("layers.1.self_attn.attention_sink_bias", **{"layers.1.self_attn.attention_sink_bias": None})
-    refused("d2t and t2d to name the same", d2t=tensors["d2t"] + 1)
-    refused("finite weights", **{"norm.weight": tensors["norm.weight"] * torch.nan})
-    refused("a mask token of the vocabulary", {"mask_token_id": VOCAB})
-    refused("expected Qwen3DSparkModel", {"architectures": ["DFlashDraftModel"]})
-    refused("max_position_embeddings", {"max_position_embeddings": 0})
-
-
 def test_a_whole_vocabulary_shares_the_verifiers_head_and_only_that_suits_sglang() -> None:
     verifier = {
         "name": "v", "weights_hash": "0", "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1,
@@ -124,7 +97,9 @@ def test_a_whole_vocabulary_shares_the_verifiers_head_and_only_that_suits_sglang
             verifier=verifier, taps=taps, metrics={},
         )  # fmt: skip
         words = VocabMap(target_ids=np.arange(shape.draft_vocab_size), vocab_size=VOCAB)
-        return served.served_form("dflash", shape, BlockModel(shape), state, words, engine=engine, dtype=torch.float32)
+        return served.served_form(
+            "dflash", shape, BlockModel(shape), state, words, target=ServingTarget(engine=engine), dtype=torch.float32
+        )
 
     shared = form("sglang")
     assert not {"lm_head.weight", "d2t", "t2d", "embed_tokens.weight"} & shared.tensors.keys()

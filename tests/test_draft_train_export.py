@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from draftcache.draft_train.checkpoint import load_state
-from draftcache.draft_train.drafts.eagle3.served import check_served, tap_ids
-from draftcache.draft_train.export import export, served_positions
+from draftcache.draft_train.drafts.serving_target import ServingTarget, VerifierFacts, eagle3_ids
+from draftcache.draft_train.export import FILES, export, served_positions
+from draftcache.draft_train.served_report import check_export
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import CheckpointError, InputError
-from draftcache.store.format.manifest import Tap
 from draftcache.tools.cli import main
 from support.processes import wait_for
 from support.synthetic import LAYERS, manifest, vocab_map, write_store
@@ -60,14 +60,6 @@ def test_eagle31_is_in_the_config_and_its_norms_are_in_the_tensors(tmp_path: Pat
     assert (written["fc_norm"], written["norm_output"]) == (True, True)
     norms = {name for name in load_file(path / "model.safetensors") if name.startswith("fc_norm.")}
     assert norms == {f"fc_norm.{number}.weight" for number in range(len(LAYERS))}
-    for changes, text in (
-        ({"fc_norm": False}, r"norms of the taps \[\], found \['fc_norm.0.weight'"),
-        ({"eagle_aux_hidden_state_layer_ids": [2, 3]}, "norms of the taps"),
-        ({"norm_output": None}, "expected norm_output to be true or false, found None"),
-    ):
-        (path / "config.json").write_text(json.dumps(written | changes))
-        with pytest.raises(CheckpointError, match=text):
-            check_served(path)
 
 
 def test_a_checkpoint_of_the_other_kind_is_no_warm_start(checkpoint: Path, tmp_path: Path) -> None:
@@ -77,14 +69,62 @@ def test_a_checkpoint_of_the_other_kind_is_no_warm_start(checkpoint: Path, tmp_p
         Trainer(config(tmp_path, epochs=1, eagle31=True)).run()
 
 
+LLAMA = VerifierFacts(model_type="llama", layers=52)
+
+
 def test_aux_ids_follow_the_engine() -> None:
-    taps = [Tap(layer=layer).to_json() for layer in (2, 26, 48)]
-    assert tap_ids(taps, "vllm") == [3, 27, 49]
-    assert tap_ids(taps, "sglang") == [2, 26, 48]
-    with pytest.raises(InputError, match="--engine"):
-        tap_ids(taps, "other")
-    with pytest.raises(CheckpointError, match="block outputs"):
-        tap_ids([{"layer": 2, "point": "input"}], "vllm")
+    blocks = [2, 26, 48]
+    assert eagle3_ids(blocks, ServingTarget(engine="vllm"), LLAMA) == [3, 27, 49]
+    assert eagle3_ids(blocks, ServingTarget(engine="sglang"), LLAMA) == [2, 26, 48]
+    with pytest.raises(InputError, match="--engine: expected vllm or sglang, found 'other'"):
+        eagle3_ids(blocks, ServingTarget(engine="other"), LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("version", "ids"),
+    [
+        ("0.5.12", [2, 26, 48]),
+        ("0.5.12.post1", [2, 26, 48]),
+        ("0.5.13rc0", [2, 26, 48]),
+        ("0.5.13", [3, 27, 49]),
+        ("0.5.23", [3, 27, 49]),
+    ],
+)
+def test_sglang_changed_the_ids_beside_deepseek_and_its_version_is_not_guessed(version: str, ids: list[int]) -> None:
+    deepseek, blocks = VerifierFacts(model_type="deepseek_v3"), [2, 26, 48]
+    assert eagle3_ids(blocks, ServingTarget(engine="sglang", version=version), deepseek) == ids
+    assert eagle3_ids(blocks, ServingTarget(engine="sglang", version=version), LLAMA) == blocks  # not beside others
+    assert eagle3_ids(blocks, ServingTarget(engine="vllm", version=version), deepseek) == [3, 27, 49]
+    choices = r"older than 0\.5\.13 \(\[2, 26, 48\]\), or 0\.5\.13 or later \(\[3, 27, 49\]\)"
+    with pytest.raises(InputError, match=f"--engine-version: .*{choices}"):
+        eagle3_ids(blocks, ServingTarget(engine="sglang"), deepseek)
+    with pytest.raises(InputError, match="expected taps from block 1 on"):
+        eagle3_ids([0, 2], ServingTarget(engine="sglang", version="0.5.13"), deepseek)
+    assert eagle3_ids([1, 2], ServingTarget(engine="sglang", version="0.5.13"), deepseek) == [2, 3]
+
+
+def test_an_export_beside_deepseek_names_the_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_store(tmp_path / "store", verifier=manifest().verifier | {"model_type": "deepseek_v3"})
+    last = Trainer(config(tmp_path, epochs=1)).run()
+    words = ["export", "--checkpoint", str(last), "--engine", "sglang", "--output"]
+    assert main([*words, str(tmp_path / "none")]) == 2
+    said = capsys.readouterr().err
+    assert "--engine-version" in said
+    assert "older than 0.5.13 ([1, 3, 4])" in said
+    assert "0.5.13 or later ([2, 4, 5])" in said
+    for version, ids in (("0.5.12", list(LAYERS)), ("0.5.13", [layer + 1 for layer in LAYERS])):
+        draft = tmp_path / version
+        assert main([*words, str(draft), "--engine-version", version]) == 0
+        written = json.loads((draft / "config.json").read_text())
+        assert written["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == ids
+        assert written["draftcache"]["engine_version"] == version
+        assert main(["export", "--check", str(draft)]) == 0
+        other = {"0.5.12": "0.5.13", "0.5.13": "0.5.12"}[version]
+        capsys.readouterr()
+        assert main(["export", "--check", str(draft), "--engine", "sglang", "--engine-version", other]) == 1
+        assert "aux-ids-off-by-one" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"--engine-version: expected a version such as 0\.5\.13, found 'new'"):
+        export(last, tmp_path / "none", engine="sglang", engine_version="new")
 
 
 NEMOTRON = {"model_type": "nemotron_h", "architecture": "NemotronHForCausalLM", "name": "/models/cascade"}
@@ -157,6 +197,10 @@ def test_what_the_check_refuses_is_not_published(checkpoint: Path, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "store"]
 
 
+def whole(draft: Path) -> bool:
+    return sorted(path.name for path in draft.iterdir()) == sorted(FILES) and not check_export(draft).findings
+
+
 def test_a_killed_export_leaves_no_draft_and_the_next_one_cleans_up(checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "out" / "draft"
     output.parent.mkdir()
@@ -170,11 +214,11 @@ def test_a_killed_export_leaves_no_draft_and_the_next_one_cleans_up(checkpoint: 
             process.kill()
         if not output.exists():
             break
-        check_served(output)
+        assert whole(output)
         shutil.rmtree(output)
     assert len(list(output.parent.glob(".draft.*.partial"))) == 2, "no kill came between beginning and end"
     subprocess.run(command, check=True, capture_output=True)
-    check_served(output)
+    assert whole(output)
     assert sorted(path.name for path in output.parent.iterdir()) == [foreign.name, "draft"]
 
 
@@ -183,16 +227,6 @@ def test_existing_output_is_not_overwritten(checkpoint: Path, tmp_path: Path) ->
     with pytest.raises(InputError, match="new directory"):
         export(checkpoint, tmp_path / "draft", engine="vllm")
     assert load_state(checkpoint).finished
-
-
-def test_check_finds_vocabulary_tensors_that_disagree(checkpoint: Path, tmp_path: Path) -> None:
-    path = export(checkpoint, tmp_path / "draft", engine="vllm")
-    check_served(path)
-    tensors = load_file(path / "model.safetensors")
-    tensors["d2t"][0] += 1
-    save_file(tensors, path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="same target ids"):
-        check_served(path)
 
 
 def positions_of(path: Path) -> int:
@@ -221,11 +255,3 @@ def test_positions_of_a_verifier_without_a_limit_are_those_of_the_store(tmp_path
     with pytest.raises(InputError, match=r"found neither.*--max-position-embeddings"):
         export(last, tmp_path / "old", engine="vllm")
     assert positions_of(export(last, tmp_path / "old", engine="vllm", max_position_embeddings=48)) == 48
-
-
-def test_an_export_without_positions_is_found(checkpoint: Path, tmp_path: Path) -> None:
-    path = export(checkpoint, tmp_path / "draft", engine="vllm")
-    config_file = path / "config.json"
-    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"max_position_embeddings": 0}))
-    with pytest.raises(CheckpointError, match="max_position_embeddings above 0"):
-        check_served(path)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +20,8 @@ from draftcache.draft_train.data.batches import Batch, BatchNeeds
 from draftcache.draft_train.data.frozen import FrozenWeights
 from draftcache.draft_train.drafts.gradient_pass import GradientPass, PlainPass
 from draftcache.draft_train.drafts.pass_support import require_plain
+from draftcache.draft_train.drafts.served_draft import Finding, ServedDraft
+from draftcache.draft_train.drafts.serving_target import FORMS, ServingTarget, VerifierFacts
 from draftcache.draft_train.drafts.sizes import BatchRows, Shape, VerifierShape
 from draftcache.draft_train.loss.objective import Objective, StepOutput
 from draftcache.store.common.errors import InputError
@@ -52,6 +53,8 @@ class CheckpointState:
     """What was logged of the last step."""
     longest: int = 0
     """Tokens of the store's longest conversation; 0 in checkpoints of earlier versions, which did not say."""
+    code: dict[str, str] = field(default_factory=dict)
+    """`version` and `commit` of the code that wrote it; empty in checkpoints of earlier versions."""
 
 
 class StepLogits(NamedTuple):
@@ -187,9 +190,9 @@ class Draft(ABC):
 
     @abstractmethod
     def served_form(
-        self, state: CheckpointState, vocab_map: VocabMap, *, engine: str, dtype: torch.dtype
+        self, state: CheckpointState, vocab_map: VocabMap, *, target: ServingTarget, dtype: torch.dtype
     ) -> ServedForm:
-        """Return the form that `engine` loads, weights in `dtype`. Raises CheckpointError for what can't be served."""
+        """Return the form that `target` loads, weights in `dtype`. Raises CheckpointError for what can't be served."""
 
 
 class Architecture(ABC):
@@ -199,6 +202,10 @@ class Architecture(ABC):
     """Name on the command line, in checkpoints and in exports."""
     engines: tuple[str, ...]
     """Inference engines that a draft can be exported for."""
+    forms: tuple[str, ...] = FORMS[:1]
+    """Forms that a draft can be exported in."""
+    served_as: tuple[str, ...] = ()
+    """Names in `architectures`, or for `speculators_model_type`, of config.json by which an export is recognised."""
 
     @abstractmethod
     def shape_for(self, config: TrainConfig, verifier: VerifierShape) -> Shape:
@@ -216,9 +223,17 @@ class Architecture(ABC):
     def peak_bytes(self, shape: Shape, config: TrainConfig, batch: BatchRows) -> dict[str, int]:
         """Return what PyTorch allocates at a training step's peak, in bytes by `MEMORY_KINDS`. It needs no GPU."""
 
-    def why_not_served(self, verifier: dict[str, Any], engine: str) -> str | None:
-        """Return why `engine` can't serve drafts of `verifier`, as in a manifest, and what to do; None if it can."""
+    def why_not_served(self, verifier: VerifierFacts, engine: str) -> str | None:
+        """Return why `engine` can't serve drafts of `verifier`, and what to do; None if it can."""
         return None
+
+    def serve_command(self, target: ServingTarget, verifier: str, draft: str, tokens: int) -> str:
+        """Return the command that serves the verifier with a draft proposing so many tokens per verify step."""
+        return f"serve {verifier} with the {self.name} draft {draft} in {target.engine}, {tokens} tokens per step"
+
+    def draft_tokens(self, shape: Shape, objective: dict[str, Any]) -> int:
+        """Return how many tokens a draft was trained to propose per verify step."""
+        return int(objective.get("ttt_steps", 1))
 
     @abstractmethod
     def operations(self, shape: Shape, config: TrainConfig, batch: BatchRows) -> float:
@@ -229,5 +244,5 @@ class Architecture(ABC):
         """
 
     @abstractmethod
-    def check_served(self, path: Path) -> None:
-        """Read an exported directory back. Raises CheckpointError where it is not what engines expect."""
+    def served_findings(self, draft: ServedDraft) -> Iterator[Finding]:
+        """Yield what is wrong with a served draft of this architecture, whoever exported it."""

@@ -1,23 +1,26 @@
-"""What exports of every architecture share: fields of config.json, maps of draft ids (d2t, t2d), and checks."""
+"""What exports of every architecture share: fields of config.json, and maps of draft ids (d2t, t2d)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from draftcache.draft_train.drafts.protocol import CheckpointState
+from draftcache.draft_train.drafts.serving_target import ServingTarget
 from draftcache.draft_train.drafts.sizes import Shape
 from draftcache.store.common.errors import CheckpointError
 from draftcache.store.format.vocab_map import VocabMap
 
 
-def common_config(shape: Shape, state: CheckpointState, engine: str, dtype: str) -> dict[str, Any]:
-    """Return the fields of config.json that are Llama's and Qwen's alike. `dtype` is the name of the weights' dtype."""
+def common_config(shape: Shape, state: CheckpointState, target: ServingTarget, dtype: str) -> dict[str, Any]:
+    """Return the fields of config.json that are Llama's and Qwen's alike. `dtype` is the name of the weights' dtype.
+
+    RoPE is written twice, as configs of transformers 4 and 5 have it.
+    """
     verifier, values = state.verifier, asdict(shape)
     sizes = (
         "intermediate_size",
@@ -33,6 +36,7 @@ def common_config(shape: Shape, state: CheckpointState, engine: str, dtype: str)
         **{name: values[name] for name in (*sizes, "rms_norm_eps", "rope_theta")},
         "hidden_act": "silu",
         "rope_scaling": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": values["rope_theta"]},
         "attention_bias": False,
         "tie_word_embeddings": False,
         "max_position_embeddings": verifier["max_position_embeddings"],
@@ -41,12 +45,18 @@ def common_config(shape: Shape, state: CheckpointState, engine: str, dtype: str)
         "pad_token_id": verifier["pad_token_id"],
         "vocab_size": shape.vocab_size,
         "draft_vocab_size": shape.draft_vocab_size,
+        # Information for people and for the check of an export: outputs of these blocks, counted from 0. No engine was
+        # found that reads this field.
+        "target_hidden_state_indices": [tap["layer"] for tap in state.taps],
         "draftcache": {
-            "engine": engine,
+            "engine": target.engine,
+            "engine_version": target.version,
             "draft_vocab_hash": state.draft_vocab_hash,
             "store_hash": state.store_hash,
             "verifier": verifier["name"],
             "verifier_weights_hash": verifier["weights_hash"],
+            "verifier_model_type": verifier.get("model_type"),
+            "verifier_layers": verifier.get("layers"),
             "step": state.step,
         },
         "dtype": dtype,
@@ -68,18 +78,30 @@ def vocab_tensors(shape: Shape, vocab_map: VocabMap) -> dict[str, Tensor]:
     return {"d2t": torch.from_numpy(vocab_map.d2t.copy()), "t2d": t2d}
 
 
-def require_same_map(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError where the d2t and t2d of an export are missing or name other ids."""
-    if missing := sorted({"d2t", "t2d"} - tensors.keys()):
-        raise CheckpointError(f"{path}: expected d2t and t2d, missing {missing}")
-    d2t = tensors["d2t"]
-    targets = d2t + torch.arange(d2t.shape[0])
-    if not torch.equal(targets, torch.nonzero(tensors["t2d"])[:, 0]):
-        raise CheckpointError(f"{path}: expected d2t and t2d to name the same target ids, found them to differ")
+def block_numbers(state: CheckpointState) -> list[int]:
+    """Return the blocks, counted from 0, whose outputs the draft reads. Raises CheckpointError for other taps."""
+    if wrong := [tap for tap in state.taps if tap["point"] != "output"]:
+        raise CheckpointError(f"expected taps at block outputs, found {wrong}")
+    blocks = [int(tap["layer"]) for tap in state.taps]
+    if blocks != sorted(set(blocks)):
+        raise CheckpointError(f"expected ascending, distinct blocks, found {blocks}")
+    return blocks
 
 
-def require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError where a weight of an export is NaN or infinite."""
-    for name, value in tensors.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise CheckpointError(f"{path}: {name}: expected finite weights, found NaN or infinity")
+def serve_command(method: str, target: ServingTarget, verifier: str, draft: str, tokens: int) -> str:
+    """Return the command that serves `verifier` with the `draft` in this directory, `tokens` per verify step.
+
+    `method` is vLLM's name of the way in which it drafts.
+    """
+    if target.engine == "vllm":
+        settings = json.dumps({"method": method, "model": draft, "num_speculative_tokens": tokens})
+        return f"vllm serve {verifier} --speculative-config '{settings}'"
+    lines = [
+        f"python -m sglang.launch_server --model-path {verifier}",
+        f"--speculative-algorithm {method.upper()} --speculative-draft-model-path {draft}",
+    ]
+    if method == "eagle3":
+        lines.append(
+            f"--speculative-num-steps {tokens} --speculative-eagle-topk 1 --speculative-num-draft-tokens {tokens + 1}"
+        )
+    return " \\\n  ".join(lines)

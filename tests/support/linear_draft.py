@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +13,10 @@ from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.data.batches import Batch, BatchNeeds
 from draftcache.draft_train.data.frozen import FrozenWeights
 from draftcache.draft_train.drafts.protocol import Architecture, CheckpointState, Draft, ServedForm
+from draftcache.draft_train.drafts.served_draft import Finding, ServedDraft, error
+from draftcache.draft_train.drafts.serving_target import ServingTarget
 from draftcache.draft_train.drafts.sizes import BatchRows, Shape, VerifierShape
 from draftcache.draft_train.loss.objective import StepOutput
-from draftcache.store.common.errors import CheckpointError
 from draftcache.store.format.vocab_map import VocabMap
 
 
@@ -63,7 +62,7 @@ class LinearDraft(Draft):
         return found
 
     def served_form(
-        self, state: CheckpointState, vocab_map: VocabMap, *, engine: str, dtype: torch.dtype
+        self, state: CheckpointState, vocab_map: VocabMap, *, target: ServingTarget, dtype: torch.dtype
     ) -> ServedForm:
         config = {"architectures": ["Linear"], "steps": self.shape.steps, "taps": [tap["layer"] for tap in state.taps]}
         tensors = {name: value.to(dtype).contiguous() for name, value in self.model.state_dict().items()}
@@ -105,9 +104,9 @@ class Linear(Architecture):
         assert isinstance(shape, LinearShape)
         return 4.0 * batch.starts * shape.steps * shape.draft_vocab_size * shape.taps * shape.hidden_size
 
-    def check_served(self, path: Path) -> None:
-        if json.loads((path / "config.json").read_text())["architectures"] != ["Linear"]:
-            raise CheckpointError(f"{path}: expected a linear draft, found another")
+    def served_findings(self, draft: ServedDraft) -> Iterator[Finding]:
+        if draft.config["architectures"] != ["Linear"]:
+            yield error("architecture", "architectures", "Linear", draft.config["architectures"], "export it again")
 
 
 ARCHITECTURE = Linear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +11,16 @@ from torch import Tensor
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.data.batches import Batch, BatchNeeds
 from draftcache.draft_train.data.frozen import FrozenWeights
-from draftcache.draft_train.drafts.block import memory, served
+from draftcache.draft_train.drafts.block import memory, served, served_checks
 from draftcache.draft_train.drafts.block.choose_pass import choose_forward, choose_pass
 from draftcache.draft_train.drafts.block.forward import block_outputs
 from draftcache.draft_train.drafts.block.model import BlockModel
 from draftcache.draft_train.drafts.block.shape import BlockShape
 from draftcache.draft_train.drafts.gradient_pass import GradientPass
 from draftcache.draft_train.drafts.protocol import Architecture, CheckpointState, Draft, LogitReader, ServedForm
+from draftcache.draft_train.drafts.served_draft import Finding, ServedDraft
+from draftcache.draft_train.drafts.served_parts import serve_command
+from draftcache.draft_train.drafts.serving_target import FORMS, ServingTarget
 from draftcache.draft_train.drafts.sizes import BatchRows, Shape, VerifierShape
 from draftcache.draft_train.loss.objective import Objective, StepOutput, needs_text
 from draftcache.store.format.vocab_map import VocabMap
@@ -78,9 +80,9 @@ class BlockDraft(Draft):
         return super().logit_reader(frozen, "plain") if fused is None else fused.step_logits
 
     def served_form(
-        self, state: CheckpointState, vocab_map: VocabMap, *, engine: str, dtype: torch.dtype
+        self, state: CheckpointState, vocab_map: VocabMap, *, target: ServingTarget, dtype: torch.dtype
     ) -> ServedForm:
-        return served.served_form(self.name, self.shape, self.model, state, vocab_map, engine=engine, dtype=dtype)
+        return served.served_form(self.name, self.shape, self.model, state, vocab_map, target=target, dtype=dtype)
 
 
 class BlockArchitecture(Architecture):
@@ -90,6 +92,8 @@ class BlockArchitecture(Architecture):
         """`name` is "dflash" or "dspark"."""
         self.name = name
         self.engines = served.ENGINES[name]
+        self.forms = FORMS
+        self.served_as = served_checks.SERVED_AS[name]
 
     def shape_for(self, config: TrainConfig, verifier: VerifierShape) -> BlockShape:
         window = config.sliding_window or None
@@ -146,8 +150,15 @@ class BlockArchitecture(Architecture):
         slots = starts * shape.block_size * (layers * per_slot + attention)
         return slots + starts * shape.steps * 2 * shape.draft_vocab_size * head + batch.rows * base
 
-    def check_served(self, path: Path) -> None:
-        served.check_served(path, self.name)
+    def draft_tokens(self, shape: Shape, objective: dict[str, Any]) -> int:
+        assert isinstance(shape, BlockShape)
+        return shape.steps
+
+    def serve_command(self, target: ServingTarget, verifier: str, draft: str, tokens: int) -> str:
+        return serve_command(self.name, target, verifier, draft, tokens)
+
+    def served_findings(self, draft: ServedDraft) -> Iterator[Finding]:
+        return served_checks.findings(draft, self.name)
 
 
 DFLASH = BlockArchitecture("dflash")

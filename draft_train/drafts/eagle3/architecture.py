@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +11,16 @@ from torch import Tensor
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.data.batches import Batch, BatchNeeds
 from draftcache.draft_train.data.frozen import FrozenWeights
-from draftcache.draft_train.drafts.eagle3 import memory, served
+from draftcache.draft_train.drafts.eagle3 import memory, served, served_checks
 from draftcache.draft_train.drafts.eagle3.choose_pass import choose_forward, choose_pass, pass_settings
 from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 from draftcache.draft_train.drafts.eagle3.shape import Eagle3Shape
 from draftcache.draft_train.drafts.eagle3.unroll import unroll
 from draftcache.draft_train.drafts.gradient_pass import GradientPass
 from draftcache.draft_train.drafts.protocol import Architecture, CheckpointState, Draft, LogitReader, ServedForm
+from draftcache.draft_train.drafts.served_draft import Finding, ServedDraft
+from draftcache.draft_train.drafts.served_parts import serve_command
+from draftcache.draft_train.drafts.serving_target import FORMS, ServingTarget, VerifierFacts
 from draftcache.draft_train.drafts.sizes import BatchRows, Shape, VerifierShape
 from draftcache.draft_train.loss.objective import Objective, StepOutput, needs_text
 from draftcache.store.common.errors import InputError
@@ -64,9 +66,9 @@ class Eagle3Draft(Draft):
         return super().logit_reader(frozen, "plain") if fused is None else fused.step_logits
 
     def served_form(
-        self, state: CheckpointState, vocab_map: VocabMap, *, engine: str, dtype: torch.dtype
+        self, state: CheckpointState, vocab_map: VocabMap, *, target: ServingTarget, dtype: torch.dtype
     ) -> ServedForm:
-        return served.served_form(self.shape, self.model, state, vocab_map, engine=engine, dtype=dtype)
+        return served.served_form(self.shape, self.model, state, vocab_map, target=target, dtype=dtype)
 
 
 class Eagle3(Architecture):
@@ -74,6 +76,8 @@ class Eagle3(Architecture):
 
     name = "eagle3"
     engines = served.ENGINES
+    forms = FORMS
+    served_as = served_checks.SERVED_AS
 
     def shape_for(self, config: TrainConfig, verifier: VerifierShape) -> Eagle3Shape:
         return Eagle3Shape(
@@ -118,8 +122,14 @@ class Eagle3(Architecture):
         )
         return memory.peak_bytes(shape, work)
 
-    def why_not_served(self, verifier: dict[str, Any], engine: str) -> str | None:
+    def why_not_served(self, verifier: VerifierFacts, engine: str) -> str | None:
         return served.why_not_served(verifier, engine)
+
+    def draft_tokens(self, shape: Shape, objective: dict[str, Any]) -> int:
+        return served.draft_tokens(objective)
+
+    def serve_command(self, target: ServingTarget, verifier: str, draft: str, tokens: int) -> str:
+        return serve_command(self.name, target, verifier, draft, tokens)
 
     def operations(self, shape: Shape, config: TrainConfig, batch: BatchRows) -> float:
         assert isinstance(shape, Eagle3Shape)
@@ -131,8 +141,8 @@ class Eagle3(Architecture):
         products = 3.0 * (rows * per_row - batch.starts * 4 * hidden * keys + batch.rows * base)
         return products + 3.5 * 4 * queries * rows * (shape.sliding_window or batch.rows)
 
-    def check_served(self, path: Path) -> None:
-        served.check_served(path)
+    def served_findings(self, draft: ServedDraft) -> Iterator[Finding]:
+        return served_checks.findings(draft)
 
 
 ARCHITECTURE = Eagle3()
