@@ -95,6 +95,7 @@ def _meaning(served: ServedDraft, ids: list[int]) -> Iterator[Finding]:
         yield warning("aux-ids-off-by-one", IDS, f"ids such as {guess}", ids, advice)
     if layers is None:
         return
+    blocks = served.blocks or blocks
     if min(blocks) < -1 or max(blocks) >= layers:
         advice = "an engine never hands that state over; this is a draft of a deeper verifier, or the ids are shifted"
         yield error("aux-ids-past-the-end", IDS, f"ids of the verifier's {layers} blocks", ids, advice)
