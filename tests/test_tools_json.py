@@ -85,6 +85,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Pat
     settings = training_runs.config(root, epochs=1)
     assert main(["train", *training_runs.flags(settings)]) == 0
     assert main(["probe", *dump(root, root / "dump.safetensors")]) == 0
+    words = ["--checkpoint", str(root / "run"), "--output", str(root / "shifted"), "--engine", "vllm"]
+    assert main(["export", *words]) == 0
+    written = json.loads((root / "shifted" / "config.json").read_text())
+    (root / "shifted" / "config.json").write_text(json.dumps(written | {"eagle_aux_hidden_state_layer_ids": [7, 8, 9]}))
     return root
 
 
@@ -126,6 +130,7 @@ CASES: dict[str, tuple[int, Words]] = {
     ),
     "report": (0, lambda inputs, out, _: [inputs / "run", inputs / "store", "-o", out / "r.html"]),
     "export": (0, lambda inputs, out, _: ["--checkpoint", inputs / "run", "--output", out / "d", "--engine", "vllm"]),
+    "export --check": (1, lambda inputs, *_: ["--check", inputs / "shifted", "--verifier", inputs / "verifier"]),
     "size": (0, lambda *_: ["--tokens", "450e6", "--loss-fraction", 0.5, "--hidden-size", 2688, "--mode", "lossless"]),
     "size --train": (0, lambda *_: ["--train", "--length", 4096, "--hidden-size", 512, "--vocab-size", 4096]),
     "inspect": (0, lambda inputs, *_: [inputs / "store"]),
