@@ -68,7 +68,9 @@ def export(
     state = load_state(path)
     architecture = find_architecture(state.architecture)
     _require_loadable(architecture, target)
-    facts = VerifierFacts.of_manifest(state.verifier) if verifier is None else VerifierFacts.of_config(verifier)
+    facts = VerifierFacts.of_manifest(state.verifier)
+    if verifier is not None:
+        facts = VerifierFacts.of_config(verifier).filled_from(facts)
     _require_served(architecture, state, target, force)
     card = CardFacts(
         name=output.absolute().name,

@@ -84,9 +84,9 @@ def check_export(
     architecture = recognise(path, config)
     if engine not in (known := ("vllm", "sglang", *architecture.engines)):
         raise InputError(f"--engine: expected one of {sorted(set(known))}, found {engine!r}")
-    facts = VerifierFacts.of_config(verifier) if isinstance(verifier, Path) else verifier
-    if facts is None:  # what the export wrote down of it
-        facts = VerifierFacts(model_type=ours.get("verifier_model_type"), layers=ours.get("verifier_layers"))
+    facts = VerifierFacts.of_config(verifier) if isinstance(verifier, Path) else verifier or VerifierFacts()
+    written_down = VerifierFacts(model_type=ours.get("verifier_model_type"), layers=ours.get("verifier_layers"))
+    facts = facts.filled_from(written_down)
     return report_on(path, architecture, target, facts)
 
 

@@ -181,7 +181,7 @@ TRAPS: list[tuple[str, str, Change, dict[str, Any]]] = [
     ("head-shape", "eagle3", tensor("lm_head.weight", lambda head: head[:-1]), {}),
     ("d2t-missing", "eagle3", drop("d2t"), {}),
     ("d2t-shape", "eagle3", tensor("d2t", lambda d2t: d2t[:-1]), {}),
-    ("d2t-dtype", "eagle3", tensor("d2t", lambda d2t: d2t.float()), {}),
+    ("d2t-dtype", "eagle3", tensor("d2t", lambda d2t: d2t.double().to(torch.int16)), {}),
     ("d2t-absolute", "eagle3", absolute_d2t, {}),
     ("d2t-absolute", "dspark", both(absolute_d2t, drop("t2d")), {}),
     ("d2t-range", "eagle3", both(tensor("d2t", lambda d2t: d2t * 0 + VOCAB), drop("t2d")), {}),
@@ -219,10 +219,12 @@ TRAPS: list[tuple[str, str, Change, dict[str, Any]]] = [
     ("tensor-shape", "eagle3", tensor("fc.weight", lambda weight: weight[:, :-1]), {}),
     ("mask-token", "dspark", top(mask_token_id=VOCAB), {}),
     ("mask-token", "dspark-speculators", drop("mask_token_id"), {}),
+    ("engine", "eagle3-sglang", as_it_is, {"verifier": VerifierFacts(model_type="nemotron_h")}),
+    ("engine", "dflash", as_it_is, {"engine": "sglang"}),
+    ("engine", "eagle3-speculators", somebody_elses(put(eagle_config={AUX: IDS})), {"engine": "sglang"}),
     ("sizes", "eagle3", as_it_is, {"verifier": VerifierFacts(vocab_size=VOCAB + 1)}),
     ("sizes", "eagle3", as_it_is, {"verifier": VerifierFacts(hidden_size=2 * HIDDEN)}),
     ("speculators-fields", "eagle3-speculators", lambda p: p.config["speculators_config"].update(verifier={}), {}),
-    ("engine", "dspark", as_it_is, {"engine": "sglang", "verifier": VerifierFacts(layers=6)}),
 ]  # fmt: skip
 """The trap, the export, what is changed of it, and what else the check is told. Each is an error."""
 WARNINGS: list[tuple[str, str, Change, dict[str, Any]]] = [
@@ -238,6 +240,7 @@ WARNINGS: list[tuple[str, str, Change, dict[str, Any]]] = [
     ("dtype", "eagle3", drop("dtype"), {}),
     ("mixed-dtypes", "eagle3", tensor("norm.weight", lambda weight: weight.bfloat16()), {}),
     ("norm-before-residual", "eagle3", drop("norm_before_residual"), {}),
+    ("engine", "dspark", as_it_is, {"engine": "sglang"}),
     ("engine-version", "eagle3-sglang", as_it_is, {"verifier": VerifierFacts(model_type="deepseek_v3")}),
 ]  # fmt: skip
 """Likewise, where the draft may be right."""
@@ -296,7 +299,9 @@ def test_a_checkpoint_that_is_no_draft_is_refused(drafts: Path, tmp_path: Path) 
     with pytest.raises(InputError, match="expected a safetensors file"):
         check_export(path)
     (path / "model.safetensors").unlink()
-    assert "weights-missing" in {item.trap for item in check_export(path).errors}
+    assert [item.trap for item in check_export(path).errors] == ["weights-missing"]
+    (path / "pytorch_model.bin").write_bytes(b"a pickle, which is not read")
+    assert [(item.level, item.trap) for item in check_export(path).findings] == [("warning", "weights-missing")]
     with pytest.raises(InputError, match=r"--verifier .*expected a model's directory"):
         check_export(path, verifier=tmp_path)
 

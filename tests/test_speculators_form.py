@@ -200,13 +200,8 @@ def test_vllm_serves_the_form_with_the_verify_steps_that_eval_counts(tmp_path: P
     elif name == "eagle31":
         written["norm_output"] = False
     else:
-        written.pop("norm_before_residual")  # vLLM takes it for true
-        assert [item.trap for item in check_export_of(draft, written)] == ["norm-before-residual"]
+        written["eagle_aux_hidden_state_layer_ids"] = [1, 2, 4]
     (draft / "config.json").write_text(json.dumps(written))
+    assert check_export(draft).errors or name == "eagle31"
     wrong = vllm(tmp_path, draft, prompts)
     assert int(wrong["counters"]["vllm:spec_decode_num_drafts"]) > 1.03 * steps
-
-
-def check_export_of(draft: Path, config: dict[str, Any]) -> Any:
-    (draft / "config.json").write_text(json.dumps(config))
-    return check_export(draft).errors

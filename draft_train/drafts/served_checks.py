@@ -175,8 +175,9 @@ def required_tensors(served: ServedDraft, expected: Mapping[str, tuple[int, ...]
     if served.quantized:
         return
     if not served.tensors:
-        advice = "save the weights as safetensors; pickles are not read"
-        yield error("weights-missing", WEIGHTS, "the draft's tensors", "no safetensors", advice)
+        level = warning if any(served.path.glob("*.bin")) else error
+        advice = "save the weights as safetensors: pickles are not read here, so nothing is known of the tensors"
+        yield level("weights-missing", WEIGHTS, "the draft's tensors", "no safetensors", advice)
         return
     if prefixed := sorted(name for name in served.tensors if name.startswith("model.")):
         advice = "save them without it: vLLM adds one itself"
@@ -198,6 +199,8 @@ def head(served: ServedDraft, *, shared_is_usual: bool) -> Iterator[Finding]:
     """
     draft, whole, hidden = served.draft_vocab_size, served.vocab_size, served.layer.get("hidden_size")
     found = served.tensors.get("lm_head.weight")
+    if not served.tensors:
+        return
     if found is None and not any(name.startswith("lm_head.") for name in served.tensors):
         advice = "export the head: engines take the verifier's without a word"
         if draft != whole:

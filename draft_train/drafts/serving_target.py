@@ -85,6 +85,11 @@ class VerifierFacts:
         layers = config.get("num_hidden_layers") or len(blocks) or None
         return cls(**values, layers=layers, architecture=architectures[0])
 
+    def filled_from(self, other: VerifierFacts) -> VerifierFacts:
+        """Return these facts, and those of `other` where nothing is known."""
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__}
+        return VerifierFacts(**{name: own if own is not None else known for name, (own, known) in pairs.items()})
+
 
 _SGLANG_DEEPSEEK = {
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_k2", "kimi_k25",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from draftcache.draft_train.drafts.block.served import ARCHITECTURES
 from draftcache.draft_train.drafts.served_checks import head, required_tensors, shared_findings
-from draftcache.draft_train.drafts.served_draft import Finding, ServedDraft, error, whole_numbers
+from draftcache.draft_train.drafts.served_draft import Finding, ServedDraft, error, warning, whole_numbers
 from draftcache.draft_train.drafts.serving_target import takes_last_block
 
 IDS = "target_layer_ids"
@@ -35,12 +35,12 @@ def findings(served: ServedDraft, name: str) -> Iterator[Finding]:
 
 
 def _engine(served: ServedDraft, name: str) -> Iterator[Finding]:
-    """SGLang's DFlash worker proposes by the verifier's head over all of its ids."""
+    """SGLang's DFlash worker proposes by the verifier's head over all of its ids; its DSpark was not read."""
     if served.target.engine != "sglang":
         return
     if name == "dspark":
-        advice = "serve it with vLLM"
-        yield error("engine", "--engine", "an engine that serves DSpark beside any verifier", "sglang", advice)
+        advice = "serve it with vLLM: what SGLang reads of DSpark is not known here"
+        yield warning("engine", "--engine", "vllm for a DSpark draft", "sglang", advice)
     elif served.draft_vocab_size != served.vocab_size or "lm_head.weight" in served.tensors:
         advice = "serve it with vLLM"
         yield error("engine", "lm_head.weight", "no head and all of the verifier's ids", "a head of its own", advice)
