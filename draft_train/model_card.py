@@ -109,8 +109,8 @@ def _summary(facts: CardFacts) -> Iterator[str]:
     yield f"# {facts.name}: {state.architecture} draft of {facts.verifier}\n"
     yield (
         f"A draft for speculative decoding with {facts.verifier}, trained by draftcache and exported in {facts.dtype}, "
-        f"in the {target.form} form, for {target.engine}{version}. It serves no other model, and no other engine "
-        "before its ids of the verifier's layers were looked at (`draftcache export --check`).\n"
+        f"in the {target.form} form, for {target.engine}{version}. Other engines may number the verifier's "
+        "layers otherwise: `draftcache export --check` tells.\n"
     )
     yield "## Serving\n"
     yield f"```\n{architecture.serve_command(target, facts.verifier, facts.name, tokens)}\n```\n"

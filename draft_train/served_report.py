@@ -54,7 +54,7 @@ class ServedReport:
         lines = [f"{item.level.upper()} {item.trap}: {item}" for item in (*self.errors, *self.warnings)]
         lines.append(
             f"{self.path}: {self.architecture} in the {target.form} form, looked at for {target.engine}{version}: "
-            f"{len(self.errors)} errors, {len(self.warnings)} warnings"
+            f"errors {len(self.errors)}, warnings {len(self.warnings)}"
         )
         return "\n".join(lines)
 

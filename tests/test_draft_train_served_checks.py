@@ -332,7 +332,7 @@ def test_a_check_exits_with_1_and_says_what_to_do(
     said = capsys.readouterr().out
     assert "ERROR aux-ids-nested-only: eagle_aux_hidden_state_layer_ids: expected the ids of eagle_config." in said
     assert "WARNING dtype: dtype: expected the weights' ['float32'], found none; write it" in said
-    assert "eagle3 in the classic form, looked at for vllm: 1 errors, 1 warnings" in said
+    assert "eagle3 in the classic form, looked at for vllm: errors 1, warnings 1" in said
     assert main(["export", "--check", str(path), "--output", "x", "--force"]) == 2
     assert "found --output, --force" in capsys.readouterr().err
     assert main(["export", "--output", "x"]) == 2
