@@ -73,7 +73,6 @@ def export(
         facts = VerifierFacts.of_config(verifier).filled_from(facts)
     _require_served(architecture, state, target, force)
     card = CardFacts(
-        name=output.absolute().name,
         state=state,
         target=target,
         dtype=dtype,

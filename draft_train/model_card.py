@@ -1,7 +1,7 @@
 """README.md of an export: what the draft is, how it was made, how well it does, and how it is served.
 
 Every line follows from the checkpoint, the files of the export and the evaluations, so that the same checkpoint gives
-the same bytes: no date, no machine and no path stands in it.
+the same bytes: no date, no machine, no path and not the directory's name stands in it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from draftcache.store.common.errors import DraftcacheError, InputError
 from draftcache.store.common.files import read_json
 
 CARD = "README.md"
+_HERE = "DRAFT"
+"""What the export's directory is called in the card: its name is no part of what it holds."""
 _SETTINGS = (
     "splits", "epochs", "batch_conversations", "learning_rate", "loss", "ttt_steps", "teacher", "init_from", "seed",
 )  # fmt: skip
@@ -33,8 +35,6 @@ _SETTINGS = (
 class CardFacts:
     """What a model card tells, beside the files that it stands with."""
 
-    name: str
-    """Name of the export's directory."""
     state: CheckpointState
     target: ServingTarget
     dtype: str
@@ -106,16 +106,17 @@ def _summary(facts: CardFacts) -> Iterator[str]:
     architecture = find_architecture(state.architecture)
     tokens = architecture.draft_tokens(state.shape, state.objective)
     version = f" {target.version}" if target.version else ""
-    yield f"# {facts.name}: {state.architecture} draft of {facts.verifier}\n"
+    yield f"# {state.architecture} draft of {facts.verifier}\n"
     yield (
         f"A draft for speculative decoding with {facts.verifier}, trained by draftcache and exported in {facts.dtype}, "
         f"in the {target.form} form, for {target.engine}{version}. Other engines may number the verifier's "
         "layers otherwise: `draftcache export --check` tells.\n"
     )
     yield "## Serving\n"
-    yield f"```\n{architecture.serve_command(target, facts.verifier, facts.name, tokens)}\n```\n"
+    yield f"```\n{architecture.serve_command(target, facts.verifier, _HERE, tokens)}\n```\n"
+    yield f"where {_HERE} stands for this directory.\n"
     if target.form == "speculators":
-        yield f"or, as config.json names the verifier and the tokens per step, `vllm serve {facts.name}`.\n"
+        yield f"or, as config.json names the verifier and the tokens per step, `vllm serve {_HERE}`.\n"
     yield "## Licence\n"
     yield f"{facts.licence.source} A draft is made from its verifier's outputs, embeddings and head.\n"
 

@@ -48,7 +48,7 @@ def test_the_card_tells_what_the_checkpoint_and_the_files_hold(run: Path, tmp_pa
     state = load_state(run / "checkpoints" / "step_00000002")
     assert front["base_model"] == "org/verifier"
     assert {"speculative-decoding", "eagle3", "vllm"} <= set(front["tags"])
-    settings = '{"method": "eagle3", "model": "draft", "num_speculative_tokens": 3}'
+    settings = '{"method": "eagle3", "model": "DRAFT", "num_speculative_tokens": 3}'
     assert f"vllm serve org/verifier --speculative-config '{settings}'" in text
     for name, value in (
         ("optimizer steps", 2), ("store (xxh3-128)", state.store_hash), ("learning_rate", 0.01), ("sliding_window", 16),
@@ -101,7 +101,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(run: Path, tmp_path: Path) -> 
         assert one == two
         assert str(tmp_path).encode() not in one["README.md"] + one["config.json"]
     shutil.copytree(run, tmp_path / "moved")
-    moved = export(tmp_path / "moved", tmp_path / "c" / "speculators", engine="vllm", form="speculators")
+    moved = export(tmp_path / "moved", tmp_path / "another name", engine="vllm", form="speculators")
     assert {item.name: item.read_bytes() for item in moved.iterdir()} == one
 
 
@@ -157,6 +157,6 @@ def test_the_cards_licence_is_the_verifiers(run: Path, tmp_path: Path) -> None:
 
 def test_sglang_is_served_by_its_own_command(run: Path, tmp_path: Path) -> None:
     _, text = card_of(export(run, tmp_path / "draft", engine="sglang", engine_version="0.5.23"))
-    assert "--speculative-algorithm EAGLE3 --speculative-draft-model-path draft" in text
+    assert "--speculative-algorithm EAGLE3 --speculative-draft-model-path DRAFT" in text
     assert "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4" in text
     assert "for sglang 0.5.23" in text

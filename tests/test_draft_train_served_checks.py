@@ -335,8 +335,9 @@ def test_a_check_exits_with_1_and_says_what_to_do(
     assert "eagle3 in the classic form, looked at for vllm: errors 1, warnings 1" in said
     assert main(["export", "--check", str(path), "--output", "x", "--force"]) == 2
     assert "found --output, --force" in capsys.readouterr().err
-    assert main(["export", "--output", "x"]) == 2
-    assert "found no --checkpoint, --engine" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", "--output", "x"])
+    assert "required: --checkpoint, --engine" in capsys.readouterr().err
 
 
 def test_the_exporter_publishes_nothing_that_its_own_check_refuses(drafts: Path, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from draftcache.tools.results import add_json, show
 
@@ -13,9 +15,11 @@ _ENGINES = ("vllm", "sglang")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the export's flags."""
-    parser.add_argument("--checkpoint", type=Path, help="checkpoint, or a training --output (its newest)")
-    parser.add_argument("--output", type=Path, help="directory to create")
-    parser.add_argument("--engine", choices=_ENGINES, help="whose convention numbers the aux layers")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="checkpoint, or a training --output (its newest)"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="directory to create")
+    parser.add_argument("--engine", required=True, choices=_ENGINES, help="whose convention numbers the aux layers")
     parser.add_argument(
         "--engine-version",
         metavar="VERSION",
@@ -60,12 +64,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--check",
+        action=_InsteadOfExport,
         type=Path,
         metavar="DIR",
         help="export nothing: look in this draft, whoever exported it, for what engines do not report (for --engine; "
         "default: the one that draftcache exported it for, or vllm); exits with 1 where there are errors",
     )
     add_json(parser)
+
+
+class _InsteadOfExport(argparse.Action):
+    """Takes the flag's value; what an export needs is then not required."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        for action in parser._actions:
+            action.required = False
+        setattr(namespace, self.dest, values)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -80,10 +100,6 @@ def run(arguments: argparse.Namespace) -> int:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
             raise InputError(f"--check: expected no flag of an export beside it, found {flags}; leave them out")
         return _check(arguments)
-    if missing := [f"--{name}" for name in ("checkpoint", "output", "engine") if getattr(arguments, name) is None]:
-        raise InputError(
-            f"expected --checkpoint, --output and --engine, or --check, found no {', '.join(missing)}; name them"
-        )
     return _export(arguments)
 
 
