@@ -37,6 +37,8 @@ ROOMS = {
         "demo": 4,
         "commands": 5,
         "bench": 6,
+        "engine_check": 6,
+        "result_rows": 0,
         "campaign": 6,
     },
 }

@@ -17,11 +17,11 @@ from draftcache.store.reader import StoreReader
 from draftcache.tools.bench import train
 from draftcache.tools.bench.parts import block_cases
 from draftcache.tools.bench.parts.block_cases import BLOCK_CASES, LIMIT, gradient_error, needed_block_flops
-from draftcache.tools.bench.parts.rows import some_of
 from draftcache.tools.bench.parts.train_cases import SHAPE, Case, needed_flops, synthetic_batch
 from draftcache.tools.bench.parts.train_loader import _metrics, _read_through, drop_from_memory, write_store
 from draftcache.tools.bench.parts.train_steps import block_step
 from draftcache.tools.cli import main
+from draftcache.tools.result_rows import some_of
 
 SMALL = replace(
     SHAPE, hidden_size=32, num_attention_heads=4, head_dim=16, vocab_size=4096, draft_vocab_size=1600, sliding_window=64

@@ -33,6 +33,9 @@ from draftcache.store.reader import StoreReader
 from draftcache.store.storage.base import Location
 from draftcache.tools.decoding.loop import has_cache, plain_greedy, speculative_greedy
 
+SPLIT = "truth"
+"""The split that `capture_traces` makes."""
+
 
 @dataclass(frozen=True)
 class TruthResult:
@@ -84,12 +87,12 @@ def truth_check(
         for prompt in prompts
     ]
     kept = [(list(prompt), trace) for prompt, trace in zip(prompts, traces, strict=True) if len(trace) > 1]
-    store = _capture_traces(kept, verifier_path, vocab_map, layers, directory, device)
+    store = capture_traces(kept, verifier_path, layers, directory, vocab_map=vocab_map, device=device)
     path = resolve_checkpoint(checkpoint)
     draft = load_draft(path, load_state(path), torch.device("cpu"))
     assert has_cache(draft), "the caller has checked it"
     frozen = FrozenWeights.load(store, torch.device("cpu"))
-    counts = measure_draft(draft, frozen, store, store.members("truth"), draft_tokens=draft_tokens)
+    counts = measure_draft(draft, frozen, store, store.members(SPLIT), draft_tokens=draft_tokens)
     target_ids = torch.from_numpy(store.vocab_map().target_ids)
     online = [
         speculative_greedy(
@@ -107,20 +110,26 @@ def truth_check(
     )
 
 
-def _capture_traces(
-    traces: list[tuple[list[int], list[int]]],
+def capture_traces(
+    traces: Sequence[tuple[Sequence[int], Sequence[int]]],
     verifier_path: Path,
-    vocab_map: Path,
     layers: tuple[int, ...],
     directory: Path,
-    device: str,
+    *,
+    vocab_map: Path | None = None,
+    draft_vocab_size: int | None = None,
+    compute_dtype: str = "float32",
+    device: str = "cpu",
 ) -> StoreReader:
-    """Prepare and capture (prompt, answer) pairs of token ids in float32, and keep every row."""
+    """Prepare and capture (prompt, answer) pairs of token ids, as the split `truth`, and keep every row in float32.
+
+    The draft vocabulary is `vocab_map`'s, or the `draft_vocab_size` most frequent ids of the answers.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     rows = directory / "traces.jsonl"
     rows.write_text(
         "".join(
-            json.dumps({"token_ids": prompt + trace, "loss_mask": [0] * len(prompt) + [1] * len(trace)}) + "\n"
+            json.dumps({"token_ids": [*prompt, *trace], "loss_mask": [0] * len(prompt) + [1] * len(trace)}) + "\n"
             for prompt, trace in traces
         ),
         encoding="utf-8",
@@ -129,8 +138,9 @@ def _capture_traces(
         PrepareConfig(
             tokenizer=verifier_path,
             output=directory / "prepared",
-            splits={"truth": [rows]},
+            splits={SPLIT: [rows]},
             held_out={},
+            draft_vocab_size=draft_vocab_size,
             workers=1,
             overwrite=True,
             progress=False,
@@ -144,7 +154,7 @@ def _capture_traces(
         vocab_map=vocab_map,
         mode="float32",
         window=0,
-        compute_dtype="float32",
+        compute_dtype=compute_dtype,
         device=device,
     )
     CaptureJob(config).run()
@@ -179,7 +189,7 @@ def online_check(
         verifier_path=verifier_path,
         vocab_map=files.more_vocab_maps.get(vocab.size, files.vocab_map),
         checkpoint=checkpoint,
-        prompts=_prompts(reader, splits, prompts),
+        prompts=opening_prompts(reader, splits, prompts),
         eos_token_id=_end_of_turn(reader),
         max_new_tokens=max_new_tokens,
         layers=reader.manifest.layers,
@@ -204,7 +214,7 @@ def require_online(store: StoreReader, verifier_path: Path, checkpoint: Path) ->
     return state
 
 
-def _prompts(store: StoreReader, splits: Sequence[str], most: int) -> list[list[int]]:
+def opening_prompts(store: StoreReader, splits: Sequence[str], most: int) -> list[list[int]]:
     """Return the shortest prompts of the splits that differ, as token ids."""
     found: set[tuple[int, ...]] = set()
     members = np.concatenate([store.members(split) for split in splits])

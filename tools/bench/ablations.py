@@ -42,7 +42,8 @@ from draftcache.tools.bench.parts.ablation_bench import DEFAULTS, Bench, Setup, 
 from draftcache.tools.bench.parts.ablation_bench import setup_of as bench_setup
 from draftcache.tools.bench.parts.ablation_families import FAMILIES, Trials, pairs_without_teacher
 from draftcache.tools.bench.parts.ablation_jobs import Jobs
-from draftcache.tools.bench.parts.rows import cpu_name, paired_means, report, result_row, some_of
+from draftcache.tools.bench.parts.rows import paired_means
+from draftcache.tools.result_rows import cpu_name, report, result_row, some_of
 
 UNIT = "tokens/step"
 _BITS = {"bfloat16": 16, "float16": 16, "float32": 32}

@@ -36,8 +36,8 @@ from draftcache.capture.verifier.ssm_precision import mamba_mixers, scan_impleme
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.files import write_json
 from draftcache.tools.bench.parts.capture_job import CaptureRun, run_capture
-from draftcache.tools.bench.parts.rows import report, result_row, some_of
 from draftcache.tools.bench.parts.verifier_shape import LAYERS, random_verifier, verifier_config
+from draftcache.tools.result_rows import report, result_row, some_of
 
 LONG = 32_768
 CASES = (

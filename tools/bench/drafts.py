@@ -51,7 +51,8 @@ from draftcache.tools.bench.parts.ablation_bench import Bench, Setup, add_flags,
 from draftcache.tools.bench.parts.ablation_jobs import Jobs
 from draftcache.tools.bench.parts.draft_cases import CASES, REFERENCE, SHARED, split_settings, trained
 from draftcache.tools.bench.parts.draft_picture import draw, table
-from draftcache.tools.bench.parts.rows import paired_means, report, result_row, some_of
+from draftcache.tools.bench.parts.rows import paired_means
+from draftcache.tools.result_rows import report, result_row, some_of
 
 TOKENS = (3, 5, 7)
 BATCHES = (1, 16)

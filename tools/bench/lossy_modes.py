@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from draftcache.tools.bench.parts import demo_training
-from draftcache.tools.bench.parts.rows import cpu_name, report
+from draftcache.tools.result_rows import cpu_name, report
 
 MODES = ("lossless", "int8", "fp8")
 

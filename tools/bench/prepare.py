@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from draftcache.tools.bench.parts.rows import cpu_name, report, result_row
+from draftcache.tools.result_rows import cpu_name, report, result_row
 
 _TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"

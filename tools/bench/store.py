@@ -34,11 +34,11 @@ from numcodecs import Zstd
 
 from draftcache.store.common.errors import StoreError
 from draftcache.store.format.array_spec import CHUNK_ROWS, TOKENS_AXIS
-from draftcache.tools.bench.parts.rows import cpu_name, report, result_row
 from draftcache.tools.bench.parts.store_cases import Ours, check, choose_windows, expected_window, make_cases
 from draftcache.tools.bench.parts.store_content import exponent_entropy, from_store, generate, generate_tiny, peer_bytes
 from draftcache.tools.bench.parts.store_formats import Case, Window
 from draftcache.tools.bench.parts.store_picture import draw, table
+from draftcache.tools.result_rows import cpu_name, report, result_row
 
 WINDOW_TOKENS = 4096
 _OPEN_SECONDS = 30.0  # a case is not opened again once its openings have taken longer than this in all

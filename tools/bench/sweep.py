@@ -28,9 +28,9 @@ from draftcache.draft_train.side_by_side import Steps, train_side_by_side
 from draftcache.draft_train.training_run import TrainingRun
 from draftcache.store.common.errors import InputError
 from draftcache.store.reader import StoreReader
-from draftcache.tools.bench.parts.rows import report, result_row, some_of
 from draftcache.tools.bench.parts.train_cases import SHAPE
 from draftcache.tools.bench.parts.train_loader import write_store
+from draftcache.tools.result_rows import report, result_row, some_of
 
 EPOCHS = 2
 RUNS = 4

@@ -51,11 +51,11 @@ from draftcache.tools.bench.parts.block_cases import (
     gradient_error,
     needed_block_flops,
 )
-from draftcache.tools.bench.parts.rows import report, result_row, some_of
 from draftcache.tools.bench.parts.stages import IDLE, REST, STAGES, stage_times
 from draftcache.tools.bench.parts.train_cases import CASES, SHAPE, needed_flops, synthetic_batch
 from draftcache.tools.bench.parts.train_loader import evaluation_metrics, loader_metrics, write_store
 from draftcache.tools.bench.parts.train_steps import block_step, optimizer_step, timed_steps
+from draftcache.tools.result_rows import report, result_row, some_of
 
 LONG = 32_768
 LOADER, LOADED = "loader-32k", 12

@@ -44,7 +44,7 @@ from draftcache.store.common.files import write_json
 from draftcache.tools.bench.parts.block_cases import BLOCK_CASES, PEER_ANCHORS
 from draftcache.tools.bench.parts.peer_blocks import dspark_step
 from draftcache.tools.bench.parts.peer_wheels import WHEELS, automodel_modules, unpacked_wheels
-from draftcache.tools.bench.parts.rows import report, result_row, some_of
+from draftcache.tools.result_rows import report, result_row, some_of
 
 UNITS = {"tok_s": "tok/s", "peak_gib": "GiB", "anchor_s": "anchors/s", "anchors": "anchors"}
 WARM_UP, TIMED = 2, 3

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from draftcache.tools.bench.parts import demo_training
-from draftcache.tools.bench.parts.rows import cpu_name, report
+from draftcache.tools.result_rows import cpu_name, report
 
 RECIPES: dict[str, tuple[str, ...]] = {
     "draftcache": (),

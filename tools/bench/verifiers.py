@@ -27,7 +27,6 @@ import transformers
 from draftcache.capture.job import launch, worker_job  # noqa: F401  (forked processes start with them)
 from draftcache.store.common.files import hash_bytes, hash_json, write_json
 from draftcache.tools.bench.parts.forked import Limits
-from draftcache.tools.bench.parts.rows import cpu_name, report, result_row, some_of
 from draftcache.tools.bench.parts.tiny_verifiers import UnbuildableError, model_types, save_tiny_model, tiny_config
 from draftcache.tools.bench.parts.verifier_tables import families_table, outcome_table
 from draftcache.tools.bench.parts.verifier_trial import (
@@ -39,6 +38,7 @@ from draftcache.tools.bench.parts.verifier_trial import (
     write_dataset,
 )
 from draftcache.tools.commands import capture  # noqa: F401  (these too)
+from draftcache.tools.result_rows import cpu_name, report, result_row, some_of
 
 _REASON = 160  # characters of a reason in a row's unit
 

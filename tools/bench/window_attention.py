@@ -25,7 +25,7 @@ from draftcache.draft_train.drafts.eagle3.kernels.attention import (
 from draftcache.draft_train.drafts.eagle3.kernels.attention_result import AttentionResult
 from draftcache.draft_train.drafts.eagle3.kernels.step_mask import StepMask
 from draftcache.store.common.errors import InputError
-from draftcache.tools.bench.parts.rows import report, result_row
+from draftcache.tools.result_rows import report, result_row
 
 HEADS, GROUPS, WIDTH, WINDOW, CHECKED = 32, 2, 128, 4096, 5120
 UNITS = {"forward_ms": "ms", "backward_ms": "ms", "error": "relative"}

@@ -7,6 +7,7 @@ import math
 import torch
 
 from draftcache.draft_train.drafts.block.model import BlockLayer, BlockModel
+from draftcache.tools.decoding.choice import Choice, choose
 
 
 class BlockCache:
@@ -28,13 +29,14 @@ class BlockCache:
             for layer, kept in zip(self.model.each_layer(), self.context, strict=True):
                 kept.append(layer.self_attn.keys_values(state, torch.tensor(row)))
 
-    def propose(self, taps: torch.Tensor, tokens: list[int], target_ids: torch.Tensor, count: int) -> list[int]:
+    def propose(self, taps: torch.Tensor, tokens: list[int], target_ids: torch.Tensor, count: int) -> list[Choice]:
         """Return a block of `count` draft tokens; see `loop.DraftCache`. Its anchor is the last of `tokens`."""
-        proposed, before = [], tokens[-1]
+        before = tokens[-1]
+        proposed: list[Choice] = []
         for state in self.states(taps, tokens, count):
             logits = self.model.logits(state[None], torch.tensor([before]))[0]
-            before = int(target_ids[int(logits.argmax())])
-            proposed.append(before)
+            proposed.append(choose(logits, target_ids))
+            before = proposed[-1].token
         return proposed
 
     def states(self, taps: torch.Tensor, tokens: list[int], count: int) -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ import math
 import torch
 
 from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
+from draftcache.tools.decoding.choice import Choice, choose
 
 
 class Eagle3Cache:
@@ -37,23 +38,24 @@ class Eagle3Cache:
             self.keys.append(key)
             self.values.append(value)
 
-    def propose(self, taps: torch.Tensor, tokens: list[int], target_ids: torch.Tensor, count: int) -> list[int]:
-        """Return a chain of `count` draft tokens.
+    def propose(self, taps: torch.Tensor, tokens: list[int], target_ids: torch.Tensor, count: int) -> list[Choice]:
+        """Return a chain of `count` draft tokens; see `loop.DraftCache`.
 
         It begins at row t = len(tokens) - 2, the last row whose next token is known.
         """
         self.extend(taps, tokens)
         row = len(tokens) - 2
         hidden = self.model.combine(taps[row][None].to(self.model.fc.weight.dtype))[0]
-        token, proposed = tokens[row + 1], []
+        token = tokens[row + 1]
+        proposed: list[Choice] = []
         diagonal: list[tuple[torch.Tensor, torch.Tensor]] = []
         for step in range(count):
             inputs, key, value = self._row(token, hidden, row + step)
             if step:
                 diagonal.append((key, value))
             hidden = self._attend(inputs, hidden, row, step, diagonal)
-            token = int(target_ids[int(self.model.logits(hidden[None])[0].argmax())])
-            proposed.append(token)
+            proposed.append(choose(self.model.logits(hidden[None])[0], target_ids))
+            token = proposed[-1].token
             hidden = self.model.carried(hidden)
         return proposed
 

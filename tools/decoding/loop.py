@@ -16,14 +16,15 @@ from draftcache.draft_train.drafts.block.model import BlockModel
 from draftcache.draft_train.drafts.eagle3.model import Eagle3Model
 from draftcache.draft_train.drafts.protocol import Draft
 from draftcache.tools.decoding.block_cache import BlockCache
+from draftcache.tools.decoding.choice import Choice
 from draftcache.tools.decoding.eagle3_cache import Eagle3Cache
 
 
 class DraftCache(Protocol):
     """A draft with the keys and values of the rows that it has seen of one text."""
 
-    def propose(self, taps: torch.Tensor, tokens: list[int], target_ids: torch.Tensor, count: int) -> list[int]:
-        """Return `count` draft tokens that follow `tokens`, as verifier ids.
+    def propose(self, taps: torch.Tensor, tokens: list[int], target_ids: torch.Tensor, count: int) -> list[Choice]:
+        """Return `count` draft tokens that follow `tokens`, each with its margin.
 
         `taps` [rows, taps * H] holds the taps from row 0 on; rows of the last token and later ones are not read.
         `target_ids` [D] int64 maps draft ids to verifier ids.
@@ -88,7 +89,8 @@ def speculative_greedy(
     limit = len(prompt) + max_new_tokens
     steps = 0
     while tokens[-1] != eos_token_id and len(tokens) < limit:
-        proposed = cache.propose(taps.to(tap_dtype), tokens, target_ids, draft_tokens)
+        choices_of_draft = cache.propose(taps.to(tap_dtype), tokens, target_ids, draft_tokens)
+        proposed = [choice.token for choice in choices_of_draft]
         known = len(tokens)
         choices, taps = _greedy(verifier, tokens + proposed, layers)
         steps += 1

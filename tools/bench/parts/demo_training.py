@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from draftcache.store.common.files import read_json
-from draftcache.tools.bench.parts.rows import result_row
 from draftcache.tools.demo.pipeline import TRACE_SPLITS
+from draftcache.tools.result_rows import result_row
 from draftcache.tools.students_t import half_width
 
 DRAFT_FLAGS = (
