@@ -131,7 +131,7 @@ def test_the_loop_proposes_what_the_unroll_chooses(switches: dict[str, bool], mo
 
     def chain(row: int) -> list[int]:
         cache = Eagle3Cache(model, table)
-        return cache.propose(taps.double(), tokens[: row + 2], targets, STEPS)
+        return [choice.token for choice in cache.propose(taps.double(), tokens[: row + 2], targets, STEPS)]
 
     def chosen(row: int) -> list[int]:
         proposed = tokens[: row + 2] + chains[row]

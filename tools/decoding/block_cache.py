@@ -67,12 +67,13 @@ class BlockCache:
                 seen.append(kept)
         query = layer.self_attn.queries(state, torch.tensor(position))
         sinks = layer.self_attn.attention_sink_bias
+        keys, values = torch.stack(seen, dim=2)
         attended = []
         for head in range(shape.num_attention_heads):
             group = head * shape.num_key_value_heads // shape.num_attention_heads
-            scores = torch.stack([query[head] @ kept[0, group] for kept in seen]) / math.sqrt(shape.head_dim)
+            scores = keys[group] @ query[head] / math.sqrt(shape.head_dim)
             if sinks is not None:
                 scores = torch.cat((scores, sinks[head][None]))
             weights = torch.softmax(scores, dim=-1)[: len(seen)]
-            attended.append(weights @ torch.stack([kept[1, group] for kept in seen]))
+            attended.append(weights @ values[group])
         return torch.stack(attended)

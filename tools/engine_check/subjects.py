@@ -106,7 +106,7 @@ def save_llama(directory: Path, seed: int = 0) -> None:
     AutoTokenizer.from_pretrained(VERIFIER).save_pretrained(directory)
 
 
-def demo_subject(prompts: int, steps: int = 600) -> Subject:
+def demo_subject(prompts: int, steps: int = 250) -> Subject:
     """Return the demo's NemotronH with MoE, and its held-out conversations up to their last user turn.
 
     One prompt in three is longer than the drafts' window of 256.
