@@ -18,6 +18,7 @@ from draftcache.store.common.errors import InputError
 from draftcache.store.common.files import read_json, write_json
 from draftcache.store.reader import StoreReader
 from draftcache.tools.engine_check import drafts, judging
+from draftcache.tools.engine_check.comparison import arithmetic_of
 from draftcache.tools.engine_check.engine import Engine, engine_versions
 from draftcache.tools.engine_check.near_ties import margins_at
 from draftcache.tools.engine_check.states import check_states
@@ -141,6 +142,7 @@ class EngineCheck:
         if subject.checkpoint is not None and (whole := drafts.proposed_tokens(subject.checkpoint)):
             self.draft_tokens = whole
         self.engine = Engine(settings.vllm, settings.work / "engine", self._options(), batched=on_gpu)
+        self.arithmetic = arithmetic_of(settings.dtype, on_gpu=on_gpu)
         self._plain: list[list[int]] | None = None
 
     def _options(self) -> dict[str, Any]:
@@ -215,7 +217,7 @@ class EngineCheck:
             found.append(judging.judge_steps(name, right, counted, own=self.subject.checkpoint is not None))
         if "proposals" in asked:
             found.append(
-                judging.judge_proposals(name, right, self.traces, store, checkpoint, dtype=self.settings.dtype)
+                judging.judge_proposals(name, right, self.traces, store, checkpoint, arithmetic=self.arithmetic)
             )
         if "wrong" in asked:
             wrong, mistake = drafts.wrong_export(draft, work / f"wrong-{name}")
@@ -236,4 +238,4 @@ class EngineCheck:
         differing = judging.differences(self.plain, answer)
         prefixes = {number: [*self.prompts[number], *self.plain[number][:at]] for number, at in differing.items()}
         margins = margins_at(self.subject.verifier, prefixes, dtype=self.settings.dtype, device=self._device())
-        return judging.Served.of(answer, margins, dtype=self.settings.dtype, draft_tokens=self.draft_tokens)
+        return judging.Served.of(answer, margins, arithmetic=self.arithmetic, draft_tokens=self.draft_tokens)

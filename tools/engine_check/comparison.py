@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.25}
-"""By compute dtype, the margin of the verifier's two best logits below which two ways of computing may choose
-differently. bfloat16 logits of 16 to 32 are 0.125 apart."""
-PROPOSAL_MARGIN = {"float32": 0.05, "bfloat16": 1.0}
-"""By compute dtype, the margin of the draft's two best logits above which its choice must be the engine's."""
+NEAR_TIE = {"float32": 1e-3, "tf32": 1e-2, "bfloat16": 0.25}
+"""By arithmetic, the margin of the verifier's two best logits below which two ways of computing may choose differently.
+bfloat16 logits of 16 to 32 are 0.125 apart."""
+PROPOSAL_MARGIN = {"float32": 0.01, "tf32": 0.05, "bfloat16": 1.0}
+"""By arithmetic, the margin of the draft's two best logits above which its choice must be the engine's."""
 MOST_STEPS_APART = 0.01
 """Share by which the engine's verify steps may differ from the offline count."""
 LEAST_COST = 0.03
 """Share of more verify steps that a wrong export must cost, to be told from a right one."""
+
+
+def arithmetic_of(dtype: str, *, on_gpu: bool) -> str:
+    """Return in which arithmetic an engine multiplies matrices of this dtype.
+
+    vLLM's Triton kernels (attention, experts, the scan) take float32 products in TF32 on a GPU, of 10 bits.
+    """
+    return "tf32" if dtype == "float32" and on_gpu else dtype
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:

@@ -25,8 +25,8 @@ DRAFTS_COUNTER = "vllm:spec_decode_num_drafts"
 BY_POSITION_COUNTER = "vllm:spec_decode_num_accepted_tokens_per_pos"
 LEAST_ACCEPTANCE = 1.1
 """Tokens per verify step below which drafts of our own accept too little for equal counts to say something."""
-LEAST_AGREEMENT = 0.999
-"""Share of the engine's tokens that have to be the verifier's argmax by our own capture."""
+LEAST_AGREEMENT = 0.99
+"""Share of the engine's tokens that have to be the verifier's argmax by our own capture; the others are near-ties."""
 
 
 def differences(plain: Sequence[Sequence[int]], answer: Mapping[str, Any]) -> dict[int, int]:
@@ -55,13 +55,15 @@ class Served:
     draft_tokens: int
 
     @classmethod
-    def of(cls, answer: Mapping[str, Any], margins: Mapping[int, float], *, dtype: str, draft_tokens: int) -> Served:
+    def of(
+        cls, answer: Mapping[str, Any], margins: Mapping[int, float], *, arithmetic: str, draft_tokens: int
+    ) -> Served:
         """Return it from the engine's answer. `margins` are the verifier's, where texts differ."""
         outputs, counters = answer["outputs"], answer["counters"]
         walks = None
         if answer["hook"] is not None:
             walks = [walk(item["token_ids"], item["proposals"] or []) for item in outputs]
-        bound = NEAR_TIE[dtype]
+        bound = NEAR_TIE[arithmetic]
         return cls(
             texts=[item["token_ids"] for item in outputs],
             walks=walks,
@@ -148,7 +150,7 @@ def judge_proposals(
     store: StoreReader,
     checkpoint: Path,
     *,
-    dtype: str,
+    arithmetic: str,
 ) -> Verdict:
     """Return whether the engine proposes what draftcache's own decoding does, wherever the draft is sure."""
     if served.walks is None:
@@ -164,7 +166,7 @@ def judge_proposals(
     equal = served.equal
     lengths = [len(traces[number][0]) for number in equal]
     numbers = [equal[place] for place in chosen_traces([served.walks[number] for number in equal], lengths)]
-    margin = PROPOSAL_MARGIN[dtype]
+    margin = PROPOSAL_MARGIN[arithmetic]
     counts = compare_proposals(served.walks, traces, numbers, store, checkpoint, served.draft_tokens, margin)
     found = (
         f"{counts.equal_above:,} of {counts.above:,} proposed tokens with a margin above {margin:g} logits are equal; "
