@@ -24,10 +24,10 @@ class BlockCache:
         """By layer, keys and values [2, G, D] of each context row."""
 
     def _extend(self, taps: torch.Tensor, rows: int) -> None:
-        for row in range(len(self.context[0]), rows):
-            state = self.model.hidden_norm(self.model.fc(taps[row].to(self.model.fc.weight.dtype)))
-            for layer, kept in zip(self.model.each_layer(), self.context, strict=True):
-                kept.append(layer.self_attn.keys_values(state, torch.tensor(row)))
+        first = len(self.context[0])
+        states = self.model.hidden_norm(self.model.fc(taps[first:rows].to(self.model.fc.weight.dtype)))
+        for layer, kept in zip(self.model.each_layer(), self.context, strict=True):
+            kept += layer.self_attn.keys_values(states, torch.arange(first, rows)).unbind()
 
     def propose(self, taps: torch.Tensor, tokens: list[int], target_ids: torch.Tensor, count: int) -> list[Choice]:
         """Return a block of `count` draft tokens; see `loop.DraftCache`. Its anchor is the last of `tokens`."""

@@ -21,22 +21,27 @@ class Eagle3Cache:
         self.keys: list[torch.Tensor] = []  # index j holds the key [G, D] of step-0 row j
         self.values: list[torch.Tensor] = []
 
-    def _row(self, token: int, hidden: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _rows(
+        self, tokens: list[int], hidden: torch.Tensor, first: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return attention's input, keys and values of rows with hidden [rows, H], the first one at position `first`.
+
+        `tokens` are those after each row.
+        """
         layer = self.model.midlayer
-        inputs = layer.attention_input(self.embeddings[token][None].to(hidden.dtype), hidden[None])
-        key, value = layer.self_attn.keys_values(inputs, torch.tensor([position]))
-        return inputs, key[:, 0], value[:, 0]
+        inputs = layer.attention_input(self.embeddings[tokens].to(hidden.dtype), hidden)
+        return inputs, *layer.self_attn.keys_values(inputs, torch.arange(first, first + len(tokens)))
 
     def extend(self, taps: torch.Tensor, tokens: list[int]) -> None:
         """Add the step-0 rows up to the last row whose next token is known.
 
         `taps` [rows, taps * H] holds the taps from row 0 on.
         """
-        for row in range(len(self.keys), len(tokens) - 1):
-            base = self.model.combine(taps[row][None].to(self.model.fc.weight.dtype))[0]
-            _, key, value = self._row(tokens[row + 1], base, row)
-            self.keys.append(key)
-            self.values.append(value)
+        first, rows = len(self.keys), len(tokens) - 1
+        base = self.model.combine(taps[first:rows].to(self.model.fc.weight.dtype))
+        _, keys, values = self._rows(tokens[first + 1 :], base, first)
+        self.keys += keys.unbind(dim=1)
+        self.values += values.unbind(dim=1)
 
     def propose(self, taps: torch.Tensor, tokens: list[int], target_ids: torch.Tensor, count: int) -> list[Choice]:
         """Return a chain of `count` draft tokens; see `loop.DraftCache`.
@@ -50,9 +55,9 @@ class Eagle3Cache:
         proposed: list[Choice] = []
         diagonal: list[tuple[torch.Tensor, torch.Tensor]] = []
         for step in range(count):
-            inputs, key, value = self._row(token, hidden, row + step)
+            inputs, key, value = self._rows([token], hidden[None], row + step)
             if step:
-                diagonal.append((key, value))
+                diagonal.append((key[:, 0], value[:, 0]))
             hidden = self._attend(inputs, hidden, row, step, diagonal)
             proposed.append(choose(self.model.logits(hidden[None])[0], target_ids))
             token = proposed[-1].token
