@@ -214,18 +214,29 @@ def require_online(store: StoreReader, verifier_path: Path, checkpoint: Path) ->
     return state
 
 
-def opening_prompts(store: StoreReader, splits: Sequence[str], most: int) -> list[list[int]]:
-    """Return the shortest prompts of the splits that differ, as token ids."""
+def opening_prompts(store: StoreReader, splits: Sequence[str], most: int, *, shortest: bool = True) -> list[list[int]]:
+    """Return prompts of the splits that differ, as token ids, by length: the shortest ones, or some of every length.
+
+    Raises InputError where there is none.
+    """
     found: set[tuple[int, ...]] = set()
     members = np.concatenate([store.members(split) for split in splits])
+    members = members[np.argsort(store.index["tokens"][members], kind="stable")]
     # The shortest prompts are looked for among the shortest conversations, so that a large store is not read in full.
-    for number in members[np.argsort(store.index["tokens"][members], kind="stable")][: 16 * most]:
+    tried = members[: 16 * most] if shortest else members[_spread(len(members), 4 * most)]
+    for number in tried:
         item = store.read(int(number), ["token_ids", "loss_mask"])
         if item.loss_mask.any() and (opening := int(np.argmax(item.loss_mask))):
             found.add(tuple(item.arrays["token_ids"][:opening].tolist()))
     if not found:
         raise InputError(f"{store.location}: expected conversations with a prompt in {list(splits)}, found none")
-    return [list(prompt) for prompt in sorted(found, key=lambda prompt: (len(prompt), prompt))[:most]]
+    prompts = [list(prompt) for prompt in sorted(found, key=lambda prompt: (len(prompt), prompt))]
+    return prompts[:most] if shortest else [prompts[place] for place in _spread(len(prompts), most)]
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Return at most `most` places of `count`, evenly spaced, the first and the last among them."""
+    return sorted(set(np.linspace(0, count - 1, min(count, most)).astype(int).tolist()))
 
 
 def _end_of_turn(store: StoreReader) -> int:

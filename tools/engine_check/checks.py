@@ -24,6 +24,7 @@ from draftcache.tools.engine_check.near_ties import margins_at
 from draftcache.tools.engine_check.states import check_states
 from draftcache.tools.engine_check.subjects import (
     DRAFTS,
+    IF_NAMED,
     ON_GPU_ONLY,
     OWN,
     Subject,
@@ -102,12 +103,14 @@ def _drafts_of(settings: Settings, on_gpu: bool) -> list[str]:
     wrong = [name for name in settings.drafts if name in ON_GPU_ONLY and not on_gpu]
     if wrong:
         raise InputError(f"--drafts: expected drafts that vLLM serves on a CPU, found {', '.join(wrong)}: leave it out")
-    return list(settings.drafts) or [name for name in DRAFTS if on_gpu or name not in ON_GPU_ONLY]
+    left_out = IF_NAMED if on_gpu else IF_NAMED + ON_GPU_ONLY
+    return list(settings.drafts) or [name for name in DRAFTS if name not in left_out]
 
 
 def _subject_of(settings: Settings, on_gpu: bool) -> Subject:
     if settings.verifier is not None and settings.run is not None and settings.store is not None:
-        return own_subject(settings.verifier, settings.run, settings.store, settings.prompts)
+        room = settings.tokens + settings.draft_tokens + _ROOM
+        return own_subject(settings.verifier, settings.run, settings.store, settings.prompts, room)
     if on_gpu:
         return demo_subject(settings.prompts)
     return llama_subject(settings.work / "verifier", settings.prompts)
@@ -116,7 +119,7 @@ def _subject_of(settings: Settings, on_gpu: bool) -> Subject:
 def _require_same(settings: Settings, subject: Subject, versions: dict[str, Any]) -> None:
     """Note what the work directory is for. Raises InputError where it holds the phases of another check."""
     file = settings.work / "settings.json"
-    names = ("prompts", "tokens", "draft_tokens", "dtype", "engine_options")
+    names = ("store", "prompts", "tokens", "draft_tokens", "dtype", "engine_options")
     ours = {name: getattr(settings, name) for name in names} | {
         "verifier": weights_fingerprint(subject.verifier),
         "run": None if subject.checkpoint is None else str(subject.checkpoint.absolute()),

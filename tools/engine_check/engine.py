@@ -53,9 +53,7 @@ def engine_versions(given: str) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict) or "engine" not in found:
         reason = (ran.stderr.strip().splitlines() or lines or ["it printed nothing"])[-1]
-        raise InputError(
-            f"--vllm {given}: expected a Python that has vLLM, found one without it ({reason}); {_INSTALL}"
-        )
+        raise InputError(f"--vllm {given}: expected a Python that has vLLM, found none in it ({reason}); {_INSTALL}")
     return found
 
 

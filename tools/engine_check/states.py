@@ -13,6 +13,8 @@ from draftcache.tools.engine_check.verdicts import Verdict
 from draftcache.tools.probe.compare import Comparison, compare_files
 from draftcache.tools.probe.dump import ProbeConfig, dump_states
 
+DTYPE = "bfloat16"
+"""The engine's, which serves in it."""
 TOLERANCE = 1e-2
 """The largest |a - b| / |b| of a tap's states, the engine's in bfloat16 and ours in float32."""
 ROUNDING = 1.25
@@ -48,7 +50,7 @@ def check_states(
     """
     ours = _dump(verifier, layers, directory, reference, device)
     prompt = load_file(ours)["token_ids"].tolist()
-    options = extraction_options(layers, directory / "extracted") | {"dtype": "bfloat16"}
+    options = extraction_options(layers, directory / "extracted") | {"dtype": DTYPE}
     answer = engine.answers("states", "vLLM's hidden states", verifier, [prompt], 1, **options)
     written = Path(answer["outputs"][0]["hidden_states"])
     rounded = _dump(verifier, layers, directory, "bfloat16", device)
@@ -67,7 +69,7 @@ def judge_states(
     apart = {layer: by_block[layer].difference or 0.0 for layer in layers if layer in by_block}
     near = all(layer in apart and apart[layer] <= bound for layer, bound in bounds.items())
     offsets = sorted({match.offset - OFFSET for match in found.matches if match.offset is not None})
-    unit = f"|a-b|/|b|, bfloat16 against {reference}"
+    unit = f"|a-b|/|b|, {DTYPE} against {reference}"
     metrics = [(f"difference@block{layer}", value, unit) for layer, value in apart.items()]
     metrics += [(f"own_rounding@block{layer}", rounding[layer], unit) for layer in layers if layer in rounding]
     if seconds := [match.second_difference for match in found.matches if match.second_difference is not None]:

@@ -16,13 +16,15 @@ DRAFTS: dict[str, dict[str, Any]] = {
     "eagle31": {"eagle31": True},
     "dflash": {"draft": "dflash"},
     "dspark": {"draft": "dspark", "markov_rank": 64},
+    "dflash-full": {"draft": "dflash", "sliding_window": 0},
 }
 """The drafts that can be trained here, and what their training sets that the others' does not."""
 ON_GPU_ONLY = ("dspark",)
 """Drafts that vLLM serves on a GPU alone."""
 OWN = "own"
 """The name of a user's own draft."""
-BLOCK_DRAFTS = ("dflash", "dspark")
+IF_NAMED = ("dflash-full",)
+"""Drafts that are checked only where they are asked for: this one's layers attend to everything before."""
 LLAMA_VOCABULARY = 4096
 _LLAMA_USED = 3072  # ids of the prompts; the rest leaves room for a mask token
 _BATCH = 8
@@ -58,10 +60,10 @@ class Subject:
 
     def settings_of(self, draft: str, draft_tokens: int) -> dict[str, Any]:
         """Return what `TrainConfig` is built from for one of `DRAFTS`, beside store and output."""
-        if draft in BLOCK_DRAFTS:
-            own: dict[str, Any] = {"num_hidden_layers": 2, "block_size": draft_tokens + (draft == "dflash")}
-        else:
-            own = {"ttt_steps": draft_tokens}
+        kind = DRAFTS[draft].get("draft", "eagle3")
+        own: dict[str, Any] = {"ttt_steps": draft_tokens}
+        if kind != "eagle3":
+            own = {"num_hidden_layers": 2, "block_size": draft_tokens + (kind == "dflash")}
         return {**self.training, **own, **DRAFTS[draft]}
 
 
@@ -140,8 +142,10 @@ def _to_last_user_turn(row: dict[str, Any]) -> list[dict[str, Any]]:
     return list(messages[: last + 1])
 
 
-def own_subject(verifier: Path, run: Path, store: str, prompts: int) -> Subject:
-    """Return a user's verifier and draft, with prompts of the store that the draft fits.
+def own_subject(verifier: Path, run: Path, store: str, prompts: int, room: int) -> Subject:
+    """Return a user's verifier and draft, with prompts of every length of the store that the draft fits.
+
+    They leave `room` positions of the verifier's for the answer.
 
     Raises what `truth.require_online` raises: ManifestMismatchError where the verifier is not the store's,
     CheckpointError where the draft does not fit, and InputError where the store has no prompts.
@@ -153,10 +157,13 @@ def own_subject(verifier: Path, run: Path, store: str, prompts: int) -> Subject:
     reader = StoreReader(store)
     state = require_online(reader, verifier, run)
     vocab = reader.manifest.teacher_form.choose(state.shape.draft_vocab_size)
+    found = opening_prompts(reader, list(reader.manifest.splits), prompts, shortest=False)
+    if (positions := positions_of(verifier)) is not None:
+        found = [prompt for prompt in found if len(prompt) + room <= positions]
     return Subject(
         name=verifier.name,
         verifier=verifier,
-        prompts=opening_prompts(reader, list(reader.manifest.splits), prompts),
+        prompts=found,
         layers=reader.manifest.layers,
         training={"sliding_window": state.shape.sliding_window or 0},
         vocab_map=reader.files.more_vocab_maps.get(vocab.size, reader.files.vocab_map),

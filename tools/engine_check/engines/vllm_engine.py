@@ -37,9 +37,11 @@ Record = Callable[[list[str], list[list[int]]], None]
 
 def versions() -> dict[str, Any]:
     """Return the versions of the engine and its libraries, and the device that it runs on."""
+    import vllm  # the others take seconds
+
+    # isort: split
     import torch
     import transformers
-    import vllm
 
     has_gpu = torch.cuda.is_available()
     return {
