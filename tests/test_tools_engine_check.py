@@ -34,6 +34,7 @@ from draftcache.tools.engine_check.verdicts import Verdict, failed, table
 from draftcache.tools.probe.compare import Comparison, Match
 from support.stand_in_engine import VERSIONS, StandIn
 
+BROKEN = "no room for the draft"
 AUX = "eagle_aux_hidden_state_layer_ids"
 TEXT = [10, 11, 12, 13, 14, 15, 16]
 
@@ -105,6 +106,7 @@ def test_verify_steps_may_be_one_percent_apart() -> None:
     assert steps_verdict(found, steps=[6] * 100)
     assert steps_verdict(found, steps=[6] * 95 + [7] * 5)  # 0.8 %
     assert not steps_verdict(found, steps=[6] * 90 + [7] * 10)  # 1.6 %
+    assert not steps_verdict(found, steps=[6] * 100, accepted=[7, 0, 0])  # more are accepted at a position
     assert not steps_verdict(found, steps=[6] * 100, acceptance_length=1.02)  # too few accepted to say something
     assert judge_steps("x", found, COUNTED | {"steps": [6] * 100, "acceptance_length": 1.02}, own=True).passed
     assert 0.008 < MOST_STEPS_APART < 0.016
@@ -310,6 +312,9 @@ def test_an_engine_that_errs_fails_the_check(
     lines = {line.split()[1]: line.split()[2] for line in capsys.readouterr().out.splitlines()}
     assert (lines["text"], lines["steps"], lines["proposals"]) == ("ok", "FAILED", "FAILED")
     kept.unlink()
+    stand_in.broken = True
+    assert run(small, *words) == 1
+    assert capsys.readouterr().out.splitlines()[1].split(maxsplit=3) == ["eagle3", "engine", "FAILED", BROKEN]
 
 
 def test_a_draft_of_ones_own(small: Path, stand_in: StandIn, capsys: pytest.CaptureFixture[str]) -> None:

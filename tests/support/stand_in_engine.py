@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from draftcache.capture.verifier.load import load_verifier
 from draftcache.draft_train.checkpoint import load_draft, load_state, resolve_checkpoint
 from draftcache.draft_train.data.frozen import FrozenWeights
+from draftcache.store.common.errors import WorkerError
 from draftcache.store.common.files import read_json, write_json
 from draftcache.store.reader import StoreReader
 from draftcache.tools.decoding.loop import draft_cache
@@ -32,12 +33,16 @@ class StandIn:
         self.starts: list[str] = []
         self.changed_text = False
         """Whether speculative decoding writes another last token than plain decoding."""
+        self.broken = False
+        """Whether the engine fails with a draft."""
         self.changed_proposals = False
         """Whether every chain begins with another token than the draft's."""
 
     def answer(self, request: Path, result: Path) -> None:
         """Answer a request as the engine-side script would."""
         asked = read_json(request)
+        if self.broken:
+            raise WorkerError("no room for the draft")
         self.starts.append(result.stem)
         texts = [self._plain(asked["model"], prompt, asked["max_tokens"]) for prompt in asked["prompts"]]
         body: dict[str, Any] = {"versions": VERSIONS, "hook": None, "counters": {}, "seconds": {"start": 0, "work": 0}}

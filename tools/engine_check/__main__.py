@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="auto", help="cuda, cuda:N, cpu, or auto: where drafts are trained")
     made.add_argument(
         "--engine", type=_option, action="append", default=[], metavar="NAME=JSON",
-        help="another option of vllm.LLM, such as tensor_parallel_size=2; may be given several times",
+        help="another option of vllm.LLM, such as gpu_memory_utilization=0.9; may be given several times",
     )  # fmt: skip
     made.add_argument("--output", type=Path, metavar="FILE", help="also write result rows to this JSON file")
     return made

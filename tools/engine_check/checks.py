@@ -8,13 +8,14 @@ check goes on where it stopped.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from draftcache.capture.verifier.weights import weights_fingerprint
-from draftcache.store.common.errors import InputError
+from draftcache.store.common.errors import InputError, WorkerError
 from draftcache.store.common.files import read_json, write_json
 from draftcache.store.reader import StoreReader
 from draftcache.tools.engine_check import drafts, judging
@@ -87,7 +88,7 @@ class Outcome:
 
 
 def run_checks(settings: Settings) -> Outcome:
-    """Run the checks. Raises InputError for what does not fit, WorkerError where the engine fails."""
+    """Run the checks. Raises InputError for what does not fit, WorkerError where plain decoding fails."""
     versions = engine_versions(settings.vllm)
     on_gpu = versions["device"] != "cpu"
     names = _drafts_of(settings, on_gpu)
@@ -163,23 +164,35 @@ class EngineCheck:
         return shared | ({"gpu_memory_utilization": 0.3} if self.on_gpu else {}) | self.settings.engine_options
 
     def run(self, names: Sequence[str]) -> list[Verdict]:
-        """Return the verdicts of all checks that are asked for."""
-        found: list[Verdict] = []
+        """Return the verdicts of all checks that are asked for. They are printed on stderr as they come.
+
+        Where the engine fails with a draft or with hidden states, that is a verdict too, and the other checks go on.
+        """
         asked = set(self.settings.checks)
+        parts: dict[str, Callable[[], list[Verdict]]] = {}
         if asked & _OF_DRAFTS:
             store = self._store()
-            for name in names:
-                found += self._check_draft(name, store, asked)
+            parts |= {name: partial(self._check_draft, name, store, asked) for name in names}
         if "states" in asked:
-            directory = self.settings.work / "states"
-            directory.mkdir(parents=True, exist_ok=True)
-            found.append(
-                check_states(
-                    self.engine, self.subject.verifier, self.subject.layers, directory,
-                    device=self._device(), reference=self.settings.dtype,
-                )
-            )  # fmt: skip
+            parts["states"] = self._check_states
+        found: list[Verdict] = []
+        for name, check in parts.items():
+            try:
+                made = check()
+            except WorkerError as exc:
+                made = [Verdict(name, "engine", False, str(exc))]
+            print("\n".join(item.line() for item in made), file=sys.stderr, flush=True)
+            found += made
         return found
+
+    def _check_states(self) -> list[Verdict]:
+        directory = self.settings.work / "states"
+        directory.mkdir(parents=True, exist_ok=True)
+        verdict = check_states(
+            self.engine, self.subject.verifier, self.subject.layers, directory,
+            device=self._device(), reference=self.settings.dtype,
+        )  # fmt: skip
+        return [verdict]
 
     def _device(self) -> str:
         return self.settings.device if self.subject.on_device else "cpu"

@@ -84,6 +84,7 @@ class Engine:
                 "options": self.options | options,
             }
             write_json(self.directory / f"{name}.request.json", request)
+            _release_gpu()
             self._run(name, doing, result)
         found: dict[str, Any] = read_json(result)
         return found
@@ -111,6 +112,13 @@ class Engine:
         print(
             f"{doing}: {seconds['start']:.0f} s to start, {seconds['work']:.0f} s of work", file=sys.stderr, flush=True
         )
+
+
+def _release_gpu() -> None:
+    """Give back the GPU memory that this process keeps for later: the engine wants it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _wait(process: subprocess.Popen[bytes], started: Path, bar: Any, doing: str, log: Path) -> None:

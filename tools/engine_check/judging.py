@@ -114,7 +114,9 @@ def judge_text(name: str, served: Served, counted: Mapping[str, Any]) -> Verdict
 
 
 def judge_steps(name: str, served: Served, counted: Mapping[str, Any], *, own: bool) -> Verdict:
-    """Return whether the engine makes the verify steps that were counted offline. `own` is a user's own draft."""
+    """Return whether the engine makes the verify steps that were counted offline, and accepts as many draft tokens at
+    each position. `own` is a user's own draft.
+    """
     seen = served.steps_seen
     kept = served.equal if seen else range(len(served.texts))
     expected = sum(counted["steps"][number] for number in kept)
@@ -127,9 +129,13 @@ def judge_steps(name: str, served: Served, counted: Mapping[str, Any], *, own: b
     )
     if vacuous:
         found += f", too few to say something (at least {LEAST_ACCEPTANCE:g})"
-    online = served.accepted
+    # By position the offline count is of all traces, and draft tokens beyond an answer's end are not counted.
+    online, close = None, True
     if served.walks is not None and seen:
-        online = accepted_by_position([served.walks[number] for number in served.equal], served.draft_tokens)
+        online = accepted_by_position([served.walks[number] for number in kept], served.draft_tokens)
+        left_out = sum(counted["steps"]) - expected
+        pairs = list(zip(online, counted["accepted"], strict=True))
+        close = all(abs(one - other) <= MOST_STEPS_APART * expected + left_out for one, other in pairs)
         found += f"; accepted by position {online}, offline {counted['accepted']}"
     metrics = [
         ("verify_steps", steps, "steps"),
@@ -137,10 +143,16 @@ def judge_steps(name: str, served: Served, counted: Mapping[str, Any], *, own: b
         ("verify_steps_apart", apart, "share"),
         ("traces", len(kept), "traces"),
         ("acceptance_length", length, "tokens/step"),
-        *((f"accepted@{place + 1}", number, "steps") for place, number in enumerate(online)),
-        *((f"accepted_offline@{place + 1}", number, "steps") for place, number in enumerate(counted["accepted"])),
+        *_by_position("accepted", online or []),
+        *_by_position("accepted_offline", counted["accepted"]),
+        *_by_position("accepted_by_counter", served.accepted),
     ]
-    return Verdict(name, "steps", apart <= MOST_STEPS_APART and not vacuous, found, tuple(metrics))
+    passed = apart <= MOST_STEPS_APART and close and not vacuous
+    return Verdict(name, "steps", passed, found, tuple(metrics))
+
+
+def _by_position(metric: str, numbers: Sequence[int]) -> list[tuple[str, float, str]]:
+    return [(f"{metric}@{place}", number, "steps") for place, number in enumerate(numbers, start=1)]
 
 
 def judge_proposals(

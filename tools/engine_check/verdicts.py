@@ -24,6 +24,10 @@ class Verdict:
     metrics: tuple[tuple[str, float, str], ...] = field(default=())
     """(metric, value, unit)."""
 
+    def line(self) -> str:
+        """Return it as a line of text."""
+        return f"{self.case}: {self.check}: {_WORDS[self.passed]}: {self.found}"
+
 
 def table(verdicts: Sequence[Verdict]) -> str:
     """Return the verdicts, one per line."""
