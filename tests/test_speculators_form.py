@@ -8,30 +8,25 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
-from draftcache.capture.job.config import CaptureConfig
-from draftcache.capture.job.worker_job import CaptureJob
-from draftcache.capture.prepare.job import PrepareConfig, prepare
-from draftcache.draft_train.config import TrainConfig
-from draftcache.draft_train.evaluate import evaluate
 from draftcache.draft_train.export import export
 from draftcache.draft_train.served_report import check_export
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import CheckpointError, InputError
-from draftcache.tools.demo.pipeline import VERIFIER
+from draftcache.tools.engine_check.drafts import captured, offline_count, trained
+from draftcache.tools.engine_check.engine import Engine
+from draftcache.tools.engine_check.judging import DRAFTS_COUNTER
+from draftcache.tools.engine_check.subjects import llama_subject
 from support.synthetic import LAYERS, VOCAB, write_store
 from support.training_runs import config
 
 SPECULATORS = os.environ.get("DRAFTCACHE_SPECULATORS_PYTHON", "")
 VLLM = os.environ.get("DRAFTCACHE_VLLM_PYTHON", "")
-ENGINE = Path(__file__).parent / "support" / "vllm_engine.py"
 BLOCK = {"num_hidden_layers": 2, "block_size": 4, "ttt_steps": 0}
 READ = """
 import json, sys
@@ -127,81 +122,39 @@ def test_speculators_reads_config_and_weights(tmp_path: Path, name: str) -> None
     )
 
 
-def vllm(root: Path, model: Path, prompts: list[list[int]], **options: Any) -> dict[str, Any]:
-    request, result = root / "request.json", root / "result.json"
-    request.write_text(json.dumps({"model": str(model), "prompts": prompts, "max_tokens": 60, "options": options}))
-    ran = subprocess.run([VLLM, ENGINE, request, result], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    found: dict[str, Any] = json.loads(result.read_text())
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(not VLLM, reason="set DRAFTCACHE_VLLM_PYTHON to an interpreter that has vLLM")
 @pytest.mark.parametrize("name", ["eagle3", "eagle31", "dflash"])
 def test_vllm_serves_the_form_with_the_verify_steps_that_eval_counts(tmp_path: Path, name: str) -> None:
-    set_seed(0)
-    model = tmp_path / "llama"
-    LlamaForCausalLM(
-        LlamaConfig(
-            num_hidden_layers=6, vocab_size=4096, hidden_size=128, intermediate_size=256, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=32, max_position_embeddings=512, initializer_range=0.08, bos_token_id=0,
-            eos_token_id=1, pad_token_id=0, tie_word_embeddings=False,
-        )
-    ).save_pretrained(model)  # fmt: skip
-    AutoTokenizer.from_pretrained(VERIFIER).save_pretrained(model)
-    draw = random.Random(0)
-    prompts = [[draw.randrange(3, 4096) for _ in range(draw.randrange(10, 60))] for _ in range(24)]
-    plain = [item["token_ids"] for item in vllm(tmp_path, model, prompts)["outputs"]]
-    rows = tmp_path / "traces.jsonl"
-    rows.write_text(
-        "".join(
-            json.dumps({"token_ids": prompt + text, "loss_mask": [0] * len(prompt) + [1] * len(text)}) + "\n"
-            for prompt, text in zip(prompts, plain, strict=True)
-        )
-    )
-    prepare(
-        PrepareConfig(
-            tokenizer=model, output=tmp_path / "prepared", splits={"traces": [rows]}, held_out={}, draft_vocab_size=600,
-            workers=1, progress=False,
-        )
-    )  # fmt: skip
-    CaptureJob(
-        CaptureConfig(
-            verifier=model, dataset=tmp_path / "prepared", output=tmp_path / "store", layers=(1, 2, 4), mode="float32",
-            window=0, device="cpu",
-        )
-    ).run()  # fmt: skip
-    own = {"draft": "dflash", "num_hidden_layers": 2, "block_size": 6} if name == "dflash" else {"ttt_steps": 5}
-    own |= {"eagle31": True} if name == "eagle31" else {}
-    settings: dict[str, Any] = {
-        "store": tmp_path / "store", "output": tmp_path / "run", "splits": ("traces",), "epochs": 60,
-        "batch_conversations": 8, "learning_rate": 3e-3, "sliding_window": 24, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 32, "device": "cpu",
+    subject = llama_subject(tmp_path / "verifier", 24, steps=180)
+    options = {
+        "dtype": "float32", "max_model_len": 512, "max_num_seqs": 1, "enforce_eager": True,
+        "enable_prefix_caching": False, "disable_log_stats": False,
     }  # fmt: skip
-    Trainer(TrainConfig(**settings | own)).run()
-    counted = evaluate(store=tmp_path / "store", checkpoint=tmp_path / "run", splits=["traces"])
-    expected = counted["splits"]["traces"]["draft"]
-    how: dict[str, Any] = {"engine": "vllm", "dtype": "float32", "verifier": model, "base_model": str(model)}
-    draft = export(tmp_path / "run", tmp_path / "draft", form="speculators", **how)
+    engine = Engine(VLLM, tmp_path / "engine", options, batched=False)
+    asked = (subject.prompts, 60)
+    plain = [item["token_ids"] for item in engine.answers("plain", "plain", subject.verifier, *asked)["outputs"]]
+    traces = list(zip(subject.prompts, plain, strict=True))
+    store = captured(traces, subject, tmp_path / "traces", dtype="float32", device="cpu")
+    run = trained(name, subject, store, tmp_path / "run", draft_tokens=5, device="cpu")
+    expected = offline_count(run, store, tmp_path / "count.json", draft_tokens=5)
+    how: dict[str, Any] = {"engine": "vllm", "dtype": "float32", "verifier": subject.verifier}
+    draft = export(run, tmp_path / "draft", form="speculators", base_model=str(subject.verifier), **how)
     # By the draft's name alone: config.json names the verifier, the method and the tokens per step.
-    answer = vllm(tmp_path, draft, prompts)
-    steps = int(answer["counters"]["vllm:spec_decode_num_drafts"])
+    answer = engine.answers("right", "the form", draft, *asked)
+    steps = int(answer["counters"][DRAFTS_COUNTER])
     print("verify steps, vLLM and eval:", steps, expected["verify_steps"], "tokens:", expected["tokens"])
     assert [item["token_ids"] for item in answer["outputs"]] == plain
-    allowed = 0.01 * expected["verify_steps"] if name == "dflash" else 0
-    assert abs(steps - expected["verify_steps"]) <= allowed
+    assert abs(steps - expected["verify_steps"]) <= (0.01 * expected["verify_steps"] if name == "dflash" else 0)
     assert steps < 0.8 * expected["tokens"]
     # Negative control: the traps of this form cost steps silently.
     written = json.loads((draft / "config.json").read_text())
-    if name == "dflash":
-        written["aux_hidden_state_layer_ids"] = [1, 2, 4]
-    elif name == "eagle31":
+    if name == "eagle31":
         written["norm_output"] = False
     else:
-        written["eagle_aux_hidden_state_layer_ids"] = [1, 2, 4]
+        written["aux_hidden_state_layer_ids" if name == "dflash" else "eagle_aux_hidden_state_layer_ids"] = [1, 2, 4]
     (draft / "config.json").write_text(json.dumps(written))
     assert check_export(draft).errors or name == "eagle31"
-    wrong = vllm(tmp_path, draft, prompts)
-    assert int(wrong["counters"]["vllm:spec_decode_num_drafts"]) > 1.03 * steps
+    wrong = engine.answers("wrong", "a wrong form", draft, *asked)
+    assert int(wrong["counters"][DRAFTS_COUNTER]) > 1.03 * steps
