@@ -37,7 +37,7 @@ ROOMS = {
         "demo": 4,
         "commands": 5,
         "bench": 6,
-        "engine_check": 6,
+        "engine_check": 5,
         "result_rows": 0,
         "campaign": 6,
     },

@@ -64,12 +64,21 @@ class Engine:
     """One interpreter with vLLM, and a directory where its answers are kept."""
 
     def __init__(
-        self, python: str, directory: Path, options: dict[str, Any], *, batched: bool, one_thread: bool = False
+        self,
+        python: str,
+        directory: Path,
+        options: dict[str, Any],
+        *,
+        batched: bool = False,
+        one_thread: bool = False,
+        script: Path | None = None,
     ) -> None:
         """`options` are those of `vllm.LLM` that all starts share. `batched` sends all prompts at once, `one_thread`
-        leaves an engine on a CPU a single thread.
+        leaves an engine on a CPU a single thread. `script`, by default the one for answers, runs as `PYTHON script
+        REQUEST RESULT`, both JSON, and its result has `seconds`, of `start` and `work`.
         """
         self.python = find_python(python)
+        self.script = script
         self.directory = directory
         self.options = options
         self.batched = batched
@@ -82,15 +91,19 @@ class Engine:
 
         `name` is that of the files, `doing` says for people what happens. Raises WorkerError where the engine fails.
         """
+        request = {
+            "model": str(model.absolute()),
+            "prompts": [list(prompt) for prompt in prompts],
+            "max_tokens": max_tokens,
+            "batched": self.batched,
+            "options": self.options | options,
+        }
+        return self.result_of(name, doing, request)
+
+    def result_of(self, name: str, doing: str, request: dict[str, Any]) -> dict[str, Any]:
+        """Return what the script writes for a request; the rest is as `answers` says."""
         result = self.directory / f"{name}.json"
         if not result.exists():
-            request = {
-                "model": str(model.absolute()),
-                "prompts": [list(prompt) for prompt in prompts],
-                "max_tokens": max_tokens,
-                "batched": self.batched,
-                "options": self.options | options,
-            }
             write_json(self.directory / f"{name}.request.json", request)
             _release_gpu()
             self._run(name, doing, result)
@@ -100,7 +113,7 @@ class Engine:
     def _run(self, name: str, doing: str, result: Path) -> None:
         started, log = result.with_suffix(".started"), self.directory / f"{name}.log"
         started.unlink(missing_ok=True)
-        command = [self.python, SCRIPT.absolute(), self.directory / f"{name}.request.json", result]
+        command = [self.python, (self.script or SCRIPT).absolute(), self.directory / f"{name}.request.json", result]
         with log.open("w", encoding="utf-8") as output, progress_bar(desc=doing, bar_format="{desc}: {elapsed}") as bar:
             process = subprocess.Popen(
                 [str(word) for word in command], stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,

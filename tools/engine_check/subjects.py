@@ -96,20 +96,26 @@ def llama_subject(directory: Path, prompts: int, steps: int = 400) -> Subject:
     )  # fmt: skip
 
 
-def save_llama(directory: Path, seed: int = 0) -> None:
-    """Save the small Llama, in widths that vLLM takes, with the demo's tokenizer. Its weights are exact in bfloat16."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+def llama_config() -> Any:
+    """Return the configuration of the small Llama, in widths that vLLM takes."""
+    from transformers import LlamaConfig
 
-    from draftcache.tools.demo.pipeline import VERIFIER
-
-    set_seed(seed)
-    config = LlamaConfig(
+    return LlamaConfig(
         num_hidden_layers=6, vocab_size=LLAMA_VOCABULARY, hidden_size=128, intermediate_size=256,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512,
         initializer_range=0.08, bos_token_id=0, eos_token_id=1, pad_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+
+
+def save_llama(directory: Path, seed: int = 0) -> None:
+    """Save the small Llama with the demo's tokenizer. Its weights are exact in bfloat16."""
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM, set_seed
+
+    from draftcache.tools.demo.pipeline import VERIFIER
+
+    set_seed(seed)
+    LlamaForCausalLM(llama_config()).to(torch.bfloat16).save_pretrained(directory)
     AutoTokenizer.from_pretrained(VERIFIER).save_pretrained(directory)
 
 

@@ -1,0 +1,42 @@
+"""`draftcache.tools.bench.served`: the drafts that it has vLLM load, and its figures. A real vLLM runs it by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from draftcache.draft_train.served_report import check_export
+from draftcache.tools.bench.served import SHAPES, metrics, save_draft, save_verifier_config
+
+
+@pytest.mark.parametrize("window", [128, 0])
+def test_drafts_are_whole_exports_of_their_window(tmp_path: Path, window: int) -> None:
+    verifier, config = save_verifier_config("small", tmp_path)
+    draft = save_draft(SHAPES["small"], config, tmp_path, window, 4096)
+    report = check_export(draft, verifier=verifier)
+    assert not report.errors, report.text()
+    written = json.loads((draft / "config.json").read_text())
+    assert written["layer_types"] == ["sliding_attention" if window else "full_attention"]
+    assert written["sliding_window"] == (window or None)
+    assert written["eagle_aux_hidden_state_layer_ids"] == [2, 3, 5]
+    beyond = replace(SHAPES["small"], layers=(1, 2, 9))  # negative control: the verifier has six blocks
+    assert check_export(save_draft(beyond, config, tmp_path / "beyond", window, 4096), verifier=verifier).errors
+
+
+def test_figures_of_a_start() -> None:
+    run = {"step_ms": 3.0, "draft_ms": 1.5, "prefill_s": 0.2, "steps": 7}
+    group = {"spec": "SlidingWindowSpec", "layers": 1, "block_tokens": 16, "page_bytes": 8192, "window": 4096}
+    other = {"spec": "MambaSpec", "layers": 9, "block_tokens": 16, "page_bytes": 1, "window": None, "of_draft": False}
+    found = {
+        "kv_tokens": 1000, "memory_gib": 70.5, "groups": [group | {"of_draft": True}, other],
+        "runs": {"1024": run, "32768": run | {"draft_ms": None}},
+    }  # fmt: skip
+    made = {name: (value, unit) for name, value, unit in metrics(found, {"engine": "vllm 0.26.0"})}
+    assert made["kv_tokens"] == (1000, "tokens, vllm 0.26.0")
+    assert made["draft_kv_bytes"] == (512, "bytes/token, SlidingWindowSpec")
+    assert made["draft_window"] == (4096, "tokens, SlidingWindowSpec")
+    assert made["draft_ms@1024"] == (1.5, "ms")
+    assert "draft_ms@32768" not in made
