@@ -190,10 +190,10 @@ def break_conversation(job: CaptureJob, token_ids: Any, tap: Any) -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(original, name)
 
-        def prefill(self, ids: torch.Tensor, layers: tuple[int, ...], chunk: int) -> Iterator[Piece]:
+        def states(self, ids: torch.Tensor, lengths: list[int], layers: tuple[int, ...], chunk: int) -> Iterator[Piece]:
             head = torch.from_numpy(token_ids[:20].astype(np.int64))
             broken = (ids[:, :20] == head).all(dim=1)
-            for piece in original.prefill(ids, layers, chunk):
+            for piece in original.states(ids, lengths, layers, chunk):
                 states = piece.taps[2].clone()
                 states[broken] = tap(states[broken])
                 yield replace(piece, taps=piece.taps | {2: states})

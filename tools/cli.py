@@ -22,6 +22,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("draftcache.tools.commands.generate", "prompts -> the verifier's own answers, as rows for prepare"),
     "vocab": ("draftcache.tools.commands.vocab", "build one draft-vocabulary map over several prepared datasets"),
     "capture": ("draftcache.tools.commands.capture", "run the frozen verifier once and write its outputs to a store"),
+    "import": (
+        "draftcache.tools.commands.import_states",
+        "make a store of the states that another project cached, with no verifier running",
+    ),
     "train": ("draftcache.tools.commands.train", "train the draft from a store, with no verifier in memory"),
     "sweep": ("draftcache.tools.commands.sweep", "train many drafts, several of them on one reading of the store"),
     "eval": ("draftcache.tools.commands.eval", "offline acceptance length of a draft, from a store"),
@@ -49,7 +53,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("draftcache.tools.commands.demo", "the whole pipeline on a tiny verifier and real text"),
 }
 
-RESUMED = ("generate", "capture", "train", "sweep", "convert", "run", "demo")
+RESUMED = ("generate", "capture", "import", "train", "sweep", "convert", "run", "demo")
 """Subcommands that keep what is finished when they are interrupted, and go on from it."""
 
 

@@ -16,7 +16,7 @@ import torch
 from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.gates import Gates, gate_statistics
 from draftcache.capture.job.work_plan import WorkPlan
-from draftcache.capture.verifier.load import Verifier
+from draftcache.capture.verifier.source import StateSource
 from draftcache.store.common.errors import GateError
 from draftcache.store.format import torch_codecs
 from draftcache.store.format.channel_scales import Calibration
@@ -47,7 +47,7 @@ def calibration_conversations(config: CaptureConfig, work: WorkPlan) -> list[tup
     return work.spread(wanted)
 
 
-def calibrate(config: CaptureConfig, work: WorkPlan, verifier: Verifier) -> StoreCalibration:
+def calibrate(config: CaptureConfig, work: WorkPlan, verifier: StateSource) -> StoreCalibration:
     """Measure the bands of the taps' norms over rows in reach, and for int8 the rms of every channel.
 
     A conversation that fails a gate counts for neither. Raises InputError where int8 finds no state at all.
@@ -67,7 +67,7 @@ def _add(
     gates: Gates,
     scales: Calibration | None,
     config: CaptureConfig,
-    verifier: Verifier,
+    verifier: StateSource,
     token_ids: np.ndarray[Any, Any],
     loss_mask: np.ndarray[Any, Any],
 ) -> None:
@@ -76,7 +76,7 @@ def _add(
         return
     ids = torch.from_numpy(token_ids.astype(np.int64))
     total = torch.zeros(len(config.layers) + 1, 4)
-    for piece in verifier.prefill(ids[None], config.layers, min(PIECE, config.prefill_chunk)):
+    for piece in verifier.states(ids[None], [ids.shape[0]], config.layers, min(PIECE, config.prefill_chunk)):
         tap_rows, teacher_rows = (
             torch.from_numpy(piece.rows_of(wanted)).to(verifier.device) for wanted in (positions, teacher)
         )

@@ -22,7 +22,7 @@ from draftcache.capture.job.overlap import HostArrays, Writing
 from draftcache.capture.job.progress import Progress
 from draftcache.capture.job.work_plan import ShardPlan, WorkPlan
 from draftcache.capture.verifier.forward import Piece
-from draftcache.capture.verifier.load import Verifier
+from draftcache.capture.verifier.source import StateSource
 from draftcache.capture.verifier.teacher import TeacherHead, teacher_signal
 from draftcache.store.common.errors import GateError
 from draftcache.store.common.pinned_ring import PinnedRing
@@ -72,7 +72,7 @@ class ShardCapture:
         self,
         config: CaptureConfig,
         work: WorkPlan,
-        verifier: Verifier,
+        verifier: StateSource,
         vocab_maps: Sequence[VocabMap],
         manifest: StoreManifest,
     ) -> None:
@@ -193,10 +193,15 @@ class ShardRunning:
         for row, task in enumerate(tasks):
             token_ids[row, : task.token_ids.size] = task.token_ids
         ids = capture.to_device(token_ids)
-        for piece in capture.verifier.prefill(ids, capture.config.layers, capture.config.prefill_chunk):
-            for row, task in enumerate(tasks):
-                if piece.first < task.token_ids.size:
-                    capture.compute_piece(piece, ids, row, task, self._memory_comes_back)
+        lengths = [task.token_ids.size for task in tasks]
+        try:
+            for piece in capture.verifier.states(ids, lengths, capture.config.layers, capture.config.prefill_chunk):
+                for row, task in enumerate(tasks):
+                    if piece.first < task.token_ids.size:
+                        capture.compute_piece(piece, ids, row, task, self._memory_comes_back)
+        except GateError as exc:  # of the source, before its first piece
+            self._without_states(tasks, str(exc))
+            return
         for task in tasks:
             assert task.statistics is not None
             counts = {_STATISTICS: task.statistics.shape[0]}
@@ -204,6 +209,16 @@ class ShardRunning:
             self._writing.put(task, task.host.nbytes)
             self._say()
             self._progress.advance(task.token_ids.size, self._begun.payload_bytes)
+
+    def _without_states(self, tasks: list[_Task], reason: str) -> None:
+        """Quarantine a conversation whose states can't be had; of several, those of which that is so alone."""
+        if len(tasks) > 1:
+            for task in tasks:
+                self._compute_batch([task])
+            return
+        self._quarantine(tasks[0].number, tasks[0].content_hash, reason)
+        self._say()
+        self._progress.advance(tasks[0].token_ids.size, self._begun.payload_bytes)
 
     def _memory_comes_back(self) -> bool:
         """Whether the writing thread of this shard, or of the shard before, will give host memory back."""

@@ -30,7 +30,8 @@ from draftcache.capture.job.start_check import check_config, check_verifier, wit
 from draftcache.capture.job.tensor_parallel import TensorParallelGroup
 from draftcache.capture.job.work_plan import WorkPlan
 from draftcache.capture.prepare.draft_vocabulary import load_vocab_maps
-from draftcache.capture.verifier.load import Verifier, choose_dtype, describe_verifier, load_verifier
+from draftcache.capture.verifier.load import Verifier, choose_dtype, load_verifier
+from draftcache.capture.verifier.source import StateSource
 from draftcache.capture.verifier.ssm_precision import enforce_contract
 from draftcache.capture.verifier.weights import former_fingerprint
 from draftcache.store.common.device import choose_device
@@ -51,7 +52,9 @@ class CaptureJob:
     Use as a context manager, or call `close` at the end.
     """
 
-    verifier: Verifier
+    verifier: StateSource
+    ssm: dict[str, Any] | None
+    self_check: dict[str, float]
 
     def __init__(self, config: CaptureConfig) -> None:
         self.config = config = with_layers(config)
@@ -89,16 +92,16 @@ class CaptureJob:
 
     def _load(self) -> None:
         if self._followers is None:
-            self._load_and_check()
+            self.verifier = self._load_and_check()
             return
         with self._followers.all_alive():
             self._followers.join()
-            self._load_and_check()
-        self.verifier = self._followers.lead(self.verifier)
+            verifier = self._load_and_check()
+        self.verifier = self._followers.lead(verifier)
 
-    def _load_and_check(self) -> None:
+    def _load_and_check(self) -> Verifier:
         config = self.config
-        self.verifier = load_verifier(
+        verifier = load_verifier(
             config.verifier,
             device=self.device,
             dtype=self.dtype,
@@ -106,9 +109,10 @@ class CaptureJob:
             tensor_parallel=config.tensor_parallel,
             max_model_len=config.max_model_len,
         )
-        self._require_fit()
-        self.ssm = enforce_contract(self.verifier.model, config.verifier, allow_fallback=config.allow_fallback)
-        self.verifier, self.self_check = check_verifier(self.verifier, config, self.work)
+        self._require_fit(verifier)
+        self.ssm = enforce_contract(verifier.model, config.verifier, allow_fallback=config.allow_fallback)
+        verifier, self.self_check = check_verifier(verifier, config, self.work)
+        return verifier
 
     def close(self) -> None:
         """End the other processes that hold parts of the verifier with `--tensor-parallel`."""
@@ -121,9 +125,9 @@ class CaptureJob:
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
-    def _require_fit(self) -> None:
-        verifier, config = self.verifier, self.config
-        if config.prefill_chunk % (multiple := verifier.body_forward.chunk_multiple):
+    def _require_fit(self, verifier: StateSource) -> None:
+        config = self.config
+        if config.prefill_chunk % (multiple := verifier.chunk_multiple):
             raise InputError(
                 f"--prefill-chunk: expected a multiple of the scan's chunk of {multiple} tokens, so that "
                 f"none is padded where a piece ends, found {config.prefill_chunk}"
@@ -151,7 +155,7 @@ class CaptureJob:
         """The store's manifest without the fields that the calibration measures."""
         config, work = self.config, self.work
         return StoreManifest(
-            verifier=describe_verifier(config.verifier, self.verifier, full_hash=config.full_hash),
+            verifier=self.verifier.describe(config.verifier, full_hash=config.full_hash),
             tokenizer_hash=work.dataset.tokenizer_hash,
             chat_template_hash=work.dataset.chat_template_hash,
             dataset_hash=work.dataset.content_hash(work.splits),
@@ -168,8 +172,7 @@ class CaptureJob:
             more_draft_vocabs={str(len(item)): item.hash for item in self.vocab_maps[1:]},
             shard_tokens=config.shard_tokens,
             shards=len(work.shards),
-            ssm=self.ssm
-            and self.ssm | {"forward": self.verifier.body_forward.name, "prefill_chunk": config.prefill_chunk},
+            ssm=self.ssm and self.ssm | {"forward": self.verifier.name, "prefill_chunk": config.prefill_chunk},
             provenance=self._provenance(),
         )
 
@@ -181,7 +184,7 @@ class CaptureJob:
             "device": gpu,
             "tensor_parallel": self.config.tensor_parallel,
             **({} if self.config.max_model_len is None else {"max_model_len": self.config.max_model_len}),
-            "forward": {"name": self.verifier.body_forward.name, **self.verifier.body_forward.implementations()},
+            "forward": {"name": self.verifier.name, **self.verifier.implementations()},
             "self_check": self.self_check,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
@@ -206,13 +209,16 @@ class CaptureJob:
             ShardWorker(self.work, shards, writer, role, self._provenance).run()
 
     def _what_runs(self) -> str:
-        forward = self.verifier.body_forward
-        details = dict(forward.implementations())
+        details = dict(self.verifier.implementations())
         reason = details.pop("reason", "")
         if self.ssm is not None:
             details["scan"] = self.ssm["scan"]
         listed = ", ".join(f"{name} {value}" for name, value in details.items())
-        return f"forward: {forward.name}" + (f", the model's own code, for {reason}" if reason else "") + f" ({listed})"
+        return (
+            f"forward: {self.verifier.name}"
+            + (f", the model's own code, for {reason}" if reason else "")
+            + f" ({listed})"
+        )
 
     def agree_on_manifest(self, role: WorkerRole) -> StoreManifest:
         """The settings with the store's calibration, which the first job measures and all others read.

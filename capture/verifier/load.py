@@ -6,7 +6,7 @@ the right ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,19 +20,15 @@ from draftcache.capture.verifier.blocks import find_blocks, find_final_norm, mod
 from draftcache.capture.verifier.families import choose_forward
 from draftcache.capture.verifier.forward import Forward, Piece
 from draftcache.capture.verifier.head import choose_head_form
+from draftcache.capture.verifier.identity import describe_parts
 from draftcache.capture.verifier.norm import FinalNorm, measure_norm
 from draftcache.capture.verifier.projection import vocabulary_sides
 from draftcache.capture.verifier.quantization import quantisation_method, require_loadable, require_plain
 from draftcache.capture.verifier.rope import pin_rope
 from draftcache.capture.verifier.ssm_precision import mamba_mixers, stand_in_for_extension, torch_forms_on_the_cpu
-from draftcache.capture.verifier.weights import (
-    full_weights_hash,
-    require_all_weights,
-    require_room,
-    weights_fingerprint,
-)
+from draftcache.capture.verifier.weights import require_all_weights, require_room
 from draftcache.store.common.errors import InputError
-from draftcache.store.common.files import hash_json, read_json, require_regular_files
+from draftcache.store.common.files import require_regular_files
 from draftcache.store.format.head_form import IDENTITY, HeadForm
 
 
@@ -46,7 +42,7 @@ class VerifierStates:
 
 @dataclass(frozen=True)
 class Verifier:
-    """A loaded causal LM and the modules that capture reads."""
+    """A loaded causal LM and the modules that capture reads. Implements `source.StateSource`."""
 
     model: Any
     body: Any
@@ -96,6 +92,24 @@ class Verifier:
         """Epsilon of the final norm."""
         return self.norm.eps
 
+    @property
+    def name(self) -> str:
+        """The forward's name."""
+        return self.body_forward.name
+
+    @property
+    def chunk_multiple(self) -> int:
+        """The forward's own."""
+        return self.body_forward.chunk_multiple
+
+    def implementations(self) -> dict[str, str]:
+        """The forward's own."""
+        return self.body_forward.implementations()
+
+    def describe(self, path: Path, *, full_hash: bool) -> dict[str, Any]:
+        """`describe_verifier` of this verifier, which was loaded from `path`."""
+        return describe_verifier(path, self, full_hash=full_hash)
+
     def forward(self, token_ids: torch.Tensor, layers: tuple[int, ...]) -> VerifierStates:
         """Run one conversation, `token_ids` [L] int64, in one piece, and keep the outputs of the blocks `layers`."""
         (piece,) = self.prefill(token_ids[None], layers, token_ids.shape[0])
@@ -104,6 +118,12 @@ class Verifier:
     def prefill(self, token_ids: torch.Tensor, layers: tuple[int, ...], chunk_tokens: int) -> Iterator[Piece]:
         """`Forward.prefill` of `token_ids` [B, L] int64 on any device, in pieces of at most `chunk_tokens` rows."""
         return self.body_forward.prefill(token_ids.to(self.device), layers, max(1, chunk_tokens))
+
+    def states(
+        self, token_ids: torch.Tensor, lengths: Sequence[int], layers: tuple[int, ...], chunk_tokens: int
+    ) -> Iterator[Piece]:
+        """`prefill`; a causal model needs no lengths, as nothing reads the padding behind them."""
+        return self.prefill(token_ids, layers, chunk_tokens)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -259,27 +279,14 @@ def describe_verifier(path: Path, verifier: Verifier, *, full_hash: bool = False
 
     With `full_hash` every byte of the weight files is hashed too, beside the fingerprint of samples.
     """
-    raw = read_json(path / "config.json")
-    config = verifier.model.config.get_text_config()
-    return {
-        "name": path.resolve().name,
-        "architecture": type(verifier.model).__name__,
-        "model_type": str(config.model_type),
-        "config_hash": hash_json(
-            {key: raw[key] for key in raw if key not in ("transformers_version", "_name_or_path")}
-        ),
-        "weights_hash": weights_fingerprint(path),
-        **({"full_weights_hash": full_weights_hash(path)} if full_hash else {}),
-        "layers": len(verifier.blocks),
-        "hidden_size": verifier.hidden_size,
-        **({} if verifier.head_size == verifier.hidden_size else {"head_size": verifier.head_size}),
-        "vocab_size": verifier.vocab_size,
-        "rms_norm_eps": verifier.rms_norm_eps,
-        **verifier.norm.to_json(),
-        **verifier.head_form.to_json(),
-        "max_position_embeddings": getattr(config, "max_position_embeddings", None),
-        "bos_token_id": getattr(config, "bos_token_id", None),
-        "eos_token_id": getattr(config, "eos_token_id", None),
-        "pad_token_id": getattr(config, "pad_token_id", None),
-        **({"rope": verifier.rope} if verifier.rope else {}),
-    }
+    return describe_parts(
+        path,
+        verifier.model.config.get_text_config(),
+        architecture=type(verifier.model).__name__,
+        layers=len(verifier.blocks),
+        hidden_size=verifier.hidden_size,
+        head=verifier.head,
+        norm=verifier.norm,
+        head_form=verifier.head_form,
+        full_hash=full_hash,
+    ) | ({"rope": verifier.rope} if verifier.rope else {})

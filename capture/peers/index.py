@@ -1,0 +1,159 @@
+"""Which conversations a peer's cache holds: token ids, masks and files, and what is set aside with its reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from draftcache.capture.peers.recorded import tokens_key
+from draftcache.capture.peers.samples import DamagedSampleError, PeerReader, PeerSample
+from draftcache.capture.prepare.rows.files import read_conversations
+from draftcache.capture.prepare.rows.rejections import Rejection
+from draftcache.capture.prepare.rows.sources import expand_input
+from draftcache.capture.prepare.rows.token_rows import TokenRow
+from draftcache.store.common.errors import InputError
+from draftcache.store.common.files import atomic_path
+
+ALL = "all"
+"""The value of --masks by which every token carries loss."""
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A file, or a conversation of it, that is not imported."""
+
+    file: str
+    reason: str
+
+
+@dataclass
+class PeerIndex:
+    """The conversations of all splits; the states of equal token ids are taken from the first file that has them."""
+
+    samples: dict[str, PeerSample] = field(default_factory=dict)
+    """By `recorded.tokens_key`."""
+    splits: dict[str, list[tuple[PeerSample, NDArray[np.bool_]]]] = field(default_factory=dict)
+    set_aside: list[SetAside] = field(default_factory=list)
+    files: int = 0
+
+    @property
+    def first(self) -> PeerSample:
+        """A conversation that stands for all: they have one dtype, one number of taps and one hidden size."""
+        return next(iter(self.samples.values()))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest conversation."""
+        return max(len(sample.token_ids) for sample in self.samples.values())
+
+    def add_split(
+        self, name: str, reader: PeerReader, source: Path, masks: Masks, advance: Callable[[], object]
+    ) -> None:
+        """Read the heads of all files of a source, set aside what is damaged, and call `advance` after each file.
+
+        Raises InputError where there is no file, and where a conversation has no loss mask and none were given.
+        """
+        rows = self.splits.setdefault(name, [])
+        for path in reader.files(source):
+            self.files += 1
+            try:
+                for sample in reader.read(path):
+                    self._require_like_first(sample)
+                    rows.append((sample, masks.of(sample)))
+                    self.samples.setdefault(tokens_key(sample.token_ids), sample)
+            except DamagedSampleError as exc:
+                self.set_aside.append(SetAside(str(path), str(exc).removeprefix(f"{path}: ")))
+            advance()
+        if not rows:
+            shown = "; ".join(f"{item.file}: {item.reason}" for item in self.set_aside[:3])
+            raise InputError(f"{source}: expected at least one whole conversation, found none: {shown}")
+
+    def _require_like_first(self, sample: PeerSample) -> None:
+        if not self.samples:
+            return
+        first = self.first
+        for what, found, expected in (
+            ("states in", sample.dtype, first.dtype),
+            ("auxiliary states per token:", sample.taps, first.taps),
+            ("hidden size", sample.hidden_size, first.hidden_size),
+            ("last state before the final norm:", sample.before_norm, first.before_norm),
+        ):
+            if found != expected:
+                raise DamagedSampleError(f"{sample.path}: expected {what} {expected} as in {first.path}, found {found}")
+
+    def write_rows(self, folder: Path) -> dict[str, Path]:
+        """Write each split's conversations as rows for prepare, and what was set aside; returns the files by split."""
+        folder.mkdir(parents=True, exist_ok=True)
+        written = {}
+        for name, rows in self.splits.items():
+            written[name] = folder / f"{name}.jsonl"
+            with atomic_path(written[name]) as partial, partial.open("w", encoding="utf-8") as file:
+                for sample, mask in rows:
+                    row = {"token_ids": sample.token_ids.tolist(), "loss_mask": mask.astype(int).tolist()}
+                    file.write(json.dumps(row | {"file": sample.path.name}) + "\n")
+        with atomic_path(folder / "set_aside.jsonl") as partial, partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"file": item.file, "reason": item.reason}) + "\n" for item in self.set_aside)
+        return written
+
+
+class Masks:
+    """Loss masks by token ids: of rows that were given, of the files themselves, or of every token."""
+
+    def __init__(self, text: str = "") -> None:
+        """`text` is "all", what `draftcache prepare` takes as an input, or empty. Raises InputError for other rows."""
+        self._all = text == ALL
+        self._given: Mapping[str, NDArray[np.bool_]] | None = None if self._all or not text else _read_masks(text)
+
+    @staticmethod
+    def origin_of(text: str) -> str:
+        """Where the masks of such a `text` come from, for the store's provenance."""
+        return {ALL: "every token, by --masks all", "": "the files"}.get(text, "--masks")
+
+    def of(self, sample: PeerSample) -> NDArray[np.bool_]:
+        """The loss mask [L] of a conversation, of which the first token never carries loss.
+
+        Raises DamagedSampleError where the rows that were given have none, and InputError where none were given.
+        """
+        if self._all:
+            return np.arange(len(sample.token_ids)) > 0
+        if self._given is not None:
+            found = self._given.get(tokens_key(sample.token_ids))
+            if found is None:
+                raise DamagedSampleError(f"{sample.path}: expected a row of these token ids in --masks, found none")
+            return found
+        if sample.loss_mask is None:
+            raise InputError(
+                f"{sample.path}: expected a loss mask, found none in the file: give --masks ROWS, the rows (token_ids "
+                "or input_ids, with loss_mask) that the states were computed from, such as the folder of "
+                "datasets.save_to_disk that speculators prepared, or --masks all, if every token is to carry loss"
+            )
+        return sample.loss_mask
+
+
+def _read_masks(text: str) -> dict[str, NDArray[np.bool_]]:
+    masks = {}
+    for path in expand_input(text):
+        for item in read_conversations(path):
+            if isinstance(item, Rejection):
+                raise InputError(f"{item.file}:{item.line}: expected {item.expected}, found {item.found}")
+            number, row = item
+            if not isinstance(row, TokenRow):
+                raise InputError(
+                    f"{path}:{number}: expected a row of token_ids or input_ids with loss_mask, found messages: "
+                    "`draftcache prepare` makes such rows' masks, but the ids have to be those of the states"
+                )
+            masks[tokens_key(row.token_ids)] = row.loss_mask
+            # A conversation whose last token was never read has states, and so ids, of one token less.
+            masks.setdefault(tokens_key(row.token_ids[:-1]), row.loss_mask[:-1])
+    return masks
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which states of this dtype are kept without rounding: float16 becomes float32."""
+    return torch.float32 if dtype == torch.float16 else dtype

@@ -1,0 +1,98 @@
+"""One conversation of another project's cache: its token ids at once, its states when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from draftcache.store.common.errors import DraftcacheError
+
+STATE_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+
+class DamagedSampleError(DraftcacheError):
+    """A file holds no whole conversation of the form that it should have: it is set aside, and the import goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerSample:
+    """What a file says of one conversation of L tokens, before its states are read."""
+
+    path: Path
+    token_ids: NDArray[np.int64]
+    """[L], those that have a state."""
+    loss_mask: NDArray[np.bool_] | None
+    """[L], or None where the form has none, or the file lacks it."""
+    dtype: torch.dtype
+    """Of the states, as `load` gives them."""
+    taps: int
+    """Number of auxiliary states per token."""
+    hidden_size: int
+    before_norm: bool | None
+    """Whether the file itself says that its last state is from before the final norm; None where it says nothing."""
+    load: Callable[[], tuple[Tensor, Tensor]]
+    """Reads the states: auxiliary ones [L, taps, H] in the file's order, and the last one [L, H]."""
+
+
+class PeerReader(Protocol):
+    """The reader of one project's files."""
+
+    @property
+    def name(self) -> str:
+        """The project's name, as --from has it."""
+
+    @property
+    def last_state(self) -> str:
+        """Where that project's own trainer takes the last state from: "before" or "after" the final norm.
+
+        It is stated beside what the probe finds, and decides nothing.
+        """
+
+    def files(self, source: Path) -> list[Path]:
+        """The files of a cache in order. Raises InputError where there are none."""
+
+    def read(self, path: Path) -> Iterator[PeerSample]:
+        """The conversations of a file. Raises DamagedSampleError."""
+
+
+def require_sample(sample: PeerSample, states: tuple[int, ...]) -> PeerSample:
+    """The sample, once its parts fit together; `states` is the shape that its auxiliary states have in the file.
+
+    Raises DamagedSampleError.
+    """
+    length, path = len(sample.token_ids), sample.path
+    if not length:
+        raise DamagedSampleError(f"{path}: expected at least one token, found none")
+    if sample.token_ids.min() < 0:
+        raise DamagedSampleError(f"{path}: expected token ids >= 0, found {sample.token_ids.min()}")
+    if states[0] != length:
+        raise DamagedSampleError(f"{path}: expected states of {length} tokens, as many as token ids, found {states[0]}")
+    if sample.loss_mask is not None and len(sample.loss_mask) != length:
+        raise DamagedSampleError(
+            f"{path}: expected a loss mask of {length} tokens, found one of {len(sample.loss_mask)}"
+        )
+    if sample.dtype not in STATE_DTYPES:
+        raise DamagedSampleError(f"{path}: expected states in {STATE_DTYPES}, found {sample.dtype}")
+    return sample
+
+
+def mask_of(path: Path, values: Tensor) -> NDArray[np.bool_]:
+    """A stored loss mask [L] or [1, L] of zeros and ones. Raises DamagedSampleError for other values."""
+    flat: NDArray[np.generic] = values.reshape(-1).float().numpy()
+    if not np.isin(flat, (0, 1)).all():
+        raise DamagedSampleError(
+            f"{path}: expected a loss mask of zeros and ones, found {np.unique(flat)[:5].tolist()}"
+        )
+    return flat.astype(np.bool_)
+
+
+def natural_order(path: Path) -> tuple[int, str]:
+    """Sorts hs_10 behind hs_9: by the length of the name, then the name."""
+    return len(path.name), str(path)
