@@ -15,7 +15,7 @@ import pytest
 from draftcache.tools.cli import COMMANDS, main
 from draftcache.tools.demo.pipeline import Demo
 from draftcache.tools.results import show, stdout_for_result
-from support import capture_jobs, training_runs
+from support import capture_jobs, peer_files, training_runs
 from support.synthetic import write_store
 from support.tiny_models import save_model
 from support.wrong_words import words_naming
@@ -101,6 +101,13 @@ def captured(inputs: Path, out: Path) -> list[str]:
     return capture_jobs.flags(capture_jobs.config(inputs / "verifier", inputs / "prepared", out / "s"))
 
 
+def imported(inputs: Path, out: Path, tokenizer: Path) -> list[object]:
+    source = peer_files.write_specforge(out / "files", peer_files.record(peer_files.load(inputs / "verifier"), count=2))
+    flags = ["--tokenizer", tokenizer, "--layers", "0,1,2", "--draft-vocab-size", 90, "--top-k", 4, "--no-probe"]
+    known = ["--last-state", "after"]  # these weights' text is too random to tell
+    return [source, "--from", "specforge", "--verifier", inputs / "verifier", "--output", out / "s", *flags, *known]
+
+
 Words = Callable[[Path, Path, Path], list[object]]
 """The words of a command, by the inputs, an empty directory of its own, and a tokenizer."""
 CASES: dict[str, tuple[int, Words]] = {
@@ -120,6 +127,7 @@ CASES: dict[str, tuple[int, Words]] = {
     ),
     "vocab": (0, lambda inputs, out, _: [inputs / "prepared", "--size", 70, "--output", out / "map.safetensors"]),
     "capture": (0, lambda inputs, out, _: captured(inputs, out)),
+    "import": (0, lambda inputs, out, tokenizer: imported(inputs, out, tokenizer)),
     "train": (0, lambda inputs, out, _: training_runs.flags(training_runs.config(inputs, output=out / "r", epochs=1))),
     "sweep": (0, lambda inputs, out, _: [inputs / "sweep.toml", "--output", out / "w", "--dry-run"]),
     "eval": (

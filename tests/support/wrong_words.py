@@ -12,6 +12,10 @@ def words_naming(text: Path, out: Path) -> dict[str, list[object]]:
         "generate": ["--verifier", text, "--output", out, f"train={text}"],
         "vocab": ["--size", "10", "--output", out, text],
         "capture": ["--verifier", text, "--dataset", text, "--output", out, "--layers", "0,1"],
+        "import": [
+            text, "--from", "specforge", "--verifier", text, "--output", out, "--layers", "0,1",
+            "--draft-vocab-size", "9",
+        ],
         "train": ["--store", text, "--splits", "a", "--output", out],
         "sweep": [text, "--output", out],
         "eval": ["--store", text, "--checkpoint", text, "--splits", "a"],
@@ -25,4 +29,4 @@ def words_naming(text: Path, out: Path) -> dict[str, list[object]]:
         "repair": [text],
         "run": [text],
         "demo": ["--output", text],
-    }
+    }  # fmt: skip

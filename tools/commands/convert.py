@@ -1,13 +1,18 @@
-"""`draftcache convert`: copy a store or some of its taps, also into another layout, mode or shard size, and compare."""
+"""`draftcache convert`: copy a store or some of its taps, also into another layout, mode or shard size, and compare.
+
+With --to a store is written as the cache of another project instead; `draftcache import` reads those.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from draftcache.tools.arguments import numbers
+from draftcache.store.common.errors import InputError
+from draftcache.tools.arguments import numbers, refuse_renamed
 from draftcache.tools.results import add_json, show
 
 
@@ -21,7 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=numbers, help="blocks whose taps are kept, among the stored (default: all)")
     parser.add_argument("--no-check", action="store_true", help="do not read back and compare")
     parser.add_argument("--allow-lossy-source", action="store_true", help="convert from int8 or fp8 to another mode")
+    parser.add_argument(
+        "--to",
+        dest="peer",
+        metavar="PROJECT",
+        help="write files that speculators or specforge trains from, in a folder; needs a store of all rows "
+        "(--window 0) whose taps include the last block (default: a store)",
+    )
     add_json(parser)
+    refuse_renamed(parser, {"--from": "`draftcache import SOURCE --from PROJECT`, a command of its own"})
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -30,7 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
     Returns 0 if the target is finished and, without --no-check, was compared; 1 if another run still writes shards.
     Raises InputError for an unknown layout or mode, and for a tap that is not stored.
     """
-    from draftcache.store.common.errors import InputError
+    if arguments.peer is not None:
+        return _write_cache(arguments)
+
     from draftcache.store.common.progress import progress_bar
     from draftcache.store.convert import Conversion
     from draftcache.store.format.manifest import LAYOUTS
@@ -68,6 +83,36 @@ def run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0 if summary.finished else 1
+
+
+def _write_cache(arguments: argparse.Namespace) -> int:
+    """Write the store as another project's cache and print a summary. Returns 0. Raises InputError."""
+    for flag in ("layout", "mode", "shard_tokens", "layers"):
+        if getattr(arguments, flag) is not None:
+            raise InputError(f"--{flag.replace('_', '-')}: expected it without --to, which writes no store")
+    if "://" in arguments.target:
+        raise InputError(f"{arguments.target}: expected a folder for --to, found a URL")
+
+    from draftcache.capture.peers.writers import CacheWriter
+    from draftcache.store.common.progress import progress_bar
+    from draftcache.store.reader import StoreReader
+
+    writer = CacheWriter(StoreReader(arguments.source), Path(arguments.target), arguments.peer)
+    with progress_bar(total=writer.tokens, unit="tok", unit_scale=True, desc="convert") as bar:
+        summary = writer.run(progress=lambda tokens: bar.update(tokens))
+    values = {"target": arguments.target, "to": arguments.peer, **asdict(summary), "lossy_taps": writer.lossy}
+    show(arguments, values, _format_cache(values))
+    return 0
+
+
+def _format_cache(values: dict[str, Any]) -> str:
+    lossy = "; its taps were rounded when the store was made" if values["lossy_taps"] else ""
+    return (
+        f"{values['target']}: {values['conversations']:,} conversations, {values['tokens']:,} tokens for "
+        f"{values['to']}, {values['files_written']:,} files written now; {values['tokens_left_out']:,} tokens at "
+        f"conversations' ends, {values['learned_tokens_left_out']:,} of them with loss, have no stored states and are "
+        f"left out{lossy}"
+    )
 
 
 def format_summary(values: dict[str, Any]) -> str:

@@ -18,8 +18,8 @@ from draftcache.tools.recipes.steps import Step
 
 _MADE_BY = {
     "dataset": ("prepare",),
-    "store": ("capture", "convert"),
-    "bigram_store": ("capture", "convert"),
+    "store": ("capture", "convert", "import"),
+    "bigram_store": ("capture", "convert", "import"),
     "checkpoint": ("train",),
     "init_from": ("train",),
 }
