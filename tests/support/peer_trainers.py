@@ -1,0 +1,67 @@
+"""Run with other projects' packages on the path: their own code reads or writes a cache.
+
+`python peer_trainers.py ACTION FOLDER OUTPUT` writes what their reader gives of FOLDER to the safetensors file OUTPUT,
+under the names `N.name`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def read_specforge(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    from specforge.algorithms.eagle3.data import normalize_offline_sample
+    from specforge.data.preprocessing import OfflineEagle3Dataset
+    from specforge.runtime.data_plane.feature_store import load_feature_file
+    from specforge.runtime.data_plane.offline_reader import OfflineManifestReader
+
+    for reference in OfflineManifestReader(str(folder), validate_files=True).read():
+        raw = load_feature_file(reference.feature_store_uri.removeprefix("file://"))
+        sample = normalize_offline_sample(raw, 4096)
+        other = OfflineEagle3Dataset.process_data(raw, 4096)
+        assert all(torch.equal(values, other[name]) for name, values in sample.items())
+        yield sample
+
+
+def read_speculators(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    from speculators.data_generation.offline import check_hidden_states
+    from speculators.train.data import ArrowDataset
+
+    dataset = ArrowDataset(4096, folder, on_missing="raise", hidden_states_dtype=torch.float32)
+    for number in range(len(dataset)):
+        check_hidden_states(dataset.transfer.get_cached(number), dataset.data[number]["input_ids"].tolist())
+        yield dataset[number]
+
+
+def read_modelopt(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    from modelopt.torch.speculative.eagle.utils import OfflineSupervisedDataset
+
+    dataset = OfflineSupervisedDataset(sorted(folder.glob("*.pt")), answer_only_loss=True)
+    for number in range(len(dataset)):
+        item = dataset[number]
+        yield {name: torch.tensor(value) if isinstance(value, bool) else value for name, value in item.items()}
+
+
+def write_float8(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """Rewrite every file of a folder as the FP8 connector does; yields what its reader makes of them."""
+    from hs_connectors.fp8_utils import SCALES_KEY, quantize_tensor_to_fp8
+    from hs_connectors.transfer import FP8Transfer
+
+    for number, path in enumerate(sorted(folder.glob("*.safetensors"))):
+        tensors = load_file(path)
+        states, scales = quantize_tensor_to_fp8(tensors["hidden_states"])
+        save_file(tensors | {"hidden_states": states, SCALES_KEY: scales}, path)
+        yield FP8Transfer(folder).get_cached(number)
+
+
+if __name__ == "__main__":
+    action, source, output = sys.argv[1:]
+    found = {}
+    for number, item in enumerate(globals()[action](Path(source))):
+        found |= {f"{number}.{name}": values.clone().contiguous() for name, values in item.items()}
+    save_file(found, output)
