@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from draftcache.capture.peers.recorded import tokens_key
-from draftcache.capture.peers.samples import DamagedSampleError, PeerReader, PeerSample
+from draftcache.capture.peers.samples import DamagedSampleError, LoadStates, PeerReader, PeerSample
 from draftcache.capture.prepare.rows.files import read_conversations
 from draftcache.capture.prepare.rows.rejections import Rejection
 from draftcache.capture.prepare.rows.sources import expand_input
@@ -22,6 +22,10 @@ from draftcache.store.common.files import atomic_path
 
 ALL = "all"
 """The value of --masks by which every token carries loss."""
+PROBED = 4096
+"""Tokens of the conversations that are kept for the probe."""
+SET_ASIDE = "set_aside.jsonl"
+"""Name of the list of files that are not imported, in the rows' folder."""
 
 
 @dataclass(frozen=True)
@@ -32,25 +36,32 @@ class SetAside:
     reason: str
 
 
-@dataclass
 class PeerIndex:
-    """The conversations of all splits; the states of equal token ids are taken from the first file that has them."""
+    """The conversations of all splits; the states of equal token ids are taken from the first file that has them.
 
-    samples: dict[str, PeerSample] = field(default_factory=dict)
-    """By `recorded.tokens_key`."""
-    splits: dict[str, list[tuple[PeerSample, NDArray[np.bool_]]]] = field(default_factory=dict)
-    set_aside: list[SetAside] = field(default_factory=list)
-    files: int = 0
+    Token ids and masks go to the rows' files as they are read. Memory holds a key and a path per conversation, and the
+    first few conversations whole, for the probe.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Rows for prepare are written to `folder`, and what is set aside."""
+        self._folder = folder
+        self.loads: dict[str, LoadStates] = {}
+        """How to read a conversation's states, by `recorded.tokens_key`."""
+        self.first_samples: list[PeerSample] = []
+        """The first conversations, of at least PROBED tokens where there are so many."""
+        self.rows: dict[str, Path] = {}
+        """The file of rows of each split."""
+        self.set_aside: list[SetAside] = []
+        self.files = 0
+        self.longest = 0
+        """Tokens of the longest conversation."""
+        self._kept_tokens = 0
 
     @property
     def first(self) -> PeerSample:
         """A conversation that stands for all: they have one dtype, one number of taps and one hidden size."""
-        return next(iter(self.samples.values()))
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest conversation."""
-        return max(len(sample.token_ids) for sample in self.samples.values())
+        return self.first_samples[0]
 
     def add_split(
         self, name: str, reader: PeerReader, source: Path, masks: Masks, advance: Callable[[], object]
@@ -59,23 +70,34 @@ class PeerIndex:
 
         Raises InputError where there is no file, and where a conversation has no loss mask and none were given.
         """
-        rows = self.splits.setdefault(name, [])
-        for path in reader.files(source):
-            self.files += 1
-            try:
-                for sample in reader.read(path):
-                    self._require_like_first(sample)
-                    rows.append((sample, masks.of(sample)))
-                    self.samples.setdefault(tokens_key(sample.token_ids), sample)
-            except DamagedSampleError as exc:
-                self.set_aside.append(SetAside(str(path), str(exc).removeprefix(f"{path}: ")))
-            advance()
-        if not rows:
-            shown = "; ".join(f"{item.file}: {item.reason}" for item in self.set_aside[:3])
-            raise InputError(f"{source}: expected at least one whole conversation, found none: {shown}")
+        files, count = reader.files(source), 0
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.rows[name] = self._folder / f"{name}.jsonl"
+        with atomic_path(self.rows[name]) as partial, partial.open("w", encoding="utf-8") as rows:
+            for path in files:
+                self.files += 1
+                try:
+                    for sample in reader.read(path):
+                        self._require_like_first(sample)
+                        rows.write(_row(sample, masks.of(sample)))
+                        self._add(sample)
+                        count += 1
+                except DamagedSampleError as exc:
+                    self.set_aside.append(SetAside(str(path), str(exc).removeprefix(f"{path}: ")))
+                advance()
+            if not count:
+                shown = "; ".join(f"{item.file}: {item.reason}" for item in self.set_aside[:3])
+                raise InputError(f"{source}: expected at least one whole conversation, found none: {shown}")
+
+    def _add(self, sample: PeerSample) -> None:
+        self.loads.setdefault(tokens_key(sample.token_ids), sample.load)
+        self.longest = max(self.longest, len(sample.token_ids))
+        if self._kept_tokens < PROBED:
+            self.first_samples.append(sample)
+            self._kept_tokens += len(sample.token_ids)
 
     def _require_like_first(self, sample: PeerSample) -> None:
-        if not self.samples:
+        if not self.first_samples:
             return
         first = self.first
         for what, found, expected in (
@@ -87,19 +109,15 @@ class PeerIndex:
             if found != expected:
                 raise DamagedSampleError(f"{sample.path}: expected {what} {expected} as in {first.path}, found {found}")
 
-    def write_rows(self, folder: Path) -> dict[str, Path]:
-        """Write each split's conversations as rows for prepare, and what was set aside; returns the files by split."""
-        folder.mkdir(parents=True, exist_ok=True)
-        written = {}
-        for name, rows in self.splits.items():
-            written[name] = folder / f"{name}.jsonl"
-            with atomic_path(written[name]) as partial, partial.open("w", encoding="utf-8") as file:
-                for sample, mask in rows:
-                    row = {"token_ids": sample.token_ids.tolist(), "loss_mask": mask.astype(int).tolist()}
-                    file.write(json.dumps(row | {"file": sample.path.name}) + "\n")
-        with atomic_path(folder / "set_aside.jsonl") as partial, partial.open("w", encoding="utf-8") as file:
+    def write_set_aside(self) -> None:
+        """Write what was set aside, one JSON object per line."""
+        with atomic_path(self._folder / SET_ASIDE) as partial, partial.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps({"file": item.file, "reason": item.reason}) + "\n" for item in self.set_aside)
-        return written
+
+
+def _row(sample: PeerSample, mask: NDArray[np.bool_]) -> str:
+    row = {"token_ids": sample.token_ids.tolist(), "loss_mask": mask.astype(int).tolist()}
+    return json.dumps(row | {"file": sample.path.name}) + "\n"
 
 
 class Masks:
@@ -108,7 +126,7 @@ class Masks:
     def __init__(self, text: str = "") -> None:
         """`text` is "all", what `draftcache prepare` takes as an input, or empty. Raises InputError for other rows."""
         self._all = text == ALL
-        self._given: Mapping[str, NDArray[np.bool_]] | None = None if self._all or not text else _read_masks(text)
+        self._given = None if self._all or not text else _read_masks(text)
 
     @staticmethod
     def origin_of(text: str) -> str:
@@ -126,7 +144,7 @@ class Masks:
             found = self._given.get(tokens_key(sample.token_ids))
             if found is None:
                 raise DamagedSampleError(f"{sample.path}: expected a row of these token ids in --masks, found none")
-            return found
+            return np.unpackbits(found, count=len(sample.token_ids)).astype(np.bool_)
         if sample.loss_mask is None:
             raise InputError(
                 f"{sample.path}: expected a loss mask, found none in the file: give --masks ROWS, the rows (token_ids "
@@ -136,8 +154,9 @@ class Masks:
         return sample.loss_mask
 
 
-def _read_masks(text: str) -> dict[str, NDArray[np.bool_]]:
-    masks = {}
+def _read_masks(text: str) -> dict[str, NDArray[np.uint8]]:
+    """The rows' masks by `tokens_key`, eight tokens in a byte. Raises InputError for rows of another form."""
+    masks: dict[str, NDArray[np.uint8]] = {}
     for path in expand_input(text):
         for item in read_conversations(path):
             if isinstance(item, Rejection):
@@ -148,9 +167,9 @@ def _read_masks(text: str) -> dict[str, NDArray[np.bool_]]:
                     f"{path}:{number}: expected a row of token_ids or input_ids with loss_mask, found messages: "
                     "`draftcache prepare` makes such rows' masks, but the ids have to be those of the states"
                 )
-            masks[tokens_key(row.token_ids)] = row.loss_mask
+            masks[tokens_key(row.token_ids)] = np.packbits(row.loss_mask)
             # A conversation whose last token was never read has states, and so ids, of one token less.
-            masks.setdefault(tokens_key(row.token_ids[:-1]), row.loss_mask[:-1])
+            masks.setdefault(tokens_key(row.token_ids[:-1]), np.packbits(row.loss_mask[:-1]))
     return masks
 
 

@@ -27,6 +27,7 @@ from draftcache.capture.verifier.self_check import TOKENS, self_check
 from draftcache.capture.verifier.ssm_precision import enforce_contract
 from draftcache.capture.verifier.weights import weight_files
 from draftcache.store.common.errors import InputError
+from draftcache.store.common.progress import progress_bar
 from draftcache.store.common.stopping import StopRequest
 
 READERS: dict[str, PeerReader] = {reader.name: reader for reader in (SpeculatorsReader(), SPECFORGE, MODELOPT)}
@@ -65,7 +66,7 @@ class ImportJob(CaptureJob):
             )
         aux = config.capture.layers[: first.taps]
         self.verifier = RecordedVerifier(
-            parts, self._index.samples, aux, last_state=last.convention, dtype=self.dtype, peer=config.peer
+            parts, self._index.loads, aux, last_state=last.convention, dtype=self.dtype, peer=config.peer
         )
         self._require_fit(self.verifier)
         self.ssm = None
@@ -82,12 +83,12 @@ class ImportJob(CaptureJob):
         self.self_check = {}
         parts = read_parts(path, self.dtype, trust_remote_code=remote)
         self._require_shape(parts.layers, int(parts.embeddings.embedding_dim))
-        last = judge_last_state(parts, self._index.samples.values(), config.last_state)
+        last = judge_last_state(parts, self._index.first_samples, config.last_state)
         return parts, last
 
     def _probed(self) -> tuple[VerifierParts, LastState]:
         """Load the verifier, prove it as a capture does, compare its states with those of the files, and let it go."""
-        config, samples = self._import.capture, self._index.samples
+        config, samples = self._import.capture, self._index.first_samples
         verifier = load_verifier(
             config.verifier, device=torch.device("cpu"), dtype=self.dtype, trust_remote_code=config.trust_remote_code,
             max_model_len=config.max_model_len,
@@ -97,7 +98,7 @@ class ImportJob(CaptureJob):
         aux = config.layers[: self._index.first.taps]
         token_ids = np.resize(self._index.first.token_ids[:TOKENS], TOKENS)
         self.self_check = self_check(verifier, config.layers, torch.from_numpy(token_ids))
-        convention, differences = compare_with_model(verifier, samples.values(), aux)
+        convention, differences = compare_with_model(verifier, samples, aux)
         self.self_check |= {f"recorded_{name}": value for name, value in differences.items()}
         return parts_of(verifier), LastState(convention=convention, evidence="", rows=0)
 
@@ -146,11 +147,16 @@ class ImportJob(CaptureJob):
         return super()._provenance() | {"import": self.findings}
 
 
-def read_index(config: ImportConfig, advance: Callable[[], object] = lambda: None) -> PeerIndex:
-    """Read the heads of all files. Raises InputError where there is none, or loss masks are missing."""
-    index, masks, reader = PeerIndex(), Masks(config.masks), READERS[config.peer]
-    for name, source in ((config.split, config.source), *config.held_out):
-        index.add_split(name, reader, source, masks, advance)
+def read_index(config: ImportConfig, folder: Path, *, progress: bool) -> PeerIndex:
+    """Read the heads of all files, and write their rows to `folder`.
+
+    Raises InputError where there is no file, or loss masks are missing.
+    """
+    index, masks, reader = PeerIndex(folder), Masks(config.masks), READERS[config.peer]
+    with progress_bar(total=None, unit="files", desc="reading heads", disable=not progress) as bar:
+        for name, source in ((config.split, config.source), *config.held_out):
+            index.add_split(name, reader, source, masks, lambda: bar.update(1))
+    index.write_set_aside()
     return index
 
 
@@ -167,8 +173,8 @@ def run_import(
     Rows are prepared by `workers` processes, 0 being one per core.
     Raises InputError where the files and the verifier don't fit together, and Stopped after SIGTERM or SIGINT.
     """
-    index = read_index(config)
-    rows = index.write_rows(work / "rows")
+    index = read_index(config, work / "rows", progress=progress)
+    rows = index.rows
     held_out = {name for name, _ in config.held_out}
     prepared = prepare(
         PrepareConfig(

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from draftcache.capture.peers.samples import DamagedSampleError, PeerSample
+from draftcache.capture.peers.samples import DamagedSampleError, LoadStates
 from draftcache.capture.peers.verifier_parts import VerifierParts
 from draftcache.capture.verifier.forward import Piece
 from draftcache.capture.verifier.identity import describe_parts
@@ -38,19 +38,19 @@ class RecordedVerifier:
     def __init__(
         self,
         parts: VerifierParts,
-        samples: Mapping[str, PeerSample],
+        loads: Mapping[str, LoadStates],
         layers: tuple[int, ...],
         *,
         last_state: str,
         dtype: torch.dtype,
         peer: str,
     ) -> None:
-        """`samples` by `tokens_key`; `layers` are the block numbers of a sample's auxiliary states, in their order.
+        """`loads` reads states, by `tokens_key`; `layers` are the blocks of the auxiliary states, in their order.
 
         `last_state` says whether a sample's last state is from before or after the final norm; before it, it is the
         last block's output too, which may then be asked for.
         """
-        self._parts, self._samples, self._layers = parts, samples, layers
+        self._parts, self._loads, self._layers = parts, loads, layers
         self._last_state, self._dtype, self._peer = last_state, dtype, peer
         self._final_norm = copy.deepcopy(parts.final_norm).to(dtype)
         self.device = torch.device("cpu")
@@ -107,11 +107,11 @@ class RecordedVerifier:
     @torch.inference_mode()
     def _read(self, token_ids: NDArray[np.int64], layers: tuple[int, ...]) -> tuple[dict[int, Tensor], Tensor]:
         """Taps [L, H] by block and the final norm's output [L, H] of one conversation."""
-        sample = self._samples.get(tokens_key(token_ids))
-        if sample is None:
+        load = self._loads.get(tokens_key(token_ids))
+        if load is None:
             raise GateError("expected the states of these token ids in a file of the source, found none")
         try:
-            aux, last = sample.load()
+            aux, last = load()
         except DamagedSampleError as exc:
             raise GateError(str(exc)) from exc
         length = len(token_ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 from draftcache.store.common.errors import DraftcacheError
 
 STATE_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+
+LoadStates: TypeAlias = Callable[[], tuple[Tensor, Tensor]]
 
 
 class DamagedSampleError(DraftcacheError):
@@ -37,7 +40,7 @@ class PeerSample:
     hidden_size: int
     before_norm: bool | None
     """Whether the file itself says that its last state is from before the final norm; None where it says nothing."""
-    load: Callable[[], tuple[Tensor, Tensor]]
+    load: LoadStates
     """Reads the states: auxiliary ones [L, taps, H] in the file's order, and the last one [L, H]."""
 
 
