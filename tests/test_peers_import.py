@@ -20,10 +20,14 @@ from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.worker_job import CaptureJob
 from draftcache.capture.peers.config import ImportConfig
 from draftcache.capture.peers.job import ImportSummary, run_import
+from draftcache.capture.peers.verifier_parts import parts_of, read_parts
+from draftcache.capture.verifier.load import load_verifier
 from draftcache.store.common.errors import InputError
 from draftcache.store.format.commits import committed_shards
 from draftcache.store.reader import StoreReader
 from draftcache.store.storage.base import open_storage
+from draftcache.tools.bench.parts.tiny_verifiers import save_tiny_model
+from draftcache.tools.cli import main
 from support.peer_files import (
     TAPS,
     Recorded,
@@ -49,7 +53,7 @@ def rows(verifier: Path) -> list[Recorded]:
 def settings(verifier: Path, tokenizer: Path, source: Path, output: Path, peer: str, **changes: Any) -> ImportConfig:
     capture = CaptureConfig(
         verifier=verifier, dataset=output.parent / f"{output.name}.prepared", output=output,
-        layers=changes.pop("layers", TAPS), top_k=16, window=20, shard_tokens=50, mode="float32",
+        layers=changes.pop("layers", TAPS), top_k=16, window=20, device="cpu", shard_tokens=50, mode="float32",
         **changes.pop("capture", {}),
     )  # fmt: skip
     values: dict[str, Any] = {"draft_vocab_size": 100, **changes}
@@ -287,8 +291,37 @@ def test_missing_masks_and_other_shapes_are_refused_by_name(
     assert imported(config).findings["loss_masks"] == "every token, by --masks all"
 
 
-def test_the_command_goes_on_after_sigkill(
+def test_other_files_under_the_same_name_are_refused(
     verifier: Path, rows: list[Recorded], tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    source = write_specforge(tmp_path / "files", rows)
+    config = settings(verifier, tokenizer_dir, source, tmp_path / "store", "specforge", probe=False)
+    imported(config)
+    (source / "data_1.ckpt").unlink()
+    with pytest.raises(InputError, match="files were changed, added or taken away since; give another --output"):
+        imported(config)
+
+
+@pytest.mark.parametrize("model_type", ["gemma", "fuyu", "cohere", "exaone"])
+def test_head_norm_and_embeddings_are_the_loaded_models_or_refused(tmp_path: Path, model_type: str) -> None:
+    """A norm of 1 + w with tied embeddings; a text model inside another; a scaled head; other names in the files."""
+    save_tiny_model(model_type, tmp_path)
+    cpu, dtype = torch.device("cpu"), torch.float32
+    if model_type in ("cohere", "exaone"):
+        with pytest.raises(InputError, match="may scale or cap" if model_type == "cohere" else "expected one tensor"):
+            read_parts(tmp_path, dtype)
+        return
+    expected = parts_of(load_verifier(tmp_path, device=cpu, dtype=dtype, trust_remote_code=False))
+    found = read_parts(tmp_path, dtype)
+    assert torch.equal(found.embeddings.weight, expected.embeddings.weight)
+    assert torch.equal(found.head.weight, expected.head.weight)
+    assert torch.equal(found.norm.weight, expected.norm.weight)
+    assert (found.norm.kind, found.norm.eps) == (expected.norm.kind, expected.norm.eps)
+    assert (found.architecture, found.layers) == (expected.architecture, expected.layers)
+
+
+def test_the_command_goes_on_after_sigkill(
+    verifier: Path, rows: list[Recorded], tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_speculators(tmp_path / "files", rows)
     command = [sys.executable, "-m", "draftcache.tools.cli", "import", source, "--from", "speculators", "--verifier",
@@ -302,8 +335,9 @@ def test_the_command_goes_on_after_sigkill(
             assert process.poll() is None
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
-    again = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert json.loads(again.stdout)["findings"]["last_state"] == "before"
+    capsys.readouterr()
+    assert main([str(word) for word in command[3:]]) == 0
+    assert json.loads(capsys.readouterr().out)["findings"]["last_state"] == "before"
     imported(settings(verifier, tokenizer_dir, source, tmp_path / "whole", "speculators"))
     ours, theirs = StoreReader(tmp_path / "cut"), StoreReader(tmp_path / "whole")
     assert len(ours) == len(theirs) == len(rows)

@@ -21,7 +21,8 @@ from draftcache.capture.peers.safetensors_files import SpeculatorsReader
 from draftcache.capture.peers.samples import PeerReader
 from draftcache.capture.peers.torch_files import MODELOPT, SPECFORGE
 from draftcache.capture.peers.verifier_parts import VerifierParts, parts_of, read_parts
-from draftcache.capture.prepare.job import PrepareConfig, prepare
+from draftcache.capture.prepare.job import PrepareConfig, PrepareResult, prepare
+from draftcache.capture.prepare.token_dataset import is_prepared
 from draftcache.capture.verifier.load import load_verifier
 from draftcache.capture.verifier.self_check import TOKENS, self_check
 from draftcache.capture.verifier.ssm_precision import enforce_contract
@@ -66,7 +67,13 @@ class ImportJob(CaptureJob):
             )
         aux = config.capture.layers[: first.taps]
         self.verifier = RecordedVerifier(
-            parts, self._index.loads, aux, last_state=last.convention, dtype=self.dtype, peer=config.peer
+            parts,
+            self._index.loads,
+            aux,
+            last_state=last.convention,
+            dtype=self.dtype,
+            device=self.device,
+            peer=config.peer,
         )
         self._require_fit(self.verifier)
         self.ssm = None
@@ -170,28 +177,38 @@ def run_import(
 ) -> ImportSummary:
     """Read a peer's cache, prepare its rows below `work`, and write the store; the same call again goes on.
 
-    Rows are prepared by `workers` processes, 0 being one per core.
-    Raises InputError where the files and the verifier don't fit together, and Stopped after SIGTERM or SIGINT.
+    Rows are prepared by `workers` processes, 0 being one per core. Raises InputError where the files and the
+    verifier don't fit together, and Stopped after SIGTERM or SIGINT.
     """
     index = read_index(config, work / "rows", progress=progress)
-    rows = index.rows
-    held_out = {name for name, _ in config.held_out}
-    prepared = prepare(
-        PrepareConfig(
-            tokenizer=config.tokenizer,
-            output=config.capture.dataset,
-            splits={name: [path] for name, path in rows.items() if name not in held_out},
-            held_out={name: [path] for name, path in rows.items() if name in held_out},
-            max_length=max(index.longest, 2),
-            draft_vocab_size=config.draft_vocab_size,
-            trust_remote_code=config.capture.trust_remote_code,
-            workers=workers,
-            progress=progress,
-        )
-    )
+    prepared = _prepare(config, index, workers=workers, progress=progress)
     dtype = str(compute_dtype(index.first.dtype)).removeprefix("torch.")
-    settings = replace(config, capture=replace(config.capture, compute_dtype=dtype, device="cpu"))
+    settings = replace(config, capture=replace(config.capture, compute_dtype=dtype))
     stop = StopRequest(settings.capture.grace_seconds)
     with StopSignals(stop), ImportJob(settings, index, say) as job:
         summary = job.run(stop)
     return ImportSummary(summary, index.files, index.set_aside, prepared.quarantined_rows, job.findings)
+
+
+def _prepare(config: ImportConfig, index: PeerIndex, *, workers: int, progress: bool) -> PrepareResult:
+    held_out = {name for name, _ in config.held_out}
+    settings = PrepareConfig(
+        tokenizer=config.tokenizer,
+        output=config.capture.dataset,
+        splits={name: [path] for name, path in index.rows.items() if name not in held_out},
+        held_out={name: [path] for name, path in index.rows.items() if name in held_out},
+        max_length=max(index.longest, 2),
+        draft_vocab_size=config.draft_vocab_size,
+        trust_remote_code=config.capture.trust_remote_code,
+        workers=workers,
+        progress=progress,
+    )
+    try:
+        return prepare(settings)
+    except InputError as exc:
+        if not is_prepared(settings.output):
+            raise
+        raise InputError(
+            f"{settings.output}: expected the rows of an import that was begun with these files and settings, found "
+            f"others: files were changed, added or taken away since; give another --output and --work ({exc})"
+        ) from exc

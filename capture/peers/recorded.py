@@ -43,6 +43,7 @@ class RecordedVerifier:
         *,
         last_state: str,
         dtype: torch.dtype,
+        device: torch.device,
         peer: str,
     ) -> None:
         """`loads` reads states, by `tokens_key`; `layers` are the blocks of the auxiliary states, in their order.
@@ -52,8 +53,9 @@ class RecordedVerifier:
         """
         self._parts, self._loads, self._layers = parts, loads, layers
         self._last_state, self._dtype, self._peer = last_state, dtype, peer
-        self._final_norm = copy.deepcopy(parts.final_norm).to(dtype)
-        self.device = torch.device("cpu")
+        self._final_norm = copy.deepcopy(parts.final_norm).to(device, dtype)
+        self._head = copy.deepcopy(parts.head).to(device)
+        self.device = device
 
     @property
     def hidden_size(self) -> int:
@@ -69,7 +71,7 @@ class RecordedVerifier:
 
     @property
     def head(self) -> nn.Linear:
-        return self._parts.head
+        return self._head
 
     @property
     def head_form(self) -> HeadForm:
@@ -115,7 +117,7 @@ class RecordedVerifier:
         except DamagedSampleError as exc:
             raise GateError(str(exc)) from exc
         length = len(token_ids)
-        aux, last = aux[:length].to(self._dtype), last[:length].to(self._dtype)
+        aux, last = (states[:length].to(self.device, self._dtype) for states in (aux, last))
         taps = {layer: aux[:, place] for place, layer in enumerate(self._layers)}
         if self._last_state == AFTER:
             return {layer: taps[layer] for layer in layers}, last

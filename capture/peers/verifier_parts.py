@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -64,8 +65,11 @@ def read_parts(path: Path, dtype: torch.dtype, *, trust_remote_code: bool = Fals
     config = load_config(path, trust_remote_code=trust_remote_code)
     advice = "; give --probe, which loads the verifier and finds it there"
     try:
+        whole = transformers.AutoConfig.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=True
+        )
         with torch.device("meta"):
-            model = model_class(config).from_config(config, trust_remote_code=trust_remote_code)
+            model = model_class(whole).from_config(whole, trust_remote_code=trust_remote_code)
         holder, blocks = find_blocks(model)
         embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
         norm = find_final_norm(model, holder, head)
@@ -92,6 +96,8 @@ def read_parts(path: Path, dtype: torch.dtype, *, trust_remote_code: bool = Fals
     stored = _StoredTensors(path)
     tied = bool(getattr(config, "tie_word_embeddings", False))
     _fill(embeddings, names[id(embeddings)], stored, dtype)
+    if buffers := [part for part, buffer in norm.named_buffers() if buffer.is_meta]:
+        raise InputError(f"{path}: expected a final norm without buffers, found {buffers}{advice}")
     _fill(norm, names[id(norm)], stored, dtype)
     if tied and not stored.candidates(f"{names[id(head)]}.weight", tuple(head.weight.shape)):
         head.weight = embeddings.weight
@@ -109,8 +115,6 @@ def _fill(module: nn.Module, name: str, stored: _StoredTensors, dtype: torch.dty
         values = stored.read(f"{name}.{part}", tuple(parameter.shape)).to(dtype)
         owner = module.get_submodule(part.rpartition(".")[0])
         setattr(owner, part.rpartition(".")[2], nn.Parameter(values, requires_grad=False))
-    if buffers := [part for part, buffer in module.named_buffers() if buffer.is_meta]:
-        raise InputError(f"{name}: expected a part without buffers, found {buffers}; give --probe")
 
 
 class _StoredTensors:

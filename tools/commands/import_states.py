@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _CAPTURE = (
     *("verifier", "output", "vocab_map", "more_vocab_maps", "window", "teacher", "top_k", "mode", "layout"),
-    *("calibration_tokens", "shard_tokens", "head_slice", "batch_tokens", "buffer_gb", "grace_seconds"),
+    *("calibration_tokens", "device", "shard_tokens", "head_slice", "batch_tokens", "buffer_gb", "grace_seconds"),
     *("ignore_free_space", "full_hash", "trust_remote_code"),
 )
 """The settings of a capture that an import has too."""
@@ -72,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--last-state",
         default="",
         metavar="WHERE",
-        help="before or after the final norm, where the evidence leaves open where the last state is from",
+        help="before or after the final norm, where the evidence leaves open where the last state is from; the "
+        "verifier is not loaded then",
     )
     parser.add_argument(
         "--work",
