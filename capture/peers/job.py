@@ -97,7 +97,7 @@ class ImportJob(CaptureJob):
         """Load the verifier, prove it as a capture does, compare its states with those of the files, and let it go."""
         config, samples = self._import.capture, self._index.first_samples
         verifier = load_verifier(
-            config.verifier, device=torch.device("cpu"), dtype=self.dtype, trust_remote_code=config.trust_remote_code,
+            config.verifier, device=self.device, dtype=self.dtype, trust_remote_code=config.trust_remote_code,
             max_model_len=config.max_model_len,
         )  # fmt: skip
         self._require_shape(len(verifier.blocks), verifier.hidden_size)

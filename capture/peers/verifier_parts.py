@@ -27,7 +27,7 @@ from draftcache.store.format.head_form import IDENTITY, HeadForm
 
 @dataclass(frozen=True)
 class VerifierParts:
-    """What is needed of a verifier beside its states, on the CPU in one dtype."""
+    """What is needed of a verifier beside its states, in one dtype."""
 
     config: Any
     """The text model's."""
