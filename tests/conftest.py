@@ -21,7 +21,10 @@ from support.chat_tokenizers import CHATML, save_tokenizer  # noqa: E402
 if TYPE_CHECKING:
     from draftcache.tools.campaign.object_server import S3Server
 
-LONGEST = ("test_kernels_interpreted", "test_tools_campaign", "test_capture_launch", "test_draft_train_parallel")
+LONGEST = (
+    "test_kernels_interpreted", "test_tools_campaign", "test_capture_launch", "test_draft_train_parallel",
+    "test_tools_truth", "test_tools_sweep", "test_wheel",
+)  # fmt: skip
 """Files of tests that take minutes. Begun last, one of them would keep a single process busy at the end."""
 
 

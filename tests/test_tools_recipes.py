@@ -250,7 +250,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path, tokenizer_dir: Path)
         ("[train-first]", "[train_first]", "found 'train_first': did you mean train?"),
         ('store = "@capture"', 'store = "@captrue"', "in @captrue, found none: did you mean capture?"),
         ('store = "@capture"', 'store = "@export"', "in @export, found one below it, or itself"),
-        ('store = "@capture"', 'store = "@prepare"', "expected a capture or convert step, found @prepare"),
+        ('store = "@capture"', 'store = "@prepare"', "expected a capture or convert or import step, found @prepare"),
         ("splits = [\"train\"]", "splits = [\"trian\"]", "one of the splits ['train'], found 'trian': did you"),
         ("sliding_window = 16", "sliding_window = 64", "sliding_window: expected at most 20, the window of the store"),
         ("sliding_window = 16", "sliding_window = 0", "the window of the store, found full attention"),
