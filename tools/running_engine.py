@@ -13,10 +13,9 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from draftcache.capture.generate.http_client import HttpClient
+from draftcache.capture.generate.http_client import ClientLoop, HttpClient
 from draftcache.capture.generate.responses import BadResponseError
 from draftcache.capture.prepare.rows.rejections import RowRejectedError, clip
 from draftcache.store.common.errors import InputError
@@ -42,7 +41,7 @@ class Answer:
     """Accepted draft tokens by their position in a verify step, from 0; empty where the engine does not tell."""
 
 
-class RunningEngine:
+class RunningEngine(ClientLoop):
     """One server, asked for one answer at a time. Use as a context manager.
 
     Raises ServerError where it can't be reached, and InputError where it is neither vLLM nor SGLang, serves several
@@ -54,8 +53,7 @@ class RunningEngine:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.name = self.version = self.model = ""
         """Of the engine; all are known inside the context."""
-        self._runner = asyncio.Runner()
-        self._client = HttpClient(
+        client = HttpClient(
             self.url,
             connections=1,
             retries=0,  # an answer that is asked for twice is counted twice
@@ -63,23 +61,7 @@ class RunningEngine:
             flag=FLAG,
             remedy="run the command again once the server is back",
         )
-
-    def __enter__(self) -> Self:
-        """Find out what the server is."""
-        try:
-            self._runner.run(self._begin())
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self._runner.run(self._client.__aexit__(None, None, None))
-        finally:
-            self._runner.close()
+        super().__init__(client)
 
     def answer(self, prompt: list[int], max_tokens: int) -> Answer:
         """Return the greedy answer to these token ids, of `max_tokens`: the end of a turn does not end it."""
@@ -93,7 +75,8 @@ class RunningEngine:
             ) from exc
 
     async def _begin(self) -> None:
-        await self._client.__aenter__()
+        """Find out what the server is."""
+        await super()._begin()
         counters = await self._counters(required=False)
         self.name = "vllm" if any(name.startswith(_VLLM) for name in counters) else "sglang"
         try:

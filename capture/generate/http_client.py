@@ -149,6 +149,35 @@ class HttpClient:
         return RefusedError("refused-by-server", expected="status 200", found=f"status {status}: {said}")
 
 
+class ClientLoop:
+    """A client with an event loop of its own, for code that is not asynchronous. Use as a context manager."""
+
+    def __init__(self, client: HttpClient) -> None:
+        self._client = client
+        self._runner = asyncio.Runner()
+
+    def __enter__(self) -> Self:
+        """Ask what has to be known first. Raises what `_begin` raises."""
+        try:
+            self._runner.run(self._begin())
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._runner.run(self._client.__aexit__(None, None, None))
+        finally:
+            self._runner.close()
+
+    async def _begin(self) -> None:
+        """Open the client. Classes add their first questions."""
+        await self._client.__aenter__()
+
+
 async def _body(response: httpx2.Response) -> bytes:
     """The whole body. Raises BadResponseError where it breaks off, or can't be decoded."""
     try:

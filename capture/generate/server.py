@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from draftcache.capture.generate.config import GenerateConfig
-from draftcache.capture.generate.http_client import HttpClient, RefusedError
+from draftcache.capture.generate.http_client import ClientLoop, HttpClient, RefusedError
 from draftcache.capture.generate.prompts import PromptReader
 from draftcache.capture.generate.responses import BadResponseError, ResponseReader
 from draftcache.capture.generate.samples import Outcome, Prompt, Sample
@@ -20,7 +19,7 @@ from draftcache.store.common.errors import InputError
 _PROBE = "Hello"
 
 
-class ServerEngine:
+class ServerEngine(ClientLoop):
     """Asks a server for every sample. Implements `samples.Engine`."""
 
     def __init__(self, config: GenerateConfig, reader: PromptReader, files: TokenizerFiles) -> None:
@@ -32,35 +31,18 @@ class ServerEngine:
         self._more = True  # whether the server takes what OpenAI's own API does not know
         self.model = config.model or ""
         self.context_tokens: int | None = None
-        self._client = HttpClient(
+        client = HttpClient(
             config.server,
             connections=config.concurrency,
             retries=config.retries,
             timeout_seconds=config.timeout_seconds,
         )
-        self._runner = asyncio.Runner()
+        super().__init__(client)
 
     @property
     def retried(self) -> int:
         """Requests that were sent again so far."""
         return self._client.retried
-
-    def __enter__(self) -> Self:
-        """Find the model and try one request. Raises InputError where the server does not serve what is asked for."""
-        try:
-            self._runner.run(self._begin())
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self._runner.run(self._client.__aexit__(None, None, None))
-        finally:
-            self._runner.close()
 
     def outcomes(self, samples: Iterator[Sample], finished: Callable[[Sample], bool]) -> Iterator[Outcome]:
         """Yield outcomes as they come. At most `concurrency` samples have been read and not yielded."""
@@ -81,7 +63,8 @@ class ServerEngine:
             self._runner.run(_ended(pending))
 
     async def _begin(self) -> None:
-        await self._client.__aenter__()
+        """Find the model and try one request. Raises InputError where the server does not serve what is asked for."""
+        await super()._begin()
         served = await self._client.ask("GET", "/models", None, _models)
         names = [str(item.get("id")) for item in served]
         if self._config.model is None and len(served) != 1:
