@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from draftcache.store.common.errors import InputError, WorkerError
 from draftcache.store.common.files import read_json, write_json
+from draftcache.store.common.tensor_files import save_tensors
 from draftcache.tools.engine_check import checks, engine, subjects
 from draftcache.tools.engine_check.__main__ import CHECK_NAMES, DRAFT_NAMES, main
 from draftcache.tools.engine_check.comparison import (
@@ -129,7 +132,7 @@ def test_proposals_that_were_not_seen_are_not_judged() -> None:
 def test_a_wrong_export_has_to_cost_steps() -> None:
     right = replace(served(), steps=100)
     assert judge_wrong("x", right, replace(right, steps=110), "a mistake").passed
-    assert not judge_wrong("x", right, replace(right, steps=101), "a mistake").passed
+    assert not judge_wrong("x", right, replace(right, steps=100), "a mistake").passed
     assert not judge_wrong("x", right, replace(right, steps=110, wrong={0: 2.0}), "a mistake").passed
 
 
@@ -153,27 +156,34 @@ def test_states_are_near_and_under_their_own_ids() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "mistake", "changed"),
+    ("config", "mistake", "changed", "kept"),
     [
+        ({AUX: [2, 3]}, "tap ids off by one", {AUX: [1, 2]}, {"fc.weight", "fc_norm.0.weight"}),
         (
-            {"eagle_aux_hidden_state_layer_ids": [2, 3]},
-            "tap ids off by one",
-            {"eagle_aux_hidden_state_layer_ids": [1, 2]},
+            {AUX: [2, 3], "norm_output": True, "fc_norm": True},
+            "norms left out",
+            {"norm_output": False, "fc_norm": False},
+            {"fc.weight"},
         ),
-        ({"eagle_aux_hidden_state_layer_ids": [2, 3], "norm_output": True}, "norm_output off", {"norm_output": False}),
-        ({"dflash_config": {"target_layer_ids": [0, 4]}}, "tap ids", {"dflash_config": {"target_layer_ids": [1, 5]}}),
+        (
+            {"dflash_config": {"target_layer_ids": [0, 4]}},
+            "tap ids",
+            {"dflash_config": {"target_layer_ids": [1, 5]}},
+            {"fc.weight", "fc_norm.0.weight"},
+        ),
     ],
 )
 def test_wrong_exports_differ_in_one_thing(
-    tmp_path: Path, config: dict[str, Any], mistake: str, changed: dict[str, Any]
+    tmp_path: Path, config: dict[str, Any], mistake: str, changed: dict[str, Any], kept: set[str]
 ) -> None:
     config = {"architectures": ["DFlashDraftModel" if "dflash_config" in config else "Llama"]} | config
     write_json(tmp_path / "right" / "config.json", config)
-    (tmp_path / "right" / "model.safetensors").write_bytes(b"weights")
+    weights = {name: torch.ones(2) for name in ("fc.weight", "fc_norm.0.weight")}
+    save_tensors(tmp_path / "right" / "model.safetensors", weights)
     path, words = wrong_export(tmp_path / "right", tmp_path / "wrong")
     assert mistake in words
     assert read_json(path / "config.json") == config | changed
-    assert (path / "model.safetensors").read_bytes() == b"weights"
+    assert set(load_file(path / "model.safetensors")) == kept
     assert method_of(path) == ("dflash" if "dflash_config" in config else "eagle3")
 
 

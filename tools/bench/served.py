@@ -1,8 +1,8 @@
 """The 30B verifier's shape with an Eagle3 draft in a real vLLM: does it fit, and what does the draft cost per step?
 
-`python -m draftcache.tools.bench.served --vllm PYTHON --work DIR [--output FILE]` starts vLLM without a draft and with
-a draft of each window, all with random weights that vLLM makes itself (`load_format="dummy"`), and decodes one sequence
-behind prompts of several lengths. PYTHON is an interpreter that has vLLM. The verifier needs one GPU of 80 GB;
+`python -m draftcache.tools.bench.served --vllm PYTHON --work DIR [--output FILE]` starts vLLM with a draft of each
+window and without a draft, all with random weights that vLLM makes itself (`load_format="dummy"`), and decodes one
+sequence behind prompts of several lengths. PYTHON is an interpreter that has vLLM. The verifier needs one GPU of 80 GB;
 `--shape small` is a small Llama, for a CPU. A draft with random weights proposes what is never accepted, so every
 verify step makes one token, and times do not depend on the text.
 
@@ -97,11 +97,12 @@ def measure(arguments: argparse.Namespace) -> int:
         "disable_log_stats": False, "seed": 0,
     }  # fmt: skip
     engine = Engine(arguments.vllm, arguments.work, options, script=SCRIPT)
-    cases: dict[str, dict[str, Any]] = {PLAIN: {}}
+    cases: dict[str, dict[str, Any]] = {}
     for window in arguments.windows:
         draft = save_draft(shape, config, arguments.work, window, length)
         speculative = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": arguments.draft_tokens}
         cases[f"window-{window or 'full'}"] = {"speculative_config": speculative}
+    cases[PLAIN] = {}
     rows, code = [], 0
     for case, more in cases.items():
         request = {

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file
 
 from draftcache.draft_train.checkpoint import load_state, resolve_checkpoint
 from draftcache.draft_train.config import TrainConfig
@@ -15,6 +15,7 @@ from draftcache.draft_train.evaluate import evaluate
 from draftcache.draft_train.export import export
 from draftcache.draft_train.trainer import train
 from draftcache.store.common.files import atomic_directory, read_json, write_json
+from draftcache.store.common.tensor_files import save_tensors
 from draftcache.store.reader import StoreReader
 from draftcache.tools.engine_check.subjects import Subject
 from draftcache.tools.truth import SPLIT, capture_traces
@@ -80,12 +81,14 @@ def exported(checkpoint: Path, output: Path, *, dtype: str) -> Path:
 def wrong_export(draft: Path, output: Path) -> tuple[Path, str]:
     """Return a copy of an export with one mistake that engines don't report, and the mistake in words.
 
-    An Eagle3.1 draft carries its un-normed state; every other one has tap ids that are off by one.
+    An Eagle3.1 draft is exported as an Eagle3, without its norms; every other one has tap ids that are off by one.
     """
     config = read_json(draft / "config.json")
+    tensors = load_file(draft / "model.safetensors")
     if config.get("norm_output"):
-        config["norm_output"] = False
-        mistake = "norm_output off"
+        config |= {"fc_norm": False, "norm_output": False}
+        tensors = {name: value for name, value in tensors.items() if not name.startswith("fc_norm.")}
+        mistake = "Eagle3.1's norms left out"
     else:
         mistake = "tap ids off by one"
         for holder, key in (
@@ -99,8 +102,8 @@ def wrong_export(draft: Path, output: Path) -> tuple[Path, str]:
                 holder[key] = [number + shift for number in holder[key]]
     if not output.exists():
         with atomic_directory(output) as partial:
-            shutil.copyfile(draft / "model.safetensors", partial / "model.safetensors")
-            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_tensors(partial / "model.safetensors", tensors, metadata={"format": "pt"})
+            write_json(partial / "config.json", config)
     return output, mistake
 
 

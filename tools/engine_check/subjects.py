@@ -103,19 +103,26 @@ def llama_config() -> Any:
     return LlamaConfig(
         num_hidden_layers=6, vocab_size=LLAMA_VOCABULARY, hidden_size=128, intermediate_size=256,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512,
-        initializer_range=0.08, bos_token_id=0, eos_token_id=1, pad_token_id=0, tie_word_embeddings=False,
+        initializer_range=0.06, bos_token_id=0, eos_token_id=1, pad_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
 
 
 def save_llama(directory: Path, seed: int = 0) -> None:
-    """Save the small Llama with the demo's tokenizer. Its weights are exact in bfloat16."""
+    """Save the small Llama with the demo's tokenizer. Its weights are exact in bfloat16.
+
+    Its embeddings are large beside what its blocks add, so that a text's next token mostly depends on its last few. A
+    draft can learn that; of small random weights it learns nothing.
+    """
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM, set_seed
 
     from draftcache.tools.demo.pipeline import VERIFIER
 
     set_seed(seed)
-    LlamaForCausalLM(llama_config()).to(torch.bfloat16).save_pretrained(directory)
+    model = LlamaForCausalLM(llama_config())
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.32)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.08)
+    model.to(torch.bfloat16).save_pretrained(directory)
     AutoTokenizer.from_pretrained(VERIFIER).save_pretrained(directory)
 
 
