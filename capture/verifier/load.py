@@ -7,6 +7,7 @@ the right ones.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ from draftcache.capture.verifier.projection import vocabulary_sides
 from draftcache.capture.verifier.quantization import quantisation_method, require_loadable, require_plain
 from draftcache.capture.verifier.rope import pin_rope
 from draftcache.capture.verifier.ssm_precision import mamba_mixers, stand_in_for_extension, torch_forms_on_the_cpu
+from draftcache.capture.verifier.streaming import can_stream, streaming
 from draftcache.capture.verifier.weights import require_all_weights, require_room
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.files import require_regular_files
@@ -157,7 +159,7 @@ def load_verifier(
     tensor_parallel: int = 1,
     max_model_len: int | None = None,
 ) -> Verifier:
-    """Load a model directory, frozen, in evaluation mode, from safetensors only.
+    """Load a model directory, frozen, in evaluation mode, from safetensors only; to a GPU as `streaming` says.
 
     With `tensor_parallel` > 1 this process is one of that many ranks of a process group, each of which loads its part
     of the weights. `max_model_len` is the length that the model will be served with, `max_position_embeddings` where it
@@ -175,17 +177,19 @@ def load_verifier(
         require_loadable(path, config)
         # Some quantised weights can't be moved, so they are loaded to where they stay.
         placed = device.type == "cuda" and tensor_parallel == 1 and quantisation_method(config) is not None
-        model, report = model_class(config).from_pretrained(
-            path,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported with all other differences, and refused below
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            local_files_only=True,
-            **({"device_map": {"": str(device)}} if placed else {}),
-            **({} if tensor_parallel == 1 else _tensor_parallel_plan(path, tensor_parallel, trust_remote_code)),
-        )
+        streamed = tensor_parallel == 1 and not placed and can_stream(device)
+        with streaming(device) if streamed else nullcontext():
+            model, report = model_class(config).from_pretrained(
+                path,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported with all other differences, and refused below
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                local_files_only=True,
+                **({"device_map": {"": str(device)}} if placed or streamed else {}),
+                **({} if tensor_parallel == 1 else _tensor_parallel_plan(path, tensor_parallel, trust_remote_code)),
+            )
     except (MemoryError, torch.OutOfMemoryError, InputError):
         raise
     except Exception as exc:  # whatever a config's or a checkpoint's contents make a model class raise
