@@ -5,8 +5,8 @@ copy that the page cache holds, and a disk is read once. transformers loads so w
 accelerate.
 
 What no file holds, such as the frequencies of rotary embeddings, would then be computed on the GPU, whose powers and
-sines round differently. It is made in host memory, as without `device_map`, and moved: the loaded values are bit for bit
-those of a model that was loaded in host memory.
+sines round differently. It is made in host memory, as without `device_map`, and moved: all values are bit for bit those
+of a model that was loaded in host memory.
 """
 
 from __future__ import annotations

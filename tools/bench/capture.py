@@ -36,6 +36,7 @@ from draftcache.capture.verifier.ssm_precision import mamba_mixers, scan_impleme
 from draftcache.store.common.errors import InputError
 from draftcache.store.common.files import write_json
 from draftcache.tools.bench.parts.capture_job import CaptureRun, run_capture
+from draftcache.tools.bench.parts.scale_shapes import mixed_lengths
 from draftcache.tools.bench.parts.verifier_shape import LAYERS, random_verifier, verifier_config
 from draftcache.tools.result_rows import report, result_row, some_of
 
@@ -97,7 +98,7 @@ def measure(verifier: Verifier, ceiling: float, arguments: argparse.Namespace) -
         elif name == "prefill-256k":
             yield name, forward_metrics(verifier.body_forward, ids, ceiling, runs=1)
         else:
-            lengths = mixed_lengths if "mixed" in name else fixed_lengths
+            lengths = _mixed_lengths if "mixed" in name else fixed_lengths
             mode = "int8" if "int8" in name else "lossless"
             with TemporaryDirectory(dir=arguments.memory if name.endswith("-memory") else arguments.work) as root:
                 kind = name.removesuffix("-memory")
@@ -114,13 +115,8 @@ def fixed_lengths(tokens: int) -> list[int]:
     return [LONG] * max(1, tokens // LONG)
 
 
-def mixed_lengths(tokens: int) -> list[int]:
-    """Return random lengths of 30 to 32,768 tokens, 14k in the mean, at least `tokens` in all."""
-    rng = np.random.default_rng(0)
-    lengths: list[int] = []
-    while sum(lengths) < tokens:
-        lengths.append(int(30 + (LONG - 30) * rng.beta(0.85, 1.14)))
-    return lengths
+def _mixed_lengths(tokens: int) -> list[int]:
+    return mixed_lengths(LONG, tokens=tokens)
 
 
 def matmul_flops(length: float) -> float:

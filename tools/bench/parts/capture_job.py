@@ -32,10 +32,8 @@ from draftcache.store.format.rows import teacher_positions
 from draftcache.store.format.vocab_map import VOCAB_MAP_NAME, VocabMap
 from draftcache.store.reader import StoreReader
 from draftcache.store.writer import StoreWriter
+from draftcache.tools.bench.parts.scale_shapes import turns_mask
 from draftcache.tools.bench.parts.verifier_shape import DRAFT_VOCAB, LAYERS
-
-LOSS_SHARE = 0.48
-_TURNS = 8
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,7 @@ class Conversations:
 
     def __getitem__(self, number: int) -> tuple[NDArray[Any], NDArray[np.bool_], str]:
         tokens = self._tokens[number]
-        turn = np.arange(tokens.size) * _TURNS % max(tokens.size, 1) / max(tokens.size, 1)
-        return tokens, turn >= 1 - LOSS_SHARE, hash_bytes(tokens.tobytes())
+        return tokens, turns_mask(tokens.size), hash_bytes(tokens.tobytes())
 
 
 def run_capture(verifier: Verifier, lengths: list[int], root: Path, mode: str, *, trace: bool = False) -> CaptureRun:

@@ -11,6 +11,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,18 @@ def _metrics(steps: list[dict[str, Any]], bytes_per_token: float) -> dict[str, f
 
 def write_store(root: Path, shape: Eagle3Shape, length: int, conversations: int, device: torch.device) -> None:
     """Write a finished store of `conversations` random conversations of `length` tokens."""
-    words = VocabMap(target_ids=np.arange(shape.draft_vocab_size, dtype=np.int64), vocab_size=shape.vocab_size)
-    made = _manifest(shape, words, length, -(-conversations // _PER_SHARD))
+    made, words = store_manifest(shape, _PER_SHARD * length, -(-conversations // _PER_SHARD))
+    with StoreWriter(root, made, frozen_files(shape, words, device)) as writer:
+        for shard in range(made.shards):
+            numbers = range(shard * _PER_SHARD, min((shard + 1) * _PER_SHARD, conversations))
+            mask = np.ones(length, np.bool_)
+            items = [random_conversation(shape, length, number, device, mask=mask) for number in numbers]
+            writer.write_shard(shard, items, {"quarantined": [], "gates": {}})
+        writer.finish()
+
+
+def frozen_files(shape: Eagle3Shape, words: VocabMap, device: torch.device) -> Callable[[Path], list[Path]]:
+    """Return what writes a store's frozen weights, which are random, and its vocabulary map."""
 
     def write_files(directory: Path) -> list[Path]:
         rows = {EMBED_TOKENS: shape.vocab_size, NORM: 0, "lm_head": shape.draft_vocab_size}
@@ -120,29 +131,31 @@ def write_store(root: Path, shape: Eagle3Shape, length: int, conversations: int,
         words.save(directory / VOCAB_MAP_NAME)
         return [directory / FROZEN_NAME, directory / VOCAB_MAP_NAME]
 
-    with StoreWriter(root, made, write_files) as writer:
-        for shard in range(made.shards):
-            numbers = range(shard * _PER_SHARD, min((shard + 1) * _PER_SHARD, conversations))
-            items = [_conversation(shape, length, number, device) for number in numbers]
-            writer.write_shard(shard, items, {"quarantined": [], "gates": {}})
-        writer.finish()
+    return write_files
 
 
-def _manifest(shape: Eagle3Shape, words: VocabMap, length: int, shards: int) -> StoreManifest:
-    return StoreManifest(
+def store_manifest(
+    shape: Eagle3Shape, shard_tokens: int, shards: int, splits: tuple[str, ...] = ("train",)
+) -> tuple[StoreManifest, VocabMap]:
+    """Return the manifest of a lossless store of random states, and its vocabulary map."""
+    words = VocabMap(target_ids=np.arange(shape.draft_vocab_size, dtype=np.int64), vocab_size=shape.vocab_size)
+    manifest = StoreManifest(
         verifier={
             "name": "random", "architecture": "none", "weights_hash": "", "hidden_size": shape.hidden_size,
             "vocab_size": shape.vocab_size, "rms_norm_eps": shape.rms_norm_eps,
         },
-        tokenizer_hash="", chat_template_hash="", dataset_hash="", splits=("train",),
+        tokenizer_hash="", chat_template_hash="", dataset_hash="", splits=splits,
         taps=tuple(Tap(layer=layer) for layer in LAYERS), mode="lossless", compute_dtype="bfloat16",
         window=shape.sliding_window, top_k=64, draft_vocab_size=shape.draft_vocab_size, draft_vocab_hash=words.hash,
-        shard_tokens=_PER_SHARD * length, shards=shards, ssm=None,
+        shard_tokens=shard_tokens, shards=shards, ssm=None,
     )  # fmt: skip
+    return manifest, words
 
 
-def _conversation(shape: Eagle3Shape, length: int, number: int, device: torch.device) -> Conversation:
-    mask = np.ones(length, np.bool_)
+def random_conversation(
+    shape: Eagle3Shape, length: int, number: int, device: torch.device, *, mask: NDArray[np.bool_], split: int = 0
+) -> Conversation:
+    """Return a conversation of random ids, states and teacher, with loss where `mask` [length] says so."""
     rows, taught = rows_in_reach(mask, shape.sliding_window), teacher_positions(mask)
     token_ids = torch.randint(0, shape.draft_vocab_size, (length,), device=device).cpu().numpy().astype(np.uint32)
     logits, ids = torch.randn(len(taught), shape.draft_vocab_size // 16, device=device).mul_(2.0).topk(64, dim=-1)
@@ -166,7 +179,7 @@ def _conversation(shape: Eagle3Shape, length: int, number: int, device: torch.de
         arrays[tap_name(layer)] = states.view(torch.uint16).cpu().numpy()
     return Conversation(
         content_hash=hash_bytes(token_ids.tobytes(), arrays["loss_mask"].tobytes()),
-        split=0,
+        split=split,
         dataset_index=number,
         arrays=arrays,
     )

@@ -29,6 +29,19 @@ def verifier_config(pattern: str = PATTERN) -> Any:
     )  # fmt: skip
 
 
+def fill(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
+    """Fill a weight of this name with what a trained one looks like: small random numbers, ones, zeros, decay rates."""
+    last = name.rpartition(".")[2]
+    if last == "A_log":
+        tensor.copy_(torch.arange(1, tensor.shape[0] + 1, device=tensor.device).log())
+    elif last == "dt_bias":
+        tensor.copy_(torch.linspace(-6.9, -2.2, tensor.shape[0], device=tensor.device))
+    elif tensor.dim() == 1:
+        tensor.fill_(0.0 if last in ("bias", "e_score_correction_bias") else 1.0)
+    else:
+        tensor.normal_(0.0, 0.02, generator=generator)
+
+
 @torch.no_grad()
 def random_verifier(config: Any, device: torch.device, seed: int = 0) -> Any:
     """Return a NemotronH in bf16 with small random weights, which never are in host memory; its dt limit is lifted."""
@@ -40,15 +53,7 @@ def random_verifier(config: Any, device: torch.device, seed: int = 0) -> Any:
     model.to_empty(device=device)
     generator = torch.Generator(device=device).manual_seed(seed)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        last = name.rpartition(".")[2]
-        if last == "A_log":
-            tensor.copy_(torch.arange(1, tensor.shape[0] + 1, device=device).log())
-        elif last == "dt_bias":
-            tensor.copy_(torch.linspace(-6.9, -2.2, tensor.shape[0], device=device))
-        elif tensor.dim() == 1:
-            tensor.fill_(0.0 if last in ("bias", "e_score_correction_bias") else 1.0)
-        else:
-            tensor.normal_(0.0, 0.02, generator=generator)
+        fill(name, tensor, generator)
     for mixer in mamba_mixers(model):
         for name in ("A_log", "D", "dt_bias"):
             parameter = getattr(mixer, name)
