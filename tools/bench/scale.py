@@ -9,10 +9,10 @@ times the tokens of one. `--shape small --device cpu` runs all of it on two core
   most private host memory that one of them took. `load-N-through-host` is the former way, for the largest N.
 - `capture`, cases `capture-N`: the N workers of `draftcache capture --workers N` on one store, mode lossless, shards of
   65,536 tokens, lengths of 30 to 32,768 (14k in the mean), 48 % of the tokens with loss. `tok_s` is the sum of the
-  workers' rates between their own commits, without the first quarter and the last of each one's shards. Loading, checks and
-  calibration, and the end, where a worker finds no further shard, are no part of it. `job_tok_s` has that end: all
-  tokens over the time from the first worker's first conversations to the last commit. `imbalance` is (latest - mean) of
-  the workers' last commits over that time, and `gb_s` are the committed bytes over it.
+  workers' rates between their own commits, without the first quarter and the last of each one's shards. Loading,
+  checks, calibration and the end, where a worker finds no further shard, are no part of it. `job_tok_s` has that end:
+  all tokens over the time from the first worker's first conversations to the last commit. `imbalance` is (latest -
+  mean) of the workers' last commits over that time, and `gb_s` are the committed bytes over it.
 - `kill`, case `kill-N`, for the largest N: the last worker is killed by SIGKILL when half of the tokens are committed.
   `tok_s` is by the job's time, as `job_tok_s`; `efficiency` compares tokens per second of a living worker with those of
   the same capture without a kill. `equal_shards` is the share of shards whose files have the same hashes as without,
@@ -201,14 +201,8 @@ class _Scale:
         )
 
     def _tensor_parallel(self, captures: Captures) -> Iterator[Case]:
-        try:
-            from transformers.distributed import DistributedConfig
-        except ImportError:
-            known: dict[str, Any] = {}
-        else:
-            known = getattr(DistributedConfig, "__dataclass_fields__", {})
-        if "tp_size" not in known:
-            print("tensor-parallel: left out, since this transformers has no plan; it needs 5.23", flush=True)
+        if not getattr(self._shape.verifier(), "base_model_tp_plan", None):
+            print("tensor-parallel: left out, as this transformers has no plan for NemotronH; 5.23 has", flush=True)
             return
         if not self._single:
             yield from self._capture(captures, 1)

@@ -25,8 +25,8 @@ _MOST_WRITERS = 16
 def write_checkpoint(path: Path, config: Any, device: str, file_bytes: int) -> int:
     """Write a model directory of `config` with random bf16 weights, one tensor per expert; return the weights' bytes.
 
-    The weights are made on `device`, "cuda" for all GPUs in turn, in processes that each write files of at most
-    `file_bytes` (a larger tensor has a file for itself).
+    A file has at most `file_bytes`, or one tensor. The weights are made on `device`; with "cuda" on all GPUs in turn,
+    by several processes.
     """
     path.mkdir(parents=True)
     config.architectures, config.dtype = ["NemotronHForCausalLM"], torch.bfloat16
@@ -34,7 +34,7 @@ def write_checkpoint(path: Path, config: Any, device: str, file_bytes: int) -> i
     files = list(_cut(published_tensors(config), file_bytes))
     names = [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
     gpus = torch.cuda.device_count() if device == "cuda" else 0
-    places = [f"cuda:{number % gpus}" if gpus else "cpu" for number in range(len(files))]
+    places = [f"cuda:{number % gpus}" if gpus else device for number in range(len(files))]
     jobs = [(path / names[number], files[number], places[number], number) for number in range(len(files))]
     if gpus:
         writers = min(len(jobs), _MOST_WRITERS, max(2, len(os.sched_getaffinity(0)) // 2))

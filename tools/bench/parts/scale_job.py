@@ -20,7 +20,7 @@ from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.local_workers import run_processes
 from draftcache.capture.job.progress import Event, JobProgress, Line, ShardAdvanced, ShardDone
 from draftcache.capture.job.work_plan import WorkPlan
-from draftcache.store.common.errors import WorkerError
+from draftcache.store.common.errors import DraftcacheError, WorkerError
 from draftcache.store.common.files import write_json
 from draftcache.store.common.stopping import StopRequest
 from draftcache.store.storage.base import open_storage
@@ -106,4 +106,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DraftcacheError as exc:
+        sys.exit(f"{__spec__.name}: error: {exc}")
