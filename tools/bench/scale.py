@@ -17,7 +17,8 @@ times the tokens of one. `--shape small --device cpu` runs all of it on two core
   `tok_s` is by the job's time, as `job_tok_s`; `efficiency` compares tokens per second of a living worker with those of
   the same capture without a kill. `equal_shards` is the share of shards whose files have the same hashes as without,
   `verified_share` the share that was read in full, `damages` what was found.
-- `tensor-parallel`, cases `capture-tpK`: one worker over K GPUs, the tokens of one GPU. It needs transformers 5.23.
+- `tensor-parallel`, cases `capture-tpK`: one worker over K GPUs, the tokens of one GPU. It needs transformers 5.23,
+  and takes `capture-1` of the same run as the rate of one GPU, or measures `capture-tp1`.
 - `train`, cases `train-N` and `train-N-shuffled`: `draftcache train` by torchrun, a conversation per rank and step, in
   bucketed and in shuffled order of the same lengths. `waiting_share` is the share of the ranks' time in which they wait
   for the slowest (parts/scale_waiting.py has the formula), `wait_removed` is how much of it bucketing removes, and
@@ -204,12 +205,14 @@ class _Scale:
         if not getattr(self._shape.verifier(), "base_model_tp_plan", None):
             print("tensor-parallel: left out, as this transformers has no plan for NemotronH; 5.23 has", flush=True)
             return
-        if not self._single:
-            yield from self._capture(captures, 1)
-        for count in (2, 4):
-            if count <= max(self._counts):
-                metrics = captures.run(1, tensor_parallel=count).metrics()
-                yield f"capture-tp{count}", metrics | self._efficiencies(metrics, count)
+        counts = [
+            count for count in (1, 2, 4) if count <= max(self._counts) and not (count == 1 and 1 in self._outcomes)
+        ]
+        for count in counts:
+            metrics = captures.run(1, tensor_parallel=count).metrics()
+            if count == 1:  # of the same versions as the others
+                self._single = {name: metrics[name] for name in ("tok_s", "job_tok_s")}
+            yield f"capture-tp{count}", metrics | self._efficiencies(metrics, count)
 
     def _train(self) -> Iterator[Case]:
         trainings = Trainings(self._root, self._arguments.shape, self._arguments.device, max(self._counts))

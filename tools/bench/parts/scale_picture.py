@@ -19,11 +19,13 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(8.4, 3.2))
     lines = (("capture", "capture", _CAPTURE), ("train", "training, bucketed", _TRAIN))
+    lowest = 0.55
     for case, label, colour in lines:
         points = by_count(rows, rf"{case}-(\d+)", "efficiency")
+        lowest = min(lowest, *points.values(), 1.0)
         left.plot(points.keys(), points.values(), "o-", color=colour, label=label)
     left.axhline(1.0, color=_OTHER, linestyle="--", label="ideal")
-    left.set_ylim(0.5, 1.05)
+    left.set_ylim(lowest - 0.05, 1.05)
     left.set_title("tokens/s per GPU, as a share of one GPU's", fontsize=9)
     orders = (("bucketed", r"train-(\d+)", _TRAIN), ("shuffled", r"train-(\d+)-shuffled", _OTHER))
     for number, (label, pattern, colour) in enumerate(orders):
