@@ -275,6 +275,7 @@ def _require_means(arguments: argparse.Namespace) -> None:
     needed = tokens * _BYTES_PER_TOKEN
     if captures and arguments.checkpoint is None:
         needed += sum(entry_bytes(entry) for entry in published_tensors(shape.verifier()))
+    arguments.work.mkdir(parents=True, exist_ok=True)
     if (free := disk_usage(arguments.work).free) < needed:
         raise InputError(
             f"--work {arguments.work}: expected {needed / 1e9:.0f} GB of room, found {free / 1e9:.0f} GB; give another "
