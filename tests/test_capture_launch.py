@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -228,6 +229,8 @@ def test_workers_of_one_command_killed_then_run_by_another_number(
         assert process.returncode == 1, errors
         assert "ended early: exit code -9" in errors
         assert errors.count("capture:") > 0
+        assert re.search(r"start: [\d.]+ s to load the verifier, [\d.]+ s to check it\n", errors)
+        assert re.search(r"calibrated in [\d.]+ s\n", errors)
     require_same_store(settings, output)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from dataclasses import fields
@@ -14,7 +15,7 @@ from torch import nn
 
 from draftcache.draft_train.data.batches import Batch, BatchNeeds, HostRows, build_batch
 from draftcache.draft_train.data.packed_batch import BatchLoader
-from draftcache.draft_train.data.prefetch import Part, Prefetcher, ring_bytes
+from draftcache.draft_train.data.prefetch import Part, Prefetcher, local_readers, ring_bytes
 from draftcache.draft_train.data.teacher import TeacherView
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import ShardDamagedError
@@ -215,3 +216,12 @@ def test_waiting_for_data_is_measured(tmp_path: Path, monkeypatch: pytest.Monkey
     with Prefetcher(store, [loader_of(store)], parts, [CPU], most_bytes=1 << 20) as data:
         data.next_batch()
         assert data.waited > 0.15
+
+
+@pytest.mark.parametrize(("cores", "ranks", "threads"), [(1, 1, 2), (6, 1, 3), (64, 1, 4), (64, 4, 4), (16, 8, 2)])
+def test_threads_that_read_a_local_store_share_the_cores_with_other_ranks(
+    monkeypatch: pytest.MonkeyPatch, cores: int, ranks: int, threads: int
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert local_readers() == threads

@@ -101,6 +101,7 @@ def test_all_of_it_on_two_cpu_workers(tmp_path: Path) -> None:
     cases = {case for case, _ in found}
     expected = {"load-1", "load-2", "load-2-through-host", "capture-1", "capture-2", "kill-2", "capture-tp2"}
     assert cases == expected | {"train-1", "train-1-shuffled", "train-2", "train-2-shuffled"}
+    assert 0 < found["capture-2", "start_s"] < 60
     assert found["kill-2", "equal_shards"] == 1.0
     assert found["kill-2", "damages"] == 0.0
     assert found["kill-2", "verified_share"] == 1.0

@@ -55,6 +55,8 @@ class CaptureJob:
     verifier: StateSource
     ssm: dict[str, Any] | None
     self_check: dict[str, float]
+    _start = ""
+    """How long the start took, in words; empty where no verifier was loaded."""
 
     def __init__(self, config: CaptureConfig) -> None:
         self.config = config = with_layers(config)
@@ -100,7 +102,7 @@ class CaptureJob:
         self.verifier = self._followers.lead(verifier)
 
     def _load_and_check(self) -> Verifier:
-        config = self.config
+        config, began = self.config, time.monotonic()
         verifier = load_verifier(
             config.verifier,
             device=self.device,
@@ -109,9 +111,11 @@ class CaptureJob:
             tensor_parallel=config.tensor_parallel,
             max_model_len=config.max_model_len,
         )
+        loaded = time.monotonic()
         self._require_fit(verifier)
         self.ssm = enforce_contract(verifier.model, config.verifier, allow_fallback=config.allow_fallback)
         verifier, self.self_check = check_verifier(verifier, config, self.work)
+        self._start = f"{loaded - began:.1f} s to load the verifier, {time.monotonic() - loaded:.1f} s to check it"
         return verifier
 
     def close(self) -> None:
@@ -203,6 +207,8 @@ class CaptureJob:
         """
         if role.number == 0:
             role.report(Line(self._what_runs()))
+            if self._start:
+                role.report(Line(f"start: {self._start}"))
         manifest = self.agree_on_manifest(role)
         shards = ShardCapture(self.config, self.work, self.verifier, self.vocab_maps, manifest)
         with StoreWriter(self.config.output, manifest, partial(self._write_files, manifest)) as writer:
@@ -250,7 +256,9 @@ class CaptureJob:
 
     def _begin_store(self, settings: StoreManifest, role: WorkerRole) -> None:
         role.report(Line("calibrating: one pass over some conversations, for the norms that the gates expect"))
+        began = time.monotonic()
         measured = calibrate(self.config, self.work, self.verifier)
+        role.report(Line(f"calibrated in {time.monotonic() - began:.1f} s"))
         manifest = replace(settings, norm_bands=measured.norm_bands, channel_scales=measured.channel_scales)
         # In an object store two jobs may come this far. Only one manifest is created, with the bands of one job.
         prepare_files = partial(self._write_files, manifest)

@@ -6,6 +6,7 @@ training loop waits for them. On the CPU the same threads do this without stream
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -27,9 +28,10 @@ from draftcache.draft_train.data.packed_batch import BatchLoader, PackedBatch
 from draftcache.store.common.pinned_ring import PinnedRing, aligned
 from draftcache.store.reader import StoreReader
 
-LOCAL_READERS, REMOTE_READERS = 2, 16
-"""Threads that read, from a local store and from an object store. One thread decompresses 2.5 GB of taps a second, and
-a GPU that trains 100k tokens/s reads 1.6. An object store has a long latency, which many threads hide."""
+_FEWEST_LOCAL_READERS, _MOST_LOCAL_READERS, REMOTE_READERS = 2, 4, 16
+"""Threads that read, from a local store and from an object store. A thread reads 0.8 to 2.5 GB of taps a second, by the
+processor, and a GPU that trains 100k tokens/s needs 1.6: with two threads, one H200's training waited for a fifth of
+its time. An object store has a long latency, which many threads hide."""
 
 _AHEAD_PER_READER = 4
 """Micro-batches that are read ahead per thread, unless the memory for them ends before."""
@@ -198,8 +200,15 @@ def _record_use(batch: Batch, stream: torch.cuda.Stream) -> None:
             value.record_stream(stream)
 
 
+def local_readers() -> int:
+    """Return how many threads of this process read a local store: half of its share of the machine's cores, 2 to 4."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun sets it
+    cores = (os.cpu_count() or 1) // ranks
+    return min(max(cores // 2, _FEWEST_LOCAL_READERS), _MOST_LOCAL_READERS)
+
+
 def _readers(store: StoreReader) -> int:
-    return LOCAL_READERS if store.storage.local_root is not None else REMOTE_READERS
+    return local_readers() if store.storage.local_root is not None else REMOTE_READERS
 
 
 def ring_bytes(store: StoreReader, loaders: Sequence[BatchLoader], schedule: Schedule, most: int) -> int:

@@ -47,6 +47,8 @@ class CaptureOutcome:
     worker_seconds: float
     """The same, summed over workers: each from its own first conversations on; a killed one until it was killed."""
     imbalance: float
+    start: float
+    """Seconds from the job's start until its last worker gave the first conversations to its device."""
     stored_bytes: int
     hashes: Hashes
     damages: int = 0
@@ -65,6 +67,7 @@ class CaptureOutcome:
             "job_tok_s": self.tokens / self.seconds,
             "gb_s": self.stored_bytes / self.seconds / 1e9,
             "imbalance": self.imbalance,
+            "start_s": self.start,
         }
 
 
@@ -130,6 +133,7 @@ def _outcome(report: dict[str, Any], root: Path, conversations: int, *, verify: 
         seconds=max(last) - min(began),
         worker_seconds=sum(ends) - sum(began),
         imbalance=(max(last) - float(np.mean(last))) / (max(last) - min(began)),
+        start=max(began) - report["started"],
         stored_bytes=stored,
         hashes=shard_hashes(root),
         damages=len(checked.damages) if checked else 0,

@@ -57,6 +57,7 @@ class Watched(JobProgress):
     def __init__(self, work: WorkPlan, output: Path, job: Job) -> None:
         super().__init__(work, open_storage(output))
         self.workers: dict[int, Worker] = {}
+        self.started = time.time()
         self.killed: dict[str, float] | None = None
         self._job = job
         self._total = work.tokens(range(len(work.shards)))
@@ -89,7 +90,7 @@ class Watched(JobProgress):
     def report(self) -> dict[str, Any]:
         """Return all that was seen, as JSON values."""
         workers = {str(number): asdict(item) for number, item in sorted(self.workers.items())}
-        return {"workers": workers, "killed": self.killed}
+        return {"started": self.started, "workers": workers, "killed": self.killed}
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from draftcache.draft_train.checkpoint import load_draft, load_state, resolve_checkpoint
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.data.frozen import FrozenWeights
-from draftcache.draft_train.data.prefetch import LOCAL_READERS
+from draftcache.draft_train.data.prefetch import local_readers
 from draftcache.draft_train.drafts.eagle3.shape import Eagle3Shape
 from draftcache.draft_train.measure import measure_draft
 from draftcache.draft_train.trainer import Trainer
@@ -189,7 +189,7 @@ def reading_rate(root: Path) -> float:
     """Return the GB/s of reading the files without using their content, with as many threads as training reads with."""
     paths = [path for path in root.rglob("*") if path.is_file()]
     started = time.monotonic()
-    with ThreadPoolExecutor(LOCAL_READERS) as pool:
+    with ThreadPoolExecutor(local_readers()) as pool:
         read = sum(pool.map(_read_through, paths))
     return read / (time.monotonic() - started) / 1e9
 
