@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from draftcache.draft_train.served_report import check_export
+from draftcache.tools.bench.parts.served_engine import times_in_trace
 from draftcache.tools.bench.served import SHAPES, metrics, save_draft, save_verifier_config
 
 
@@ -27,16 +29,31 @@ def test_drafts_are_whole_exports_of_their_window(tmp_path: Path, window: int) -
 
 
 def test_figures_of_a_start() -> None:
-    run = {"step_ms": 3.0, "draft_ms": 1.5, "prefill_s": 0.2, "steps": 7}
+    kernels = {"step_kernel_ms": 2.0, "draft_kernel_ms": 0.5}
+    run = {"step_ms": 3.0, "draft_ms": 1.5, "prefill_s": 0.2, "steps": 7, "kernels": kernels}
     group = {"spec": "SlidingWindowSpec", "layers": 1, "block_tokens": 16, "page_bytes": 8192, "window": 4096}
     other = {"spec": "MambaSpec", "layers": 9, "block_tokens": 16, "page_bytes": 1, "window": None, "of_draft": False}
     found = {
         "kv_tokens": 1000, "memory_gib": 70.5, "groups": [group | {"of_draft": True}, other],
-        "runs": {"1024": run, "32768": run | {"draft_ms": None}},
+        "runs": {"1024": run, "32768": run | {"draft_ms": None, "kernels": None}},
     }  # fmt: skip
     made = {name: (value, unit) for name, value, unit in metrics(found, {"engine": "vllm 0.26.0"})}
     assert made["kv_tokens"] == (1000, "tokens, vllm 0.26.0")
     assert made["draft_kv_bytes"] == (512, "bytes/token, SlidingWindowSpec")
     assert made["draft_window"] == (4096, "tokens, SlidingWindowSpec")
     assert made["draft_ms@1024"] == (1.5, "ms")
-    assert "draft_ms@32768" not in made
+    assert made["draft_kernel_ms@1024"] == (0.5, "ms")
+    assert not {"draft_ms@32768", "draft_kernel_ms@32768"} & set(made)
+
+
+def test_kernels_in_a_trace_are_those_of_steps_behind_the_prompt() -> None:
+    def event(at: float, dur: float, kind: str = "kernel", name: str = "gemm") -> dict[str, Any]:
+        return {"ph": "X", "cat": kind, "name": name, "ts": at, "dur": dur}
+
+    proposals = [event(at, 20, "gpu_user_annotation", "draft proposal") for at in (100, 200, 300)]
+    others = [event(100, 20, "gpu_user_annotation", "forward"), event(150, 5, "cpu_op"), {"ph": "M", "name": "process"}]
+    prompt = [event(10, 70), event(101, 10)]  # the prompt's, and the proposal that follows it
+    steps = [event(130, 40), event(201, 9), event(212, 3, "gpu_memcpy"), event(240, 30), event(305, 8)]
+    found = times_in_trace([*prompt, *steps, *proposals, *others])
+    assert found == pytest.approx({"step_kernel_ms": 0.045, "draft_kernel_ms": 0.010})
+    assert times_in_trace([*prompt, *steps, proposals[0]]) is None

@@ -7,7 +7,9 @@ sequence behind prompts of several lengths. PYTHON is an interpreter that has vL
 verify step makes one token, and times do not depend on the text.
 
 - `step_ms@L` is the wall time of a verify step behind L tokens, or of a token in the case `plain`.
-- `draft_ms@L` is the median time of the draft's proposals in it, between events on the GPU's stream.
+- `draft_ms@L` is the median time of the draft's proposals in it, between events on the GPU's stream. Where vLLM
+  launches kernels one by one this is mostly the host's time, so `draft_kernel_ms@L` is the time of the kernels alone,
+  by a profile of a few steps, and `step_kernel_ms@L` that of the whole step.
 - `prefill_s@L` is the time to the first token.
 - `kv_tokens` is how many tokens vLLM's KV cache holds, `draft_kv_bytes` what a token of the draft's takes there, and
   `draft_window` the window that the cache keeps for the draft, 0 for all of the text.
@@ -139,6 +141,7 @@ def metrics(found: dict[str, Any], versions: dict[str, Any]) -> list[tuple[str, 
         made += [(f"step_ms@{context}", run["step_ms"], "ms"), (f"prefill_s@{context}", run["prefill_s"], "s")]
         if run["draft_ms"] is not None:
             made.append((f"draft_ms@{context}", run["draft_ms"], "ms"))
+        made += [(f"{metric}@{context}", value, "ms") for metric, value in (run["kernels"] or {}).items()]
     return made
 
 

@@ -2,9 +2,9 @@
 
 It imports nothing of draftcache. REQUEST: `model`, `options` (of `vllm.LLM`), `contexts` (lengths of prompts),
 `tokens` (of each answer) and `draft_layer`, the number of the draft's first layer. RESULT: `runs`, by context `step_ms`
-(wall time of a verify step, or of a token without a draft), `draft_ms` (the median of its proposals, on the device) and
-`prefill_s`; `groups`, what the KV cache keeps; `kv_tokens`, the tokens that fit; `memory_gib` in use on the device;
-`versions`; `seconds`.
+(wall time of a verify step, or of a token without a draft), `draft_ms` (the median of its proposals, on the device),
+`kernels`, the part of both in which a GPU computes, and `prefill_s`; `groups`, what the KV cache keeps; `kv_tokens`,
+the tokens that fit; `memory_gib` in use on the device; `versions`; `seconds`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ PROPOSERS = (
 )
 """Modules and classes whose `propose` makes the draft tokens of a step, in vLLM's two runners."""
 _FIRST_ID = 100
+_RANGE = "draft proposal"
+"""The name that the draft's work has in a profile."""
+_PROFILED_TOKENS = 16
 
 
 class DraftClock:
@@ -63,7 +66,8 @@ class DraftClock:
 
         def timed(proposer: Any, *arguments: Any, **named: Any) -> Any:
             before = self._now()
-            found = propose(proposer, *arguments, **named)
+            with self.torch.profiler.record_function(_RANGE):
+                found = propose(proposer, *arguments, **named)
             self.calls.append((before, self._now()))
             return found
 
@@ -88,23 +92,76 @@ class DraftClock:
 
 def timed_run(engine: Any, clock: DraftClock, context: int, tokens: int, vocabulary: int) -> dict[str, Any]:
     """Decode `tokens` behind a random prompt of `context` tokens, and only one behind it: the rest is decoding."""
-    from vllm import SamplingParams
-
-    draw = random.Random(context)
-    prompt = {"prompt_token_ids": [draw.randrange(_FIRST_ID, vocabulary) for _ in range(context)]}
     seconds = {}
     for count in (8, 1, tokens):  # the first one compiles
         clock.calls.clear()
         before, started = _steps(engine), time.perf_counter()
-        engine.generate([prompt], SamplingParams(temperature=0, max_tokens=count, ignore_eos=True), use_tqdm=False)
+        generate(engine, context, count, vocabulary)
         seconds[count] = time.perf_counter() - started
         steps = (_steps(engine) - before) or count - 1
+    draft_ms = clock.median_ms()
     return {
         "step_ms": 1000 * (seconds[tokens] - seconds[1]) / max(1, steps),
-        "draft_ms": clock.median_ms(),
+        "draft_ms": draft_ms,
+        "kernels": kernel_times(engine, context, vocabulary),
         "prefill_s": seconds[1],
         "steps": steps,
     }
+
+
+def kernel_times(engine: Any, context: int, vocabulary: int) -> dict[str, float] | None:
+    """Return `times_in_trace` of a few verify steps; None without a GPU or a draft.
+
+    What the host needs to launch kernels is no part of them.
+    """
+    import tempfile
+
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    if not torch.cuda.is_available():
+        return None
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        generate(engine, context, _PROFILED_TOKENS, vocabulary)
+        torch.cuda.synchronize()
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        profiled.export_chrome_trace(file.name)
+        return times_in_trace(json.loads(Path(file.name).read_text())["traceEvents"])
+
+
+def times_in_trace(events: list[dict[str, Any]]) -> dict[str, float] | None:
+    """Return the milliseconds of kernels per verify step, `step_kernel_ms`, and in the draft, `draft_kernel_ms`.
+
+    `events` are those of a Chrome trace; times in it are microseconds. The first proposal belongs to the prompt, so
+    steps are counted from its end to the last one's. None where there are fewer than two proposals.
+    """
+    ranges = sorted(
+        (event["ts"], event["ts"] + event["dur"])
+        for event in events
+        if event.get("cat") == "gpu_user_annotation" and event.get("name") == _RANGE
+    )
+    if len(ranges) < 2:
+        return None
+    steps = ranges[1:]
+    kernels = [
+        (event["ts"], event["dur"])
+        for event in events
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") and ranges[0][1] <= event["ts"] < ranges[-1][1]
+    ]
+    in_draft = sum(dur for at, dur in kernels if any(begin <= at < end for begin, end in steps))
+    return {
+        "step_kernel_ms": sum(dur for _, dur in kernels) / len(steps) / 1000,
+        "draft_kernel_ms": in_draft / len(steps) / 1000,
+    }
+
+
+def generate(engine: Any, context: int, tokens: int, vocabulary: int) -> None:
+    """Answer a random prompt of `context` tokens, always the same one, with `tokens` tokens."""
+    from vllm import SamplingParams
+
+    draw = random.Random(context)
+    prompt = {"prompt_token_ids": [draw.randrange(_FIRST_ID, vocabulary) for _ in range(context)]}
+    engine.generate([prompt], SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), use_tqdm=False)
 
 
 def _steps(engine: Any) -> int:
