@@ -5,30 +5,47 @@ It must not occur in the data: a conversation that held it would teach the draft
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from queue import SimpleQueue
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from draftcache.draft_train.checkpoint import checkpoints
 from draftcache.draft_train.config import TrainConfig
+from draftcache.draft_train.data.prefetch import reader_threads
+from draftcache.draft_train.drafts.block.shape import BlockShape
+from draftcache.draft_train.ranks import Ranks
 from draftcache.draft_train.setting_tables import BLOCKS
-from draftcache.store.common.errors import InputError
+from draftcache.draft_train.state_file import read_state
+from draftcache.store.common.errors import DraftcacheError, InputError
 from draftcache.store.common.progress import progress_bar
 from draftcache.store.reader import StoreReader
 
+_PART = 256
+"""Conversations that a thread counts at a time."""
 
-def with_mask_token(config: TrainConfig, store: StoreReader) -> TrainConfig:
+
+def with_mask_token(config: TrainConfig, store: StoreReader, ranks: Ranks | None = None) -> TrainConfig:
     """Return the settings with the mask token that is asked for, or with one that the store does not have.
 
     The choice is the verifier's padding token if no conversation has it, else the largest id that none has. Settings of
-    drafts without a mask token are returned as they are. Raises InputError where the token occurs in the store, or
-    every id does.
+    drafts without a mask token are returned as they are. A run that goes on keeps its token, which was looked for when
+    it began. `ranks`, all of which must call this, each look through a part of the store. Raises InputError where the
+    token occurs in the store, or every id does.
     """
     if config.draft not in BLOCKS:
         return config
-    counts = token_counts(store)
     chosen = config.mask_token_id
+    known = _token_of_the_run(config, store, ranks)
+    if known >= 0 and chosen in (-1, known):
+        return replace(config, mask_token_id=known)
+    counts = token_counts(store, ranks)
     if chosen < 0:
         absent = np.flatnonzero(counts == 0)
         if not absent.size:
@@ -46,22 +63,65 @@ def with_mask_token(config: TrainConfig, store: StoreReader) -> TrainConfig:
     return replace(config, mask_token_id=chosen)
 
 
+def _token_of_the_run(config: TrainConfig, store: StoreReader, ranks: Ranks | None) -> int:
+    """Return the mask token of the newest checkpoint of this run on this store, as rank 0 finds it; -1 for none."""
+    token = torch.tensor([-1], device=ranks.device if ranks else None)
+    found = checkpoints(config.output)
+    if found and (ranks is None or ranks.leads):
+        with suppress(DraftcacheError):  # resuming from it says what is wrong
+            state, _ = read_state(found[-1])
+            if isinstance(state.shape, BlockShape) and state.store_hash == store.manifest.hash:
+                token[0] = state.shape.mask_token_id
+    if ranks is not None:
+        ranks.copy_from_leader([token])
+    return int(token)
+
+
 _counted: WeakKeyDictionary[StoreReader, NDArray[np.int64]] = WeakKeyDictionary()
 """By opened store, its token counts: the trials of a sweep ask for them again and again."""
 
 
-def token_counts(store: StoreReader) -> NDArray[np.int64]:
+def token_counts(store: StoreReader, ranks: Ranks | None = None) -> NDArray[np.int64]:
     """Return how often each of the verifier's token ids occurs in a store, [vocabulary] int64."""
     if store not in _counted:
-        _counted[store] = _count(store)
+        _counted[store] = _count(store, ranks)
     return _counted[store]
 
 
-def _count(store: StoreReader) -> NDArray[np.int64]:
-    counts = np.zeros(int(store.manifest.verifier["vocab_size"]), np.int64)
-    with progress_bar(total=len(store), desc="looking for a mask token", unit=" conversations") as bar:
-        for number in range(len(store)):
-            found = np.bincount(store.read(number, ["token_ids"]).arrays["token_ids"], minlength=len(counts))
-            counts += found[: len(counts)]
-            bar.update(1)
-    return counts
+def _count(store: StoreReader, ranks: Ranks | None) -> NDArray[np.int64]:
+    """Count with as many threads as training reads with; a rank's part are whole runs of conversations."""
+    rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
+    parts = [range(at, min(at + _PART, len(store))) for at in range(0, len(store), _PART)][rank::world]
+    threads = min(reader_threads(store), max(len(parts), 1))
+    readers: SimpleQueue[StoreReader] = SimpleQueue()
+    opened = [store.another() for _ in range(threads)]
+    for reader in opened:
+        readers.put(reader)
+    total = np.zeros(int(store.manifest.verifier["vocab_size"]), np.int64)
+
+    def count(numbers: Sequence[int]) -> NDArray[np.int64]:
+        counts, reader = np.zeros_like(total), readers.get()
+        try:
+            for number in numbers:
+                ids = reader.read(number, ["token_ids"]).arrays["token_ids"]
+                counts += np.bincount(ids, minlength=len(counts))[: len(counts)]
+            return counts
+        finally:
+            readers.put(reader)
+
+    try:
+        with (
+            ThreadPoolExecutor(threads, thread_name_prefix="count") as pool,
+            progress_bar(
+                total=sum(map(len, parts)), desc="looking for a mask token", unit=" conversations", disable=rank > 0
+            ) as bar,
+        ):
+            for part, counts in zip(parts, pool.map(count, parts), strict=True):
+                total += counts
+                bar.update(len(part))
+    finally:
+        for reader in opened:
+            reader.close()
+    if ranks is not None:
+        total[:] = ranks.add_up(torch.from_numpy(total).to(ranks.device)).cpu().numpy()
+    return total

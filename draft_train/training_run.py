@@ -80,7 +80,8 @@ class TrainingRun:
         require_work(config, self.ranks)
         source = source or TrainingSource(config.store)
         self.store = source.store
-        self.config = config = with_mask_token(config, self.store)
+        self.ranks.require_same(config.everywhere() | {"store": self.store.manifest.hash})
+        self.config = config = with_mask_token(config, self.store, self.ranks)
         require_norm(config, self.store)
         self.members = trained_members(self.store, config)
         self.held_out = held_out_members(self.store, config, say=self.ranks.leads)
@@ -163,7 +164,6 @@ class TrainingRun:
     @contextmanager
     def started(self) -> Iterator[None]:
         """Hold the run's directory, and bring the run to where it goes on, with all ranks."""
-        self.ranks.require_same(self.config.everywhere() | {"store": self.store.manifest.hash})
         with output_lock(self.config.output, self.ranks) as self.output_lock:
             self._restore()
             yield

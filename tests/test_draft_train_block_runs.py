@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 
+from draftcache.draft_train import mask_token
 from draftcache.draft_train.checkpoint import checkpoints, load_state
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.data.loss_rows import AnchorDraw
@@ -24,7 +26,8 @@ from draftcache.draft_train.drafts.serving_target import ServingTarget
 from draftcache.draft_train.evaluate import evaluate
 from draftcache.draft_train.export import export
 from draftcache.draft_train.mask_token import with_mask_token
-from draftcache.draft_train.trainer import Trainer
+from draftcache.draft_train.ranks import Ranks
+from draftcache.draft_train.trainer import Trainer, train
 from draftcache.store.common.errors import CheckpointError, InputError
 from draftcache.store.format.vocab_map import VocabMap
 from draftcache.store.reader import StoreReader
@@ -124,6 +127,44 @@ def test_the_mask_token_is_one_that_no_conversation_has(tmp_path: Path) -> None:
     write_store(tmp_path / "full")
     with pytest.raises(InputError, match="found all 40 in use"):
         with_mask_token(settings(tmp_path, "dflash"), StoreReader(tmp_path / "full"))
+
+
+def test_a_run_that_goes_on_keeps_its_mask_token_and_looks_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_store(tmp_path / "store", tokens=TOKENS)
+    store = StoreReader(tmp_path / "store")
+    asked = settings(tmp_path, "dflash")
+    train(asked)
+
+    def refuse(*_arguments: Any) -> None:
+        raise AssertionError("the store was looked through")
+
+    monkeypatch.setattr(mask_token, "token_counts", refuse)
+    assert with_mask_token(asked, store).mask_token_id == VOCAB - 1
+    with pytest.raises(AssertionError):  # another token was not looked for
+        with_mask_token(replace(asked, mask_token_id=TOKENS), store)
+    write_store(tmp_path / "other", tokens=TOKENS, dataset_hash="another")
+    with pytest.raises(AssertionError):  # nor was this one in another store
+        with_mask_token(asked, StoreReader(tmp_path / "other"))
+
+
+def test_ranks_look_through_parts_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_store(tmp_path / "store", tokens=TOKENS)
+    monkeypatch.setattr(mask_token, "_PART", 3)
+    whole = mask_token.token_counts(StoreReader(tmp_path / "store"))
+    assert whole.sum() == StoreReader(tmp_path / "store").index["tokens"].sum()
+    parts: list[NDArray[Any]] = []
+
+    class Rank(Ranks):
+        def add_up(self, values: torch.Tensor) -> torch.Tensor:
+            parts.append(values.numpy().copy())
+            return values
+
+    for rank in range(2):
+        mask_token.token_counts(StoreReader(tmp_path / "store"), Rank(torch.device("cpu"), rank, 2))
+    assert np.array_equal(sum(parts), whole)
+    assert all(0 < part.sum() < whole.sum() for part in parts)
 
 
 def test_every_epoch_draws_its_anchors_by_seed_and_content(tmp_path: Path) -> None:

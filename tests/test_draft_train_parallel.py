@@ -22,7 +22,7 @@ from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import InputError
 from draftcache.store.writer import StoreWriter
 from support.rank_processes import TRAIN, WORKER, as_json, finish, free_port, start, weights
-from support.synthetic import conversation, manifest, turns, write_files
+from support.synthetic import VOCAB, conversation, manifest, turns, write_files, write_store
 from support.training_runs import config, flags, metrics
 
 
@@ -73,6 +73,25 @@ def test_any_number_of_ranks_trains_the_same_run(store: Path) -> None:
         for name, expected in weights(store / "1-0.safetensors").items():
             assert all(torch.equal(rank[name], ranks[0][name]) for rank in ranks[1:])
             torch.testing.assert_close(ranks[0][name], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_ranks_train_the_same_block_draft(tmp_path: Path) -> None:
+    """Two ranks as one, in float32; they look for the mask token together, and resume with it."""
+    write_store(tmp_path / "store", tokens=VOCAB - 2)
+    own = {"draft": "dspark", "ttt_steps": 0, "num_hidden_layers": 1, "block_size": 4, "markov_rank": 4}
+    for world in (1, 2):
+        made = settings(tmp_path, str(world), **own)
+        ends = finish(start(world, [WORKER, as_json(made)]))
+        assert all(code == 0 for code, *_ in ends), ends
+        assert load_state(checkpoints(made.output)[-1]).objective["mask_token_id"] == VOCAB - 1
+    alone, both = metrics(tmp_path / "1"), metrics(tmp_path / "2")
+    assert len(alone) == len(both) > 1
+    np.testing.assert_allclose([row["loss"] for row in both], [row["loss"] for row in alone], rtol=1e-4)
+    for name, expected in weights(tmp_path / "1-0.safetensors").items():
+        torch.testing.assert_close(weights(tmp_path / "2-0.safetensors")[name], expected, rtol=1e-3, atol=1e-5)
+    ends = finish(start(2, [WORKER, as_json(made)]))
+    assert all(code == 0 for code, *_ in ends), ends
+    assert "looking for a mask token" not in ends[0][2]
 
 
 def test_a_rank_that_is_left_out_would_show(store: Path) -> None:

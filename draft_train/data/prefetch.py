@@ -76,7 +76,7 @@ class Prefetcher:
         self.waited = 0.0
         """Seconds that all calls of `next_batch` together have waited for data."""
         self._memory = PinnedRing(most_bytes, pinned=any(device.type == "cuda" for device in devices))
-        self._readers = _readers(store)
+        self._readers = reader_threads(store)
         self._opened = [store.another() for _ in range(self._readers)]
         self._stores: queue.SimpleQueue[StoreReader] = queue.SimpleQueue()
         for opened in self._opened:
@@ -207,7 +207,8 @@ def local_readers() -> int:
     return min(max(cores // 2, _FEWEST_LOCAL_READERS), _MOST_LOCAL_READERS)
 
 
-def _readers(store: StoreReader) -> int:
+def reader_threads(store: StoreReader) -> int:
+    """Return how many threads of this process read a store."""
     return local_readers() if store.storage.local_root is not None else REMOTE_READERS
 
 
@@ -218,4 +219,4 @@ def ring_bytes(store: StoreReader, loaders: Sequence[BatchLoader], schedule: Sch
     per_token = float((sizes / schedule.tokens[schedule.members]).max())
     alone = int(sizes.max())
     largest = max(alone, min(int(per_token * schedule.pack_tokens), alone * schedule.batch_conversations))
-    return min(most, min(int(sizes.sum()), _AHEAD_PER_READER * _readers(store) * largest) + (1 << 20))
+    return min(most, min(int(sizes.sum()), _AHEAD_PER_READER * reader_threads(store) * largest) + (1 << 20))
