@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from draftcache.store.common.files import hash_bytes
 from draftcache.store.format.head_form import HeadForm
 
 BEFORE, AFTER = "before", "after"
+StatesOf: TypeAlias = Callable[[NDArray[np.int64]], tuple[Tensor, Tensor]]
+"""Auxiliary states [L, taps, H] and the last state [L, H] of token ids [L]. Raises GateError where there are none."""
 
 
 def tokens_key(token_ids: NDArray[Any]) -> str:
@@ -29,30 +31,46 @@ def tokens_key(token_ids: NDArray[Any]) -> str:
     return hash_bytes(np.ascontiguousarray(token_ids, "<u4").tobytes())
 
 
+def states_of_files(loads: Mapping[str, LoadStates]) -> StatesOf:
+    """How to read the states of token ids, of which `loads` has the files by `tokens_key`."""
+
+    def states_of(token_ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        load = loads.get(tokens_key(token_ids))
+        if load is None:
+            raise GateError("expected the states of these token ids in a file of the source, found none")
+        try:
+            return load()
+        except DamagedSampleError as exc:
+            raise GateError(str(exc)) from exc
+
+    return states_of
+
+
 class RecordedVerifier:
     """States by the token ids that they were computed from. Implements `verifier.source.StateSource`."""
 
-    name = "recorded"
     chunk_multiple = 1
 
     def __init__(
         self,
         parts: VerifierParts,
-        loads: Mapping[str, LoadStates],
+        states_of: StatesOf,
         layers: tuple[int, ...],
         *,
         last_state: str,
         dtype: torch.dtype,
         device: torch.device,
-        peer: str,
+        origin: str,
+        name: str = "recorded",
     ) -> None:
-        """`loads` reads states, by `tokens_key`; `layers` are the blocks of the auxiliary states, in their order.
+        """`layers` are the blocks of the auxiliary states, in their order; `origin` says where the states are from.
 
-        `last_state` says whether a sample's last state is from before or after the final norm; before it, it is the
-        last block's output too, which may then be asked for.
+        `last_state` says whether the last state is from before or after the final norm; before it, it is the last
+        block's output too, which may then be asked for.
         """
-        self._parts, self._loads, self._layers = parts, loads, layers
-        self._last_state, self._dtype, self._peer = last_state, dtype, peer
+        self.name = name
+        self._parts, self._states_of, self._layers = parts, states_of, layers
+        self._last_state, self._dtype, self._origin = last_state, dtype, origin
         self._final_norm = copy.deepcopy(parts.final_norm).to(device, dtype)
         self._head = copy.deepcopy(parts.head).to(device)
         self.device = device
@@ -82,7 +100,7 @@ class RecordedVerifier:
         return self._parts.norm
 
     def implementations(self) -> dict[str, str]:
-        return {"states": f"{self._peer}'s files", "last state": f"{self._last_state} the final norm"}
+        return {"states": self._origin, "last state": f"{self._last_state} the final norm"}
 
     def describe(self, path: Path, *, full_hash: bool) -> dict[str, Any]:
         parts = self._parts
@@ -96,7 +114,7 @@ class RecordedVerifier:
     ) -> Iterator[Piece]:
         """All states of these conversations in one piece, padded with zeros.
 
-        Raises GateError where a conversation is in no file, or its file can't be read any more.
+        Raises GateError where the states of a conversation can't be had.
         """
         rows = [self._read(ids[:length].numpy(), layers) for ids, length in zip(token_ids.cpu(), lengths, strict=True)]
         width = token_ids.shape[1]
@@ -109,13 +127,7 @@ class RecordedVerifier:
     @torch.inference_mode()
     def _read(self, token_ids: NDArray[np.int64], layers: tuple[int, ...]) -> tuple[dict[int, Tensor], Tensor]:
         """Taps [L, H] by block and the final norm's output [L, H] of one conversation."""
-        load = self._loads.get(tokens_key(token_ids))
-        if load is None:
-            raise GateError("expected the states of these token ids in a file of the source, found none")
-        try:
-            aux, last = load()
-        except DamagedSampleError as exc:
-            raise GateError(str(exc)) from exc
+        aux, last = self._states_of(token_ids)
         length = len(token_ids)
         aux, last = (states[:length].to(self.device, self._dtype) for states in (aux, last))
         taps = {layer: aux[:, place] for place, layer in enumerate(self._layers)}
