@@ -18,7 +18,7 @@ from support.paths import ROOT
 
 ROOMS = {
     "store": {"common": 0, "storage": 1, "format": 2, "layouts": 3, "": 4},
-    "capture": {"kernels": 0, "prepare": 1, "verifier": 1, "generate": 2, "job": 2, "peers": 3, "": 4},
+    "capture": {"kernels": 0, "prepare": 1, "verifier": 1, "generate": 2, "job": 2, "peers": 3, "engine": 4, "": 5},
     "draft_train": {"setting_tables": 0, "config": 1, "kernels": 1, "data": 2, "loss": 3, "drafts": 4, "": 5},
     "tools": {
         "arguments": 0,

@@ -22,7 +22,7 @@ from draftcache.capture.job.overlap import HostArrays, Writing
 from draftcache.capture.job.progress import Progress
 from draftcache.capture.job.work_plan import ShardPlan, WorkPlan
 from draftcache.capture.verifier.forward import Piece
-from draftcache.capture.verifier.source import StateSource
+from draftcache.capture.verifier.source import ReadsAhead, StateSource
 from draftcache.capture.verifier.teacher import TeacherHead, teacher_signal
 from draftcache.store.common.errors import GateError
 from draftcache.store.common.pinned_ring import PinnedRing
@@ -163,7 +163,10 @@ class ShardRunning:
         """Give every batch of the shard to the device."""
         config, plan = self._capture.config, self._plan
         tasks = [task for number in range(plan.first, plan.last) if (task := self._task(number)) is not None]
-        for batch in token_batches([task.token_ids.size for task in tasks], config.batch_tokens):
+        batches = token_batches([task.token_ids.size for task in tasks], config.batch_tokens)
+        if isinstance(source := self._capture.verifier, ReadsAhead):
+            source.read_ahead([tasks[number].token_ids for batch in batches for number in batch])
+        for batch in batches:
             self._compute_batch([tasks[number] for number in batch])
 
     def _task(self, number: int) -> _Task | None:

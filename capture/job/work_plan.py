@@ -6,6 +6,7 @@ now or after a kill, has the same plan, and the finished store does not depend o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -54,6 +55,11 @@ class WorkPlan:
     def tokens(self, shards: Collection[int]) -> int:
         """Tokens of the shards of these numbers."""
         return sum(self.shards[shard].tokens for shard in shards)
+
+    def first(self, count: int) -> list[tuple[str, int]]:
+        """The first `count` conversations, or all where there are fewer, as (split, number in the split)."""
+        numbered = ((name, number) for name in self.splits for number in range(len(self.dataset.split(name))))
+        return list(itertools.islice(numbered, count))
 
     def spread(self, count: int) -> list[tuple[str, int]]:
         """`count` conversations, or all where there are fewer, at even steps; each as (split, number in the split)."""

@@ -244,8 +244,19 @@ class CaptureJob:
                 calibrating.release()
         stored = StoreManifest.load(self.storage)
         settings = self._with_fingerprint_of(stored, settings)
+        self._require_same_engine(stored, settings)
         stored.require_same(settings, self.storage.describe(), calibrated=False)
         return settings.with_calibration_of(stored)
+
+    def _require_same_engine(self, stored: StoreManifest, settings: StoreManifest) -> None:
+        """Raise ManifestMismatchError where one of them has its states from an engine, and the other from another."""
+        theirs, ours = (item.provenance.get("engine", {}).get("name") for item in (stored, settings))
+        if theirs != ours:
+            raise ManifestMismatchError(
+                f"{self.storage.describe()}: expected states from {theirs or 'the verifier loaded here'}, as the store "
+                f"has them, found {ours or 'the verifier loaded here'} in this job: give the same --engine to resume "
+                "it, or another --output for a new store"
+            )
 
     def _with_fingerprint_of(self, stored: StoreManifest, settings: StoreManifest) -> StoreManifest:
         """The settings, with the store's own fingerprint of the weights where a former version took it of the same."""

@@ -15,7 +15,7 @@ from draftcache.capture.peers.conventions import LastState, compare_with_model, 
 from draftcache.capture.peers.recorded import AFTER, BEFORE, RecordedVerifier
 from draftcache.capture.peers.samples import PeerSample
 from draftcache.capture.peers.verifier_parts import VerifierParts, parts_of, read_parts
-from draftcache.capture.verifier.load import load_verifier
+from draftcache.capture.verifier.load import Verifier, load_verifier
 from draftcache.capture.verifier.self_check import TOKENS, self_check
 from draftcache.capture.verifier.ssm_precision import enforce_contract
 from draftcache.capture.verifier.weights import weight_files
@@ -100,9 +100,13 @@ class RecordedJob(CaptureJob, ABC):
         enforce_contract(verifier.model, config.verifier, allow_fallback=True)
         token_ids = np.resize(self._samples[0].token_ids[:TOKENS], TOKENS)
         self.self_check = self_check(verifier, config.layers, torch.from_numpy(token_ids))
-        convention, differences = compare_with_model(verifier, self._samples, self.aux_layers)
+        convention, differences = self._compare(verifier)
         self.self_check |= {f"recorded_{name}": value for name, value in differences.items()}
         return parts_of(verifier), LastState(convention=convention, evidence="", rows=0)
+
+    def _compare(self, verifier: Verifier) -> tuple[str, dict[str, float]]:
+        """`compare_with_model` of the samples. Raises InputError."""
+        return compare_with_model(verifier, self._samples, self.aux_layers)
 
     def _require_shape(self, blocks: int, hidden_size: int) -> None:
         first, layers = self._samples[0], self.config.layers

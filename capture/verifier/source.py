@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from draftcache.capture.verifier.forward import Piece
@@ -71,3 +73,11 @@ class StateSource(Protocol):
         Row b holds `lengths[b]` tokens; states of padding are never read. Raises GateError, before the first piece,
         where the states of one of the conversations can't be had: it is quarantined, and the job goes on.
         """
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A `StateSource` that gains from knowing what it will be asked for, such as a server that takes many requests."""
+
+    def read_ahead(self, conversations: Sequence[NDArray[np.int64]]) -> None:
+        """Take the token ids [L] of the conversations that `states` will be asked for next, in their order."""

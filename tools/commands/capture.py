@@ -6,21 +6,66 @@ import argparse
 import sys
 from typing import Any
 
+from draftcache.capture.engine.config import DEFAULT_URL, EngineConfig
 from draftcache.capture.job.config import CaptureConfig
+from draftcache.store.common.errors import InputError
 from draftcache.tools.arguments import add_settings, read_settings, refuse_renamed
 from draftcache.tools.results import add_json, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add one flag per field of CaptureConfig."""
+    """Add one flag per field of CaptureConfig, and those of a running engine."""
     add_settings(parser, CaptureConfig)
+    _add_engine(parser)
     add_json(parser)
-    refuse_renamed(parser, {"--shard": "--tensor-parallel", "--engine": "--launcher"})
+    refuse_renamed(parser, {"--shard": "--tensor-parallel"})
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--engine",
+        default="",
+        metavar="URL",
+        help="have a running vLLM compute the states, which extracts them to files that this machine sees too; vllm "
+        f"stands for {DEFAULT_URL}. A server that does not extract what --layers needs is refused with the command "
+        "that starts one which does",
+    )
+    parser.add_argument(
+        "--engine-requests",
+        type=int,
+        metavar="N",
+        help=f"conversations that the engine is asked for at one time (default: {EngineConfig.requests})",
+    )
+    parser.add_argument(
+        "--probe",
+        action=argparse.BooleanOptionalAction,
+        help="with --engine, load the verifier first and compare some rows with its own states (default: if its "
+        "weights are at most 4 GB)",
+    )
+    parser.add_argument(
+        "--last-state",
+        default="",
+        metavar="WHERE",
+        help="with --engine, before or after the final norm, where the evidence leaves open where the engine's last "
+        "state is from; the verifier is not loaded then",
+    )
 
 
 def check(arguments: argparse.Namespace) -> None:
     """Raise InputError for settings that are out of range, before anything is read."""
-    read_settings(CaptureConfig, arguments)
+    _config(arguments)
+
+
+def _config(arguments: argparse.Namespace) -> CaptureConfig | EngineConfig:
+    config = read_settings(CaptureConfig, arguments)
+    given = {"requests": arguments.engine_requests, "probe": arguments.probe, "last_state": arguments.last_state}
+    given = {name: value for name, value in given.items() if value not in (None, "")}
+    if arguments.engine:
+        return EngineConfig(engine=arguments.engine, capture=config, **given)
+    if given:
+        flag = {"requests": "--engine-requests", "probe": "--probe", "last_state": "--last-state"}[next(iter(given))]
+        raise InputError(f"{flag}: expected it with --engine, of whose states it speaks, found no --engine")
+    return config
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -28,14 +73,18 @@ def run(arguments: argparse.Namespace) -> int:
 
     Returns 1 if the store has quarantined conversations, of any job, 143 after SIGTERM, 130 after SIGINT, else 0.
     """
-    config = read_settings(CaptureConfig, arguments)
+    config = _config(arguments)
 
+    from draftcache.capture.engine.job import capture_from_engine
     from draftcache.capture.job.launch import capture
     from draftcache.store.common.stopping import Stopped
     from draftcache.store.reader import StoreReader
 
     try:
-        summary = capture(config)
+        if isinstance(config, EngineConfig):
+            summary = capture_from_engine(config, lambda line: print(line, file=sys.stderr))
+        else:
+            summary = capture(config)
     except Stopped as exc:
         print(
             "draftcache capture: stopped; what was committed stays, and nothing unfinished was left: "
@@ -43,10 +92,10 @@ def run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return exc.exit_code
-    store = StoreReader(config.output)
+    store = StoreReader(arguments.output)
     tokens = int(store.index["tokens"].sum())
     values = {
-        "store": str(config.output),
+        "store": str(arguments.output),
         "conversations": len(store),
         "tokens": tokens,
         "bytes_per_token": store.bytes_on_disk() / max(tokens, 1),

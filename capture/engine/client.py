@@ -1,0 +1,179 @@
+"""Asks a running vLLM for the states of conversations, many at a time, and reads the files that it names.
+
+A conversation is a completion request: its token ids are the prompt, and one token is generated, which is not used. The
+answer names a file (`extracted`). Requests are sent in the order in which their states will be needed. At most
+`requests` of them are in flight or have a file that nobody has read yet, so that the files never fill the folder.
+
+The event loop runs only while states are waited for. In between, while the caller works on the states before, the
+server computes what it was asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from draftcache.capture.engine.extracted import MissingStatesError, discard, take_states
+from draftcache.capture.generate.http_client import ClientLoop, HttpClient
+from draftcache.capture.generate.responses import BadResponseError
+from draftcache.capture.peers.recorded import tokens_key
+from draftcache.capture.peers.samples import PeerSample
+from draftcache.capture.prepare.rows.rejections import RowRejectedError, clip
+from draftcache.store.common.errors import DraftcacheError, GateError, InputError, ServerError
+
+FLAG = "--engine"
+_MISSING_IN_A_ROW = 3
+"""So many conversations without a file, one after the other, are the server's fault and not theirs."""
+
+
+class StatesClient(ClientLoop):
+    """One vLLM that extracts hidden states. Use as a context manager.
+
+    Raises ServerError where it can't be reached, and InputError where it is no vLLM, or serves several models.
+    """
+
+    name = "vllm"
+
+    def __init__(self, url: str, *, serve: str, requests: int, retries: int, timeout_seconds: float) -> None:
+        """`serve` is the command that starts the server as it is needed; errors show it."""
+        self.url = url
+        self.serve = serve
+        self.version = self.model = self.served = ""
+        """Of the engine: its version, the model's name in requests, and what it was started with."""
+        self._free = asyncio.Semaphore(requests)
+        self._ahead: dict[str, asyncio.Task[Path]] = {}
+        self._missing = 0
+        client = HttpClient(
+            url,
+            connections=requests,
+            retries=retries,
+            timeout_seconds=timeout_seconds,
+            flag=FLAG,
+            remedy="what was committed stays: start the server again, then run the same command again, which goes on",
+        )
+        super().__init__(client)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._drop_ahead()
+        finally:
+            super().__exit__(kind, value, trace)
+
+    async def _begin(self) -> None:
+        """Find out what the server is."""
+        await super()._begin()
+        try:
+            self.version = await self._client.ask("GET", "/version", None, lambda body: str(body["version"]))
+            served = await self._client.ask("GET", "/v1/models", None, lambda body: list(body["data"]))
+            names = [str(item["id"]) for item in served]
+        except ServerError:
+            raise
+        except (DraftcacheError, KeyError, TypeError) as exc:
+            raise InputError(
+                f"{FLAG} {self.url}: expected a vLLM, which answers at /version and /v1/models, found another server "
+                f"({exc}); start it with: {self.serve}"
+            ) from exc
+        if len(names) != 1:
+            raise InputError(f"{FLAG} {self.url}: expected a server of one model, found {names}")
+        self.model, self.served = names[0], str(served[0].get("root") or names[0])
+
+    def read_ahead(self, conversations: Sequence[NDArray[np.int64]]) -> None:
+        """Take the conversations [L] that will be asked for next, in their order, in the place of those named before.
+
+        Requests for them are sent as soon as the first of them is asked for.
+        """
+        self._drop_ahead()
+        for token_ids in conversations:
+            if (key := tokens_key(token_ids)) not in self._ahead:
+                self._ahead[key] = self._send(token_ids)
+
+    def states_of(self, token_ids: NDArray[np.int64]) -> PeerSample:
+        """The states of token ids [L], in memory.
+
+        Raises GateError where the server refuses these ids or gives states of others, MissingStatesError, which is one
+        too, where it gives no whole states, ServerError where it fails every time, and InputError where it extracts
+        no states.
+        """
+        sent = self._ahead.pop(tokens_key(token_ids), None)
+        try:
+            return self._received(sent or self._send(token_ids), token_ids)
+        except MissingStatesError:  # as of a server that was killed and is back
+            pass
+        try:
+            return self._received(self._send(token_ids), token_ids)
+        except MissingStatesError as exc:
+            self._missing += 1
+            if self._missing >= _MISSING_IN_A_ROW:
+                raise ServerError(
+                    f"{self.url}: expected states, found none for {self._missing} conversations in a row: {exc}. Is the "
+                    "server's folder full? What was committed stays: run the same command again, which goes on"
+                ) from exc
+            raise
+
+    def _send(self, token_ids: NDArray[np.int64]) -> asyncio.Task[Path]:
+        return self._runner.get_loop().create_task(self._ask(token_ids.tolist()))
+
+    def _received(self, sent: asyncio.Task[Path], token_ids: NDArray[np.int64]) -> PeerSample:
+        try:
+            path = self._runner.run(_result(sent))
+        except RowRejectedError as exc:
+            raise GateError(
+                f"expected states of {len(token_ids):,} tokens from {self.url}, found that it refuses them: {exc.found}"
+            ) from exc
+        try:
+            sample = take_states(path, token_ids)
+        finally:
+            self._free.release()
+        self._missing = 0
+        return sample
+
+    async def _ask(self, token_ids: list[int]) -> Path:
+        """The path that the server names. The slot that the request takes is given back once its file was read."""
+        await self._free.acquire()
+        try:
+            payload = {"model": self.model, "prompt": token_ids, "max_tokens": 1, "temperature": 0.0}
+            return await self._client.ask("POST", "/v1/completions", payload, self._path_in)
+        except BaseException:
+            self._free.release()
+            raise
+
+    def _path_in(self, body: Any) -> Path:
+        if not isinstance(body, dict) or not body.get("choices"):
+            raise BadResponseError(f"expected a completion, found {clip(body)}")
+        named = (body.get("kv_transfer_params") or {}).get("hidden_states_path")
+        if not isinstance(named, str):
+            raise InputError(
+                f"{FLAG} {self.url}: expected an answer that names a file of hidden states, found none: this server "
+                f"does not extract them. Start it with: {self.serve}"
+            )
+        return Path(named)
+
+    def _drop_ahead(self) -> None:
+        """Forget conversations that were named and not asked for, and delete their files."""
+        dropped, self._ahead = list(self._ahead.values()), {}
+        if not dropped:
+            return
+        for task in dropped:
+            if task.done() and not task.cancelled() and task.exception() is None:
+                with suppress(OSError):
+                    discard(task.result())
+                self._free.release()
+            task.cancel()
+        self._runner.run(_ended(dropped))
+
+
+async def _result(sent: asyncio.Task[Path]) -> Path:
+    return await sent
+
+
+async def _ended(tasks: Sequence[asyncio.Task[Path]]) -> None:
+    await asyncio.gather(*tasks, return_exceptions=True)
