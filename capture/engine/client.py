@@ -1,7 +1,7 @@
 """Asks a running vLLM for the states of conversations, many at a time, and reads the files that it names.
 
 A conversation is a completion request: its token ids are the prompt, and one token is generated, which is not used. The
-answer names a file (`extracted`). Requests are sent in the order in which their states will be needed. At most
+answer names a file (`extracted`). Requests are sent ahead, in the order in which their states will be needed. At most
 `requests` of them are in flight or have a file that nobody has read yet, so that the files never fill the folder.
 
 The event loop runs only while states are waited for. In between, while the caller works on the states before, the
@@ -11,7 +11,7 @@ server computes what it was asked.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -47,16 +47,16 @@ class StatesClient(ClientLoop):
         self.serve = serve
         self.version = self.model = self.served = ""
         """Of the engine: its version, the model's name in requests, and what it was started with."""
-        self._free = asyncio.Semaphore(requests)
+        self._slots = asyncio.Semaphore(requests)
         self._ahead: dict[str, asyncio.Task[Path]] = {}
         self._missing = 0
         client = HttpClient(
             url,
-            connections=requests,
+            connections=requests + 1,
             retries=retries,
             timeout_seconds=timeout_seconds,
             flag=FLAG,
-            remedy="what was committed stays: start the server again, then run the same command again, which goes on",
+            remedy=f"what was committed stays: start the server with: {serve}; then run the same command again",
         )
         super().__init__(client)
 
@@ -94,7 +94,7 @@ class StatesClient(ClientLoop):
         self._drop_ahead()
         for token_ids in conversations:
             if (key := tokens_key(token_ids)) not in self._ahead:
-                self._ahead[key] = self._send(token_ids)
+                self._ahead[key] = self._runner.get_loop().create_task(self._ask_ahead(token_ids))
 
     def states_of(self, token_ids: NDArray[np.int64]) -> PeerSample:
         """The states of token ids [L], in memory.
@@ -105,46 +105,57 @@ class StatesClient(ClientLoop):
         """
         sent = self._ahead.pop(tokens_key(token_ids), None)
         try:
-            return self._received(sent or self._send(token_ids), token_ids)
+            if sent is None:
+                return self._received(self._ask(token_ids), token_ids)
+            try:
+                return self._received(_result(sent), token_ids)
+            finally:
+                self._free_slot_of(sent)
         except MissingStatesError:  # as of a server that was killed and is back
             pass
         try:
-            return self._received(self._send(token_ids), token_ids)
+            return self._received(self._ask(token_ids), token_ids)
         except MissingStatesError as exc:
             self._missing += 1
             if self._missing >= _MISSING_IN_A_ROW:
                 raise ServerError(
-                    f"{self.url}: expected states, found none for {self._missing} conversations in a row: {exc}. Is the "
-                    "server's folder full? What was committed stays: run the same command again, which goes on"
+                    f"{self.url}: expected states, found none for {self._missing} conversations in a row: {exc}. Is "
+                    "the server's folder full? What was committed stays: then run the same command again"
                 ) from exc
             raise
 
-    def _send(self, token_ids: NDArray[np.int64]) -> asyncio.Task[Path]:
-        return self._runner.get_loop().create_task(self._ask(token_ids.tolist()))
-
-    def _received(self, sent: asyncio.Task[Path], token_ids: NDArray[np.int64]) -> PeerSample:
+    def _received(self, answer: Coroutine[Any, Any, Path], token_ids: NDArray[np.int64]) -> PeerSample:
         try:
-            path = self._runner.run(_result(sent))
+            path = self._runner.run(answer)
         except RowRejectedError as exc:
             raise GateError(
                 f"expected states of {len(token_ids):,} tokens from {self.url}, found that it refuses them: {exc.found}"
             ) from exc
-        try:
-            sample = take_states(path, token_ids)
-        finally:
-            self._free.release()
+        sample = take_states(path, token_ids)
         self._missing = 0
         return sample
 
-    async def _ask(self, token_ids: list[int]) -> Path:
-        """The path that the server names. The slot that the request takes is given back once its file was read."""
-        await self._free.acquire()
+    async def _ask(self, token_ids: NDArray[np.int64]) -> Path:
+        """The path that the server names."""
+        payload = {"model": self.model, "prompt": token_ids.tolist(), "max_tokens": 1, "temperature": 0.0}
+        return await self._client.ask("POST", "/v1/completions", payload, self._path_in)
+
+    async def _ask_ahead(self, token_ids: NDArray[np.int64]) -> Path:
+        """The path, once a slot is free. The slot is kept until the file was read, or the request has failed.
+
+        What is waited for right now takes no slot: all of them may be kept by what will be read after it.
+        """
+        await self._slots.acquire()
         try:
-            payload = {"model": self.model, "prompt": token_ids, "max_tokens": 1, "temperature": 0.0}
-            return await self._client.ask("POST", "/v1/completions", payload, self._path_in)
+            return await self._ask(token_ids)
         except BaseException:
-            self._free.release()
+            self._slots.release()
             raise
+
+    def _free_slot_of(self, sent: asyncio.Task[Path]) -> None:
+        """Free the slot of an answer that was taken; a failed request has freed its own."""
+        if sent.done() and not sent.cancelled() and sent.exception() is None:
+            self._slots.release()
 
     def _path_in(self, body: Any) -> Path:
         if not isinstance(body, dict) or not body.get("choices"):
@@ -166,7 +177,7 @@ class StatesClient(ClientLoop):
             if task.done() and not task.cancelled() and task.exception() is None:
                 with suppress(OSError):
                     discard(task.result())
-                self._free.release()
+            self._free_slot_of(task)
             task.cancel()
         self._runner.run(_ended(dropped))
 

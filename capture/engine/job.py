@@ -15,10 +15,10 @@ from draftcache.capture.engine.serving import layer_ids, serve_command
 from draftcache.capture.engine.states import EngineVerifier
 from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.progress import CaptureSummary
+from draftcache.capture.job.shard_worker import WorkerRole
 from draftcache.capture.job.start_check import with_layers
 from draftcache.capture.job.stopping import StopSignals
 from draftcache.capture.job.work_plan import WorkPlan
-from draftcache.capture.job.worker_job import WorkerRole
 from draftcache.capture.peers.conventions import LastState
 from draftcache.capture.peers.index import PROBED, compute_dtype
 from draftcache.capture.peers.recorded import RecordedVerifier

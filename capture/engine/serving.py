@@ -23,7 +23,7 @@ def layer_ids(layers: tuple[int, ...], blocks: int) -> tuple[int, ...]:
 def serve_command(verifier: Path, config: Any, ids: tuple[int, ...], max_model_len: int) -> str:
     """The line that starts vLLM for a capture of these layer ids; `config` is the text model's configuration.
 
-    A prompt has to be read whole by one step: with its beginning taken from a cache of prefixes it would have no states.
+    A prompt has to be read whole, in one step: a beginning that comes from a cache of prefixes has no states.
     """
     speculative = {
         "method": "extract_hidden_states",

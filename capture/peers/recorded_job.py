@@ -82,20 +82,33 @@ class RecordedJob(CaptureJob, ABC):
     def _conventions(self) -> tuple[VerifierParts, LastState]:
         path, remote = self.config.verifier, self.config.trust_remote_code
         size = sum(file.stat().st_size for file in weight_files(path))
+        verifier = None
         if size <= SMALL_BYTES if self._probe is None and not self._last_state else self._probe:
-            return self._probed()
+            verifier = self._loaded()
+        if verifier is not None:
+            return self._probed(verifier)
         self.self_check = {}
         parts = read_parts(path, self.dtype, trust_remote_code=remote)
         self._require_shape(parts.layers, int(parts.embeddings.embedding_dim))
         return parts, judge_last_state(parts, self._samples, self._last_state)
 
-    def _probed(self) -> tuple[VerifierParts, LastState]:
-        """Load the verifier, prove it as a capture does, compare its states with those of the samples, let it go."""
+    def _loaded(self) -> Verifier | None:
+        """The verifier, to compare with; None where it can't be loaded, and nobody has asked for the comparison."""
         config = self.config
-        verifier = load_verifier(
-            config.verifier, device=self.device, dtype=self.dtype, trust_remote_code=config.trust_remote_code,
-            max_model_len=config.max_model_len,
-        )  # fmt: skip
+        try:
+            return load_verifier(
+                config.verifier, device=self.device, dtype=self.dtype, trust_remote_code=config.trust_remote_code,
+                max_model_len=config.max_model_len,
+            )  # fmt: skip
+        except InputError as exc:
+            if self._probe:
+                raise
+            self._say(f"states are not compared with the verifier's own, as it can't be loaded: {exc}")
+            return None
+
+    def _probed(self, verifier: Verifier) -> tuple[VerifierParts, LastState]:
+        """Prove the verifier as a capture does, compare its states with those of the samples, and let it go."""
+        config = self.config
         self._require_shape(len(verifier.blocks), verifier.hidden_size)
         enforce_contract(verifier.model, config.verifier, allow_fallback=True)
         token_ids = np.resize(self._samples[0].token_ids[:TOKENS], TOKENS)
