@@ -337,9 +337,7 @@ def test_a_server_that_is_gone_and_back_and_a_command_that_was_killed(
     require_equal(output, settings)
 
 
-def test_sigterm_ends_the_command_and_leaves_no_files(
-    settings: CaptureConfig, verifier: Verifier, tmp_path: Path
-) -> None:
+def test_sigterm_ends_the_command(settings: CaptureConfig, verifier: Verifier, tmp_path: Path) -> None:
     output = tmp_path / "store"
     with states_server(verifier, tmp_path / "states", IDS, seconds=0.1) as server:
         words = [*flags(replace(settings, output=output, grace_seconds=0.1)), "--engine", server.url]
