@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from draftcache.capture.engine import extracted
 from draftcache.capture.engine.config import EngineConfig
@@ -80,7 +82,9 @@ def ask(settings: CaptureConfig, server: StatesServer, output: Path, **changes: 
     return capture_from_engine(EngineConfig(engine=server.url, capture=capture_settings, **values))
 
 
-def require_equal(output: Path, settings: CaptureConfig, *, but: tuple[int, ...] = ()) -> None:
+def require_equal(
+    output: Path, settings: CaptureConfig, *, but: tuple[int, ...] = (), same_verifier: bool = True
+) -> None:
     """Every array is that of the store of this process's own verifier, to the bit, but for conversations left out."""
     ours, theirs = StoreReader(output), StoreReader(settings.output)
     expected = {int(number): place for place, number in enumerate(theirs.index["dataset_index"])}
@@ -92,7 +96,7 @@ def require_equal(output: Path, settings: CaptureConfig, *, but: tuple[int, ...]
         assert own.keys() == values.keys()
         for name, value in values.items():
             assert np.array_equal(own[name], value), (number, name)
-    assert ours.manifest.verifier == theirs.manifest.verifier
+    assert (ours.manifest.verifier == theirs.manifest.verifier) == same_verifier
     assert (output / "frozen.safetensors").read_bytes() == (settings.output / "frozen.safetensors").read_bytes()
 
 
@@ -369,3 +373,26 @@ def test_flags_that_do_not_fit_are_refused(
 ) -> None:
     assert main(["capture", *flags(replace(settings, output=tmp_path / "store")), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_verifier_that_transformers_can_not_load(
+    settings: CaptureConfig, server: StatesServer, tmp_path: Path
+) -> None:
+    """Its blocks are quantised, as the server would have them; embeddings, norm and head are read all the same."""
+    quantised = tmp_path / "quantised"
+    shutil.copytree(settings.verifier, quantised)
+    described = json.loads((quantised / "config.json").read_text())
+    described["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    (quantised / "config.json").write_text(json.dumps(described))
+    tensors = load_file(quantised / "model.safetensors")
+    packed = {name: value.to(torch.uint8) for name, value in tensors.items() if "_proj" in name}
+    save_file(tensors | packed, quantised / "model.safetensors", metadata={"format": "pt"})
+    lines: list[str] = []
+    engine = EngineConfig(engine=server.url, capture=replace(settings, verifier=quantised, output=tmp_path / "store"))
+    capture_from_engine(engine, lines.append)
+    assert any("not compared with the verifier's own, as it can't be loaded" in line for line in lines)
+    require_equal(tmp_path / "store", settings, same_verifier=False)
+    found = StoreReader(tmp_path / "store").manifest.provenance["engine"]
+    assert found["auxiliary_states"] == "not compared: --layers is taken as given"
+    with pytest.raises(InputError, match="quant"):
+        capture_from_engine(replace(engine, probe=True))
