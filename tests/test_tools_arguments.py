@@ -45,6 +45,6 @@ def test_former_flags_are_not_shown_and_take_nothing_from_longer_ones() -> None:
     required = ["--verifier", "v", "--dataset", "d", "--output", "o", "--layers", "1"]
     parsed = parser.parse_args([*required, "--shard-tokens", "5", "--tensor-parallel", "2", "--launcher", "ray"])
     settings = {item.name for item in dataclasses.fields(CaptureConfig)}
-    of_an_engine = {"engine", "engine_requests", "probe", "last_state"}
+    of_an_engine = {"engine", "engine_requests", "probe"}
     assert vars(parsed).keys() == settings | of_an_engine | {"json"}
     assert (parsed.shard_tokens, parsed.tensor_parallel, parsed.launcher) == (5, 2, "ray")

@@ -1,8 +1,9 @@
 """Asks a running vLLM for the states of conversations, many at a time, and reads the files that it names.
 
-A conversation is a completion request: its token ids are the prompt, and one token is generated, which is not used. The
-answer names a file (`extracted`). Requests are sent ahead, in the order in which their states will be needed. At most
-`requests` of them are in flight or have a file that nobody has read yet, so that the files never fill the folder.
+A conversation is a completion request: its token ids are the prompt, and one token is generated, of which the log
+probabilities are kept (`likely`). The answer names a file (`extracted`). Requests are sent ahead, in the order in which
+their states will be needed. At most `requests` of them are in flight or have a file that nobody has read yet, so that
+the files never fill the folder.
 
 The event loop runs only while states are waited for. In between, while the caller works on the states before, the
 server computes what it was asked.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,8 +31,27 @@ from draftcache.capture.prepare.rows.rejections import RowRejectedError, clip
 from draftcache.store.common.errors import DraftcacheError, GateError, InputError, ServerError
 
 FLAG = "--engine"
-_MISSING_IN_A_ROW = 3
-"""So many conversations without a file, one after the other, are the server's fault and not theirs."""
+LIKELY = 5
+"""Token ids of which the engine says the log probability, behind each conversation's last token."""
+_TOKEN = "token_id:"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the engine answers to a conversation."""
+
+    path: Path
+    """The file of its states."""
+    likely: dict[int, float]
+    """Log probabilities of the likeliest ids behind its last token, by the engine's own head."""
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """The states of a conversation, in memory, and what the engine says of the token behind it."""
+
+    sample: PeerSample
+    likely: dict[int, float]
 
 
 class StatesClient(ClientLoop):
@@ -48,8 +69,9 @@ class StatesClient(ClientLoop):
         self.version = self.model = self.served = ""
         """Of the engine: its version, the model's name in requests, and what it was started with."""
         self._slots = asyncio.Semaphore(requests)
-        self._ahead: dict[str, asyncio.Task[Path]] = {}
-        self._missing = 0
+        self._ahead: dict[str, asyncio.Task[Answer]] = {}
+        self._written: NDArray[np.int64] | None = None
+        """A conversation of which there was a file."""
         client = HttpClient(
             url,
             connections=requests + 1,
@@ -96,8 +118,8 @@ class StatesClient(ClientLoop):
             if (key := tokens_key(token_ids)) not in self._ahead:
                 self._ahead[key] = self._runner.get_loop().create_task(self._ask_ahead(token_ids))
 
-    def states_of(self, token_ids: NDArray[np.int64]) -> PeerSample:
-        """The states of token ids [L], in memory.
+    def states_of(self, token_ids: NDArray[np.int64]) -> Extracted:
+        """The states of token ids [L].
 
         Raises GateError where the server refuses these ids or gives states of others, MissingStatesError, which is one
         too, where it gives no whole states, ServerError where it fails every time, and InputError where it extracts
@@ -115,33 +137,42 @@ class StatesClient(ClientLoop):
             pass
         try:
             return self._received(self._ask(token_ids), token_ids)
-        except MissingStatesError as exc:
-            self._missing += 1
-            if self._missing >= _MISSING_IN_A_ROW:
-                raise ServerError(
-                    f"{self.url}: expected states, found none for {self._missing} conversations in a row: {exc}. Is "
-                    "the server's folder full? What was committed stays: then run the same command again"
-                ) from exc
+        except MissingStatesError:
+            self._require_writing()
             raise
 
-    def _received(self, answer: Coroutine[Any, Any, Path], token_ids: NDArray[np.int64]) -> PeerSample:
+    def _require_writing(self) -> None:
+        """Raise ServerError unless the server still writes a file that it has written before."""
+        if self._written is None:
+            return
         try:
-            path = self._runner.run(answer)
+            self._received(self._ask(self._written), self._written)
+        except MissingStatesError as exc:
+            raise ServerError(
+                f"{self.url}: expected files of states, found none, of a conversation either that it had written one "
+                f"of before: {exc}. Is its folder full? What was committed stays: then run the same command again"
+            ) from exc
+
+    def _received(self, answer: Coroutine[Any, Any, Answer], token_ids: NDArray[np.int64]) -> Extracted:
+        try:
+            found = self._runner.run(answer)
         except RowRejectedError as exc:
             raise GateError(
                 f"expected states of {len(token_ids):,} tokens from {self.url}, found that it refuses them: {exc.found}"
             ) from exc
-        sample = take_states(path, token_ids)
-        self._missing = 0
-        return sample
+        sample = take_states(found.path, token_ids)
+        self._written = token_ids if self._written is None else self._written
+        return Extracted(sample, found.likely)
 
-    async def _ask(self, token_ids: NDArray[np.int64]) -> Path:
-        """The path that the server names."""
-        payload = {"model": self.model, "prompt": token_ids.tolist(), "max_tokens": 1, "temperature": 0.0}
-        return await self._client.ask("POST", "/v1/completions", payload, self._path_in)
+    async def _ask(self, token_ids: NDArray[np.int64]) -> Answer:
+        payload = {
+            "model": self.model, "prompt": token_ids.tolist(), "max_tokens": 1, "temperature": 0.0, "logprobs": LIKELY,
+            "return_tokens_as_token_ids": True,
+        }  # fmt: skip
+        return await self._client.ask("POST", "/v1/completions", payload, self._answer_in)
 
-    async def _ask_ahead(self, token_ids: NDArray[np.int64]) -> Path:
-        """The path, once a slot is free. The slot is kept until the file was read, or the request has failed.
+    async def _ask_ahead(self, token_ids: NDArray[np.int64]) -> Answer:
+        """The answer, once a slot is free. The slot is kept until the file was read, or the request has failed.
 
         What is waited for right now takes no slot: all of them may be kept by what will be read after it.
         """
@@ -152,21 +183,25 @@ class StatesClient(ClientLoop):
             self._slots.release()
             raise
 
-    def _free_slot_of(self, sent: asyncio.Task[Path]) -> None:
+    def _free_slot_of(self, sent: asyncio.Task[Answer]) -> None:
         """Free the slot of an answer that was taken; a failed request has freed its own."""
         if sent.done() and not sent.cancelled() and sent.exception() is None:
             self._slots.release()
 
-    def _path_in(self, body: Any) -> Path:
-        if not isinstance(body, dict) or not body.get("choices"):
-            raise BadResponseError(f"expected a completion, found {clip(body)}")
-        named = (body.get("kv_transfer_params") or {}).get("hidden_states_path")
+    def _answer_in(self, body: Any) -> Answer:
+        try:
+            (choice,) = body["choices"]
+            named = (body.get("kv_transfer_params") or {}).get("hidden_states_path")
+            (top,) = choice["logprobs"]["top_logprobs"]
+            likely = {int(name.removeprefix(_TOKEN)): float(value) for name, value in top.items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+            raise BadResponseError(f"expected a completion of one token with logprobs, found {clip(body)}") from exc
         if not isinstance(named, str):
             raise InputError(
                 f"{FLAG} {self.url}: expected an answer that names a file of hidden states, found none: this server "
                 f"does not extract them. Start it with: {self.serve}"
             )
-        return Path(named)
+        return Answer(Path(named), likely)
 
     def _drop_ahead(self) -> None:
         """Forget conversations that were named and not asked for, and delete their files."""
@@ -176,15 +211,15 @@ class StatesClient(ClientLoop):
         for task in dropped:
             if task.done() and not task.cancelled() and task.exception() is None:
                 with suppress(OSError):
-                    discard(task.result())
+                    discard(task.result().path)
             self._free_slot_of(task)
             task.cancel()
         self._runner.run(_ended(dropped))
 
 
-async def _result(sent: asyncio.Task[Path]) -> Path:
+async def _result(sent: asyncio.Task[Answer]) -> Answer:
     return await sent
 
 
-async def _ended(tasks: Sequence[asyncio.Task[Path]]) -> None:
+async def _ended(tasks: Sequence[asyncio.Task[Answer]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -25,8 +25,6 @@ class EngineConfig:
     """Conversations that are asked for, or whose files lie there unread, at one time."""
     probe: bool | None = None
     """Whether to load the verifier and compare; None: if its weights are small."""
-    last_state: str = ""
-    """ "before" or "after" the final norm, where the evidence leaves it open and the user knows it."""
     retries: int = 6
     """How often a request is sent again while the server fails; the waits between double, from half a second on."""
     timeout_seconds: float = 1800.0
@@ -42,10 +40,6 @@ class EngineConfig:
             )
         if self.requests < 1:
             raise InputError(f"--engine-requests: expected at least 1, found {self.requests}")
-        if self.last_state not in ("", "before", "after"):
-            raise InputError(f"--last-state: expected before or after (the final norm), found {self.last_state!r}")
-        if self.last_state and self.probe:
-            raise InputError("--last-state: expected it without --probe, which finds it out")
         for item in fields(self.capture):
             value = getattr(self.capture, item.name)
             one_worker = item.name == "workers" and value == 1

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from draftcache.capture.engine.client import FLAG, StatesClient
+from draftcache.capture.engine.client import FLAG, Extracted, StatesClient
 from draftcache.capture.engine.config import EngineConfig
 from draftcache.capture.engine.extracted import MissingStatesError
+from draftcache.capture.engine.likely import judge_by_engine, require_same_logits
 from draftcache.capture.engine.serving import layer_ids, serve_command
 from draftcache.capture.engine.states import EngineVerifier
 from draftcache.capture.job.config import CaptureConfig
@@ -39,12 +40,17 @@ class EngineJob(RecordedJob):
     """A capture job whose states come from a running engine."""
 
     def __init__(
-        self, config: EngineConfig, client: StatesClient, samples: Sequence[PeerSample], say: Callable[[str], object]
+        self, config: EngineConfig, client: StatesClient, first: Sequence[Extracted], say: Callable[[str], object]
     ) -> None:
-        self._client = client
-        super().__init__(config.capture, samples, probe=config.probe, last_state=config.last_state, say=say)
+        """`first` are the first conversations, by which it is found out what the engine's states are."""
+        self._client, self._first = client, first
+        super().__init__(config.capture, [item.sample for item in first], probe=config.probe, last_state="", say=say)
+
+    def _judge(self, parts: VerifierParts) -> LastState:
+        return judge_by_engine(parts, self._first)
 
     def _verifier_of(self, parts: VerifierParts, last_state: str) -> RecordedVerifier:
+        self._off = require_same_logits(parts, self._first, last_state, f"{FLAG} {self._client.url}")
         return EngineVerifier(
             self._client, parts, self.aux_layers, self._samples[0], last_state=last_state, dtype=self.dtype,
             device=self.device,
@@ -61,9 +67,10 @@ class EngineJob(RecordedJob):
         return {
             "name": self._client.name,
             "version": self._client.version,
+            "log_probability_off": self._off,
             "states_dtype": str(self._samples[0].dtype).removeprefix("torch."),
             **self._found_states(last),
-            "weights": "compared with the verifier's" if probed else "taken as given: the engine doesn't name its own",
+            "weights": "compared with the verifier's" if probed else "norm and head compared by the engine's logits",
             "ssm_state_dtype": "unknown",
         }
 
@@ -103,13 +110,13 @@ def capture_from_engine(config: EngineConfig, say: Callable[[str], object] = lam
     )  # fmt: skip
     with StopSignals(stop), client:
         say(f"engine: {client.name} {client.version} at {client.url}, serving {client.served}")
-        samples = _first_samples(client, work, len(ids))
-        settings = replace(config, capture=_in_dtype_of(capture, samples[0]))
-        with EngineJob(settings, client, samples, say) as job:
+        first = _first_states(client, work, len(ids))
+        settings = replace(config, capture=_in_dtype_of(capture, first[0].sample))
+        with EngineJob(settings, client, first, say) as job:
             return job.run(stop)
 
 
-def _first_samples(client: StatesClient, work: WorkPlan, states: int) -> list[PeerSample]:
+def _first_states(client: StatesClient, work: WorkPlan, states: int) -> list[Extracted]:
     """States of the first conversations, of PROBED tokens where there are so many.
 
     Raises InputError where the server refuses all of them, or gives another number of states per token.
@@ -121,26 +128,26 @@ def _first_samples(client: StatesClient, work: WorkPlan, states: int) -> list[Pe
             rows.append(token_ids)
             tokens += len(token_ids)
     client.read_ahead(rows)
-    samples: list[PeerSample] = []
+    found: list[Extracted] = []
     refusals: list[str] = []
     for token_ids in rows:
         try:
-            samples.append(client.states_of(token_ids))
+            found.append(client.states_of(token_ids))
         except MissingStatesError as exc:
             raise InputError(f"{FLAG} {client.url}: {exc}") from exc
         except GateError as exc:
             refusals.append(str(exc))
-    if not samples:
+    if not found:
         raise InputError(
             f"{FLAG} {client.url}: expected the states of at least one of {len(rows)} conversations, found none: "
             f"{refusals[0]}. Start the server with: {client.serve}"
         )
-    if (found := samples[0].taps + 1) != states:
+    if (given := found[0].sample.taps + 1) != states:
         raise InputError(
-            f"{FLAG} {client.url}: expected {states} states per token, of --layers and the last block, found {found}. "
+            f"{FLAG} {client.url}: expected {states} states per token, of --layers and the last block, found {given}. "
             f"Start the server with: {client.serve}"
         )
-    return samples
+    return found
 
 
 def _in_dtype_of(config: CaptureConfig, sample: PeerSample) -> CaptureConfig:

@@ -69,7 +69,7 @@ class EngineVerifier(RecordedVerifier):
 
     def _outcome(self, token_ids: NDArray[np.int64]) -> PeerSample | GateError:
         try:
-            sample = self._client.states_of(token_ids)
+            sample = self._client.states_of(token_ids).sample
         except GateError as exc:
             return exc
         if (found := _form(sample)) != self._like:

@@ -90,7 +90,11 @@ class RecordedJob(CaptureJob, ABC):
         self.self_check = {}
         parts = read_parts(path, self.dtype, trust_remote_code=remote)
         self._require_shape(parts.layers, int(parts.embeddings.embedding_dim))
-        return parts, judge_last_state(parts, self._samples, self._last_state)
+        return parts, self._judge(parts)
+
+    def _judge(self, parts: VerifierParts) -> LastState:
+        """Where the last state is from, without the verifier. Raises InputError where that can't be told."""
+        return judge_last_state(parts, self._samples, self._last_state)
 
     def _loaded(self) -> Verifier | None:
         """The verifier, to compare with; None where it can't be loaded, and nobody has asked for the comparison."""

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from draftcache.capture.verifier.head import head_logits
 from draftcache.capture.verifier.load import Verifier
 
 Tensors = dict[str, torch.Tensor]
@@ -67,7 +68,8 @@ class StatesServer:
     def post(self, path: str, payload: dict[str, Any]) -> tuple[int, Any, Callable[[], None]]:
         """The answer to a POST request, and what happens after it was sent."""
         assert path == "/v1/completions"
-        assert (payload["max_tokens"], payload["model"]) == (1, self.models[0])
+        assert (payload["max_tokens"], payload["logprobs"], payload["model"]) == (1, 5, self.models[0])
+        assert payload["return_tokens_as_token_ids"]
         prompt = payload["prompt"]
         with self._lock:
             self.prompts.append(prompt)
@@ -88,13 +90,15 @@ class StatesServer:
             "usage": {"prompt_tokens": len(prompt), "total_tokens": len(prompt) + 1, "completion_tokens": 1},
         }  # fmt: skip
         if not self.extracts:
+            body["choices"][0]["logprobs"] = {"tokens": ["token_id:5"], "top_logprobs": [{"token_id:5": -1.0}]}
             return 200, body, lambda: None
         path_here = self.folder / f"{name}.safetensors"
         named = (self.named_folder or self.folder) / path_here.name
-        write = self._extract(number, prompt, path_here)
+        write, likely = self._extract(number, prompt, path_here)
+        body["choices"][0]["logprobs"] = {"tokens": [next(iter(likely))], "top_logprobs": [likely]}
         return 200, body | {"kv_transfer_params": {"hidden_states_path": str(named)}}, write
 
-    def _extract(self, number: int, prompt: list[int], path: Path) -> Callable[[], None]:
+    def _extract(self, number: int, prompt: list[int], path: Path) -> tuple[Callable[[], None], dict[str, float]]:
         self.folder.mkdir(parents=True, exist_ok=True)
         held = -1
         if self.locks:
@@ -102,6 +106,8 @@ class StatesServer:
             fcntl.flock(held, fcntl.LOCK_EX)
         with self._lock, torch.inference_mode():
             states = self.verifier.forward(torch.tensor(prompt), tuple(number - 1 for number in self.ids))
+            top = torch.log_softmax(head_logits(states.final[-1:], self.verifier.head)[0], -1).topk(5)
+        likely = {f"token_id:{item}": float(value) for item, value in zip(top.indices, top.values, strict=True)}
         stacked = torch.stack([states.taps[number - 1] for number in self.ids], 1)
         tensors = self.change(number, {"hidden_states": stacked, "token_ids": torch.tensor(prompt)})
 
@@ -112,7 +118,7 @@ class StatesServer:
             if self.locks:
                 os.close(held)
 
-        return write
+        return write, likely
 
     def count(self, change: int) -> None:
         """Count a request that begins (1) or whose answer was sent (-1)."""

@@ -42,13 +42,6 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         help="with --engine, load the verifier first and compare some rows with its own states (default: if its "
         "weights are at most 4 GB)",
     )
-    parser.add_argument(
-        "--last-state",
-        default="",
-        metavar="WHERE",
-        help="with --engine, before or after the final norm, where the evidence leaves open where the engine's last "
-        "state is from; the verifier is not loaded then",
-    )
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -58,12 +51,12 @@ def check(arguments: argparse.Namespace) -> None:
 
 def _config(arguments: argparse.Namespace) -> CaptureConfig | EngineConfig:
     config = read_settings(CaptureConfig, arguments)
-    given = {"requests": arguments.engine_requests, "probe": arguments.probe, "last_state": arguments.last_state}
-    given = {name: value for name, value in given.items() if value not in (None, "")}
+    given = {"requests": arguments.engine_requests, "probe": arguments.probe}
+    given = {name: value for name, value in given.items() if value is not None}
     if arguments.engine:
         return EngineConfig(engine=arguments.engine, capture=config, **given)
     if given:
-        flag = {"requests": "--engine-requests", "probe": "--probe", "last_state": "--last-state"}[next(iter(given))]
+        flag = "--engine-requests" if "requests" in given else "--probe"
         raise InputError(f"{flag}: expected it with --engine, of whose states it speaks, found no --engine")
     return config
 
