@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from draftcache.capture.job.progress import CaptureSummary
 from draftcache.capture.verifier.load import Verifier
 from draftcache.draft_train.trainer import Trainer
 from draftcache.store.common.errors import InputError, ManifestMismatchError, ServerError
+from draftcache.store.common.stopping import Stopped
 from draftcache.store.format.commits import committed_shards
 from draftcache.store.reader import StoreReader
 from draftcache.store.storage.base import open_storage
@@ -137,11 +139,6 @@ def test_requests_come_in_the_order_of_the_shards(
 LENGTHS = [40 + 3 * number for number in range(ROWS)]
 
 
-def faulty(length: int, fault: Callable[[Tensors], Tensors | None]) -> Callable[[int, Tensors], Tensors | None]:
-    """A fault of the conversation of this length alone."""
-    return lambda _number, tensors: fault(tensors) if len(tensors["token_ids"]) == length else tensors
-
-
 def not_finite(tensors: Tensors) -> Tensors:
     tensors["hidden_states"][20, 1, 3] = float("nan")
     return tensors
@@ -159,31 +156,31 @@ def missing(tensors: Tensors) -> None:
     return None
 
 
-@pytest.mark.parametrize(
-    ("fault", "reason"),
-    [
-        (not_finite, "expected finite"),
-        (of_other_ids, "expected states of the 46 token ids that were sent, found those of 46 others"),
-        (cut, "expected states of 46 tokens, as many as token ids, found 44"),
-        (missing, "found its lock free and no file: the server could not write it"),
-    ],
-)
-def test_a_conversation_of_which_states_are_wrong_is_quarantined_alone(
-    settings: CaptureConfig,
-    server: StatesServer,
-    tmp_path: Path,
-    fault: Any,
-    reason: str,
-    monkeypatch: pytest.MonkeyPatch,
+FAULTS: dict[int, tuple[Callable[[Tensors], Tensors | None], str]] = {
+    43: (not_finite, "expected finite"),
+    46: (of_other_ids, "expected states of the 46 token ids that were sent, found those of 46 others"),
+    49: (cut, "expected states of 49 tokens, as many as token ids, found 47"),
+    52: (missing, "found its lock free and no file: the server could not write it"),
+}
+"""What goes wrong with the conversation of this length, and what is said of it."""
+
+
+def test_conversations_of_which_states_are_wrong_are_quarantined_alone(
+    settings: CaptureConfig, server: StatesServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its batch holds others, which are stored. The first conversations are whole, or the job would not begin."""
+    """Their batches hold others, which are stored. The first conversations are whole, or the job would not begin."""
     monkeypatch.setattr(extracted, "APPEARING_SECONDS", 0.05)
-    server.change = lambda number, tensors: tensors if number <= ROWS else faulty(46, fault)(number, tensors)
+
+    def change(number: int, tensors: Tensors) -> Tensors | None:
+        length = len(tensors["token_ids"])
+        return FAULTS[length][0](tensors) if number > ROWS and length in FAULTS else tensors
+
+    server.change = change
     summary = ask(settings, server, tmp_path / "store")
-    (found,) = summary.quarantined
-    assert found["dataset_index"] == LENGTHS.index(46)
-    assert reason in found["reason"]
-    require_equal(tmp_path / "store", settings, but=(LENGTHS.index(46),))
+    found = {LENGTHS[item["dataset_index"]]: item["reason"] for item in summary.quarantined}
+    assert found.keys() == FAULTS.keys()
+    assert all(reason in found[length] for length, (_, reason) in FAULTS.items())
+    require_equal(tmp_path / "store", settings, but=tuple(map(LENGTHS.index, FAULTS)))
 
 
 def test_conversations_that_the_server_refuses_are_quarantined(
@@ -340,19 +337,29 @@ def test_a_server_that_is_gone_and_back_and_a_command_that_was_killed(
     require_equal(output, settings)
 
 
-def test_sigterm_ends_the_command(settings: CaptureConfig, verifier: Verifier, tmp_path: Path) -> None:
-    output = tmp_path / "store"
-    with states_server(verifier, tmp_path / "states", IDS, seconds=0.1) as server:
-        words = [*flags(replace(settings, output=output, grace_seconds=0.1)), "--engine", server.url]
-        command = [sys.executable, "-m", "draftcache.tools.cli", "capture", *map(str, words), "--no-probe"]
-        with subprocess.Popen(command, env=ONE_THREAD, stderr=subprocess.PIPE, text=True) as process:
-            wait_for(lambda: len(server.prompts) > 2 * ROWS or process.poll() is not None)
-            process.send_signal(signal.SIGTERM)
-            _, said = process.communicate()
-    assert process.returncode == 143
-    assert "Traceback" not in said
-    assert "never retrieved" not in said
-    assert "run the same command again to go on" in said
+def test_sigterm_ends_the_job_while_it_waits_for_the_server(
+    settings: CaptureConfig, server: StatesServer, tmp_path: Path
+) -> None:
+    def answer_late(number: int) -> None:
+        if number == 2 * ROWS + 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            server.seconds = 0.3
+
+    server.fault = answer_late
+    with pytest.raises(Stopped):
+        ask(settings, server, tmp_path / "store", capture={"grace_seconds": 0.05})
+    assert len(committed_shards(open_storage(tmp_path / "store"))) < 4
+    server.seconds = 0.0
+    assert not ask(settings, server, tmp_path / "store").quarantined
+    require_equal(tmp_path / "store", settings)
+
+
+def test_the_last_block_may_be_a_tap_too(settings: CaptureConfig, server: StatesServer, tmp_path: Path) -> None:
+    server.ids = (1, 4)
+    with_last = replace(settings, layers=(0, 3), output=tmp_path / "captured")
+    capture(with_last)
+    ask(with_last, server, tmp_path / "store")
+    require_equal(tmp_path / "store", with_last)
 
 
 @pytest.mark.parametrize(
