@@ -400,3 +400,31 @@ def test_a_verifier_that_transformers_can_not_load(
     assert found["auxiliary_states"] == "not compared: --layers is taken as given"
     with pytest.raises(InputError, match="quant"):
         capture_from_engine(replace(engine, probe=True))
+
+
+@pytest.mark.parametrize("added", [0.0, 1.0])
+def test_a_verifier_of_a_type_that_transformers_does_not_know(
+    settings: CaptureConfig, server: StatesServer, tmp_path: Path, added: float
+) -> None:
+    """Whether the norm multiplies by w or by 1 + w is found out by the engine's logits."""
+    unknown = tmp_path / "unknown"
+    shutil.copytree(settings.verifier, unknown)
+    described = json.loads((unknown / "config.json").read_text())
+    described |= {"model_type": "brand_new", "architectures": ["BrandNewForCausalLM"]}
+    (unknown / "config.json").write_text(json.dumps(described))
+    tensors = load_file(unknown / "model.safetensors")
+    tensors["model.norm.weight"] -= added
+    save_file(tensors, unknown / "model.safetensors", metadata={"format": "pt"})
+    engine = EngineConfig(engine=server.url, capture=replace(settings, verifier=unknown, output=tmp_path / "store"))
+    capture_from_engine(engine)
+    ours, theirs = StoreReader(tmp_path / "store"), StoreReader(settings.output)
+    for number in range(ROWS):
+        for name, expected in theirs.read(number).arrays.items():
+            np.testing.assert_allclose(ours.read(number).arrays[name], expected, rtol=0, atol=1e-5)
+    assert (ours.manifest.verifier["architecture"], ours.manifest.verifier["layers"]) == ("BrandNewForCausalLM", 4)
+    assert ours.manifest.provenance["engine"]["log_probability_off"] < 1e-4
+    with pytest.raises(InputError, match="--probe: expected a verifier that transformers knows"):
+        capture_from_engine(replace(engine, probe=True))
+    save_file(tensors | {"lm_head.weight": -tensors["lm_head.weight"]}, unknown / "model.safetensors")
+    with pytest.raises(InputError, match="expected a last state from which norm and head"):  # negative control
+        capture_from_engine(replace(engine, capture=replace(engine.capture, output=tmp_path / "other")))

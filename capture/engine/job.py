@@ -7,13 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from transformers import PretrainedConfig
 
 from draftcache.capture.engine.client import FLAG, Extracted, StatesClient
 from draftcache.capture.engine.config import EngineConfig
 from draftcache.capture.engine.extracted import MissingStatesError
-from draftcache.capture.engine.likely import judge_by_engine, require_same_logits
+from draftcache.capture.engine.likely import judge_by_engine, log_probability_off, require_same_logits
 from draftcache.capture.engine.serving import layer_ids, serve_command
 from draftcache.capture.engine.states import EngineVerifier
+from draftcache.capture.engine.unknown_type import config_of, is_unknown, read_by_names
 from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.progress import CaptureSummary
 from draftcache.capture.job.shard_worker import WorkerRole
@@ -22,12 +24,12 @@ from draftcache.capture.job.stopping import StopSignals
 from draftcache.capture.job.work_plan import WorkPlan
 from draftcache.capture.peers.conventions import LastState
 from draftcache.capture.peers.index import PROBED, compute_dtype
-from draftcache.capture.peers.recorded import RecordedVerifier
+from draftcache.capture.peers.recorded import AFTER, BEFORE, RecordedVerifier
 from draftcache.capture.peers.recorded_job import RecordedJob
 from draftcache.capture.peers.samples import PeerSample
 from draftcache.capture.peers.verifier_parts import VerifierParts
 from draftcache.capture.verifier.blocks import block_count
-from draftcache.capture.verifier.load import Verifier, load_config
+from draftcache.capture.verifier.load import Verifier
 from draftcache.store.common.errors import GateError, InputError
 from draftcache.store.common.stopping import StopRequest
 from draftcache.store.format.manifest import StoreManifest
@@ -40,11 +42,34 @@ class EngineJob(RecordedJob):
     """A capture job whose states come from a running engine."""
 
     def __init__(
-        self, config: EngineConfig, client: StatesClient, first: Sequence[Extracted], say: Callable[[str], object]
+        self,
+        config: EngineConfig,
+        model: PretrainedConfig,
+        client: StatesClient,
+        first: Sequence[Extracted],
+        say: Callable[[str], object],
     ) -> None:
         """`first` are the first conversations, by which it is found out what the engine's states are."""
-        self._client, self._first = client, first
-        super().__init__(config.capture, [item.sample for item in first], probe=config.probe, last_state="", say=say)
+        self._client, self._first, self._model = client, first, model
+        samples = [item.sample for item in first]
+        super().__init__(config.capture, samples, probe=config.probe, last_state="", say=say, model=model)
+
+    def _loaded(self) -> Verifier | None:
+        if not is_unknown(path := self.config.verifier):
+            return super()._loaded()
+        if self._probe:
+            raise InputError(f"--probe: expected a verifier that transformers knows, found another type in {path}")
+        self._say(f"states are not compared with the verifier's own: transformers does not know the type of {path}")
+        return None
+
+    def _read_parts(self) -> VerifierParts:
+        if not is_unknown(path := self.config.verifier):
+            return super()._read_parts()
+
+        def off(parts: VerifierParts) -> float:
+            return min(log_probability_off(parts, self._first, name) for name in (BEFORE, AFTER))
+
+        return read_by_names(path, self._model, self.dtype, off)
 
     def _judge(self, parts: VerifierParts) -> LastState:
         return judge_by_engine(parts, self._first)
@@ -95,9 +120,9 @@ def capture_from_engine(config: EngineConfig, say: Callable[[str], object] = lam
     `say` takes lines for the log. Raises Stopped after SIGTERM or SIGINT, InputError where the engine does not extract
     the states that are needed, and ServerError where it is gone.
     """
-    capture = with_layers(config.capture)
+    model = config_of(config.capture.verifier, trust_remote_code=config.capture.trust_remote_code)
+    capture = with_layers(config.capture, model)
     work = WorkPlan.of(capture)
-    model = load_config(capture.verifier, trust_remote_code=capture.trust_remote_code)
     blocks = block_count(model)
     if blocks is None or blocks <= capture.layers[-1]:
         raise InputError(f"--layers: expected blocks below the verifier's {blocks}, found {list(capture.layers)}")
@@ -112,7 +137,7 @@ def capture_from_engine(config: EngineConfig, say: Callable[[str], object] = lam
         say(f"engine: {client.name} {client.version} at {client.url}, serving {client.served}")
         first = _first_states(client, work, len(ids))
         settings = replace(config, capture=_in_dtype_of(capture, first[0].sample))
-        with EngineJob(settings, client, first, say) as job:
+        with EngineJob(settings, model, client, first, say) as job:
             return job.run(stop)
 
 

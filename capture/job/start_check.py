@@ -19,11 +19,14 @@ from draftcache.capture.verifier.self_check import TOKENS, self_check
 from draftcache.store.common.errors import InputError
 
 
-def with_layers(config: CaptureConfig) -> CaptureConfig:
-    """Return the settings with the layers that a job without any takes, by its verifier's depth. Raises InputError."""
+def with_layers(config: CaptureConfig, model: PretrainedConfig | None = None) -> CaptureConfig:
+    """Return the settings with the layers that a job without any takes, by its verifier's depth. Raises InputError.
+
+    `model` is the verifier's configuration where it is known already, of its text model.
+    """
     if config.layers:
         return config
-    model = load_config(config.verifier, trust_remote_code=config.trust_remote_code)
+    model = model or load_config(config.verifier, trust_remote_code=config.trust_remote_code)
     blocks = block_count(model)
     if blocks is None or blocks < 1:
         raise InputError(
@@ -33,13 +36,13 @@ def with_layers(config: CaptureConfig) -> CaptureConfig:
     return replace(config, layers=layers_by_depth(blocks, str(model.model_type)))
 
 
-def check_config(config: CaptureConfig, work: WorkPlan) -> PretrainedConfig:
-    """Return the verifier's configuration, which is that of its text model.
+def check_config(config: CaptureConfig, work: WorkPlan, model: PretrainedConfig | None = None) -> PretrainedConfig:
+    """Return the verifier's configuration, which is that of its text model; `model`, where it is known already.
 
     Only config.json is read, so that a job which can't work is refused before minutes are spent on weights. Raises
     InputError unless the verifier has the blocks of `--layers`, and positions for the longest conversation.
     """
-    model = load_config(config.verifier, trust_remote_code=config.trust_remote_code)
+    model = model or load_config(config.verifier, trust_remote_code=config.trust_remote_code)
     for name in ("hidden_size", "vocab_size", "num_hidden_layers"):
         value = getattr(model, name, 1)
         if not isinstance(value, int) or value < 1:

@@ -58,13 +58,14 @@ class CaptureJob:
     _start = ""
     """How long the start took, in words; empty where no verifier was loaded."""
 
-    def __init__(self, config: CaptureConfig) -> None:
-        self.config = config = with_layers(config)
+    def __init__(self, config: CaptureConfig, model: PretrainedConfig | None = None) -> None:
+        """`model` is the configuration of the verifier's text model where it is known already."""
+        self.config = config = with_layers(config, model)
         self.work = WorkPlan.of(config)
         self.vocab_maps = load_vocab_maps(config.vocab_map or config.dataset / VOCAB_MAP_NAME, config.more_vocab_maps)
         if config.teacher == "draft" and config.top_k > (most := len(self.vocab_maps[0])):
             raise InputError(f"--top-k: expected at most the draft vocabulary's {most}, found {config.top_k}")
-        model = check_config(config, self.work)
+        model = check_config(config, self.work, model)
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(config.compute_dtype, self.device)
         self.storage = open_storage(config.output)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PretrainedConfig
 
 from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.worker_job import CaptureJob
@@ -39,16 +40,18 @@ class RecordedJob(CaptureJob, ABC):
         probe: bool | None,
         last_state: str,
         say: Callable[[str], object],
+        model: PretrainedConfig | None = None,
     ) -> None:
         """`samples` are some of the conversations, by which it is found out what the states are.
 
         With `probe` the verifier is loaded and compared, None being: if its weights are small. `last_state` is what a
-        user says of the last state, "" for nothing, and `say` takes lines for the log.
+        user says of the last state, "" for nothing, `say` takes lines for the log, and `model` is the verifier's
+        configuration where it is known already.
         """
         self._samples, self._probe, self._last_state, self._say = samples, probe, last_state, say
         self.findings: dict[str, Any] = {}
         """What is known of the states, and how; the manifest's provenance has it too."""
-        super().__init__(config)
+        super().__init__(config, model)
 
     @property
     def aux_layers(self) -> tuple[int, ...]:
@@ -80,7 +83,7 @@ class RecordedJob(CaptureJob, ABC):
         self._say(f"auxiliary states: {self.findings['auxiliary_states']}")
 
     def _conventions(self) -> tuple[VerifierParts, LastState]:
-        path, remote = self.config.verifier, self.config.trust_remote_code
+        path = self.config.verifier
         size = sum(file.stat().st_size for file in weight_files(path))
         verifier = None
         if size <= SMALL_BYTES if self._probe is None and not self._last_state else self._probe:
@@ -88,9 +91,14 @@ class RecordedJob(CaptureJob, ABC):
         if verifier is not None:
             return self._probed(verifier)
         self.self_check = {}
-        parts = read_parts(path, self.dtype, trust_remote_code=remote)
+        parts = self._read_parts()
         self._require_shape(parts.layers, int(parts.embeddings.embedding_dim))
         return parts, self._judge(parts)
+
+    def _read_parts(self) -> VerifierParts:
+        """What is needed of the verifier beside its states, without loading it. Raises InputError."""
+        config = self.config
+        return read_parts(config.verifier, self.dtype, trust_remote_code=config.trust_remote_code)
 
     def _judge(self, parts: VerifierParts) -> LastState:
         """Where the last state is from, without the verifier. Raises InputError where that can't be told."""

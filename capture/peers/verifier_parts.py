@@ -93,7 +93,7 @@ def read_parts(path: Path, dtype: torch.dtype, *, trust_remote_code: bool = Fals
             f"them ({', '.join(map(str, forms[1:4]))}){advice}"
         )
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
-    stored = _StoredTensors(path)
+    stored = StoredTensors(path)
     tied = bool(getattr(config, "tie_word_embeddings", False))
     _fill(embeddings, names[id(embeddings)], stored, dtype)
     if buffers := [part for part, buffer in norm.named_buffers() if buffer.is_meta]:
@@ -109,7 +109,7 @@ def read_parts(path: Path, dtype: torch.dtype, *, trust_remote_code: bool = Fals
     )  # fmt: skip
 
 
-def _fill(module: nn.Module, name: str, stored: _StoredTensors, dtype: torch.dtype) -> None:
+def _fill(module: nn.Module, name: str, stored: StoredTensors, dtype: torch.dtype) -> None:
     """Give a module of the meta device its weights. Raises InputError where they can't be told."""
     for part, parameter in list(module.named_parameters()):
         values = stored.read(f"{name}.{part}", tuple(parameter.shape)).to(dtype)
@@ -117,7 +117,7 @@ def _fill(module: nn.Module, name: str, stored: _StoredTensors, dtype: torch.dty
         setattr(owner, part.rpartition(".")[2], nn.Parameter(values, requires_grad=False))
 
 
-class _StoredTensors:
+class StoredTensors:
     """The tensors of a model directory's safetensors files, by name."""
 
     def __init__(self, path: Path) -> None:
