@@ -38,6 +38,7 @@ from support import training_runs
 from support.capture_jobs import config, flags, prepare_rows
 from support.peer_files import load, record, save_predictable, write_masks
 from support.processes import ONE_THREAD, wait_for
+from support.scaled_models import save_scaled
 from support.states_server import StatesServer, Tensors, states_server
 
 IDS = (1, 2, 3, 4)
@@ -428,3 +429,21 @@ def test_a_verifier_of_a_type_that_transformers_does_not_know(
     save_file(tensors | {"lm_head.weight": -tensors["lm_head.weight"]}, unknown / "model.safetensors")
     with pytest.raises(InputError, match="expected a last state from which norm and head"):  # negative control
         capture_from_engine(replace(engine, capture=replace(engine.capture, output=tmp_path / "other")))
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "granite"])
+def test_what_scales_or_caps_the_logits_is_told_by_the_engine(
+    settings: CaptureConfig, tmp_path: Path, kind: str
+) -> None:
+    """The verifier is not loaded; its configuration's numbers may multiply or divide."""
+    path = save_scaled(tmp_path / kind, kind)
+    expected = replace(settings, verifier=path, output=tmp_path / "captured")
+    capture(expected)
+    with states_server(load(path), tmp_path / "states", IDS) as running:
+        ask(replace(settings, verifier=path), running, tmp_path / "store", probe=False)
+    ours, theirs = StoreReader(tmp_path / "store"), StoreReader(expected.output)
+    assert ours.manifest.verifier == theirs.manifest.verifier
+    assert ours.manifest.verifier.keys() & {"logit_scale", "logit_cap"}
+    for number in range(ROWS):
+        for name, values in theirs.read(number).arrays.items():
+            np.testing.assert_allclose(ours.read(number).arrays[name], values, rtol=0, atol=1e-5)

@@ -27,7 +27,7 @@ from draftcache.capture.peers.index import PROBED, compute_dtype
 from draftcache.capture.peers.recorded import AFTER, BEFORE, RecordedVerifier
 from draftcache.capture.peers.recorded_job import RecordedJob
 from draftcache.capture.peers.samples import PeerSample
-from draftcache.capture.peers.verifier_parts import VerifierParts
+from draftcache.capture.peers.verifier_parts import VerifierParts, read_parts
 from draftcache.capture.verifier.blocks import block_count
 from draftcache.capture.verifier.load import Verifier
 from draftcache.store.common.errors import GateError, InputError
@@ -63,13 +63,14 @@ class EngineJob(RecordedJob):
         return None
 
     def _read_parts(self) -> VerifierParts:
-        if not is_unknown(path := self.config.verifier):
-            return super()._read_parts()
+        config = self.config
 
         def off(parts: VerifierParts) -> float:
             return min(log_probability_off(parts, self._first, name) for name in (BEFORE, AFTER))
 
-        return read_by_names(path, self._model, self.dtype, off)
+        if is_unknown(config.verifier):
+            return read_by_names(config.verifier, self._model, self.dtype, off)
+        return read_parts(config.verifier, self.dtype, trust_remote_code=config.trust_remote_code, off=off)
 
     def _judge(self, parts: VerifierParts) -> LastState:
         return judge_by_engine(parts, self._first)

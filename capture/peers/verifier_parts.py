@@ -7,7 +7,8 @@ differently, the one tensor of the same last name and shape outside of the block
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,19 @@ def parts_of(verifier: Verifier) -> VerifierParts:
 
 
 @torch.inference_mode()
-def read_parts(path: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> VerifierParts:
+def read_parts(
+    path: Path,
+    dtype: torch.dtype,
+    *,
+    trust_remote_code: bool = False,
+    off: Callable[[VerifierParts], float] | None = None,
+) -> VerifierParts:
     """Read the parts from a model directory.
 
-    Raises InputError where a part can't be told, and for a model whose logits its configuration may scale or cap, or
-    whose embeddings or head are of another width than its blocks: those can only be told by running the model.
+    `off` says how far the logits of parts are from true ones. With it, what the configuration's numbers do to the
+    logits is what brings them nearest. Raises InputError where a part can't be told, for a model whose embeddings or
+    head are of another width than its blocks, and, without `off`, for one whose logits its configuration may scale or
+    cap: those can only be told by running the model.
     """
     config = load_config(path, trust_remote_code=trust_remote_code)
     advice = "; give --probe, which loads the verifier and finds it there"
@@ -87,7 +96,7 @@ def read_parts(path: Path, dtype: torch.dtype, *, trust_remote_code: bool = Fals
         )
     if not config.hidden_size == embeddings.embedding_dim == head.in_features:
         raise InputError(f"{path}: expected embeddings and head of the blocks' {config.hidden_size} channels{advice}")
-    if len(forms := candidate_forms(model.config)) > 1:
+    if len(forms := candidate_forms(model.config)) > 1 and off is None:
         raise InputError(
             f"{path}: expected logits that are the head's output, found numbers in config.json that may scale or cap "
             f"them ({', '.join(map(str, forms[1:4]))}){advice}"
@@ -103,10 +112,11 @@ def read_parts(path: Path, dtype: torch.dtype, *, trust_remote_code: bool = Fals
         head.weight = embeddings.weight
     else:
         _fill(head, names[id(head)], stored, dtype)
-    return VerifierParts(
+    parts = VerifierParts(
         config=config, architecture=type(model).__name__, layers=len(blocks), embeddings=embeddings, final_norm=norm,
         head=head, norm=measure_norm(norm, model.config, head.in_features), head_form=IDENTITY,
     )  # fmt: skip
+    return parts if off is None else min((replace(parts, head_form=form) for form in forms), key=off)
 
 
 def _fill(module: nn.Module, name: str, stored: StoredTensors, dtype: torch.dtype) -> None:

@@ -106,7 +106,9 @@ class StatesServer:
             fcntl.flock(held, fcntl.LOCK_EX)
         with self._lock, torch.inference_mode():
             states = self.verifier.forward(torch.tensor(prompt), tuple(number - 1 for number in self.ids))
-            top = torch.log_softmax(head_logits(states.final[-1:], self.verifier.head)[0], -1).topk(5)
+            top = torch.log_softmax(
+                head_logits(states.final[-1:], self.verifier.head, self.verifier.head_form)[0], -1
+            ).topk(5)
         likely = {f"token_id:{item}": float(value) for item, value in zip(top.indices, top.values, strict=True)}
         stacked = torch.stack([states.taps[number - 1] for number in self.ids], 1)
         tensors = self.change(number, {"hidden_states": stacked, "token_ids": torch.tensor(prompt)})
