@@ -40,6 +40,7 @@ def test_figures_of_a_start() -> None:
     made = {name: (value, unit) for name, value, unit in metrics(found, {"engine": "vllm 0.26.0"})}
     assert made["kv_tokens"] == (1000, "tokens, vllm 0.26.0")
     assert made["draft_kv_bytes"] == (512, "bytes/token, SlidingWindowSpec")
+    assert made["kv_groups"] == (2, "groups of layers")
     assert made["draft_window"] == (4096, "tokens, SlidingWindowSpec")
     assert made["draft_ms@1024"] == (1.5, "ms")
     assert made["draft_kernel_ms@1024"] == (0.5, "ms")

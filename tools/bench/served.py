@@ -13,6 +13,8 @@ verify step makes one token, and times do not depend on the text.
 - `prefill_s@L` is the time to the first token.
 - `kv_tokens` is how many tokens vLLM's KV cache holds, `draft_kv_bytes` what a token of the draft's takes there, and
   `draft_window` the window that the cache keeps for the draft, 0 for all of the text.
+- `kv_groups` are the groups into which the cache's layers are split: each has a block table of its own, which the host
+  keeps up in every step. One layer of another kind makes all groups as small as its own.
 - `memory_gib` is the device's memory in use at the end.
 """
 
@@ -130,6 +132,7 @@ def metrics(found: dict[str, Any], versions: dict[str, Any]) -> list[tuple[str, 
     made = [
         ("kv_tokens", found["kv_tokens"], f"tokens, {versions['engine']}"),
         ("memory_gib", found["memory_gib"], "GiB"),
+        ("kv_groups", len(found["groups"]), "groups of layers"),
     ]
     for group in found["groups"]:
         if group["of_draft"]:
