@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LONGEST = (
     "test_kernels_interpreted", "test_tools_campaign", "test_capture_launch", "test_draft_train_parallel",
-    "test_tools_truth", "test_tools_sweep", "test_wheel",
+    "test_tools_truth", "test_tools_sweep", "test_wheel", "test_capture_engine",
 )  # fmt: skip
 """Files of tests that take minutes. Begun last, one of them would keep a single process busy at the end."""
 

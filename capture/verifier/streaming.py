@@ -53,6 +53,8 @@ def streaming(device: torch.device) -> Iterator[None]:
         raise
     finally:
         setattr(PreTrainedModel, _MAKES_THE_REST, makes_the_rest)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # of experts that were stacked on the device, beside the stacks
 
 
 def _out_of_memory_errors(device: torch.device) -> int:
