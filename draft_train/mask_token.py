@@ -100,14 +100,12 @@ def _count(store: StoreReader, ranks: Ranks | None) -> NDArray[np.int64]:
     total = np.zeros(int(store.manifest.verifier["vocab_size"]), np.int64)
 
     def count(numbers: Sequence[int]) -> NDArray[np.int64]:
-        counts, reader = np.zeros_like(total), readers.get()
+        reader = readers.get()
         try:
-            for number in numbers:
-                ids = reader.read(number, ["token_ids"]).arrays["token_ids"]
-                counts += np.bincount(ids, minlength=len(counts))[: len(counts)]
-            return counts
+            ids = [reader.read(number, ["token_ids"]).arrays["token_ids"] for number in numbers]
         finally:
             readers.put(reader)
+        return np.bincount(np.concatenate(ids), minlength=len(total))[: len(total)]
 
     try:
         with (

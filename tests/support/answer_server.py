@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import xxhash
+
+from support.loopback_server import JsonHandler, serving
 
 MODEL = "stand-in"
 WORDS = ["The", " quick", " brown", " fox", " jumps", " Paris", " return a + b", " because", ".", " 東京", "\n", " !!!"]
@@ -85,15 +86,13 @@ def answer_server(tokenizer: Path, port: int = 0, **settings: Any) -> Iterator[A
     """Run a server on loopback until the block ends."""
     server = AnswerServer(tokenizer, **settings)
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
+    class Handler(JsonHandler):
+        def get(self) -> None:
             found = server.fault(0, {}) if self.path == "/v1/models" else "404"
-            _send(self, int(found or 200), {"data": server.models} if not found else {"message": "no"})
+            self.send(int(found or 200), {"data": server.models} if not found else {"message": "no"})
 
-        def do_POST(self) -> None:
-            payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        def post(self) -> None:
+            payload = self.payload()
             tried = payload["max_tokens"] > 1
             with server._lock:
                 if tried:
@@ -101,34 +100,18 @@ def answer_server(tokenizer: Path, port: int = 0, **settings: Any) -> Iterator[A
                     server.headers.append(dict(self.headers))
                 number = len(server.requests)
             if not server.takes_more and "return_token_ids" in payload:
-                return _send(self, 400, {"error": {"message": "unknown field return_token_ids"}})
+                return self.send(400, {"error": {"message": "unknown field return_token_ids"}})
             _respond(self, server, payload, server.fault(number, payload) if tried else None)
             return None
 
-        def log_message(self, *_arguments: Any) -> None:
-            pass
-
-    class Quiet(ThreadingHTTPServer):
-        daemon_threads = True
-        request_queue_size = 128
-
-        def handle_error(self, *_arguments: Any) -> None:
-            """Leave out the traces of clients that were killed."""
-
-    with Quiet(("127.0.0.1", port), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        thread.start()
-        server.url = f"http://127.0.0.1:{http.server_port}/v1"
-        try:
-            yield server
-        finally:
-            http.shutdown()
-            thread.join()
+    with serving(Handler, port) as url:
+        server.url = f"{url}/v1"
+        yield server
 
 
-def _respond(handler: BaseHTTPRequestHandler, server: AnswerServer, payload: dict[str, Any], fault: str | None) -> None:
+def _respond(handler: JsonHandler, server: AnswerServer, payload: dict[str, Any], fault: str | None) -> None:
     if fault is not None and fault.isdecimal():
-        return _send(handler, int(fault), {"error": {"message": f"fault {fault} on purpose"}})
+        return handler.send(int(fault), {"error": {"message": f"fault {fault} on purpose"}})
     if fault == "hang":
         time.sleep(2.0)
         return None
@@ -140,18 +123,5 @@ def _respond(handler: BaseHTTPRequestHandler, server: AnswerServer, payload: dic
         return None
     time.sleep(server.seconds)
     if fault in ("garbage", "empty"):
-        return _send(handler, 200, b'{"model": ' if fault == "garbage" else {"choices": []})
-    return _send(handler, 200, server.body(payload), cut=fault == "truncated")
-
-
-def _send(handler: BaseHTTPRequestHandler, status: int, body: dict[str, Any] | bytes, *, cut: bool = False) -> None:
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    handler.send_response(status)
-    handler.send_header("Content-Type", "application/json")
-    handler.send_header("Content-Length", str(len(data)))
-    handler.end_headers()
-    handler.wfile.write(data[: len(data) // 2] if cut else data)
-    if cut:
-        handler.close_connection = True
-        handler.wfile.flush()
-        handler.connection.shutdown(socket.SHUT_RDWR)
+        return handler.send(200, '{"model": ' if fault == "garbage" else {"choices": []})
+    return handler.send(200, server.body(payload), cut=fault == "truncated")

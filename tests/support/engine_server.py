@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from support.loopback_server import JsonHandler, serving
 
 
 @dataclass
@@ -80,32 +79,12 @@ def engine_server(
     """Run a server on loopback until the block ends."""
     server = EngineServer(engine, turns, **settings)
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    class Handler(JsonHandler):
+        def get(self) -> None:
+            self.send(*server.get(self.path))
 
-        def do_GET(self) -> None:
-            self._send(*server.get(self.path))
+        def post(self) -> None:
+            self.send(*server.post(self.path, self.payload()))
 
-        def do_POST(self) -> None:
-            payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self._send(*server.post(self.path, payload))
-
-        def _send(self, status: int, body: Any) -> None:
-            data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_arguments: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        thread.start()
-        server.url = f"http://127.0.0.1:{http.server_port}"
-        try:
-            yield server
-        finally:
-            http.shutdown()
-            thread.join()
+    with serving(Handler) as server.url:
+        yield server

@@ -7,7 +7,6 @@ answer names the file of states; then the file is written, and the lock let go.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import threading
 import time
@@ -15,7 +14,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from safetensors.torch import save_file
 
 from draftcache.capture.verifier.head import head_logits
 from draftcache.capture.verifier.load import Verifier
+from support.loopback_server import JsonHandler, serving
 
 Tensors = dict[str, torch.Tensor]
 
@@ -136,45 +135,18 @@ def states_server(
     """Run a server on loopback until the block ends."""
     server = StatesServer(verifier, folder, ids, **settings)
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    class Handler(JsonHandler):
+        def get(self) -> None:
+            self.send(*server.get(self.path))
 
-        def do_GET(self) -> None:
-            self._send(*server.get(self.path))
-
-        def do_POST(self) -> None:
-            payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        def post(self) -> None:
+            payload = self.payload()
             server.count(1)
             status, body, after = server.post(self.path, payload)
             time.sleep(server.seconds)
             server.count(-1)
-            self._send(status, body)
+            self.send(status, body)
             after()
 
-        def _send(self, status: int, body: Any) -> None:
-            data = json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-            self.wfile.flush()
-
-        def log_message(self, *_arguments: Any) -> None:
-            pass
-
-    class Quiet(ThreadingHTTPServer):
-        daemon_threads = True
-        request_queue_size = 128
-
-        def handle_error(self, *_arguments: Any) -> None:
-            """Leave out the traces of clients that were killed."""
-
-    with Quiet(("127.0.0.1", port), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        thread.start()
-        server.url = f"http://127.0.0.1:{http.server_port}"
-        try:
-            yield server
-        finally:
-            http.shutdown()
-            thread.join()
+    with serving(Handler, port) as server.url:
+        yield server
