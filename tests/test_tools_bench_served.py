@@ -55,6 +55,14 @@ def test_kernels_in_a_trace_are_those_of_steps_behind_the_prompt() -> None:
     others = [event(100, 20, "gpu_user_annotation", "forward"), event(150, 5, "cpu_op"), {"ph": "M", "name": "process"}]
     prompt = [event(10, 70), event(101, 10)]  # the prompt's, and the proposal that follows it
     steps = [event(130, 40), event(201, 9), event(212, 3, "gpu_memcpy"), event(240, 30), event(305, 8)]
-    found = times_in_trace([*prompt, *steps, *proposals, *others])
-    assert found == pytest.approx({"step_kernel_ms": 0.045, "draft_kernel_ms": 0.010})
-    assert times_in_trace([*prompt, *steps, proposals[0]]) is None
+    expected = pytest.approx({"step_kernel_ms": 0.045, "draft_kernel_ms": 0.010})
+    assert times_in_trace([*prompt, *steps, *proposals, *others], 2) == expected
+    earlier = [
+        event(-90, 20, "gpu_user_annotation", "draft proposal"),
+        event(-85, 12),
+        event(-50, 90),
+    ]  # a prompt in two pieces
+    assert times_in_trace([*earlier, *prompt, *steps, *proposals, *others], 2) == expected
+    assert times_in_trace([*earlier, *prompt, *steps, *proposals, *others], 3) != expected
+    assert times_in_trace([*prompt, *steps, proposals[0]], 1) is None
+    assert times_in_trace([*prompt, *steps, *proposals], 0) is None

@@ -203,10 +203,10 @@ def _follow(config: CaptureConfig, rank: int, first: int, meeting: str, connecti
     with contextlib.suppress(EOFError):
         try:
             _join(rank, config.tensor_parallel, first, meeting)
-            device = choose_device(config.device)
+            device = torch.device("cuda", first + rank) if torch.cuda.is_available() else torch.device("cpu")
             verifier = load_verifier(
                 config.verifier,
-                device=torch.device("cuda", first + rank) if device.type == "cuda" else device,
+                device=device,
                 dtype=choose_dtype(config.compute_dtype, device),
                 trust_remote_code=config.trust_remote_code,
                 tensor_parallel=config.tensor_parallel,

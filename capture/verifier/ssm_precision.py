@@ -31,6 +31,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import DynamicCache
 
+from draftcache.capture.kernels.scan_tiles import fix_scan_tiles
 from draftcache.capture.kernels.state_space import selective_state_update
 from draftcache.store.common.errors import PrecisionError
 
@@ -217,8 +218,9 @@ def require_canary(result: dict[str, Any]) -> None:
 def enforce_contract(model: Any, path: Path, *, allow_fallback: bool) -> dict[str, Any] | None:
     """Enforce and prove the contract on a model that was loaded from `path`; returns its description for the manifest.
 
-    Returns None for a model without Mamba blocks. Raises PrecisionError where the contract is not met, or where a GPU
-    would run the scan of plain torch without `allow_fallback`.
+    mamba-ssm's kernels have the same tiles in every process from then on. Returns None for a model without Mamba
+    blocks. Raises PrecisionError where the contract is not met, or where a GPU would run the scan of plain torch
+    without `allow_fallback`.
     """
     mixers = mamba_mixers(model)
     if not mixers:
@@ -232,6 +234,8 @@ def enforce_contract(model: Any, path: Path, *, allow_fallback: bool) -> dict[st
             "expected mamba-ssm's scan kernels on this GPU, found the PyTorch fallback (about 15 times slower, and "
             "128 GiB of temporaries at 32k tokens); install draftcache[gpu], or pass --allow-fallback"
         )
+    if scan != "torch":
+        fix_scan_tiles()
     canary = run_canary(model)
     require_canary(canary)
     return {

@@ -17,6 +17,7 @@ def as_current(device: torch.device) -> AbstractContextManager[object]:
 def choose_device(name: str) -> torch.device:
     """Return the device called `name`: "cpu", "cuda", "cuda:N", or "auto", which is the GPU where there is one.
 
+    A GPU becomes the calling thread's current device, on which Triton starts kernels and whose streams PyTorch means.
     Raises InputError for another name, and for a GPU that this machine does not have.
     """
     if name == "auto":
@@ -29,4 +30,6 @@ def choose_device(name: str) -> torch.device:
         raise InputError(f"--device: expected cpu, cuda, cuda:N or auto, found {name!r}")
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         raise InputError(f"--device {name}: expected one of this machine's GPUs, found {count} in all")
+    if device.type == "cuda" and device.index is not None:  # without a number it is the current one
+        torch.cuda.set_device(device)
     return device

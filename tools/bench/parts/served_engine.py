@@ -80,13 +80,13 @@ class DraftClock:
         event.record()
         return event
 
-    def median_ms(self) -> float | None:
-        """The median of all calls but the first, which proposes after the prompt; None without a second."""
+    def median_ms(self, steps: int) -> float | None:
+        """The median of the last `steps` calls; None without any. Those before them belong to the prompt's pieces."""
         if self.on_gpu:
             self.torch.cuda.synchronize()
-            times = [before.elapsed_time(after) for before, after in self.calls[1:]]
+            times = [before.elapsed_time(after) for before, after in self.calls[-steps:]]
         else:
-            times = [1000 * (after - before) for before, after in self.calls[1:]]
+            times = [1000 * (after - before) for before, after in self.calls[-steps:]]
         return statistics.median(times) if times else None
 
 
@@ -99,7 +99,7 @@ def timed_run(engine: Any, clock: DraftClock, context: int, tokens: int, vocabul
         generate(engine, context, count, vocabulary)
         seconds[count] = time.perf_counter() - started
         steps = (_steps(engine) - before) or count - 1
-    draft_ms = clock.median_ms()
+    draft_ms = clock.median_ms(steps)
     return {
         "step_ms": 1000 * (seconds[tokens] - seconds[1]) / max(1, steps),
         "draft_ms": draft_ms,
@@ -122,31 +122,35 @@ def kernel_times(engine: Any, context: int, vocabulary: int) -> dict[str, float]
     if not torch.cuda.is_available():
         return None
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        before = _steps(engine)
         generate(engine, context, _PROFILED_TOKENS, vocabulary)
         torch.cuda.synchronize()
+        verified = _steps(engine) - before
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         profiled.export_chrome_trace(file.name)
-        return times_in_trace(json.loads(Path(file.name).read_text())["traceEvents"])
+        return times_in_trace(json.loads(Path(file.name).read_text())["traceEvents"], verified)
 
 
-def times_in_trace(events: list[dict[str, Any]]) -> dict[str, float] | None:
+def times_in_trace(events: list[dict[str, Any]], verified: int) -> dict[str, float] | None:
     """Return the milliseconds of kernels per verify step, `step_kernel_ms`, and in the draft, `draft_kernel_ms`.
 
-    `events` are those of a Chrome trace; times in it are microseconds. The first proposal belongs to the prompt, so
-    steps are counted from its end to the last one's. None where there are fewer than two proposals.
+    `events` are those of a Chrome trace; times in it are microseconds. Each of the `verified` steps ends with a
+    proposal, and the proposals before them belong to the pieces of the prompt: steps are counted from the end of the
+    last of these to the end of the last one of all. None where there are not more proposals than steps, or no step.
     """
     ranges = sorted(
         (event["ts"], event["ts"] + event["dur"])
         for event in events
         if event.get("cat") == "gpu_user_annotation" and event.get("name") == _RANGE
     )
-    if len(ranges) < 2:
+    if not 0 < verified < len(ranges):
         return None
-    steps = ranges[1:]
+    steps = ranges[-verified:]
+    began = ranges[-verified - 1][1]
     kernels = [
         (event["ts"], event["dur"])
         for event in events
-        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") and ranges[0][1] <= event["ts"] < ranges[-1][1]
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") and began <= event["ts"] < ranges[-1][1]
     ]
     in_draft = sum(dur for at, dur in kernels if any(begin <= at < end for begin, end in steps))
     return {

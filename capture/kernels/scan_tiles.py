@@ -1,0 +1,50 @@
+"""Fixed tiles for mamba-ssm's scan kernels, so that all processes compute the same bits.
+
+mamba-ssm lets Triton time several tiles in every process and take the fastest one. Tiles differ in the order of their
+sums, and timings differ from run to run: two workers, or a killed worker and the one that resumes its job, would write
+states of the same conversation that differ in their last bits. With one tile per kernel nothing is timed, so a process
+also begins sooner.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_PACKAGE = "mamba_ssm.ops.triton"
+_TILES: dict[str, dict[str, dict[str, int]]] = {
+    "ssd_chunk_state": {
+        "_chunk_cumsum_fwd_kernel": {"BLOCK_SIZE_H": 16},
+        "_chunk_state_fwd_kernel": {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 32},
+    },
+    "ssd_state_passing": {"_state_passing_fwd_kernel": {"BLOCK_SIZE": 512}},
+    "ssd_bmm": {"_bmm_chunk_fwd_kernel": {"BLOCK_SIZE_M": 128, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32}},
+    "ssd_chunk_scan": {"_chunk_scan_fwd_kernel": {"BLOCK_SIZE_M": 128, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32}},
+}
+"""A tile by module and kernel: those of mamba-ssm's lists that cover a chunk of 128 tokens with heads of 64 channels
+and states of 128. With the warps and stages below they take at most 100 KB of shared memory, in float32 too."""
+_WARPS, _STAGES = 4, 4
+
+
+def fix_scan_tiles() -> list[str]:
+    """Give every kernel of the scan's forward its one tile, and return the names of those that have it.
+
+    A kernel that another version of mamba-ssm has under another name, or with other parameters, keeps its own choice.
+    """
+    return [
+        name
+        for module, tiles in _TILES.items()
+        for name, tile in tiles.items()
+        if _fix(getattr(import_module(f"{_PACKAGE}.{module}"), name, None), tile)
+    ]
+
+
+def _fix(kernel: Any, tile: dict[str, int]) -> bool:
+    """Replace the configurations of Triton's autotuner `kernel` by one; returns whether it is one, with this tile."""
+    from triton import Config
+    from triton.runtime.autotuner import Autotuner
+
+    if not isinstance(kernel, Autotuner) or not tile.keys() <= set(kernel.arg_names):
+        return False
+    kernel.configs = [Config(tile, num_warps=_WARPS, num_stages=_STAGES)]
+    return True
