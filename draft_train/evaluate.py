@@ -27,7 +27,7 @@ from draftcache.draft_train.measure import Hits, Sampling, bigram_hits, draft_hi
 from draftcache.draft_train.sampled import SampledCounts, draft_overlaps, require_temperature
 from draftcache.draft_train.setting_tables import CHOICES
 from draftcache.draft_train.split_checks import members_of, warn_of_trained
-from draftcache.store.common.device import choose_device
+from draftcache.store.common.device import use_device
 from draftcache.store.common.errors import InputError, ManifestMismatchError
 from draftcache.store.common.progress import progress_bar
 from draftcache.store.format.teacher import DraftVocab
@@ -86,7 +86,7 @@ def evaluate(
     if temperature is not None:
         require_temperature(temperature)
     run = _Evaluation(
-        StoreReader(store), choose_device(device), draft_tokens, compute, edges, temperature, resamples, seed
+        StoreReader(store), use_device(device), draft_tokens, compute, edges, temperature, resamples, seed
     )
     run.load(checkpoint, [path for path in compare if not _is_record(path)])
     members = _members(run.store, splits, run.state)

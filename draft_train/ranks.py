@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from draftcache.store.common.device import choose_device
+from draftcache.store.common.device import choose_device, use_device
 from draftcache.store.common.errors import (
     DraftcacheError,
     InputError,
@@ -93,10 +93,11 @@ def joined_ranks(device_name: str) -> Iterator[Ranks]:
     Raises InputError where variables are missing or a rank can't have a GPU for itself, and RankError where a rank does
     not answer.
     """
-    world, device = int(os.environ.get("WORLD_SIZE", "1")), choose_device(device_name)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        yield Ranks(device)
+        yield Ranks(use_device(device_name))
         return
+    device = choose_device(device_name)
     rank, local = (int(os.environ.get(name, "-1")) for name in ("RANK", "LOCAL_RANK"))
     if rank < 0 or local < 0:
         raise InputError("expected RANK and LOCAL_RANK beside WORLD_SIZE, found none; start the ranks with torchrun")

@@ -46,7 +46,7 @@ from draftcache.draft_train.run_log import RunLog, step_record
 from draftcache.draft_train.split_checks import held_out_members, trained_members
 from draftcache.draft_train.warm_start import require_shape, require_vocabulary, warm_start
 from draftcache.store.common.checkout import code_commit, code_version
-from draftcache.store.common.device import choose_device
+from draftcache.store.common.device import use_device
 from draftcache.store.common.errors import DraftcacheError
 from draftcache.store.common.stopping import Stopped, StopRequest
 
@@ -74,7 +74,7 @@ class TrainingRun:
 
         `source` is the opened store of `config.store`, where several runs share it.
         """
-        self.ranks = ranks or Ranks(choose_device(config.device))
+        self.ranks = ranks or Ranks(use_device(config.device))
         self.stop = stop or StopRequest()
         self.device = self.ranks.device
         require_work(config, self.ranks)

@@ -33,7 +33,7 @@ from draftcache.capture.prepare.rows.rejections import RowRejectedError
 from draftcache.capture.verifier.load import choose_dtype, load_verifier
 from draftcache.capture.verifier.ssm_precision import enforce_contract
 from draftcache.capture.verifier.weights import weights_fingerprint
-from draftcache.store.common.device import choose_device
+from draftcache.store.common.device import use_device
 
 LOOK_AHEAD = 16
 """Batches' worth of samples that are read ahead and sorted by length."""
@@ -67,7 +67,7 @@ class VerifierEngine:
         assert config.verifier is not None
         self._config = config
         self._stop_ids = list(stop_ids)
-        device = choose_device(config.device)
+        device = use_device(config.device)
         dtype = choose_dtype(config.compute_dtype, device)
         verifier = load_verifier(
             config.verifier, device=device, dtype=dtype, trust_remote_code=config.trust_remote_code

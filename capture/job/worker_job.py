@@ -34,7 +34,7 @@ from draftcache.capture.verifier.load import Verifier, choose_dtype, load_verifi
 from draftcache.capture.verifier.source import StateSource
 from draftcache.capture.verifier.ssm_precision import enforce_contract
 from draftcache.capture.verifier.weights import former_fingerprint
-from draftcache.store.common.device import choose_device
+from draftcache.store.common.device import use_device
 from draftcache.store.common.errors import InputError, ManifestMismatchError
 from draftcache.store.common.stopping import StopRequest
 from draftcache.store.common.tensor_files import save_tensors
@@ -66,7 +66,7 @@ class CaptureJob:
         if config.teacher == "draft" and config.top_k > (most := len(self.vocab_maps[0])):
             raise InputError(f"--top-k: expected at most the draft vocabulary's {most}, found {config.top_k}")
         model = check_config(config, self.work, model)
-        self.device = choose_device(config.device)
+        self.device = use_device(config.device)
         self.dtype = choose_dtype(config.compute_dtype, self.device)
         self.storage = open_storage(config.output)
         require_own_or_empty(self.storage)

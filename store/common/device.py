@@ -17,7 +17,6 @@ def as_current(device: torch.device) -> AbstractContextManager[object]:
 def choose_device(name: str) -> torch.device:
     """Return the device called `name`: "cpu", "cuda", "cuda:N", or "auto", which is the GPU where there is one.
 
-    A GPU becomes the calling thread's current device, on which Triton starts kernels and whose streams PyTorch means.
     Raises InputError for another name, and for a GPU that this machine does not have.
     """
     if name == "auto":
@@ -30,6 +29,15 @@ def choose_device(name: str) -> torch.device:
         raise InputError(f"--device: expected cpu, cuda, cuda:N or auto, found {name!r}")
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         raise InputError(f"--device {name}: expected one of this machine's GPUs, found {count} in all")
+    return device
+
+
+def use_device(name: str) -> torch.device:
+    """Return `choose_device(name)`. A GPU becomes the calling thread's current device.
+
+    Triton starts kernels on the current device, and a stream without a device is that device's.
+    """
+    device = choose_device(name)
     if device.type == "cuda" and device.index is not None:  # without a number it is the current one
         torch.cuda.set_device(device)
     return device

@@ -42,7 +42,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from draftcache.store.common.device import choose_device
+from draftcache.store.common.device import use_device
 from draftcache.store.common.errors import DraftcacheError, InputError
 from draftcache.store.common.failures import describe_failure, exit_code_of
 from draftcache.store.common.files import read_json, write_json
@@ -164,7 +164,7 @@ def timing_rows(setup: Setup, store: Path, trials: Trials, device: str) -> Rows:
     """Return the rows of sizes, times and predicted speed-ups. A verifier that can't be timed leaves out the last."""
     import torch
 
-    on = choose_device(setup.device)
+    on = use_device(setup.device)
     dtype = torch.bfloat16 if on.type == "cuda" else torch.float32
     drafts = {case: draft_figures(store, of_case[0]["run"], on, dtype) for case, of_case in trials.items()}
     verify: Times = {}

@@ -201,7 +201,7 @@ def _edges(text: str) -> list[int]:
 
 
 def _online(arguments: argparse.Namespace) -> dict[str, Any]:
-    from draftcache.store.common.device import choose_device
+    from draftcache.store.common.device import use_device
     from draftcache.tools.truth import online_check
 
     with tempfile.TemporaryDirectory(prefix="draftcache-online-") as directory:
@@ -214,5 +214,5 @@ def _online(arguments: argparse.Namespace) -> dict[str, Any]:
             max_new_tokens=arguments.online_tokens,
             draft_tokens=arguments.draft_tokens,
             directory=Path(directory),
-            device=choose_device(arguments.device),
+            device=use_device(arguments.device),
         ).to_json()

@@ -16,9 +16,9 @@ def margins_at(verifier: Path, prefixes: Mapping[int, Sequence[int]], *, dtype: 
     from draftcache.capture.verifier.head import head_logits
     from draftcache.capture.verifier.load import choose_dtype, load_verifier
     from draftcache.capture.verifier.ssm_precision import enforce_contract
-    from draftcache.store.common.device import choose_device
+    from draftcache.store.common.device import use_device
 
-    chosen = choose_device(device)
+    chosen = use_device(device)
     loaded = load_verifier(verifier, device=chosen, dtype=choose_dtype(dtype, chosen), trust_remote_code=False)
     enforce_contract(loaded.model, verifier, allow_fallback=False)
     found = {}

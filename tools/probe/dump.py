@@ -19,7 +19,7 @@ from draftcache.capture.job.config import require_ascending
 from draftcache.capture.prepare.chat.tokenizer_files import load_tokenizer
 from draftcache.capture.verifier.load import Verifier, choose_dtype, describe_verifier, load_verifier
 from draftcache.capture.verifier.ssm_precision import enforce_contract
-from draftcache.store.common.device import choose_device
+from draftcache.store.common.device import use_device
 from draftcache.store.common.errors import GateError, InputError
 from draftcache.store.common.files import atomic_path, canonical_json
 from draftcache.store.common.tensor_files import save_tensors
@@ -87,7 +87,7 @@ def dump_states(config: ProbeConfig) -> dict[str, Any]:
     met, and GateError for states that are not finite.
     """
     token_ids = _input_ids(config)
-    device = choose_device(config.device)
+    device = use_device(config.device)
     verifier = load_verifier(
         config.verifier,
         device=device,
