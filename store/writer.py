@@ -35,7 +35,7 @@ from draftcache.store.format.index import INDEX_NAME, INDEX_RECORD, npy_bytes, w
 from draftcache.store.format.manifest import StoreManifest, top_level_names
 from draftcache.store.format.schema import INDEX_DTYPE, Conversation
 from draftcache.store.layouts.registry import SHARD_WRITERS
-from draftcache.store.layouts.shard_files import write_small_file
+from draftcache.store.layouts.shard_files import Files, write_small_file
 from draftcache.store.output_check import require_own_or_empty
 from draftcache.store.storage.asking import ask_side_by_side
 from draftcache.store.storage.base import Location, Lock, Stage, Storage, open_storage
@@ -222,6 +222,7 @@ class ShardInProgress:
         self._format = SHARD_WRITERS[manifest.layout](stage, self._specs)
         self._index: list[NDArray[Any]] = []
         self._lengths = dict.fromkeys(FIRST_FIELD, 0)
+        self._closed: tuple[str, Files, NDArray[Any]] | None = None
         self._settled = False  # whether a commit record may exist, so that the files must stay
 
     def __enter__(self) -> Self:
@@ -265,17 +266,30 @@ class ShardInProgress:
             self._lengths[axis] += count
         return row
 
+    def close(self) -> None:
+        """Make the files durable under their final names; nothing can be appended any more. Raises StorageError.
+
+        This is nearly all of a commit's work, and may be done in another thread. The shard is removed at the context
+        manager's end unless `commit` follows.
+        """
+        if self._closed is not None:
+            return
+        files = self._format.close()
+        index = np.concatenate(self._index) if self._index else np.empty(0, INDEX_DTYPE)
+        files[INDEX_NAME] = write_small_file(self._stage, INDEX_NAME, npy_bytes(index))
+        directory = self._stage.publish(lambda: read_record(self._storage, shard_name(self.number)) is not None)
+        self._closed = directory, files, index
+
     def commit(self, extra: dict[str, Any], check: Callable[[Record], None] | None = None) -> bool:
-        """Publish the shard. `extra` holds further fields of its commit record.
+        """Close and publish the shard. `extra` holds further fields of its commit record.
 
         `check` is called with the record before it is written, when the files have their final names: an error that it
         raises leaves the shard uncommitted. Returns False, and removes the shard, where another writer's record was
         there first. Raises StorageError.
         """
-        files = self._format.close()
-        index = np.concatenate(self._index) if self._index else np.empty(0, INDEX_DTYPE)
-        files[INDEX_NAME] = write_small_file(self._stage, INDEX_NAME, npy_bytes(index))
-        directory = self._stage.publish(lambda: read_record(self._storage, shard_name(self.number)) is not None)
+        self.close()
+        assert self._closed is not None, "close() has set it"
+        directory, files, index = self._closed
         record: Record = {
             "directory": directory,
             "files": {f"{directory}/{name}": files[name] for name in sorted(files)},

@@ -26,7 +26,9 @@ def test_batches_keep_the_budget_and_like_lengths_together() -> None:
     assert padded < 1.12 * sum(lengths)
     assert max(map(len, batches)) > 5
     assert token_batches(lengths, 8192) == batches
-    assert token_batches([9000, 10], 8192) == [[0], [1]]
+    assert token_batches([9000, 10, 12, 10], 8192) == [[1, 3, 2], [0]]
+    flat = [number for batch in batches for number in batch]
+    assert [lengths[number] for number in flat] == sorted(lengths)  # whatever the budget
     assert token_batches([], 8192) == []
 
 
@@ -113,3 +115,26 @@ def test_host_arrays_join_pieces() -> None:
     short.add({"a": values[:5]}, {"a": 20})
     with pytest.raises(AssertionError):
         short.numpy()
+
+
+def test_the_last_call_comes_after_every_item_unless_the_work_failed_or_was_abandoned() -> None:
+    def failing(item: int) -> None:
+        raise ValueError(f"disk full at {item}")
+
+    seen: list[str] = []
+    writing = Writing[int](lambda item: seen.append(f"item {item}"), 1000, last=lambda: seen.append("last"))
+    for item in range(3):
+        writing.put(item, 1)
+    writing.close()
+    writing.finish()
+    assert seen == ["item 0", "item 1", "item 2", "last"]
+    failed = Writing(failing, 1000, last=lambda: seen.append("never"))
+    failed.put(0, 1)
+    with pytest.raises(ValueError, match="disk full at 0"):
+        failed.finish()
+    Writing(failing, 1000, last=lambda: seen.append("never")).abandon()
+    assert seen[-1] == "last"
+    at_last = Writing[int](seen.append, 1000, last=lambda: failing(7))  # type: ignore[arg-type]
+    at_last.close()
+    with pytest.raises(ValueError, match="disk full at 7"):
+        at_last.finish()

@@ -9,11 +9,12 @@ _LEAST_SHARE = 0.8
 
 
 def token_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """The conversations of each batch by their number in `lengths`, longest first; a pure function of its arguments.
+    """The conversations of each batch by their number in `lengths`, shortest first; a pure function of its arguments.
 
     A batch's size times its longest length is at most `batch_tokens`, except for a single conversation that is longer.
+    The longest come last, so that a device has work while the host ends this shard and begins the next one.
     """
-    order = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
+    order = sorted(range(len(lengths)), key=lambda number: (-lengths[number], -number))
     batches: list[list[int]] = []
     for number in order:
         longest = lengths[batches[-1][0]] if batches else 0
@@ -22,4 +23,4 @@ def token_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
             batches[-1].append(number)
         else:
             batches.append([number])
-    return batches
+    return [batch[::-1] for batch in reversed(batches)]

@@ -87,12 +87,19 @@ class HostArrays:
 class Writing(Generic[Item]):
     """A thread that calls `handle` for items in order; at most `limit` bytes of items wait in its queue.
 
-    The next `put`, or `finish`, raises an exception of the thread. Items that come after an exception, or after
-    `abandon`, are given to `drop` instead of `handle`.
+    After the last item, when `close` has said that there is no other, it calls `last`. The next `put`, or `finish`,
+    raises an exception of the thread. Items that come after an exception, or after `abandon`, are given to `drop`
+    instead of `handle`, and `last` is not called.
     """
 
-    def __init__(self, handle: Callable[[Item], None], limit: int, drop: Callable[[Item], None] | None = None) -> None:
-        self._handle, self._drop, self._limit = handle, drop, limit
+    def __init__(
+        self,
+        handle: Callable[[Item], None],
+        limit: int,
+        drop: Callable[[Item], None] | None = None,
+        last: Callable[[], None] | None = None,
+    ) -> None:
+        self._handle, self._drop, self._last, self._limit = handle, drop, last, limit
         self._waiting = 0
         self._changed = threading.Condition()
         self._queue: SimpleQueue[tuple[Item, int] | None] = SimpleQueue()
@@ -116,16 +123,20 @@ class Writing(Generic[Item]):
         """Whether any item is not handled or dropped yet."""
         return self._waiting > 0
 
-    def finish(self) -> None:
-        """Wait until every item is handled, and end the thread."""
+    def close(self) -> None:
+        """Let the thread end after the items that it was given; no other may follow."""
         self._queue.put(None)
+
+    def finish(self) -> None:
+        """Close, and wait until every item is handled and `last` was called."""
+        self.close()
         self._thread.join()
         self._raise()
 
     def abandon(self) -> None:
         """Drop the items that wait; returns when the thread has ended."""
         self._abandoned = True
-        self._queue.put(None)
+        self.close()
         self._thread.join()
 
     def _raise(self) -> None:
@@ -145,3 +156,8 @@ class Writing(Generic[Item]):
             with self._changed:
                 self._waiting -= size
                 self._changed.notify_all()
+        try:
+            if self._last is not None and self._error is None and not self._abandoned:
+                self._last()
+        except BaseException as exc:
+            self._error = exc

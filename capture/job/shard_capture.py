@@ -1,7 +1,8 @@
 """Computing one shard: conversations -> verifier -> teacher and codec on the device -> gates -> the shard.
 
 While the device computes a batch, the batch before is copied to the host, and a thread judges, compresses and writes
-the batches before that. The device waits only for host memory: at most `buffer_bytes` are computed and not written yet.
+the batches before that, and closes the shard's files behind the last one. The device waits only for host memory: at
+most `buffer_bytes` are computed and not written yet.
 """
 
 from __future__ import annotations
@@ -156,7 +157,9 @@ class ShardRunning:
         self._gates = Gates(capture.config.layers, capture.manifest.bands)
         self._summary = ShardSummary()
         self._lines: list[str] = []
-        self._writing = Writing[_Task](self._append, capture.config.buffer_bytes, lambda task: task.host.release())
+        self._writing = Writing[_Task](
+            self._append, capture.config.buffer_bytes, drop=lambda task: task.host.release(), last=begun.close
+        )
         capture.writings.append(self._writing)
 
     def compute(self) -> None:
@@ -168,6 +171,7 @@ class ShardRunning:
             source.read_ahead([tasks[number].token_ids for batch in batches for number in batch])
         for batch in batches:
             self._compute_batch([tasks[number] for number in batch])
+        self._writing.close()
 
     def _task(self, number: int) -> _Task | None:
         token_ids, loss_mask, content_hash = self._capture.work.dataset.split(self._split)[number]
@@ -266,7 +270,7 @@ class ShardRunning:
             self._progress.say(self._lines.pop(0))
 
     def finish(self) -> ShardSummary:
-        """Wait until every conversation is appended or quarantined."""
+        """Wait until every conversation is appended or quarantined, and the shard's files are closed."""
         self._writing.finish()
         self._capture.writings.remove(self._writing)
         self._say()

@@ -20,8 +20,8 @@ times the tokens of one. `--shape small --device cpu` runs all of it on two core
   `verified_share` the share that was read in full, `damages` what was found.
 - `tensor-parallel`, cases `capture-tpK`: one worker over K GPUs, the tokens of one GPU. It needs transformers 5.23,
   and takes `capture-1` of the same run as the rate of one GPU, or measures `capture-tp1`.
-- `train`, cases `train-N` and `train-N-shuffled`: `draftcache train` by torchrun, a conversation per rank and step, in
-  bucketed and in shuffled order of the same lengths. `waiting_share` is the share of the ranks' time in which they wait
+- `train`, cases `train-N` and `train-N-shuffled`: `draftcache train` by torchrun on 48 conversations per rank, one per
+  rank and step, in bucketed and in shuffled order. `waiting_share` is the share of the ranks' time in which they wait
   for the slowest (parts/scale_waiting.py has the formula), `wait_removed` is how much of it bucketing removes, and
   `loss_difference` the largest relative difference of a step's loss to the fewest ranks', on the same conversations.
 
@@ -271,7 +271,7 @@ def _require_means(arguments: argparse.Namespace) -> None:
             )
     tokens = max(
         most * (arguments.tokens or shape.capture_tokens) if captures else 0,
-        sum(training_lengths(shape)) if "train" in arguments.parts else 0,
+        sum(training_lengths(shape, most)) if "train" in arguments.parts else 0,
     )
     needed = tokens * _BYTES_PER_TOKEN
     if captures and arguments.checkpoint is None:

@@ -30,8 +30,8 @@ class ScaleShape:
     shard_tokens: int
     draft_vocab: int
     draft: Eagle3Shape
-    conversations: int
-    """Number of conversations of the store that training reads, without those of `CHECK_SPLIT`."""
+    steps: int
+    """Steps of a training epoch, with a conversation per rank."""
     file_bytes: int = 4 << 30
     """Most bytes of a file of the checkpoint."""
 
@@ -51,7 +51,7 @@ def _small_config() -> Any:
 SHAPES = {
     "30b": ScaleShape(
         verifier=verifier_config, layers=LAYERS, longest=32_768, capture_tokens=1_800_000, shard_tokens=65_536,
-        draft_vocab=DRAFT_VOCAB, draft=SHAPE, conversations=96,
+        draft_vocab=DRAFT_VOCAB, draft=SHAPE, steps=48,
     ),
     "small": ScaleShape(
         verifier=_small_config, layers=(0, 1, 2), longest=400, capture_tokens=6_000, shard_tokens=500, draft_vocab=200,
@@ -59,7 +59,7 @@ SHAPES = {
             SHAPE, hidden_size=32, num_attention_heads=4, head_dim=16, intermediate_size=64, vocab_size=4096,
             draft_vocab_size=1600, sliding_window=64,
         ),
-        conversations=12, file_bytes=1 << 16,
+        steps=12, file_bytes=1 << 16,
     ),
 }  # fmt: skip
 

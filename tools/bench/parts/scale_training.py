@@ -32,7 +32,7 @@ class Run:
     """One training run of a report."""
 
     name: str
-    split: str
+    splits: list[str]
     order: str
     epochs: int
     batch: int
@@ -120,9 +120,10 @@ def _train(run: Run, job: TrainingJob, ranks: Ranks) -> dict[str, Any]:
     draft, output = SHAPES[job.shape].draft, Path(job.output) / run.name
     trainer = TimedTrainer(
         TrainConfig(
-            store=job.store, output=output, splits=(run.split,), order=run.order, epochs=run.epochs, device=job.device,
-            batch_conversations=run.batch, checkpoint_every=1_000_000, num_attention_heads=draft.num_attention_heads,
-            num_key_value_heads=draft.num_key_value_heads, head_dim=draft.head_dim,
+            store=job.store, output=output, splits=tuple(run.splits), order=run.order, epochs=run.epochs,
+            device=job.device, batch_conversations=run.batch, checkpoint_every=1_000_000,
+            num_attention_heads=draft.num_attention_heads, num_key_value_heads=draft.num_key_value_heads,
+            head_dim=draft.head_dim,
             sliding_window=draft.sliding_window or 0, intermediate_size=draft.intermediate_size,
         ),
         ranks,

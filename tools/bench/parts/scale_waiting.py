@@ -16,7 +16,7 @@ import numpy as np
 
 from draftcache.store.common.errors import WorkerError
 from draftcache.tools.bench.parts.scale_shapes import SHAPES
-from draftcache.tools.bench.parts.scale_store import CHECK_SPLIT, SPLIT
+from draftcache.tools.bench.parts.scale_store import CHECK_SPLIT, part_splits
 from draftcache.tools.bench.parts.scale_training import Run, TrainingJob
 
 ORDERS = ("bucketed", "shuffle")
@@ -24,7 +24,7 @@ LOSS = "loss"
 """The name of the run whose losses are compared between world sizes."""
 LOSS_LIMIT = 1e-3
 """Bound of `loss_difference`: sums over ranks are rounded in another order, and the optimizer carries that on."""
-_CHECK_EPOCHS = 4
+_EPOCHS, _CHECK_EPOCHS = 3, 4
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,16 @@ class Trainings:
         self._launch([], most_ranks, write=True)
 
     def run(self, ranks: int) -> Outcome:
-        """Train with one conversation per rank and step, in both orders, and as many steps whatever the ranks.
+        """Train on a part of the store per rank, with a conversation per rank and step, in both orders.
 
-        The first epoch of each run warms up and does not count.
+        So runs of all world sizes have as many steps. The first epoch of each warms up and does not count.
         """
-        runs = [Run(name=order, split=SPLIT, order=order, epochs=1 + ranks, batch=ranks) for order in ORDERS]
-        runs.append(Run(name=LOSS, split=CHECK_SPLIT, order="shuffle", epochs=_CHECK_EPOCHS, batch=self._batch))
+        splits = list(part_splits(ranks))
+        runs = [Run(name=order, splits=splits, order=order, epochs=_EPOCHS, batch=ranks) for order in ORDERS]
+        runs.append(Run(name=LOSS, splits=[CHECK_SPLIT], order="shuffle", epochs=_CHECK_EPOCHS, batch=self._batch))
         reports = self._launch(runs, ranks)
-        warm_up = -(-SHAPES[self._shape].conversations // ranks)
-        timings = {order: step_figures([report[order] for report in reports], warm_up) for order in ORDERS}
+        steps = SHAPES[self._shape].steps
+        timings = {order: step_figures([report[order] for report in reports], steps) for order in ORDERS}
         return Outcome(
             metrics={order: timing[0] for order, timing in timings.items()},
             waits={order: timing[1] for order, timing in timings.items()},
