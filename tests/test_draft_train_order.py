@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from draftcache.draft_train.data.order import Schedule, epoch_batches, micro_batches
+from draftcache.draft_train.data.order import Schedule, epoch_batches, micro_batches, share_of_rank
 
 MEMBERS = np.arange(5, 103)
 TOKENS = np.random.default_rng(0).integers(10, 1000, 200)
@@ -54,6 +54,21 @@ def test_any_number_of_ranks_shares_the_same_steps(order: str, world: int) -> No
         assert sorted(taken) == sorted(plan.conversations.tolist())
     if world == 8:
         assert any(not plan.parts for rank in ranks for plan in rank)
+
+
+def test_ranks_have_about_as_many_tokens_in_every_step() -> None:
+    """The negative control is every n-th conversation, in the order in which the step has them."""
+    waits = {"shared": 0.0, "in turn": 0.0}
+    for chosen in np.split(np.random.default_rng(3).permutation(160), 10):
+        tokens = TOKENS[chosen]
+        shared = [share_of_rank(chosen, tokens, rank, 4) for rank in range(4)]
+        assert sorted(np.concatenate(shared).tolist()) == sorted(chosen.tolist())
+        for name, parts in (("shared", shared), ("in turn", [chosen[rank::4] for rank in range(4)])):
+            loads = [int(TOKENS[part].sum()) for part in parts]
+            waits[name] += sum(max(loads) - load for load in loads) / (4 * max(loads))
+    assert waits["shared"] < 0.2 * waits["in turn"]
+    alone = [share_of_rank(MEMBERS[:5], TOKENS[MEMBERS[:5]], rank, 8) for rank in range(8)]
+    assert sorted(map(len, alone)) == [0, 0, 0, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("first", [0, 1, 12, 13, 20, 38, 39])

@@ -53,6 +53,22 @@ def micro_batches(numbers: Numbers, tokens: Numbers, limit: int) -> list[Numbers
     return [np.array(part, np.int64) for part in parts]
 
 
+def share_of_rank(numbers: Numbers, tokens: Numbers, rank: int, world: int) -> Numbers:
+    """Return those of a step's conversations `numbers` [M], of `tokens` [M] tokens, that one of `world` ranks takes.
+
+    The longest goes to the rank that has the fewest tokens so far, and so on, so that no rank waits long for another.
+    Which rank takes a conversation changes gradients only by rounding.
+    """
+    loads = [0] * world
+    mine = []
+    for index in np.argsort(-tokens, kind="stable"):
+        least = loads.index(min(loads))
+        loads[least] += int(tokens[index])
+        if least == rank:
+            mine.append(int(index))
+    return numbers[np.sort(np.array(mine, np.int64))]
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """One optimizer step."""
@@ -67,7 +83,7 @@ class StepPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """All steps of a run for one of its `world` ranks, which takes every `world`-th conversation of each step."""
+    """All steps of a run for one of its `world` ranks, which share the conversations of each step by their lengths."""
 
     members: Numbers
     """Conversations to train on."""
@@ -103,5 +119,5 @@ class Schedule:
                 size=self.batch_conversations,
             )
             for chosen in batches[max(0, first - epoch * self.steps_per_epoch) :]:
-                mine = chosen[self.rank :: self.world]
+                mine = share_of_rank(chosen, self.tokens[chosen], self.rank, self.world)
                 yield StepPlan(chosen, micro_batches(mine, self.tokens[mine], self.pack_tokens), epoch)
