@@ -30,11 +30,14 @@ from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.job.launch import capture
 from draftcache.capture.job.worker_job import CaptureJob
 from draftcache.store.common.errors import InputError
+from draftcache.store.common.stopping import Stopped
 from draftcache.store.format.commits import committed_shards, shard_name
 from draftcache.store.format.norm_band import bands_from_json, bands_to_json
 from draftcache.store.reader import StoreReader
+from draftcache.store.shard_in_progress import ShardInProgress
 from draftcache.store.storage.base import open_storage
 from draftcache.store.verify import verify_store
+from draftcache.store.writer import StoreWriter
 from draftcache.tools.campaign.object_server import BUCKET, CREDENTIALS, s3_server
 from draftcache.tools.cli import main
 from support.capture_jobs import config, flags, prepare_rows, write_rows
@@ -276,6 +279,26 @@ def test_a_shard_that_can_not_be_finished_is_left_without_a_trace(
     assert command.exit_code() == code
     assert [shard for shard in committed_shards(open_storage(output)) if shard == 0] == []
     require_nothing_unfinished(output)
+
+
+def test_a_signal_while_a_shard_begins_leaves_no_trace_either(
+    settings: CaptureConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C comes when the shard's directory is there, and nobody has the shard in hand yet."""
+    begin = StoreWriter.shard
+
+    def interrupted(writer: StoreWriter, shard: int) -> ShardInProgress | None:
+        started = begin(writer, shard)
+        if shard == 1:
+            assert 1 in begun(tmp_path / "s")
+            signal.raise_signal(signal.SIGINT)
+        return started
+
+    monkeypatch.setattr(StoreWriter, "shard", interrupted)
+    with pytest.raises(Stopped):
+        capture(replace(settings, output=tmp_path / "s", workers=1))
+    assert not committed_shards(open_storage(tmp_path / "s"))
+    require_nothing_unfinished(tmp_path / "s")
 
 
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])

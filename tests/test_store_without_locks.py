@@ -21,9 +21,10 @@ from draftcache.store.common import attempts
 from draftcache.store.common.errors import InputError
 from draftcache.store.format.commits import committed_shards, read_record
 from draftcache.store.reader import StoreReader
+from draftcache.store.shard_in_progress import ShardInProgress
 from draftcache.store.storage.base import open_storage
 from draftcache.store.verify import verify_store
-from draftcache.store.writer import ShardInProgress, StoreWriter
+from draftcache.store.writer import StoreWriter
 from support.processes import ONE_THREAD
 from support.synthetic import conversation, manifest, turns, write_files
 

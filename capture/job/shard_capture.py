@@ -33,7 +33,7 @@ from draftcache.store.format.rows import rows_in_reach, teacher_positions
 from draftcache.store.format.schema import Conversation
 from draftcache.store.format.teacher_stats import tail_mass
 from draftcache.store.format.vocab_map import VocabMap
-from draftcache.store.writer import ShardInProgress
+from draftcache.store.shard_in_progress import ShardInProgress
 
 _STATISTICS = "gate statistics"
 _GPU_MULTIPLE = 128
@@ -97,20 +97,6 @@ class ShardCapture:
         self._memory = PinnedRing(config.buffer_bytes, pinned=True) if on_gpu and config.buffer_bytes else None
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
 
-    def begin(self, begun: ShardInProgress, plan: ShardPlan, progress: Progress) -> ShardRunning:
-        """Append the shard's conversations to `begun`, except those that fail a gate.
-
-        Returns when all of the shard's work was given to the device; `ShardRunning.finish` waits for the rest. Stopped
-        may end this call at any instant, and then nothing more is appended.
-        """
-        running = ShardRunning(self, begun, plan, progress)
-        try:
-            running.compute()
-        except BaseException:
-            running.abandon()
-            raise
-        return running
-
     def compute_piece(self, piece: Piece, token_ids: Tensor, row: int, task: _Task, wait: Callable[[], bool]) -> None:
         """Encode what is kept of the conversation in the batch's row `row` of a piece, and copy it to the host."""
         config = self.config
@@ -149,7 +135,7 @@ class ShardCapture:
 
 
 class ShardRunning:
-    """One shard that is being computed, copied and written."""
+    """One shard that `compute` computes, while it is copied and written; then `finish` or `abandon` ends it."""
 
     def __init__(self, capture: ShardCapture, begun: ShardInProgress, plan: ShardPlan, progress: Progress) -> None:
         self._capture, self._begun, self._plan, self._progress = capture, begun, plan, progress
@@ -163,7 +149,11 @@ class ShardRunning:
         capture.writings.append(self._writing)
 
     def compute(self) -> None:
-        """Give every batch of the shard to the device."""
+        """Append the shard's conversations, except those that fail a gate.
+
+        Returns when all of the shard's work was given to the device; `finish` waits for the rest. Stopped may end this
+        call at any instant, and `abandon` has to be called then.
+        """
         config, plan = self._capture.config, self._plan
         tasks = [task for number in range(plan.first, plan.last) if (task := self._task(number)) is not None]
         batches = token_batches([task.token_ids.size for task in tasks], config.batch_tokens)

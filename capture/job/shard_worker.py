@@ -16,7 +16,8 @@ from draftcache.store.common.stopping import StopRequest
 from draftcache.store.format.commits import read_record
 from draftcache.store.format.index import INDEX_RECORD
 from draftcache.store.format.teacher_stats import describe
-from draftcache.store.writer import ShardInProgress, StoreWriter
+from draftcache.store.shard_in_progress import ShardInProgress
+from draftcache.store.writer import StoreWriter
 
 POLL_S = 0.5
 """Seconds that a worker without a free shard waits before it looks again for commits and for locks that were freed."""
@@ -85,14 +86,15 @@ class ShardWorker:
                 for shard in missing:
                     if stop.asked:
                         break
-                    begun = self._writer.shard(shard)
-                    if begun is None:
-                        continue
+                    with stop.undivided():  # so that what was begun can be abandoned
+                        begun = self._writer.shard(shard)
+                        if begun is None:
+                            continue
+                        progress = _ShardProgress(shard, self._role)
+                        running = ShardRunning(self._shards, begun, self._work.shards[shard], progress)
+                        open_shards.append(_OpenShard(begun, running))
                     worked = True
-                    open_shards.append(_OpenShard(begun))
-                    open_shards[-1].running = self._shards.begin(
-                        begun, self._work.shards[shard], _ShardProgress(shard, self._role)
-                    )
+                    running.compute()
                     if len(open_shards) > 1 and not self._settle(open_shards):
                         self._start = random.random()
                         break
@@ -109,7 +111,6 @@ class ShardWorker:
         It does not count where another worker has committed the same shard before.
         """
         begun, running = open_shards[0].begun, open_shards[0].running
-        assert running is not None, "begun by _round"
         plan = self._work.shards[begun.number]
         summary = running.finish()
         record = {
@@ -119,7 +120,7 @@ class ShardWorker:
             "tail_mass": describe(np.concatenate(summary.tails) if summary.tails else np.empty(0)),
             "provenance": self._provenance(),
         }
-        with self._role.stop.commit(), begun:
+        with self._role.stop.undivided(), begun:
             kept = begun.commit(record)
         open_shards.pop(0)
         self._role.report(
@@ -139,12 +140,11 @@ class _OpenShard:
     """A shard that was begun and is not committed yet."""
 
     begun: ShardInProgress
-    running: ShardRunning | None = None
+    running: ShardRunning
 
     def abandon(self) -> None:
         """Remove all that was written of the shard, unless its commit record exists already."""
-        if self.running is not None:
-            self.running.abandon()
+        self.running.abandon()
         with self.begun:
             pass
 

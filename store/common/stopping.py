@@ -38,7 +38,7 @@ class StopRequest:
         """Whether a unit of work is under way. Only then is there anything to finish."""
         self._asked = threading.Event()
         self._deadline = 0.0
-        self._in_commit = False
+        self._undivided = False
         self._held_back = False
 
     @property
@@ -80,22 +80,25 @@ class StopRequest:
             self.in_unit = False
 
     @contextmanager
-    def commit(self) -> Iterator[None]:
-        """Surround a commit, which takes seconds. Raises Stopped after it where `hold_back` was called during it."""
-        self._in_commit = True
+    def undivided(self) -> Iterator[None]:
+        """Surround what takes seconds and must not be broken off, such as a commit.
+
+        Raises Stopped after it where `hold_back` was called during it.
+        """
+        self._undivided = True
         try:
             yield
         finally:
-            self._in_commit = False
+            self._undivided = False
         if self._held_back:
             raise Stopped(self.signal_number)
 
     def hold_back(self) -> bool:
-        """Return whether to stop after the commit that is under way rather than now.
+        """Return whether to stop after what `undivided` surrounds rather than now.
 
         The result is True once only, as a commit may hang.
         """
-        first = self._in_commit and not self._held_back
+        first = self._undivided and not self._held_back
         self._held_back = self._held_back or first
         return first
 
