@@ -112,7 +112,10 @@ def test_a_killed_job_goes_on_and_makes_the_same(directory: Path, tokenizer_dir:
 LEFT = [f"a/{name}" for name in ("token_ids.npy", "loss_mask.npy", "conversations.npy", "quarantine.jsonl")]
 
 
-@pytest.mark.parametrize(("name", "cut"), [*((name, False) for name in [*LEFT, PROGRESS]), (LEFT[0], True)])
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [*(pytest.param(name, False, marks=pytest.mark.slow) for name in LEFT), (PROGRESS, False), (LEFT[0], True)],
+)
 def test_damaged_leftovers_are_not_gone_on_from(
     directory: Path, tokenizer_dir: Path, name: str, cut: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:

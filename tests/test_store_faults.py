@@ -101,12 +101,12 @@ def test_two_writers_killed_200_times_then_finished_equal_an_uninterrupted_one(t
     assert rounds > 1
 
 
-REST = [mode for mode in MODES if mode not in ("lossless", "int8")]
-"""Modes whose arrays are like those of others."""
+QUICK = [("zarr", "lossless"), ("zarr", "int8"), ("webdataset", "lossless")]
+"""Layouts and modes whose arrays are like those of all others."""
+REST = [(layout, mode) for layout in ("zarr", "webdataset") for mode in MODES if (layout, mode) not in QUICK]
 
 
-@pytest.mark.parametrize("mode", ["lossless", "int8", *(pytest.param(m, marks=pytest.mark.slow) for m in REST)])
-@pytest.mark.parametrize("layout", ["zarr", "webdataset"])
+@pytest.mark.parametrize(("layout", "mode"), [*QUICK, *(pytest.param(*rest, marks=pytest.mark.slow) for rest in REST)])
 def test_every_flip_is_found_by_verify_and_by_reading_the_rows_it_touches(
     tmp_path: Path, mode: str, layout: str
 ) -> None:

@@ -78,7 +78,7 @@ def require_equal(url: str, disk: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", LIES)
 def test_a_lie_or_two_do_no_harm(
     server: S3Server, proxy: FlakyProxy, tmp_path: Path, kind: str, times: int, layout: str

@@ -328,7 +328,7 @@ def cpu_seconds(*command: str) -> tuple[float, bytes]:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout
 
 
-@pytest.mark.parametrize("shards", [2_000, 7_000])
+@pytest.mark.parametrize("shards", [2_000, pytest.param(7_000, marks=pytest.mark.slow)])
 def test_30k_conversations_take_little_more_than_parsing_their_records(tmp_path: Path, shards: int) -> None:
     # Side by side with the least that anyone can do, so that a slow machine does not decide. On 2 cores of an AMD EPYC
     # of 2025, seconds of CPU: 0.61 against 0.28 for 2,000 shards, 1.16 against 0.48 for 7,000; up to 3.1 times beside
