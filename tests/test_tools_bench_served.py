@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from draftcache.draft_train.served_report import check_export
-from draftcache.tools.bench.parts.served_engine import times_in_trace
+from draftcache.tools.bench.parts.served_engine import DraftClock, times_in_trace
 from draftcache.tools.bench.served import SHAPES, metrics, save_draft, save_verifier_config
 
 
@@ -45,6 +45,15 @@ def test_figures_of_a_start() -> None:
     assert made["draft_ms@1024"] == (1.5, "ms")
     assert made["draft_kernel_ms@1024"] == (0.5, "ms")
     assert not {"draft_ms@32768", "draft_kernel_ms@32768"} & set(made)
+
+
+def test_the_draft_is_timed_in_steps_alone() -> None:
+    clock = DraftClock()
+    clock.on_gpu = False
+    clock.calls = [(0.0, 9.0), (10.0, 19.0), (20.0, 20.001), (30.0, 30.003), (40.0, 40.002)]  # a prompt in two pieces
+    assert clock.median_ms(3) == pytest.approx(2)
+    assert clock.median_ms(5) == pytest.approx(3)  # negative control
+    assert clock.median_ms(0) is None
 
 
 def test_kernels_in_a_trace_are_those_of_steps_behind_the_prompt() -> None:

@@ -19,7 +19,7 @@ from draftcache.tools.campaign.tally import FAULTS, Tally, table
 from draftcache.tools.campaign.world import tree_content
 from support.processes import ONE_THREAD
 
-SHORT = ["--kills", "5", "--mutations", "4", "--inputs", "3"]
+SHORT = ["--kills", "10", "--mutations", "8", "--inputs", "6"]
 
 
 def campaign(tmp_path: Path, *words: str) -> list[dict[str, object]]:

@@ -37,7 +37,7 @@ def write_part(root: Path, shape: ScaleShape, ranks: Ranks) -> None:
             torch.manual_seed(number)
             item = random_conversation(
                 shape.draft, lengths[number], number, ranks.device, mask=turns_mask(lengths[number]),
-                split=number // shape.steps if number < shape.steps * ranks.world else ranks.world,
+                split=min(number // shape.steps, ranks.world),
             )  # fmt: skip
             writer.write_shard(number, [item], {"quarantined": [], "gates": {}})
         ranks.meet()

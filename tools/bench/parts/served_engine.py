@@ -82,11 +82,12 @@ class DraftClock:
 
     def median_ms(self, steps: int) -> float | None:
         """The median of the last `steps` calls; None without any. Those before them belong to the prompt's pieces."""
+        calls = self.calls[max(0, len(self.calls) - steps) :]
         if self.on_gpu:
             self.torch.cuda.synchronize()
-            times = [before.elapsed_time(after) for before, after in self.calls[-steps:]]
+            times = [before.elapsed_time(after) for before, after in calls]
         else:
-            times = [1000 * (after - before) for before, after in self.calls[-steps:]]
+            times = [1000 * (after - before) for before, after in calls]
         return statistics.median(times) if times else None
 
 
