@@ -20,7 +20,7 @@ from draftcache.store.common.files import write_json
 from draftcache.store.common.log_times import times_on_stderr
 from draftcache.tools.result_rows import cpu_name, some_of
 
-DRAFT_NAMES = ("eagle3", "eagle31", "dflash", "dspark", "dflash-full")
+DRAFT_NAMES = ("eagle3", "eagle31", "dflash", "dspark", "dspark-bonus", "dflash-full")
 CHECK_NAMES = ("text", "steps", "proposals", "wrong", "states")
 
 
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--store", help="store that the draft fits; its prompts are what the engine answers")
     made.add_argument(
         "--drafts", type=some_of(DRAFT_NAMES), default=[], metavar="NAME,NAME",
-        help=f"drafts to train and check: {', '.join(DRAFT_NAMES)} (default: all but the last; on a CPU not dspark)",
+        help=f"drafts to train and check: {', '.join(DRAFT_NAMES)} (default: the first four; on a CPU not dspark)",
     )  # fmt: skip
     made.add_argument(
         "--checks", type=some_of(CHECK_NAMES), default=list(CHECK_NAMES), metavar="NAME,NAME",

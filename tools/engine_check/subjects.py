@@ -16,15 +16,17 @@ DRAFTS: dict[str, dict[str, Any]] = {
     "eagle31": {"eagle31": True},
     "dflash": {"draft": "dflash"},
     "dspark": {"draft": "dspark", "markov_rank": 64},
+    "dspark-bonus": {"draft": "dspark", "markov_rank": 64, "anchor": "bonus"},
     "dflash-full": {"draft": "dflash", "sliding_window": 0},
 }
 """The drafts that can be trained here, and what their training sets that the others' does not."""
-ON_GPU_ONLY = ("dspark",)
+ON_GPU_ONLY = ("dspark", "dspark-bonus")
 """Drafts that vLLM serves on a GPU alone."""
 OWN = "own"
 """The name of a user's own draft."""
-IF_NAMED = ("dflash-full",)
-"""Drafts that are checked only where they are asked for: this one's layers attend to everything before."""
+IF_NAMED = ("dspark-bonus", "dflash-full")
+"""Drafts that are checked only where they are asked for: the anchor's slot of the first predicts nothing, as in
+speculators, and the layers of the second attend to everything before."""
 LLAMA_VOCABULARY = 4096
 _LLAMA_USED = 3072  # ids of the prompts; the rest leaves room for a mask token
 _BATCH = 8
@@ -64,11 +66,12 @@ class Subject:
 
     def settings_of(self, draft: str, draft_tokens: int) -> dict[str, Any]:
         """Return what `TrainConfig` is built from for one of `DRAFTS`, beside store and output."""
-        kind = DRAFTS[draft].get("draft", "eagle3")
+        settings = DRAFTS[draft]
         own: dict[str, Any] = {"ttt_steps": draft_tokens}
-        if kind != "eagle3":
-            own = {"num_hidden_layers": 2, "block_size": draft_tokens + (kind == "dflash")}
-        return {**self.training, **own, **DRAFTS[draft]}
+        if "draft" in settings:
+            anchor_is_given = settings["draft"] == "dflash" or settings.get("anchor") == "bonus"
+            own = {"num_hidden_layers": 2, "block_size": draft_tokens + anchor_is_given}
+        return {**self.training, **own, **settings}
 
 
 def llama_subject(directory: Path, prompts: int, steps: int = 400) -> Subject:
