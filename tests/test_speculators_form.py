@@ -157,7 +157,8 @@ def test_vllm_serves_the_form_with_the_verify_steps_that_eval_counts(tmp_path: P
     if name == "eagle31":
         written["norm_output"] = False
     else:
-        written["aux_hidden_state_layer_ids" if name in ("dflash", "dspark-bonus") else "eagle_aux_hidden_state_layer_ids"] = [1, 2, 4]
+        block = name in ("dflash", "dspark-bonus")
+        written["aux_hidden_state_layer_ids" if block else "eagle_aux_hidden_state_layer_ids"] = [1, 2, 4]
     (draft / "config.json").write_text(json.dumps(written))
     assert check_export(draft).errors or name == "eagle31"
     wrong = engine.answers("wrong", "a wrong form", draft, *asked)

@@ -18,8 +18,8 @@ times the tokens of one. `--shape small --device cpu` runs all of it on two core
   `tok_s` is by the job's time, as `job_tok_s`; `efficiency` compares tokens per second of a living worker with those of
   the same capture without a kill. `equal_shards` is the share of shards whose files have the same hashes as without,
   `verified_share` the share that was read in full, `damages` what was found.
-- `tensor-parallel`, cases `capture-tpK`: one worker over K GPUs, the tokens of one GPU. It needs transformers 5.23,
-  and takes `capture-1` of the same run as the rate of one GPU, or measures `capture-tp1`.
+- `tensor-parallel`, cases `capture-tpK`: one worker over K of 1, 2 and 4 GPUs, the tokens of one GPU. It needs
+  transformers 5.23. The rate of one GPU is that of `capture-tp1`, which is left out where `capture-1` was measured.
 - `train`, cases `train-N` and `train-N-shuffled`: `draftcache train` by torchrun on 48 conversations per rank, one per
   rank and step, in bucketed and in shuffled order. `waiting_share` is the share of the ranks' time in which they wait
   for the slowest (parts/scale_waiting.py has the formula), `wait_removed` is how much of it bucketing removes, and
@@ -66,6 +66,8 @@ UNITS = {
 _ALLOWED = {"equal_shards": (1.0, 1.0), "damages": (0.0, 0.0), "loss_difference": (0.0, LOSS_LIMIT)}
 """Least and largest value of the metrics that say whether results are right."""
 _KILL_AFTER = 0.5
+_SPLITS = (1, 2, 4)
+"""Over how many GPUs a worker's verifier is split."""
 _MOST_OF_MEMORY = 0.85
 """Share of host memory that models in it may take."""
 _BYTES_PER_TOKEN = 12_000
@@ -206,10 +208,9 @@ class _Scale:
         if not getattr(self._shape.verifier(), "base_model_tp_plan", None):
             print("tensor-parallel: left out, as this transformers has no plan for NemotronH; 5.23 has", flush=True)
             return
-        counts = [
-            count for count in (1, 2, 4) if count <= max(self._counts) and not (count == 1 and 1 in self._outcomes)
-        ]
-        for count in counts:
+        for count in self._counts:
+            if count not in _SPLITS or (count == 1 and 1 in self._outcomes):
+                continue
             metrics = captures.run(1, tensor_parallel=count).metrics()
             if count == 1:  # of the same versions as the others
                 self._single = {name: metrics[name] for name in ("tok_s", "job_tok_s")}
