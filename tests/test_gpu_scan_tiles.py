@@ -65,10 +65,9 @@ def test_processes_compute_the_same_bits_and_another_tile_does_not(monkeypatch: 
     )
     found = fixed_scan()
     assert first.stdout.split()[-1] == second.stdout.split()[-1] == found
-    monkeypatch.setattr(scan_tiles, "_WARPS", 2)  # other instructions of the tensor cores
     monkeypatch.setitem(
         scan_tiles._TILES, "ssd_chunk_scan",
-        {"_chunk_scan_fwd_kernel": {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 32}},
+        {"_chunk_scan_fwd_kernel": ({"BLOCK_SIZE_M": 128, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 32}, 4)},
     )  # fmt: skip
     other = fixed_scan()
     monkeypatch.undo()

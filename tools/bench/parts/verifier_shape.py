@@ -13,6 +13,10 @@ from draftcache.capture.verifier.ssm_precision import lift_dt_limit, mamba_mixer
 PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 LAYERS = (2, 26, 48)
 DRAFT_VOCAB = 32_000
+_OUTPUTS = {"out_proj", "o_proj", "down_proj"}
+"""Matrices whose products blocks add to the residual stream."""
+_OUTPUT_STD = 0.02 / len(PATTERN) ** 0.5
+"""Such that all blocks together add what one would with 0.02; NemotronH's own initialisation divides so too."""
 
 
 def verifier_config(pattern: str = PATTERN) -> Any:
@@ -30,16 +34,23 @@ def verifier_config(pattern: str = PATTERN) -> Any:
 
 
 def fill(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
-    """Fill a weight of this name with what a trained one looks like: small random numbers, ones, zeros, decay rates."""
-    last = name.rpartition(".")[2]
-    if last == "A_log":
+    """Fill a weight of this name with what a trained one looks like: small random numbers, ones, zeros, decay rates.
+
+    Embeddings are large beside what the blocks add. Where the blocks outweigh them, as with equal numbers everywhere,
+    50 blocks amplify every rounding: states of two kernels, or of one GPU and two, then differ by a half at the end,
+    where those of trained weights differ by 0.01, and the check at a capture's start refuses them.
+    """
+    parts = name.split(".")
+    if parts[-1] == "A_log":
         tensor.copy_(torch.arange(1, tensor.shape[0] + 1, device=tensor.device).log())
-    elif last == "dt_bias":
+    elif parts[-1] == "dt_bias":
         tensor.copy_(torch.linspace(-6.9, -2.2, tensor.shape[0], device=tensor.device))
     elif tensor.dim() == 1:
-        tensor.fill_(0.0 if last in ("bias", "e_score_correction_bias") else 1.0)
+        tensor.fill_(0.0 if parts[-1] in ("bias", "e_score_correction_bias") else 1.0)
+    elif "embeddings" in parts:
+        tensor.normal_(0.0, 1.0, generator=generator)
     else:
-        tensor.normal_(0.0, 0.02, generator=generator)
+        tensor.normal_(0.0, _OUTPUT_STD if _OUTPUTS & set(parts) else 0.02, generator=generator)
 
 
 @torch.no_grad()
