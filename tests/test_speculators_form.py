@@ -1,7 +1,7 @@
 """The speculators form before those who read it: the speculators library, and a real vLLM.
 
 Set DRAFTCACHE_SPECULATORS_PYTHON to an interpreter that has speculators (0.9 was read), DRAFTCACHE_VLLM_PYTHON to one
-that has vLLM (0.32 on a CPU and 0.26 on a GPU were run), then `pytest -m slow tests/test_speculators_form.py`.
+that has vLLM (0.32 on a CPU was run), then `pytest -m slow tests/test_speculators_form.py`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     lowest = 0.55
     for case, label, colour in lines:
         points = by_count(rows, rf"{case}-(\d+)", "efficiency")
-        lowest = min(lowest, *points.values(), 1.0)
+        if not points:
+            continue
+        lowest = min(lowest, *points.values())
         left.plot(points.keys(), points.values(), "o-", color=colour, label=label)
     left.axhline(1.0, color=_OTHER, linestyle="--", label="ideal")
     left.set_ylim(lowest - 0.05, 1.05)
