@@ -1,7 +1,7 @@
 """`draftcache capture --engine` with a real vLLM, beside a capture of the same verifier by transformers.
 
 Set DRAFTCACHE_VLLM_PYTHON to an interpreter that has vLLM (0.32 on a CPU and 0.26 on an H200 were run), then `pytest
--m slow tests/test_capture_engine_vllm.py`. On a GPU vLLM's own connector is used, and bounds are those of TF32 products.
+-m slow tests/test_capture_engine_vllm.py`. On a GPU vLLM's own connector is used, with bounds for TF32 products.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from draftcache.draft_train.served_report import check_export
 from draftcache.tools.bench.parts.served_engine import DraftClock, times_in_trace
-from draftcache.tools.bench.served import SHAPES, metrics, save_draft, save_verifier_config
+from draftcache.tools.bench.served import SHAPES, _cases, metrics, save_draft, save_verifier_config
 
 
 @pytest.mark.parametrize("window", [128, 0])
@@ -26,6 +27,13 @@ def test_drafts_are_whole_exports_of_their_window(tmp_path: Path, window: int) -
     assert written["eagle_aux_hidden_state_layer_ids"] == [2, 3, 5]
     beyond = replace(SHAPES["small"], layers=(1, 2, 9))  # negative control: the verifier has six blocks
     assert check_export(save_draft(beyond, config, tmp_path / "beyond", window, 4096), verifier=verifier).errors
+
+
+def test_cases_are_windows_or_none() -> None:
+    assert _cases("plain,window-full,window-512") == {"plain": None, "window-full": 0, "window-512": 512}
+    for text in ("window", "window-0", "window--1", "512", "plain,"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected window-W, window-full or plain, found"):
+            _cases(text)
 
 
 def test_figures_of_a_start() -> None:

@@ -72,7 +72,10 @@ def main() -> int:
     )
     parser.add_argument("--shape", choices=list(SHAPES), default=next(iter(SHAPES)))
     parser.add_argument("--contexts", type=_numbers, default=[1024, 32_768, 131_072], metavar="L,L")
-    parser.add_argument("--windows", type=_numbers, default=[4096, 0], metavar="W,W", help="0 is full attention")
+    parser.add_argument(
+        "--cases", type=_cases, default="window-4096,window-full,plain", metavar="CASE,CASE",
+        help="windows of the draft, and none: window-W, window-full, plain (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--draft-tokens", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--output", type=Path, metavar="FILE")
@@ -88,6 +91,23 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
+def _cases(text: str) -> dict[str, int | None]:
+    """Parse names of cases, each to the draft's window, 0 for full attention; None without a draft.
+
+    Raises argparse.ArgumentTypeError.
+    """
+    known = {PLAIN: None, "window-full": 0}
+    found = {name: known.get(name, _window(name)) for name in text.split(",")}
+    if wrong := [name for name, window in found.items() if window is None and name != PLAIN]:
+        raise argparse.ArgumentTypeError(f"expected window-W, window-full or {PLAIN}, found {wrong[0]!r}")
+    return found
+
+
+def _window(name: str) -> int | None:
+    number = name.removeprefix("window-")
+    return int(number) if number != name and number.isdecimal() and int(number) else None
+
+
 def measure(arguments: argparse.Namespace) -> int:
     """Start vLLM for each case. A case that fails is told, and the others go on."""
     versions = engine_versions(arguments.vllm)
@@ -101,14 +121,13 @@ def measure(arguments: argparse.Namespace) -> int:
         "disable_log_stats": False, "seed": 0,
     }  # fmt: skip
     engine = Engine(arguments.vllm, arguments.work, options, script=SCRIPT)
-    cases: dict[str, dict[str, Any]] = {}
-    for window in arguments.windows:
-        draft = save_draft(shape, config, arguments.work, window, length)
-        speculative = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": arguments.draft_tokens}
-        cases[f"window-{window or 'full'}"] = {"speculative_config": speculative}
-    cases[PLAIN] = {}
     rows, code = [], 0
-    for case, more in cases.items():
+    for case, window in arguments.cases.items():
+        more: dict[str, Any] = {}
+        if window is not None:
+            draft = save_draft(shape, config, arguments.work, window, length)
+            speculative = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": arguments.draft_tokens}
+            more = {"speculative_config": speculative}
         request = {
             "model": str(verifier), "options": options | more, "contexts": arguments.contexts,
             "tokens": arguments.tokens, "draft_layer": config.num_hidden_layers,
