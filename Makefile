@@ -1,7 +1,7 @@
 # Every target makes its own virtual environment in .venv; nothing else needs to be set up.
 PYTHON ?= python3
 VENV ?= .venv
-JOBS ?= 3
+JOBS ?= 4
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
 .PHONY: demo test lint clean
