@@ -9,8 +9,9 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 demo: $(VENV)/.installed
 	$(VENV)/bin/draftcache demo --output runs/demo
 
+# Hundreds of processes are started: without its byte code each would compile the package again.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+	env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

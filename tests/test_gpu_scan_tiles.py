@@ -67,6 +67,7 @@ def test_processes_compute_the_same_bits_and_another_tile_does_not(monkeypatch: 
     assert first.stdout.split()[-1] == second.stdout.split()[-1] == found
     monkeypatch.setitem(
         scan_tiles._TILES, "ssd_chunk_scan",
+        # Four warps multiply by other instructions than two.
         {"_chunk_scan_fwd_kernel": ({"BLOCK_SIZE_M": 128, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 32}, 4)},
     )  # fmt: skip
     other = fixed_scan()
