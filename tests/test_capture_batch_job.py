@@ -37,8 +37,10 @@ from draftcache.store.format.bf16 import bf16_to_float32
 from draftcache.store.format.commits import committed_shards, read_record
 from draftcache.store.format.norm_band import NormBand
 from draftcache.store.format.rows import rows_in_reach, teacher_positions
+from draftcache.store.format.schema import Conversation
 from draftcache.store.format.teacher_stats import tail_mass
 from draftcache.store.reader import StoreReader
+from draftcache.store.shard_in_progress import ShardInProgress
 from draftcache.store.storage.base import open_storage
 from draftcache.store.verify import verify_store
 from support.capture_jobs import LAYERS, ROWS, config, flags, small_dataset, write_rows
@@ -259,6 +261,24 @@ def test_norms_are_judged_by_the_calibration_whatever_the_order(
     (damage,) = verify_store(stray.output).damages
     assert "tap 2: expected a typical rms" in damage.problem
     assert [item["dataset_index"] for item in damage.conversations] == [1]
+
+
+def test_the_summary_says_how_long_the_device_waited_for_the_files(
+    nemotron: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = CaptureJob(config(nemotron, dataset, tmp_path / "quick")).run()
+    append = ShardInProgress.append
+
+    def slow_append(shard: ShardInProgress, item: Conversation) -> None:
+        time.sleep(0.3)
+        append(shard, item)
+
+    monkeypatch.setattr(ShardInProgress, "append", slow_append)
+    slow = CaptureJob(config(nemotron, dataset, tmp_path / "slow")).run()
+    assert 0 <= quick.waiting_share < 0.6 < slow.waiting_share <= 1
+    # With room for one conversation, the device waits for each one before.
+    small = CaptureJob(config(nemotron, dataset, tmp_path / "small", buffer_gb=1e-9, shard_tokens=10**6)).run()
+    assert 0.5 < small.waiting_share <= 1
 
 
 def test_conversation_without_loss_rows_is_quarantined(nemotron: Path, tmp_path: Path, tokenizer_dir: Path) -> None:

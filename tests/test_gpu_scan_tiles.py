@@ -25,7 +25,7 @@ HEADS, WIDTH, GROUPS, STATE, CHUNK, LENGTH = 64, 64, 8, 128, 128, 1_000  # of Ne
 ONE_PROCESS = "from test_gpu_scan_tiles import fixed_scan; print(fixed_scan())"
 
 
-def fixed_scan() -> str:
+def fixed_scan(chunk: int = CHUNK) -> str:
     """Return the hash of a scan's output and final state, with the tiles of `scan_tiles`."""
     from draftcache.capture.verifier.ssm_precision import DT_LIMIT, stand_in_for_extension
 
@@ -41,7 +41,7 @@ def fixed_scan() -> str:
     x, dt = normal(1, LENGTH, HEADS, WIDTH).bfloat16(), (normal(1, LENGTH, HEADS) - 3).bfloat16()
     b, c = (normal(1, LENGTH, GROUPS, STATE).mul(0.3).bfloat16() for _ in range(2))
     out, final = mamba_chunk_scan_combined(
-        x, dt, -torch.logspace(-3.5, 0.5, HEADS, device="cuda"), b, c, chunk_size=CHUNK, dt_softplus=True,
+        x, dt, -torch.logspace(-3.5, 0.5, HEADS, device="cuda"), b, c, chunk_size=chunk, dt_softplus=True,
         dt_limit=DT_LIMIT, return_final_states=True,
     )  # fmt: skip
     assert out.isfinite().all()
@@ -58,19 +58,12 @@ def test_no_kernel_of_the_scan_is_timed() -> None:
     assert not any(kernel.cache for kernel in kernels)
 
 
-def test_processes_compute_the_same_bits_and_another_tile_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_compute_the_same_bits_and_another_order_of_sums_does_not() -> None:
     first, second = (
         subprocess.run([sys.executable, "-c", ONE_PROCESS], cwd="tests", capture_output=True, text=True, check=True)
         for _ in range(2)
     )
     found = fixed_scan()
     assert first.stdout.split()[-1] == second.stdout.split()[-1] == found
-    monkeypatch.setitem(
-        scan_tiles._TILES, "ssd_chunk_scan",
-        # Four warps multiply by other instructions than two.
-        {"_chunk_scan_fwd_kernel": ({"BLOCK_SIZE_M": 128, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 32}, 4)},
-    )  # fmt: skip
-    other = fixed_scan()
-    monkeypatch.undo()
-    fix_scan_tiles()
-    assert other != found
+    # Other numbers of warps gave the same bits on an H200. A chunk of another length adds states up in other groups.
+    assert fixed_scan(chunk=CHUNK // 2) != found

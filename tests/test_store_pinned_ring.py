@@ -62,8 +62,10 @@ def test_waiting_for_room() -> None:
     assert whole is not None
     assert ring.take(1) is None
     assert ring.take(ALIGNMENT * 41, wait=lambda: True) is None  # it would never fit, so nothing is waited for
+    assert ring.waited_s == 0
     threading.Timer(0.1, ring.give_back, [whole]).start()
     assert ring.take(100, wait=lambda: True) is not None
+    assert ring.waited_s > 0.04
 
 
 def test_a_larger_stretch_goes_alone() -> None:

@@ -16,11 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from draftcache.draft_train.drafts.serving_target import FORMS
 from draftcache.store.common.errors import InputError, WorkerError
 from draftcache.store.common.files import read_json, write_json
 from draftcache.store.common.tensor_files import save_tensors
 from draftcache.tools.engine_check import checks, engine, subjects
-from draftcache.tools.engine_check.__main__ import CHECK_NAMES, DRAFT_NAMES, main
+from draftcache.tools.engine_check.__main__ import CHECK_NAMES, DRAFT_NAMES, FORM_NAMES, main
 from draftcache.tools.engine_check.comparison import (
     MOST_STEPS_APART,
     ProposalCounts,
@@ -46,6 +47,7 @@ def test_names_of_flags_are_those_of_the_checks() -> None:
     """The command's module imports nothing that needs torch, so it repeats them."""
     assert set(DRAFT_NAMES) == set(subjects.DRAFTS)
     assert CHECK_NAMES == checks.CHECKS
+    assert FORM_NAMES == FORMS
 
 
 @pytest.mark.parametrize(
@@ -169,6 +171,12 @@ def test_states_are_near_and_under_their_own_ids() -> None:
             {"dflash_config": {"target_layer_ids": [0, 4]}},
             "tap ids",
             {"dflash_config": {"target_layer_ids": [1, 5]}},
+            {"fc.weight", "fc_norm.0.weight"},
+        ),
+        (
+            {"speculators_config": {}, "aux_hidden_state_layer_ids": [1, 5]},
+            "tap ids",
+            {"aux_hidden_state_layer_ids": [0, 4]},
             {"fc.weight", "fc_norm.0.weight"},
         ),
     ],
@@ -304,6 +312,29 @@ def test_a_whole_check_and_what_it_keeps(
     assert len(stand_in.starts) == 3  # everything was kept
     assert run(small, *words, "--draft-tokens", "4") == 2
     assert "found those of one with other draft_tokens" in capsys.readouterr().err
+
+
+def test_the_speculators_form_is_served_by_its_own_name(
+    small: Path, stand_in: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It takes texts, draft and count of the classic form's check, which were kept, and exports again."""
+    words = ("--drafts", "eagle3", "--checks", "text,steps,proposals,wrong", "--format", "speculators")
+    assert run(small, *words) == 0, capsys.readouterr().out.out
+    assert stand_in.starts == ["eagle3-speculators", "eagle3-speculators-wrong"]
+    request = read_json(small / "work" / "engine" / "eagle3-speculators.request.json")
+    assert request["model"] == str(small / "work" / "draft-eagle3-speculators")
+    assert "speculative_config" not in request["options"]
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[:3] for line in lines] == [
+        ["eagle3-speculators", check, "ok"] for check in ("text", "steps", "proposals", "wrong")
+    ]
+
+
+@pytest.mark.parametrize(("version", "checked"), [("0.26.0", False), ("0.27.0", True)])
+def test_an_older_vllm_is_given_no_form_that_it_misreads(version: str, checked: bool) -> None:
+    settings = checks.Settings(vllm="python", work=Path("w"), form="speculators")
+    assert ("dspark" in checks._drafts_of(settings, on_gpu=True, version=version)) == checked
+    assert "dspark" in checks._drafts_of(replace(settings, form="classic"), on_gpu=True, version=version)
 
 
 def test_an_engine_that_errs_fails_the_check(

@@ -50,6 +50,10 @@ class ShardDone:
     tokens: int
     payload_bytes: int
     quarantined: int
+    seconds: float
+    """Since the worker has begun its first shard."""
+    waited_seconds: float
+    """Those of them for which the device was given nothing, because what it had computed was not written yet."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class CaptureSummary:
     tokens: int = 0
     payload_bytes: int = 0
     seconds: float = 0.0
+    waiting_share: float = 0.0
+    """Share of the workers' time for which their devices waited until what they had computed was written."""
     quarantined: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -86,6 +92,7 @@ class JobProgress:
         self._working: dict[int, ShardAdvanced] = {}  # by worker
         self._looked = self._started = time.monotonic()
         self._summary = CaptureSummary()
+        self._times: dict[int, ShardDone] = {}  # the last of each worker
         self._quarantined = 0
         self._committed: set[int] = set()
         self._committed_tokens = 0
@@ -108,7 +115,13 @@ class JobProgress:
         """The command's summary, after the context has ended; the store must be whole."""
         names = map(shard_name, range(len(self._work.shards)))
         records = ask_side_by_side(self._storage, partial(require_record, self._storage), names)
-        return replace(self._summary, quarantined=[item for record in records for item in record["quarantined"]])
+        seconds = sum(item.seconds for item in self._times.values())
+        waited = sum(item.waited_seconds for item in self._times.values())
+        return replace(
+            self._summary,
+            waiting_share=waited / seconds if seconds else 0.0,
+            quarantined=[item for record in records for item in record["quarantined"]],
+        )
 
     def _count(self, shards: Iterable[int]) -> None:
         """Count these shards as committed; numbers beyond the plan (a store of another plan) are left out."""
@@ -125,6 +138,7 @@ class JobProgress:
             self._working[worker] = event
         else:
             self._working.pop(worker, None)
+            self._times[worker] = event
             self._count([event.shard])
             if event.kept:
                 self._summary.shards += 1

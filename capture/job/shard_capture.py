@@ -7,7 +7,9 @@ most `buffer_bytes` are computed and not written yet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,6 +98,20 @@ class ShardCapture:
         on_gpu = self.device.type == "cuda"
         self._memory = PinnedRing(config.buffer_bytes, pinned=True) if on_gpu and config.buffer_bytes else None
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._waited_s = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time of the block as waiting, unless the device still computes at its end and has lost nothing."""
+        began = time.monotonic()
+        yield
+        if self._stream is None or torch.cuda.current_stream(self.device).query():
+            self._waited_s += time.monotonic() - began
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds for which the device was given nothing, because what it had computed was not written yet."""
+        return self._waited_s + (0.0 if self._memory is None else self._memory.waited_s)
 
     def compute_piece(self, piece: Piece, token_ids: Tensor, row: int, task: _Task, wait: Callable[[], bool]) -> None:
         """Encode what is kept of the conversation in the batch's row `row` of a piece, and copy it to the host."""
@@ -203,7 +219,8 @@ class ShardRunning:
             assert task.statistics is not None
             counts = {_STATISTICS: task.statistics.shape[0]}
             task.host.add({_STATISTICS: task.statistics}, counts, self._memory_comes_back)
-            self._writing.put(task, task.host.nbytes)
+            with capture.waiting():
+                self._writing.put(task, task.host.nbytes)
             self._say()
             self._progress.advance(task.token_ids.size, self._begun.payload_bytes)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +58,7 @@ class ShardWorker:
         self._role = role
         self._provenance = provenance
         self._start = role.number / role.count if writer.storage.local_root is not None else random.random()
+        self._began: float | None = None
 
     def run(self) -> None:
         """Return when no shard is missing and the index is written. Raises Stopped."""
@@ -94,6 +97,7 @@ class ShardWorker:
                         running = ShardRunning(self._shards, begun, self._work.shards[shard], progress)
                         open_shards.append(_OpenShard(begun, running))
                     worked = True
+                    self._began = self._began or time.monotonic()
                     running.compute()
                     if len(open_shards) > 1 and not self._settle(open_shards):
                         self._start = random.random()
@@ -112,7 +116,8 @@ class ShardWorker:
         """
         begun, running = open_shards[0].begun, open_shards[0].running
         plan = self._work.shards[begun.number]
-        summary = running.finish()
+        with self._shards.waiting() if len(open_shards) > 1 else nullcontext():  # behind the last shard nothing waits
+            summary = running.finish()
         record = {
             "tokens": plan.tokens,
             "quarantined": summary.quarantined,
@@ -123,6 +128,7 @@ class ShardWorker:
         with self._role.stop.undivided(), begun:
             kept = begun.commit(record)
         open_shards.pop(0)
+        assert self._began is not None
         self._role.report(
             ShardDone(
                 shard=begun.number,
@@ -130,6 +136,8 @@ class ShardWorker:
                 tokens=plan.tokens,
                 payload_bytes=begun.payload_bytes,
                 quarantined=len(summary.quarantined),
+                seconds=time.monotonic() - self._began,
+                waited_seconds=self._shards.waited_s,
             )
         )
         return kept

@@ -1,9 +1,9 @@
 """Fixed tiles for mamba-ssm's scan kernels, so that all processes compute the same bits.
 
-mamba-ssm lets Triton time several tiles in every process and take the fastest one. Tiles differ in the order of their
-sums, and timings differ from run to run: two workers, or a killed worker and the one that resumes its job, would write
-states of the same conversation that differ in their last bits. With one tile per kernel nothing is timed, so a process
-also begins sooner. mamba-ssm's own deterministic mode is no way to that: it is chosen by environment variables before
+mamba-ssm lets Triton time several tiles in every process and take the fastest one, and timings differ from run to run.
+Two tiles may add up in another order: so two workers, or a killed worker and the one that resumes its job, wrote states
+of the same conversation that differed in their last bits. With one tile per kernel nothing is timed, so a process also
+begins sooner. mamba-ssm's own deterministic mode is no way to that: it is chosen by environment variables before
 the import, since 2.3 only, and takes the smallest tile of each kernel.
 """
 

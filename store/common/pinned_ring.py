@@ -7,6 +7,7 @@ the computed states through one ring, and training copies the batches that it re
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ class PinnedRing:
         self._taken: deque[_Stretch] = deque()
         """Stretches that are handed out, the oldest first."""
         self._changed = threading.Condition()
+        self.waited_s = 0.0
+        """Seconds that `take` has waited for room, all calls together."""
 
     def take(self, size: int, *, wait: Callable[[], bool] = lambda: False, larger_alone: bool = False) -> Tensor | None:
         """Return a stretch of `size` >= 1 bytes as uint8 [size], or None where there is no room for it.
@@ -60,7 +63,9 @@ class PinnedRing:
             while (found := self._find(size, larger_alone)) is None:
                 if (size > self._size and not larger_alone) or not wait():
                     return None
+                began = time.monotonic()
                 self._changed.wait(_POLL_S)
+                self.waited_s += time.monotonic() - began
             self._taken.append(found)
             return found.memory
 

@@ -44,10 +44,15 @@ class StandIn:
         if self.broken:
             raise WorkerError("no room for the draft")
         self.starts.append(result.stem)
+        speculative = asked["options"].get("speculative_config")
+        if (form := read_json(Path(asked["model"]) / "config.json").get("speculators_config")) is not None:
+            tokens = form["proposal_methods"][0]["speculative_tokens"]
+            speculative = {"model": asked["model"], "num_speculative_tokens": tokens}
+            asked["model"] = form["verifier"]["name_or_path"]
         texts = [self._plain(asked["model"], prompt, asked["max_tokens"]) for prompt in asked["prompts"]]
         body: dict[str, Any] = {"versions": VERSIONS, "hook": None, "counters": {}, "seconds": {"start": 0, "work": 0}}
         chains: list[Any] = [None] * len(texts)
-        if (speculative := asked["options"].get("speculative_config")) is not None:
+        if speculative is not None:
             chains = self._chains(asked, texts, speculative)
             body |= {"hook": "stand-in", "counters": {"vllm:spec_decode_num_drafts": sum(map(len, chains))}}
             if self.changed_text:

@@ -12,8 +12,9 @@ times the tokens of one. `--shape small --device cpu` runs all of it on two core
   workers' rates between their own commits, without the first quarter and the last of each one's shards. Loading,
   checks, calibration and the end, where a worker finds no further shard, are no part of it. `job_tok_s` has that end:
   all tokens over the time from the first worker's first conversations to the last commit. `imbalance` is (latest -
-  mean) of the workers' last commits over that time, and `gb_s` are the committed bytes over it. `start_s` pass before
-  the last worker begins: processes, weights, checks, and the calibration that one of them makes for all.
+  mean) of the workers' last commits over that time, and `gb_s` are the committed bytes over it. `write_wait_share` is
+  the share of the workers' time for which their GPUs waited for compression and files. `start_s` pass before the last
+  worker begins: processes, weights, checks, and the calibration that one of them makes for all.
 - `kill`, case `kill-N`, for the largest N: the last worker is killed by SIGKILL when half of the tokens are committed.
   `tok_s` is by the job's time, as `job_tok_s`; `efficiency` compares tokens per second of a living worker with those of
   the same capture without a kill. `equal_shards` is the share of shards whose files have the same hashes as without,
@@ -24,7 +25,6 @@ times the tokens of one. `--shape small --device cpu` runs all of it on two core
   rank and step, in bucketed and in shuffled order. `waiting_share` is the share of the ranks' time in which they wait
   for the slowest (parts/scale_waiting.py has the formula), `wait_removed` is how much of it bucketing removes, and
   `loss_difference` the largest relative difference of a step's loss to the fewest ranks', on the same conversations.
-
 `efficiency` is the rate of N GPUs over N times that of one; `job_efficiency` is the same of `job_tok_s`.
 """
 
@@ -58,9 +58,9 @@ from draftcache.tools.result_rows import cpu_name, report, result_row, some_of
 PARTS = ("load", "capture", "kill", "tensor-parallel", "train")
 UNITS = {
     "tok_s": "tok/s", "job_tok_s": "tok/s", "gb_s": "GB/s", "seconds": "s", "load_s": "s", "start_s": "s",
-    "host_gb": "GB", "imbalance": "of the time", "efficiency": "of N x one", "job_efficiency": "of N x one",
-    "of_undisturbed": "of the rate", "equal_shards": "of the shards", "verified_share": "of the shards", "damages": "",
-    "waiting_share": "of rank time",
+    "host_gb": "GB", "imbalance": "of the time", "write_wait_share": "of worker time", "efficiency": "of N x one",
+    "job_efficiency": "of N x one", "of_undisturbed": "of the rate", "equal_shards": "of the shards",
+    "verified_share": "of the shards", "damages": "", "waiting_share": "of rank time",
     "wait_removed": "of the wait", "data_wait_share": "of wall time", "loss_difference": "relative",
 }  # fmt: skip
 _ALLOWED = {"equal_shards": (1.0, 1.0), "damages": (0.0, 0.0), "loss_difference": (0.0, LOSS_LIMIT)}

@@ -95,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         "shards": store.manifest.shards,
         "shards_written": summary.shards,
         "tokens_per_second": summary.tokens / summary.seconds if summary.shards else None,
+        "waiting_share": summary.waiting_share if summary.shards else None,
         "quarantined": summary.quarantined,
     }
     show(arguments, values, format_summary(values))
@@ -103,7 +104,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def format_summary(values: dict[str, Any]) -> str:
     """Format what a capture has written, then the quarantined conversations, one per line."""
-    rate = "" if values["tokens_per_second"] is None else f", {values['tokens_per_second']:,.0f} tokens/s"
+    rate = ""
+    if values["tokens_per_second"] is not None:
+        waited = f"{100 * values['waiting_share']:.0f} % of the time waiting for compression and files"
+        rate = f", {values['tokens_per_second']:,.0f} tokens/s, {waited}"
     lines = [
         f"{values['store']}: {values['conversations']:,} conversations, {values['tokens']:,} tokens, "
         f"{values['bytes_per_token']:,.0f} bytes/token; {values['shards_written']} of {values['shards']} shards "

@@ -22,6 +22,7 @@ from draftcache.tools.result_rows import cpu_name, some_of
 
 DRAFT_NAMES = ("eagle3", "eagle31", "dflash", "dspark", "dspark-bonus", "dflash-full")
 CHECK_NAMES = ("text", "steps", "proposals", "wrong", "states")
+FORM_NAMES = ("classic", "speculators")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,6 +45,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--checks", type=some_of(CHECK_NAMES), default=list(CHECK_NAMES), metavar="NAME,NAME",
         help=f"which checks to make: {', '.join(CHECK_NAMES)} (default: all)",
+    )  # fmt: skip
+    made.add_argument(
+        "--format", choices=FORM_NAMES, default=FORM_NAMES[0], dest="form",
+        help="of the exports; an export in the speculators form is served by its own name alone (default: classic)",
     )  # fmt: skip
     made.add_argument("--prompts", type=int, default=208, help="prompts to answer (default: 208)")
     made.add_argument("--tokens", type=int, default=64, help="tokens of an answer (default: 64)")
@@ -96,9 +101,9 @@ def _run(arguments: argparse.Namespace) -> int:
     outcome = run_checks(
         Settings(
             vllm=arguments.vllm, work=arguments.work, verifier=arguments.verifier, run=arguments.run,
-            store=arguments.store, drafts=arguments.drafts, checks=arguments.checks, prompts=arguments.prompts,
-            tokens=arguments.tokens, draft_tokens=arguments.draft_tokens, dtype=arguments.dtype,
-            device=arguments.device, engine_options=dict(arguments.engine),
+            store=arguments.store, drafts=arguments.drafts, checks=arguments.checks, form=arguments.form,
+            prompts=arguments.prompts, tokens=arguments.tokens, draft_tokens=arguments.draft_tokens,
+            dtype=arguments.dtype, device=arguments.device, engine_options=dict(arguments.engine),
         )
     )  # fmt: skip
     print(table(outcome.verdicts), flush=True)

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from draftcache.capture.verifier.weights import weights_fingerprint
+from draftcache.draft_train.drafts.block.served import ANCHOR_FIELD_SINCE
+from draftcache.draft_train.drafts.serving_target import FORMS, ServingTarget
 from draftcache.store.common.errors import InputError, WorkerError
 from draftcache.store.common.files import read_json, write_json
 from draftcache.store.reader import StoreReader
@@ -57,6 +59,8 @@ class Settings:
     store: str | None = None
     drafts: Sequence[str] = ()
     checks: Sequence[str] = CHECKS
+    form: str = FORMS[0]
+    """Form of the exports, one of `serving_target.FORMS`."""
     prompts: int = 208
     tokens: int = 64
     draft_tokens: int = 5
@@ -93,20 +97,23 @@ def run_checks(settings: Settings) -> Outcome:
     """Run the checks. Raises InputError for what does not fit, WorkerError where plain decoding fails."""
     versions = engine_versions(settings.vllm)
     on_gpu = versions["device"] != "cpu"
-    names = _drafts_of(settings, on_gpu)
+    version = versions["engine"].split()[-1]
+    names = _drafts_of(settings, on_gpu, version)
     print(", ".join(f"{name} {value}" for name, value in versions.items()), file=sys.stderr, flush=True)
-    check = EngineCheck(settings, _subject_of(settings, on_gpu), on_gpu)
+    check = EngineCheck(settings, _subject_of(settings, on_gpu), on_gpu, version)
     _require_same(settings, check.subject, versions)
     return Outcome(check.run(names), versions, on_gpu)
 
 
-def _drafts_of(settings: Settings, on_gpu: bool) -> list[str]:
+def _drafts_of(settings: Settings, on_gpu: bool, version: str) -> list[str]:
     if settings.run is not None:
         return [OWN]
     wrong = [name for name in settings.drafts if name in ON_GPU_ONLY and not on_gpu]
     if wrong:
         raise InputError(f"--drafts: expected drafts that vLLM serves on a CPU, found {', '.join(wrong)}: leave it out")
-    left_out = IF_NAMED if on_gpu else IF_NAMED + ON_GPU_ONLY
+    left_out: tuple[str, ...] = IF_NAMED if on_gpu else IF_NAMED + ON_GPU_ONLY
+    if settings.form != FORMS[0] and not ServingTarget(engine="vllm", version=version).since(ANCHOR_FIELD_SINCE):
+        left_out += ("dspark",)  # whose anchor predicts, which older versions don't read there
     return list(settings.drafts) or [name for name in DRAFTS if name not in left_out]
 
 
@@ -141,8 +148,9 @@ def _require_same(settings: Settings, subject: Subject, versions: dict[str, Any]
 class EngineCheck:
     """One check of an engine on a verifier with its drafts."""
 
-    def __init__(self, settings: Settings, subject: Subject, on_gpu: bool) -> None:
-        self.settings, self.subject, self.on_gpu = settings, subject, on_gpu
+    def __init__(self, settings: Settings, subject: Subject, on_gpu: bool, version: str) -> None:
+        """`version` is the engine's."""
+        self.settings, self.subject, self.on_gpu, self.version = settings, subject, on_gpu, version
         self.prompts = [list(prompt) for prompt in subject.prompts]
         self.draft_tokens = settings.draft_tokens
         if subject.checkpoint is not None and (whole := drafts.proposed_tokens(subject.checkpoint)):
@@ -232,7 +240,11 @@ class EngineCheck:
             name, self.subject, store, work / f"run-{name}", draft_tokens=self.draft_tokens, device=device
         )
         counted = drafts.offline_count(checkpoint, store, work / f"count-{name}.json", draft_tokens=self.draft_tokens)
-        draft = drafts.exported(checkpoint, work / f"draft-{name}", dtype=self.settings.dtype)
+        name = name if self.settings.form == FORMS[0] else f"{name}-{self.settings.form}"
+        draft = drafts.exported(
+            checkpoint, work / f"draft-{name}", form=self.settings.form, version=self.version,
+            verifier=self.subject.verifier, dtype=self.settings.dtype,
+        )  # fmt: skip
         right = self._served(name, f"{name}, decoding with the export", draft)
         found = []
         if "text" in asked:
@@ -250,15 +262,16 @@ class EngineCheck:
         return found
 
     def _served(self, name: str, doing: str, draft: Path) -> judging.Served:
-        """Return what the engine does with an export."""
-        speculative = {
-            "method": drafts.method_of(draft),
-            "model": str(draft.absolute()),
-            "num_speculative_tokens": self.draft_tokens,
-        }
-        answer = self.engine.answers(
-            name, doing, self.subject.verifier, self.prompts, self.settings.tokens, speculative_config=speculative
-        )
+        """Return what the engine does with an export: beside the verifier, or in the speculators form by itself."""
+        served, options = draft, {}
+        if self.settings.form == FORMS[0]:
+            served = self.subject.verifier
+            options["speculative_config"] = {
+                "method": drafts.method_of(draft),
+                "model": str(draft.absolute()),
+                "num_speculative_tokens": self.draft_tokens,
+            }
+        answer = self.engine.answers(name, doing, served, self.prompts, self.settings.tokens, **options)
         differing = judging.differences(self.plain, answer)
         prefixes = {number: [*self.prompts[number], *self.plain[number][:at]] for number, at in differing.items()}
         margins = margins_at(self.subject.verifier, prefixes, dtype=self.settings.dtype, device=self._device())

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from draftcache.draft_train.checkpoint import load_state, resolve_checkpoint
 from draftcache.draft_train.config import TrainConfig
 from draftcache.draft_train.drafts.block.shape import BlockShape
+from draftcache.draft_train.drafts.serving_target import FORMS
 from draftcache.draft_train.evaluate import evaluate
 from draftcache.draft_train.export import export
 from draftcache.draft_train.trainer import train
@@ -73,9 +74,17 @@ def offline_count(checkpoint: Path, store: StoreReader, file: Path, *, draft_tok
     return counted
 
 
-def exported(checkpoint: Path, output: Path, *, dtype: str) -> Path:
-    """Return the draft in the form that vLLM loads, exported where it is not there yet."""
-    return output if output.exists() else export(checkpoint, output, engine="vllm", dtype=dtype)
+def exported(checkpoint: Path, output: Path, *, form: str, version: str, verifier: Path, dtype: str) -> Path:
+    """Return the draft in one of vLLM's two forms, exported where it is not there yet. Raises as `export` does.
+
+    The speculators form names the verifier, and a version of vLLM decides what it can say.
+    """
+    if output.exists():
+        return output
+    if form == FORMS[0]:
+        return export(checkpoint, output, engine="vllm", dtype=dtype)
+    name = str(verifier.absolute())
+    return export(checkpoint, output, engine="vllm", engine_version=version, form=form, dtype=dtype, base_model=name)
 
 
 def wrong_export(draft: Path, output: Path) -> tuple[Path, str]:
@@ -96,6 +105,7 @@ def wrong_export(draft: Path, output: Path) -> tuple[Path, str]:
             (config.get("eagle_config"), "eagle_aux_hidden_state_layer_ids"),
             (config, "target_layer_ids"),
             (config.get("dflash_config"), "target_layer_ids"),
+            (config, "aux_hidden_state_layer_ids"),  # of the speculators form
         ):
             if isinstance(holder, dict) and key in holder:
                 shift = -1 if min(holder[key]) > 0 else 1

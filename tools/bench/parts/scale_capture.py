@@ -47,6 +47,8 @@ class CaptureOutcome:
     worker_seconds: float
     """The same, summed over workers: each from its own first conversations on; a killed one until it was killed."""
     imbalance: float
+    waiting_share: float
+    """Share of the workers' time for which their devices waited until what they had computed was written."""
     start: float
     """Seconds from the job's start until its last worker gave the first conversations to its device."""
     stored_bytes: int
@@ -67,6 +69,7 @@ class CaptureOutcome:
             "job_tok_s": self.tokens / self.seconds,
             "gb_s": self.stored_bytes / self.seconds / 1e9,
             "imbalance": self.imbalance,
+            "write_wait_share": self.waiting_share,
             "start_s": self.start,
         }
 
@@ -133,6 +136,8 @@ def _outcome(report: dict[str, Any], root: Path, conversations: int, *, verify: 
         seconds=max(last) - min(began),
         worker_seconds=sum(ends) - sum(began),
         imbalance=(max(last) - float(np.mean(last))) / (max(last) - min(began)),
+        waiting_share=sum(item["waited_seconds"] for _, item in workers)
+        / max(sum(item["seconds"] for _, item in workers), 1e-9),
         start=max(began) - report["started"],
         stored_bytes=stored,
         hashes=shard_hashes(root),

@@ -49,6 +49,10 @@ class Worker:
     """When its first conversations were given to the device."""
     commits: list[tuple[float, int]]
     """Time and tokens of each shard that it committed."""
+    seconds: float = 0.0
+    """From its first shard's begin to its last one's commit."""
+    waited_seconds: float = 0.0
+    """Those for which its device waited until what it had computed was written."""
 
 
 class Watched(JobProgress):
@@ -68,7 +72,9 @@ class Watched(JobProgress):
         if isinstance(event, ShardAdvanced) and worker not in self.workers:
             self.workers[worker] = Worker(began=now, commits=[])
         if isinstance(event, ShardDone) and event.kept:
-            self.workers[worker].commits.append((now, event.tokens))
+            found = self.workers[worker]
+            found.commits.append((now, event.tokens))
+            found.seconds, found.waited_seconds = event.seconds, event.waited_seconds
             self._kill_where_due(now)
         if isinstance(event, Line):
             print(f"worker {worker}: {event.text}", file=sys.stderr, flush=True)
