@@ -2,16 +2,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 4
-PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+# pip would compile all that it installs, in one thread. Python compiles what it imports, and keeps it.
+INSTALL = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet install --no-compile --constraint constraints.txt
+KEEPING = env -u PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.installed
-	$(VENV)/bin/draftcache demo --output runs/demo
+	$(KEEPING) $(VENV)/bin/draftcache demo --output runs/demo
 
-# Hundreds of processes are started: without its byte code each would compile the package again.
 test: $(VENV)/.installed-dev
-	env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(KEEPING) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
@@ -22,11 +23,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) install --constraint constraints.txt --editable '.[plot]'
+	$(INSTALL) --editable '.[plot]'
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) --editable '.[dev]'
 	touch $@ $(VENV)/.installed
 
 clean:

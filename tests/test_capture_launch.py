@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import itertools
-import multiprocessing
 import os
 import re
 import signal
@@ -41,6 +40,7 @@ from draftcache.store.writer import StoreWriter
 from draftcache.tools.campaign.object_server import BUCKET, CREDENTIALS, s3_server
 from draftcache.tools.cli import main
 from support.capture_jobs import config, flags, prepare_rows, write_rows
+from support.forked import forking
 from support.processes import ONE_THREAD, children, wait_for
 from support.ray_cluster import RAY_ENVIRONMENT, ray_cluster
 from support.tiny_models import save_model
@@ -121,11 +121,9 @@ class Command:
     started: ClassVar[list[Command]] = []
 
     def __init__(self, settings: CaptureConfig, output: Path, *more: str) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["test_capture_launch"])
         arguments = ["capture", *flags(replace(settings, output=output)), *more]
         self.log = Path(tempfile.mkstemp(dir=output.parent, suffix=".log")[1])
-        self.process = context.Process(target=in_one_thread, args=(arguments, self.log))
+        self.process = forking().Process(target=in_one_thread, args=(arguments, self.log))
         self.process.start()
         self.output = output
         self.started.append(self)

@@ -106,11 +106,10 @@ def test_a_rank_that_is_left_out_would_show(store: Path) -> None:
 
 def test_sigkill_of_a_rank_ends_the_others_and_the_same_command_resumes(store: Path) -> None:
     """To the bit as if nothing had happened; one rank alone is not, so the comparison can fail."""
-    whole, cut = (dataclasses.replace(settings(store, name), epochs=40) for name in ("whole", "cut"))
+    whole, cut = (dataclasses.replace(settings(store, name), epochs=16) for name in ("whole", "cut"))
     words = [*TRAIN, *flags(cut)]
-    begun = time.monotonic()
     processes = start(2, words)
-    deadline = begun + 90
+    deadline = time.monotonic() + 90
     while not (cut.output / "checkpoints").is_dir() or not checkpoints(cut.output):
         assert time.monotonic() < deadline
         assert processes[1].poll() is None
@@ -118,7 +117,7 @@ def test_sigkill_of_a_rank_ends_the_others_and_the_same_command_resumes(store: P
     processes[1].send_signal(signal.SIGKILL)
     killed = time.monotonic()
     (code, _, errors), _ = finish(processes)
-    assert time.monotonic() - killed < killed - begun  # 0.05 s after 5 s of starting up: no time-out is waited for
+    assert time.monotonic() - killed < 20  # 0.05 s: no time-out is waited for
     assert code == 3
     assert "expected an answer from every rank, found one gone" in errors
     assert not load_state(checkpoints(cut.output)[-1]).finished
@@ -132,7 +131,7 @@ def test_sigkill_of_a_rank_ends_the_others_and_the_same_command_resumes(store: P
         mine, theirs = (weights(path / name) for path in last)
         assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
     assert [row["loss"] for row in metrics(cut.output)] == [row["loss"] for row in metrics(whole.output)]
-    single = dataclasses.replace(settings(store, "single"), epochs=40)
+    single = dataclasses.replace(settings(store, "single"), epochs=16)
     assert finish(start(1, [*TRAIN, *flags(single)]))[0][0] == 0
     assert [row["loss"] for row in metrics(single.output)] != [row["loss"] for row in metrics(whole.output)]
 

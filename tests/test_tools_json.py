@@ -37,7 +37,7 @@ SUMMARY = {
 
 
 DERIVED = {
-    "capture": r"[\d,]+ tokens/s",
+    "capture": r"[\d,]+ tokens/s, \d+ % of the time",
     "size": r"[\d.]+x|(?im:^spec.*)",
     "run": r"[\d.,]+ s\b",
     **dict.fromkeys(("inspect", "inspect dataset", "prepare"), r"\.\. [\d,]+"),

@@ -69,7 +69,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             output=root / "prepared",
             splits={"train": [root / "train.jsonl"]},
             held_out={},
-            max_length=512,
+            max_length=256,
             draft_vocab_size=1024,
             workers=1,
             progress=False,
@@ -157,8 +157,8 @@ def online(trained: Path, verifier_path: Path, *more: str) -> int:
     return main(
         [
             "eval", "--store", str(trained / "store"), "--checkpoint", str(trained / "eagle3"), "--splits", "train",
-            "--device", "cpu", "--online", "--verifier", str(verifier_path), "--online-prompts", "2",
-            "--online-tokens", "16", "--resamples", "100", *more,
+            "--device", "cpu", "--online", "--verifier", str(verifier_path), "--online-prompts", "6",
+            "--online-tokens", "24", "--resamples", "100", *more,
         ]
     )  # fmt: skip
 

@@ -8,16 +8,18 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from draftcache.draft_train.config import TrainConfig
+from support.forked import CLI, Forked
 
 WORKER = str(Path(__file__).with_name("rank_worker.py"))
 """The script of one rank that also writes its weights; its first word is `as_json` of the settings."""
-TRAIN = ["-m", "draftcache.tools.cli", "train"]
+TRAIN = [*CLI, "train"]
 
 
 def free_port() -> str:
@@ -27,23 +29,35 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def start(world: int, words: list[str], *of_each: list[str]) -> list[subprocess.Popen[str]]:
+class Executed(subprocess.Popen[str]):
+    """A process of its own interpreter, in the form of `Forked`."""
+
+    def __init__(self, words: list[str], environment: dict[str, str]) -> None:
+        pipe = subprocess.PIPE
+        super().__init__([sys.executable, *words], stdout=pipe, stderr=pipe, text=True, env=environment)
+
+    def ended(self, timeout: float) -> tuple[int, str, str]:
+        """Wait for the end, and return exit code, stdout and stderr."""
+        out, errors = self.communicate(timeout=timeout)
+        return self.returncode, out, errors
+
+
+def start(world: int, words: list[str], *of_each: list[str]) -> list[Forked] | list[Executed]:
     """Start one process per rank, under the variables that torchrun sets. `of_each`: each rank's further words."""
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+    kind = Executed if torch.cuda.is_available() else Forked
     return [
-        subprocess.Popen(
-            [sys.executable, *words, *(of_each[rank] if of_each else [])],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        kind(
+            [*words, *(of_each[rank] if of_each else [])],
+            os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(world)
-    ]  # fmt: skip
+    ]
 
 
-def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+def finish(processes: Sequence[Forked | Executed]) -> list[tuple[int, str, str]]:
     """Wait for all processes, and give exit code, stdout and stderr of each."""
-    ends = [process.communicate(timeout=120) for process in processes]
-    return [(process.returncode, *end) for process, end in zip(processes, ends, strict=True)]
+    return [process.ended(timeout=120) for process in processes]
 
 
 def as_json(made: TrainConfig) -> str:

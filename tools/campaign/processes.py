@@ -13,8 +13,15 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
+_LATE_IMPORTS = (
+    "transformers.models.nemotron_h.modeling_nemotron_h", "draftcache.capture.job.launch",
+    "draftcache.capture.prepare.job", "draftcache.draft_train.trainer", "draftcache.draft_train.evaluate",
+    "draftcache.draft_train.export", "draftcache.store.convert", "draftcache.tools.probe.dump",
+)  # fmt: skip
+"""What commands import only once they run."""
 PATIENCE_S = 120.0
 """Seconds after which a command counts as hanging. Every command of the campaign takes a few."""
 
@@ -39,6 +46,12 @@ class Ended:
     def __str__(self) -> str:
         last = self.errors.strip().splitlines()[-1:] or [""]
         return f"{self.words}: exit code {self.code}: {last[0][:300]}"
+
+
+def import_everything() -> None:
+    """Import what commands import as they run, which would take each forked process seconds."""
+    for name in _LATE_IMPORTS:
+        import_module(name)
 
 
 class Process:

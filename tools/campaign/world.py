@@ -14,7 +14,7 @@ from draftcache.store.common.files import hash_file
 from draftcache.store.format.commits import committed_shards, read_record, shard_name
 from draftcache.store.reader import StoreReader
 from draftcache.store.storage.base import Location, open_storage
-from draftcache.tools.campaign.processes import run
+from draftcache.tools.campaign.processes import import_everything, run
 from draftcache.tools.demo.pipeline import ASSETS, VERIFIER, read_conversations
 
 LAYOUTS = ("zarr", "webdataset")
@@ -25,6 +25,7 @@ class World:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        import_everything()
         root.mkdir(parents=True)
         for name, first, rows in (("train", 0, 8), ("val", 8, 2), ("other", 20, 8)):
             found = read_conversations(ASSETS / "conversations" / "train.jsonl.gz", first, rows)
