@@ -4,15 +4,15 @@ VENV ?= .venv
 JOBS ?= 4
 # pip would compile all that it installs, in one thread. Python compiles what it imports, and keeps it.
 INSTALL = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet install --no-compile --constraint constraints.txt
-KEEPING = env -u PYTHONDONTWRITEBYTECODE
+WITH_BYTECODE = env -u PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.installed
-	$(KEEPING) $(VENV)/bin/draftcache demo --output runs/demo
+	$(WITH_BYTECODE) $(VENV)/bin/draftcache demo --output runs/demo
 
 test: $(VENV)/.installed-dev
-	$(KEEPING) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(WITH_BYTECODE) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
