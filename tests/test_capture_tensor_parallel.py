@@ -28,6 +28,7 @@ from draftcache.store.reader import StoreReader
 from draftcache.store.storage.base import open_storage
 from draftcache.store.verify import verify_store
 from support.capture_jobs import config, flags, prepare_rows, write_rows
+from support.forked import CLI, started
 from support.paths import DEMO
 from support.processes import ONE_THREAD, children, wait_for
 from support.tiny_models import save_model
@@ -48,14 +49,13 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Pa
 
 
 def start(settings: CaptureConfig) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "draftcache.tools.cli", "capture", *flags(settings)]
+    command = [sys.executable, *CLI, "capture", *flags(settings)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ONE_THREAD)
 
 
 def run(settings: CaptureConfig, deadline_s: float = DEADLINE_S) -> tuple[int, str]:
-    with start(settings) as process:
-        _, errors = process.communicate(timeout=deadline_s)
-    return process.returncode, errors
+    code, _, errors = started([*CLI, "capture", *flags(settings)], ONE_THREAD).ended(deadline_s)
+    return code, errors
 
 
 def sharded(model: Path, dataset: Path, output: Path, **changes: Any) -> CaptureConfig:

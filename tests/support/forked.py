@@ -1,6 +1,6 @@
 """Programs as processes forked from one that has imported torch, transformers and draftcache, which takes seconds.
 
-Signals, output and environment are their own. On a machine with GPUs nothing is forked, since CUDA does not survive it.
+Signals, output and environment are their own. With GPUs, `started` forks nothing, since CUDA does not survive that.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,7 @@ class Forked:
     """`python WORDS` under these variables, where WORDS are `CLI` and a command's, or a script and its words."""
 
     def __init__(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
-        self._said = [Path(tempfile.mkstemp(prefix="said-")[1]) for _ in range(2)]
+        self._said = [_empty_file(), _empty_file()]
         self._process = forking().Process(target=_run, args=(list(words), dict(environment), self._said))
         self._process.start()
 
@@ -63,6 +64,30 @@ class Forked:
         for path in self._said:
             path.unlink()
         return self._process.exitcode, out, errors
+
+
+class Executed(subprocess.Popen[str]):
+    """A process of its own interpreter, in the form of `Forked`."""
+
+    def __init__(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
+        pipe = subprocess.PIPE
+        super().__init__([sys.executable, *words], stdout=pipe, stderr=pipe, text=True, env=environment)
+
+    def ended(self, timeout: float) -> tuple[int, str, str]:
+        """Wait for the end, and return exit code, stdout and stderr."""
+        out, errors = self.communicate(timeout=timeout)
+        return self.returncode, out, errors
+
+
+def started(words: Sequence[str], environment: Mapping[str, str]) -> Forked | Executed:
+    """Start `python WORDS` under these variables; where there are GPUs, in an interpreter of its own."""
+    return Executed(words, environment) if torch.cuda.is_available() else Forked(words, environment)
+
+
+def _empty_file() -> Path:
+    descriptor, name = tempfile.mkstemp(prefix="said-")
+    os.close(descriptor)
+    return Path(name)
 
 
 def _run(words: list[str], environment: dict[str, str], said: list[Path]) -> None:

@@ -6,8 +6,6 @@ import dataclasses
 import json
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from draftcache.draft_train.config import TrainConfig
-from support.forked import CLI, Forked
+from support.forked import CLI, Executed, Forked, started
 
 WORKER = str(Path(__file__).with_name("rank_worker.py"))
 """The script of one rank that also writes its weights; its first word is `as_json` of the settings."""
@@ -29,25 +27,11 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-class Executed(subprocess.Popen[str]):
-    """A process of its own interpreter, in the form of `Forked`."""
-
-    def __init__(self, words: list[str], environment: dict[str, str]) -> None:
-        pipe = subprocess.PIPE
-        super().__init__([sys.executable, *words], stdout=pipe, stderr=pipe, text=True, env=environment)
-
-    def ended(self, timeout: float) -> tuple[int, str, str]:
-        """Wait for the end, and return exit code, stdout and stderr."""
-        out, errors = self.communicate(timeout=timeout)
-        return self.returncode, out, errors
-
-
-def start(world: int, words: list[str], *of_each: list[str]) -> list[Forked] | list[Executed]:
+def start(world: int, words: list[str], *of_each: list[str]) -> list[Forked | Executed]:
     """Start one process per rank, under the variables that torchrun sets. `of_each`: each rank's further words."""
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-    kind = Executed if torch.cuda.is_available() else Forked
     return [
-        kind(
+        started(
             [*words, *(of_each[rank] if of_each else [])],
             os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
