@@ -9,7 +9,6 @@ from draftcache.capture.verifier.forward import PlainForward
 from draftcache.capture.verifier.load import find_modules, load_verifier
 from draftcache.capture.verifier.nemotron.forward import NemotronForward
 from draftcache.capture.verifier.ssm_precision import lift_dt_limit, mamba_mixers
-from draftcache.store.common.triton_launch import INTERPRETED
 from support.paths import DEMO
 from support.tiny_models import make_model
 from support.verifier_forwards import run, tokens, worst
@@ -31,7 +30,7 @@ def trained() -> tuple[NemotronForward, PlainForward]:
     return NemotronForward(found.model), PlainForward(found.body, found.blocks, found.final_norm)
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 16, 50] if INTERPRETED else [1, 2, 3, 16, 50, 130])
+@pytest.mark.parametrize("length", [1, 2, 3, 16, 50, 130])
 def test_random_weights_equal_the_models_code(length: int) -> None:
     ours, plain = tiny()
     ids = tokens(2, length)

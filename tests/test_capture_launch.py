@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import itertools
 import os
@@ -10,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +19,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-import torch
 
 from draftcache.capture.job import worker_job as batch_job
 from draftcache.capture.job.calibration import StoreCalibration
@@ -38,9 +35,8 @@ from draftcache.store.storage.base import open_storage
 from draftcache.store.verify import verify_store
 from draftcache.store.writer import StoreWriter
 from draftcache.tools.campaign.object_server import BUCKET, CREDENTIALS, s3_server
-from draftcache.tools.cli import main
 from support.capture_jobs import config, flags, prepare_rows, write_rows
-from support.forked import forking
+from support.forked import CLI, Forked
 from support.processes import ONE_THREAD, children, wait_for
 from support.ray_cluster import RAY_ENVIRONMENT, ray_cluster
 from support.tiny_models import save_model
@@ -55,7 +51,7 @@ def nothing_runs_on() -> Iterator[None]:
     """A test that fails leaves no command behind; a stopped one would keep pytest from ending."""
     yield
     for command in Command.started:
-        command.process.kill()
+        command.process.send_signal(signal.SIGKILL)
     Command.started.clear()
 
 
@@ -103,47 +99,32 @@ def require_nothing_unfinished(output: Path) -> None:
     assert {path.name for path in (output / "shards").glob("*")} == done
 
 
-def in_one_thread(arguments: list[str], log: Path) -> None:
-    """The command line, in a process that the fork server made of one that has imported everything.
+class Command:
+    """`draftcache capture` in a process of its own, its main thread as in a shell.
 
     On a CPU the number of threads decides how sums are cut, so bits are compared at one number of threads.
     """
-    with log.open("wb") as file:
-        os.dup2(file.fileno(), 2)
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # for its workers
-    sys.exit(main(arguments))
-
-
-class Command:
-    """`draftcache capture` in a process of its own, its main thread as in a shell."""
 
     started: ClassVar[list[Command]] = []
 
     def __init__(self, settings: CaptureConfig, output: Path, *more: str) -> None:
         arguments = ["capture", *flags(replace(settings, output=output)), *more]
-        self.log = Path(tempfile.mkstemp(dir=output.parent, suffix=".log")[1])
-        self.process = forking().Process(target=in_one_thread, args=(arguments, self.log))
-        self.process.start()
+        self.process = Forked([*CLI, *arguments], os.environ | {"OMP_NUM_THREADS": "1"})
+        self.errors = ""
         self.output = output
         self.started.append(self)
 
     def tell(self, number: int) -> None:
-        assert self.process.pid is not None
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process.pid, number)
+        self.process.send_signal(number)
 
-    def exit_code(self) -> int | None:
-        self.process.join(DEADLINE_S)
-        if self.process.is_alive():
-            self.process.kill()
-            pytest.fail("the command did not end")
-        return self.process.exitcode
+    def exit_code(self) -> int:
+        code, _, self.errors = self.process.ended(DEADLINE_S)
+        return code
 
 
 def wait_for_commits(output: Path, count: int, command: Command) -> None:
     """Or until the command has ended."""
-    wait_for(lambda: len(list((output / "commit").glob("0*"))) >= count or not command.process.is_alive())
+    wait_for(lambda: len(list((output / "commit").glob("0*"))) >= count or command.process.poll() is not None)
 
 
 def begun(output: Path) -> list[int]:
@@ -192,7 +173,7 @@ def test_a_command_takes_over_the_shard_of_one_that_dies(settings: CaptureConfig
     wait_for(lambda: len(committed_shards(open_storage(output))) >= shards - 2)
     time.sleep(2.0)
     assert len(committed_shards(open_storage(output))) < shards
-    assert second.process.is_alive()
+    assert second.process.poll() is None
     first.tell(signal.SIGKILL)
     assert second.exit_code() == 1
     require_same_store(settings, output)
@@ -305,14 +286,14 @@ def test_other_settings_are_refused_by_name(settings: CaptureConfig, tmp_path: P
     before = content(Path(settings.output))
     other = Command(replace(settings, window=30), Path(settings.output), "--workers", workers)
     assert other.exit_code() == 2
-    assert "(window: store has 20, this job has 30)" in other.log.read_text()
+    assert "(window: store has 20, this job has 30)" in other.errors
     assert content(Path(settings.output)) == before
 
 
 def test_what_no_worker_can_do_is_said(settings: CaptureConfig, tmp_path: Path) -> None:
     command = Command(replace(settings, layers=(0, 2, 7)), tmp_path / "s", "--workers", "2")
     assert command.exit_code() == 2
-    assert "error: --layers: expected blocks 0 to 4" in command.log.read_text()
+    assert "error: --layers: expected blocks 0 to 4" in command.errors
     assert not (tmp_path / "s").exists()
 
 

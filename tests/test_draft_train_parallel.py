@@ -117,7 +117,7 @@ def test_sigkill_of_a_rank_ends_the_others_and_the_same_command_resumes(store: P
     processes[1].send_signal(signal.SIGKILL)
     killed = time.monotonic()
     (code, _, errors), _ = finish(processes)
-    assert time.monotonic() - killed < 20  # 0.05 s: no time-out is waited for
+    assert time.monotonic() - killed < 5  # 0.05 s: no time-out is waited for
     assert code == 3
     assert "expected an answer from every rank, found one gone" in errors
     assert not load_state(checkpoints(cut.output)[-1]).finished

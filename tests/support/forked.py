@@ -5,6 +5,7 @@ Signals, output and environment are their own. With GPUs, `started` forks nothin
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -13,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import torch
@@ -30,19 +30,14 @@ _IMPORTED = [
 can't import."""
 
 
-def forking() -> ForkServerContext:
-    """Return the way to start such processes; their server is begun by the first one."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_IMPORTED)
-    return context
-
-
 class Forked:
     """`python WORDS` under these variables, where WORDS are `CLI` and a command's, or a script and its words."""
 
     def __init__(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
         self._said = [_empty_file(), _empty_file()]
-        self._process = forking().Process(target=_run, args=(list(words), dict(environment), self._said))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_IMPORTED)  # the server is begun by the first process
+        self._process = context.Process(target=_run, args=(list(words), dict(environment), self._said))
         self._process.start()
 
     def poll(self) -> int | None:
@@ -50,9 +45,10 @@ class Forked:
         return self._process.exitcode
 
     def send_signal(self, number: int) -> None:
-        """Send a signal."""
-        assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        """Send a signal, unless the process has ended."""
+        if self.poll() is None and self._process.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, number)
 
     def ended(self, timeout: float) -> tuple[int, str, str]:
         """Wait for the end, and return exit code, stdout and stderr."""
