@@ -16,10 +16,6 @@ import numpy as np
 import pytest
 import torch
 
-from draftcache.capture.job.config import CaptureConfig
-from draftcache.capture.job.worker_job import CaptureJob
-from draftcache.capture.peers.config import ImportConfig
-from draftcache.capture.peers.job import ImportSummary, run_import
 from draftcache.capture.peers.verifier_parts import parts_of, read_parts
 from draftcache.capture.verifier.load import load_verifier
 from draftcache.store.common.errors import InputError
@@ -38,6 +34,7 @@ from support.peer_files import (
     write_specforge,
     write_speculators,
 )
+from support.peer_imports import imported, require_equal_to_capture, settings
 
 
 @pytest.fixture(scope="module")
@@ -48,44 +45,6 @@ def verifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rows(verifier: Path) -> list[Recorded]:
     return record(load(verifier))
-
-
-def settings(verifier: Path, tokenizer: Path, source: Path, output: Path, peer: str, **changes: Any) -> ImportConfig:
-    capture = CaptureConfig(
-        verifier=verifier, dataset=output.parent / f"{output.name}.prepared", output=output,
-        layers=changes.pop("layers", TAPS), top_k=16, window=20, device="cpu", shard_tokens=50, mode="float32",
-        **changes.pop("capture", {}),
-    )  # fmt: skip
-    values: dict[str, Any] = {"draft_vocab_size": 100, **changes}
-    if peer == "speculators":
-        values.setdefault("masks", str(source.parent / f"{source.name}.masks.jsonl"))
-    return ImportConfig(peer=peer, source=source, capture=capture, tokenizer=tokenizer, **values)
-
-
-def imported(config: ImportConfig) -> ImportSummary:
-    return run_import(
-        config, config.capture.dataset.parent / f"{config.capture.dataset.name}.work", progress=False, workers=1
-    )
-
-
-def require_equal_to_capture(config: ImportConfig, compute_dtype: str = "float32") -> None:
-    """Every array of the imported store is that of a capture of its dataset, to the bit."""
-    captured = replace(
-        config.capture, output=Path(f"{config.capture.output}.captured"), compute_dtype=compute_dtype, device="cpu",
-        batch_tokens=1,
-    )  # fmt: skip
-    CaptureJob(captured).run()
-    ours, theirs = StoreReader(config.capture.output), StoreReader(captured.output)
-    assert len(ours) == len(theirs) > 0
-    for number in range(len(ours)):
-        expected, found = theirs.read(number), ours.read(number)
-        assert expected.arrays.keys() == found.arrays.keys()
-        for name, values in expected.arrays.items():
-            assert np.array_equal(values, found.arrays[name]), name
-    differ = {key for key, value in ours.manifest.verifier.items() if value != theirs.manifest.verifier[key]}
-    assert not differ
-    for name in ("frozen.safetensors",):
-        assert (config.capture.output / name).read_bytes() == (captured.output / name).read_bytes()
 
 
 WRITERS = {"speculators": write_speculators, "specforge": write_specforge, "modelopt": write_modelopt}
@@ -249,7 +208,7 @@ def test_damaged_files_and_code_are_set_aside_one_by_one(
         f"data_{number}.ckpt" for number in (0, 7, 8, 9, 10, 11)
     )
     assert all("expected" in item.reason and "found" in item.reason for item in summary.set_aside)
-    assert summary.findings["files_set_aside"] == 6
+    assert summary.findings["set_aside"] == 6
     assert len(StoreReader(tmp_path / "store")) == 5  # four whole ones, and the compressed one
 
 
@@ -278,8 +237,7 @@ def test_missing_masks_and_other_shapes_are_refused_by_name(
         ({"masks": "all", "layers": (0, 1)}, r"expected --layers for the 3 auxiliary states .* found \[0, 1\]"),
         ({"masks": "all", "layers": (0, 1, 2, 3)}, "the last state is from after the final norm"),
         ({"masks": "all", "layers": (0, 1, 9)}, "expected blocks 0 to 3"),
-        ({"masks": "all", "peer": "deepspec"}, "--from deepspec: its raw shards"),
-        ({"masks": "all", "peer": "automodel"}, "--from automodel: its cache holds renormalised"),
+        ({"masks": "all", "layers": ()}, "--layers: expected the blocks whose outputs modelopt's files hold"),
         ({"masks": "all", "peer": "eagle"}, "--from: expected one of"),
         ({"masks": "all", "source": tmp_path / "none"}, "expected a folder with files .pt, found none"),
         ({"masks": "all", "draft_vocab_size": None}, "expected --draft-vocab-size"),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,14 @@ import torch
 from numpy.typing import NDArray
 
 from draftcache.capture.peers.recorded import tokens_key
-from draftcache.capture.peers.samples import DamagedSampleError, LoadStates, PeerReader, PeerSample
+from draftcache.capture.peers.samples import (
+    CacheDescription,
+    DamagedSampleError,
+    LoadStates,
+    PeerReader,
+    PeerSample,
+    SetAside,
+)
 from draftcache.capture.prepare.rows.files import read_conversations
 from draftcache.capture.prepare.rows.rejections import Rejection
 from draftcache.capture.prepare.rows.sources import expand_input
@@ -26,14 +32,6 @@ PROBED = 4096
 """Tokens of the conversations that are kept for the probe."""
 SET_ASIDE = "set_aside.jsonl"
 """Name of the list of files that are not imported, in the rows' folder."""
-
-
-@dataclass(frozen=True)
-class SetAside:
-    """A file, or a conversation of it, that is not imported."""
-
-    file: str
-    reason: str
 
 
 class PeerIndex:
@@ -54,6 +52,8 @@ class PeerIndex:
         """The file of rows of each split."""
         self.set_aside: list[SetAside] = []
         self.files = 0
+        self.description = CacheDescription()
+        """What the caches say of themselves; all of them say the same."""
         self.longest = 0
         """Tokens of the longest conversation."""
         self._kept_tokens = 0
@@ -68,26 +68,40 @@ class PeerIndex:
     ) -> None:
         """Read the heads of all files of a source, set aside what is damaged, and call `advance` after each file.
 
-        Raises InputError where there is no file, and where a conversation has no loss mask and none were given.
+        Raises InputError where there is no file, where a conversation has no loss mask and none were given, and where
+        a cache says that it is of another verifier, or of other blocks, than the one before.
         """
         files, count = reader.files(source), 0
+        self._describe(reader, source)
         self._folder.mkdir(parents=True, exist_ok=True)
         self.rows[name] = self._folder / f"{name}.jsonl"
         with atomic_path(self.rows[name]) as partial, partial.open("w", encoding="utf-8") as rows:
             for path in files:
                 self.files += 1
-                try:
-                    for sample in reader.read(path):
-                        self._require_like_first(sample)
-                        rows.write(_row(sample, masks.of(sample)))
-                        self._add(sample)
+                for item in _items(reader, path):
+                    if isinstance(item, SetAside):
+                        self.set_aside.append(item)
+                        continue
+                    try:
+                        self._require_like_first(item)
+                        rows.write(_row(item, masks.of(item)))
+                        self._add(item)
                         count += 1
-                except DamagedSampleError as exc:
-                    self.set_aside.append(SetAside(str(path), str(exc).removeprefix(f"{path}: ")))
+                    except DamagedSampleError as exc:
+                        self.set_aside.append(SetAside.of(item.path, exc))
                 advance()
             if not count:
                 shown = "; ".join(f"{item.file}: {item.reason}" for item in self.set_aside[:3])
                 raise InputError(f"{source}: expected at least one whole conversation, found none: {shown}")
+
+    def _describe(self, reader: PeerReader, source: Path) -> None:
+        found, first = reader.describe(source), self.description
+        if self.rows and (found.verifier, found.layers) != (first.verifier, first.layers):
+            raise InputError(
+                f"{source}: expected a cache of {first.verifier} with blocks {list(first.layers)} as the first one, "
+                f"found one of {found.verifier} with blocks {list(found.layers)}"
+            )
+        self.description = first if self.rows else found
 
     def _add(self, sample: PeerSample) -> None:
         self.loads.setdefault(tokens_key(sample.token_ids), sample.load)
@@ -113,6 +127,14 @@ class PeerIndex:
         """Write what was set aside, one JSON object per line."""
         with atomic_path(self._folder / SET_ASIDE) as partial, partial.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps({"file": item.file, "reason": item.reason}) + "\n" for item in self.set_aside)
+
+
+def _items(reader: PeerReader, path: Path) -> Iterator[PeerSample | SetAside]:
+    """What a file holds, and what of it is damaged: the whole of it, or single conversations."""
+    try:
+        yield from reader.read(path)
+    except DamagedSampleError as exc:
+        yield SetAside.of(path, exc)
 
 
 def _row(sample: PeerSample, mask: NDArray[np.bool_]) -> str:

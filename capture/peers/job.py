@@ -9,13 +9,15 @@ from typing import Any
 
 from draftcache.capture.job.progress import CaptureSummary
 from draftcache.capture.job.stopping import StopSignals
-from draftcache.capture.peers.config import ImportConfig
+from draftcache.capture.peers.automodel_files import AutomodelReader, require_same_weights
+from draftcache.capture.peers.config import NAMING_LAYERS, ImportConfig
 from draftcache.capture.peers.conventions import LastState
-from draftcache.capture.peers.index import Masks, PeerIndex, SetAside, compute_dtype
+from draftcache.capture.peers.deepspec_files import DeepSpecReader
+from draftcache.capture.peers.index import Masks, PeerIndex, compute_dtype
 from draftcache.capture.peers.recorded import RecordedVerifier, states_of_files
 from draftcache.capture.peers.recorded_job import RecordedJob
 from draftcache.capture.peers.safetensors_files import SpeculatorsReader
-from draftcache.capture.peers.samples import PeerReader
+from draftcache.capture.peers.samples import PeerReader, SetAside
 from draftcache.capture.peers.torch_files import MODELOPT, SPECFORGE
 from draftcache.capture.peers.verifier_parts import VerifierParts
 from draftcache.capture.prepare.job import PrepareConfig, PrepareResult, prepare
@@ -24,7 +26,9 @@ from draftcache.store.common.errors import InputError
 from draftcache.store.common.progress import progress_bar
 from draftcache.store.common.stopping import StopRequest
 
-READERS: dict[str, PeerReader] = {reader.name: reader for reader in (SpeculatorsReader(), SPECFORGE, MODELOPT)}
+READERS: dict[str, PeerReader] = {
+    reader.name: reader for reader in (SpeculatorsReader(), SPECFORGE, MODELOPT, DeepSpecReader(), AutomodelReader())
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class ImportJob(RecordedJob):
         super().__init__(config.capture, index.first_samples, probe=config.probe, last_state=config.last_state, say=say)
 
     def _verifier_of(self, parts: VerifierParts, last_state: str) -> RecordedVerifier:
+        if (weights := self._index.description.weights) is not None:
+            require_same_weights(parts, weights)
         return RecordedVerifier(
             parts, states_of_files(self._index.loads), self.aux_layers, last_state=last_state, dtype=self.dtype,
             device=self.device, origin=f"{self._import.peer}'s files",
@@ -54,19 +60,33 @@ class ImportJob(RecordedJob):
 
     def _findings(self, last: LastState) -> dict[str, Any]:
         """What is known of the states, what a user stated, and what nothing shows."""
-        config, probed = self._import, bool(self.self_check)
+        config, cache = self._import, self._index.description
+        states = self._found_states(last)
+        if cache.layers and not self.self_check:
+            states["auxiliary_states"] = "not compared: the blocks are those that the cache names"
         return {
             "from": config.peer,
             "files": self._index.files,
-            "files_set_aside": len(self._index.set_aside),
+            "set_aside": len(self._index.set_aside),
             "states_dtype": str(self._index.first.dtype).removeprefix("torch."),
+            "states_left_out": list(cache.left_out),
             "last_state_of_the_project": READERS[config.peer].last_state,
-            **self._found_states(last),
+            **states,
             "loss_masks": Masks.origin_of(config.masks),
             "tokenizer": "of --tokenizer or the verifier's directory; the files don't name theirs",
-            "weights": "compared with the verifier's" if probed else "taken as given: the files don't name theirs",
+            "weights": self._known_weights(),
             "ssm_state_dtype": "unknown",
         }
+
+    def _known_weights(self) -> str:
+        """How it is known that the states are of this verifier's weights."""
+        cache = self._index.description
+        if self.self_check:
+            return "compared with the verifier's"
+        if cache.weights is not None:
+            return f"embeddings and head compared with {cache.weights.name} of the cache, which names {cache.verifier}"
+        named = f"which name {cache.verifier}" if cache.verifier else "which don't name theirs"
+        return f"taken as given for the files, {named}"
 
     def _provenance(self) -> dict[str, Any]:
         return super()._provenance() | {"import": self.findings}
@@ -99,13 +119,29 @@ def run_import(
     verifier don't fit together, and Stopped after SIGTERM or SIGINT.
     """
     index = read_index(config, work / "rows", progress=progress)
+    layers = _layers_of(config, index, say)
     prepared = _prepare(config, index, workers=workers, progress=progress)
     dtype = str(compute_dtype(index.first.dtype)).removeprefix("torch.")
-    settings = replace(config, capture=replace(config.capture, compute_dtype=dtype))
+    settings = replace(config, capture=replace(config.capture, layers=layers, compute_dtype=dtype))
     stop = StopRequest(settings.capture.grace_seconds)
     with StopSignals(stop), ImportJob(settings, index, say) as job:
         summary = job.run(stop)
     return ImportSummary(summary, index.files, index.set_aside, prepared.quarantined_rows, job.findings)
+
+
+def _layers_of(config: ImportConfig, index: PeerIndex, say: Callable[[str], object]) -> tuple[int, ...]:
+    """The blocks of the states: those that the cache names, else those of --layers. Raises InputError."""
+    given, named = config.capture.layers, index.description.layers
+    if config.peer not in NAMING_LAYERS:
+        return given
+    for name in index.description.left_out:
+        say(f"left out of the auxiliary states: {name}, which is no block's output")
+    if not named or given not in ((), named):
+        raise InputError(
+            f"--layers: expected the blocks that {config.source} names, {list(named)}, or nothing, found {list(given)}"
+            + ("" if named else ": no state of this cache is a block's output")
+        )
+    return named
 
 
 def _prepare(config: ImportConfig, index: PeerIndex, *, workers: int, progress: bool) -> PrepareResult:

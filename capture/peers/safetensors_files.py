@@ -21,10 +21,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from draftcache.capture.peers.samples import DamagedSampleError, PeerSample, natural_order, require_sample
+from draftcache.capture.peers.samples import (
+    CacheDescription,
+    DamagedSampleError,
+    PeerSample,
+    natural_order,
+    require_sample,
+)
 from draftcache.store.common.errors import InputError
 
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
 _SCALES = "hidden_states_scales"
 
 
@@ -43,6 +49,10 @@ class SpeculatorsReader:
             f"{source}: expected a folder with hs_0.safetensors, hs_1.safetensors, .. or with hidden_states/ that has "
             "them, found none"
         )
+
+    def describe(self, source: Path) -> CacheDescription:
+        """Nothing: these files say neither of which verifier nor of which blocks their states are."""
+        return CacheDescription()
 
     def read(self, path: Path) -> Iterator[PeerSample]:
         """The one conversation of a file. Raises DamagedSampleError."""
@@ -68,7 +78,7 @@ class SpeculatorsReader:
                 path=path,
                 token_ids=token_ids[: shape[0]] if shape[0] == len(token_ids) - 1 else token_ids,
                 loss_mask=None,
-                dtype=torch.bfloat16 if kind == "F8_E4M3" else _DTYPES.get(kind, torch.float64),
+                dtype=torch.bfloat16 if kind == "F8_E4M3" else DTYPES.get(kind, torch.float64),
                 taps=shape[1] - 1,
                 hidden_size=shape[2],
                 before_norm=None,

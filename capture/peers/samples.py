@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from draftcache.store.common.errors import DraftcacheError
+from draftcache.store.common.errors import DraftcacheError, InputError
+from draftcache.store.common.files import read_json
 
 STATE_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
@@ -29,6 +30,7 @@ class PeerSample:
     """What a file says of one conversation of L tokens, before its states are read."""
 
     path: Path
+    """The file; of a file that holds many conversations, with `#N` behind its name for conversation N."""
     token_ids: NDArray[np.int64]
     """[L], those that have a state."""
     loss_mask: NDArray[np.bool_] | None
@@ -42,6 +44,33 @@ class PeerSample:
     """Whether the file itself says that its last state is from before the final norm; None where it says nothing."""
     load: LoadStates
     """Reads the states: auxiliary ones [L, taps, H] in the file's order, and the last one [L, H]."""
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A file, or a conversation of it, that is not imported."""
+
+    file: str
+    reason: str
+
+    @classmethod
+    def of(cls, path: Path, damage: DamagedSampleError) -> SetAside:
+        """What is set aside for a damage, whose text does not repeat the path."""
+        return cls(str(path), str(damage).removeprefix(f"{path}: "))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheDescription:
+    """What a cache says of itself, beside its conversations. Most say nothing."""
+
+    verifier: str = ""
+    """The name or path by which it knows its verifier."""
+    layers: tuple[int, ...] = ()
+    """Blocks whose outputs its auxiliary states are, in the order in which `PeerSample.load` gives them."""
+    left_out: tuple[str, ...] = ()
+    """Auxiliary states that it holds and that no store can hold."""
+    weights: Path | None = None
+    """A file with its verifier's embeddings and head."""
 
 
 class PeerReader(Protocol):
@@ -61,8 +90,11 @@ class PeerReader(Protocol):
     def files(self, source: Path) -> list[Path]:
         """The files of a cache in order. Raises InputError where there are none."""
 
-    def read(self, path: Path) -> Iterator[PeerSample]:
-        """The conversations of a file. Raises DamagedSampleError."""
+    def describe(self, source: Path) -> CacheDescription:
+        """What the cache says of itself. Raises InputError where its own description can't be read."""
+
+    def read(self, path: Path) -> Iterator[PeerSample | SetAside]:
+        """The conversations of a file, and what of them is damaged. Raises DamagedSampleError if the whole file is."""
 
 
 def require_sample(sample: PeerSample, states: tuple[int, ...]) -> PeerSample:
@@ -99,3 +131,23 @@ def mask_of(path: Path, values: Tensor) -> NDArray[np.bool_]:
 def natural_order(path: Path) -> tuple[int, str]:
     """Sorts hs_10 behind hs_9: by the length of the name, then the name."""
     return len(path.name), str(path)
+
+
+def read_manifest(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """A cache's own JSON description, which has values of these kinds under these names. Raises InputError."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    for name, kind in kinds.items():
+        if not isinstance(values.get(name), kind):
+            raise InputError(f"{path}: expected {name}, of type {kind.__name__}, found {values.get(name)!r}")
+    return values
+
+
+def block_numbers(path: Path, values: list[Any]) -> list[int]:
+    """A description's list of layer ids, of which -1 is the embeddings. Raises InputError for anything else."""
+    if not values or not all(isinstance(value, int) and value >= -1 for value in values):
+        raise InputError(f"{path}: expected target_layer_ids, blocks from 0 or -1 for embeddings, found {values}")
+    if values != sorted(set(values)):
+        raise InputError(f"{path}: expected target_layer_ids in ascending order, each once, found {values}")
+    return values

@@ -27,7 +27,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from draftcache.capture.peers.samples import DamagedSampleError, PeerSample, mask_of, natural_order, require_sample
+from draftcache.capture.peers.samples import (
+    CacheDescription,
+    DamagedSampleError,
+    PeerSample,
+    mask_of,
+    natural_order,
+    require_sample,
+)
 from draftcache.store.common.errors import InputError
 
 
@@ -49,6 +56,10 @@ class TorchReader:
         if not found:
             raise InputError(f"{source}: expected a folder with files {' or '.join(self.suffixes)}, found none")
         return sorted(found, key=natural_order)
+
+    def describe(self, source: Path) -> CacheDescription:
+        """Nothing: these files say neither of which verifier nor of which blocks their states are."""
+        return CacheDescription()
 
     def read(self, path: Path) -> Iterator[PeerSample]:
         """The one conversation of a file. Raises DamagedSampleError."""

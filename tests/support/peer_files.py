@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from draftcache.capture.peers.deepspec_files import RECORD
 from draftcache.capture.verifier.load import Verifier, load_verifier
 from draftcache.capture.verifier.ssm_precision import enforce_contract
 from support.tiny_models import make_model
@@ -143,4 +144,86 @@ def write_modelopt(folder: Path, rows: list[Recorded], *, before_norm: bool | No
         if before_norm is not None:
             sample["hidden_states_prenorm"] = before_norm
         torch.save(sample, folder / f"{number}.pt")
+    return folder
+
+
+def write_deepspec(
+    folder: Path,
+    rows: list[Recorded],
+    *,
+    hidden_dtype: str = "bfloat16",
+    layer_ids: tuple[int, ...] = TAPS,
+    per_shard: int = 2,
+) -> Path:
+    """A target cache of DeepSpec: manifest, index, and shards of a few conversations each."""
+    folder.mkdir(parents=True)
+    records = np.zeros(len(rows), RECORD)
+    names = [f"shard-{number:05d}.bin" for number in range(-(-len(rows) // per_shard))]
+    for number, row in enumerate(rows):
+        length, shard = len(row.token_ids), number // per_shard
+        arrays = {
+            "token_ids": row.token_ids.astype("<i4").tobytes(),
+            "attention_mask": np.ones(length, np.uint8).tobytes(),
+            "loss_mask": row.loss_mask.astype(np.uint8).tobytes(),
+        }
+        for name, states in (("states", row.taps.flatten(1)), ("last_state", row.after)):
+            cast = states.to(getattr(torch, hidden_dtype)).contiguous()
+            arrays[name] = cast.view(torch.uint8).numpy().tobytes()
+        records[number] = (number, shard, length, 0, 0, 0, 0, 0)
+        with (folder / names[shard]).open("ab") as file:
+            for name, values in arrays.items():
+                records[name][number] = file.tell()
+                file.write(values)
+    records.tofile(folder / "samples.idx")
+    manifest = {
+        "version": 2, "num_samples": len(rows), "num_shards": len(names), "target_layer_ids": list(layer_ids),
+        "hidden_dtype": hidden_dtype, "token_dtype": "int32", "mask_dtype": "uint8", "index_record_size": 56,
+        "hidden_size": rows[0].after.shape[-1], "target_model_name_or_path": "somebody/a-model",
+        "shards": [{"shard_id": number, "file_name": name} for number, name in enumerate(names)],
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def write_automodel(
+    folder: Path,
+    rows: list[Recorded],
+    verifier: Verifier,
+    *,
+    layer_ids: tuple[int, ...] = TAPS,
+    attention: bool = False,
+    pad: int = 2,
+    per_shard: int = 2,
+) -> Path:
+    """A cache of Automodel's DSpark trainer: manifest, weights, and shards of rows padded with the token `pad`."""
+    folder.mkdir(parents=True)
+    length, width = max(len(row.token_ids) for row in rows) + 3, rows[0].after.shape[-1]
+    for first in range(0, len(rows), per_shard):
+        part = rows[first : first + per_shard]
+        tensors = {
+            "input_ids": torch.full((len(part), length), pad),
+            "loss_mask": torch.zeros(len(part), length, dtype=torch.long),
+            "target_hidden_states": torch.ones(len(part), length, len(layer_ids) * width),
+            "target_last_hidden_states": torch.ones(len(part), length, width),
+        }
+        if attention:
+            tensors["attention_mask"] = torch.zeros(len(part), length, dtype=torch.long)
+        for number, row in enumerate(part):
+            own = len(row.token_ids)
+            tensors["input_ids"][number, :own] = torch.from_numpy(row.token_ids)
+            tensors["loss_mask"][number, :own] = torch.from_numpy(row.loss_mask).long()
+            tensors["target_hidden_states"][number, :own] = row.taps.flatten(1)
+            tensors["target_last_hidden_states"][number, :own] = row.after
+            if attention:
+                tensors["attention_mask"][number, :own] = 1
+        save_file(tensors, folder / f"shard-{first // per_shard:06d}.safetensors")
+    embeddings, head = verifier.embeddings.weight, verifier.head.weight
+    weights = {"embed_tokens.weight": embeddings.detach().clone(), "lm_head.weight": head.detach().clone()}
+    save_file(weights, folder / "target_weights.safetensors")
+    manifest = {
+        "format_version": 1, "complete": True, "target_model": "somebody/a-model", "hidden_size": width,
+        "num_hidden_layers": len(verifier.blocks), "num_samples": len(rows), "shard_size": per_shard,
+        "target_layer_ids": list(layer_ids), "dtype": "fp32", "seq_length": length,
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftcache.capture.job.config import CaptureConfig
-from draftcache.capture.peers.config import PEERS, ImportConfig
+from draftcache.capture.peers.config import NAMING_LAYERS, PEERS, ImportConfig
 from draftcache.store.common.errors import InputError
 from draftcache.tools.arguments import add_settings, numbers
 from draftcache.tools.results import add_json, show
@@ -38,10 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers",
         type=numbers,
-        required=True,
+        default=(),
         help="blocks whose outputs the files hold, counted from 0, in the files' order (a layer id k of vLLM or SGLang "
         "is block k-1); the last block too, where the files' last state is from before the final norm and is to be "
-        "kept as a tap",
+        f"kept as a tap (default: as the cache says, which {' and '.join(NAMING_LAYERS)} do)",
     )
     add_settings(parser, CaptureConfig, only=_CAPTURE)
     parser.add_argument(
@@ -163,11 +163,13 @@ def _format(values: dict[str, Any]) -> str:
     lines = [
         f"{values['store']}: {values['conversations']:,} conversations, {values['tokens']:,} tokens, "
         f"{values['bytes_per_token']:,.0f} bytes/token, of {values['files']:,} files of {found['from']}; "
-        f"{len(values['set_aside'])} files set aside, {len(values['quarantined'])} conversations quarantined",
+        f"{len(values['set_aside'])} set aside, {len(values['quarantined'])} conversations quarantined",
         f"  last state: {found['last_state']} the final norm ({found['last_state_by']})",
         f"  auxiliary states: {found['auxiliary_states']}",
         f"  loss masks: {found['loss_masks']}; tokenizer: {found['tokenizer']}; weights: {found['weights']}",
     ]
+    if left_out := found.get("states_left_out"):
+        lines.append(f"  left out, as they are no block's output: {', '.join(left_out)}")
     lines += [f"  set aside {item['file']}: {item['reason']}" for item in values["set_aside"][:20]]
     if len(values["set_aside"]) > 20:
         lines.append(f"  and {len(values['set_aside']) - 20} more: {values['set_aside_file']}")
