@@ -138,6 +138,31 @@ def test_a_wrong_export_has_to_cost_steps() -> None:
     assert not judge_wrong("x", right, replace(right, steps=110, wrong={0: 2.0}), "a mistake").passed
 
 
+def test_a_wrong_export_that_costs_few_steps_has_to_show_in_the_proposals() -> None:
+    right, asked = replace(served(), steps=1000), []
+
+    def proposals(passed: bool | None) -> Callable[[], Verdict]:
+        def check() -> Verdict:
+            asked.append(passed)
+            return Verdict("x", "proposals", passed, "7 of 9 are equal")
+
+        return check
+
+    dear, cheap, free = (replace(right, steps=steps) for steps in (1010, 1009, 1000))
+    assert judge_wrong("x", right, dear, "a mistake", proposals(True)).passed
+    assert not asked
+    noticed = judge_wrong("x", right, cheap, "a mistake", proposals(False))
+    assert noticed.passed
+    assert "its proposals differ: 7 of 9 are equal" in noticed.found
+    assert ("wrong_export_noticed_by_proposals", 1.0, "1 = yes") in noticed.metrics
+    assert not judge_wrong("x", right, cheap, "a mistake", proposals(True)).passed
+    assert not judge_wrong("x", right, cheap, "a mistake", proposals(None)).passed
+    assert not judge_wrong("x", right, cheap, "a mistake").passed
+    assert asked == [False, True, None]
+    assert not judge_wrong("x", right, free, "a mistake", proposals(False)).passed  # it has to cost steps
+    assert asked == [False, True, None]
+
+
 def states(apart: float, shift: int = 1) -> Comparison:
     matches = [
         Match(name=str(block), number=block + shift, best="b", block=block, difference=apart, second_difference=0.4)

@@ -12,9 +12,9 @@ times the tokens of one. `--shape small --device cpu` runs all of it on two core
   workers' rates between their own commits, without the first quarter and the last of each one's shards. Loading,
   checks, calibration and the end, where a worker finds no further shard, are no part of it. `job_tok_s` has that end:
   all tokens over the time from the first worker's first conversations to the last commit. `imbalance` is (latest -
-  mean) of the workers' last commits over that time, and `gb_s` are the committed bytes over it. `write_wait_share` is
-  the share of the workers' time for which their GPUs waited for compression and files. `start_s` pass before the last
-  worker begins: processes, weights, checks, and the calibration that one of them makes for all.
+  mean) of the workers' last commits over that time; `gb_s` (committed bytes), `sm_clock_mhz` and `power_w` (means of
+  its GPUs, the first N that nvidia-smi lists) are over it too. `write_wait_share` is the share of the workers' time for
+  which their GPUs waited for compression and files. `start_s` pass before the last worker begins.
 - `kill`, case `kill-N`, for the largest N: the last worker is killed by SIGKILL when half of the tokens are committed.
   `tok_s` is by the job's time, as `job_tok_s`; `efficiency` compares tokens per second of a living worker with those of
   the same capture without a kill. `equal_shards` is the share of shards whose files have the same hashes as without,
@@ -62,6 +62,7 @@ UNITS = {
     "job_efficiency": "of N x one", "of_undisturbed": "of the rate", "equal_shards": "of the shards",
     "verified_share": "of the shards", "damages": "", "waiting_share": "of rank time",
     "wait_removed": "of the wait", "data_wait_share": "of wall time", "loss_difference": "relative",
+    "sm_clock_mhz": "MHz", "power_w": "W",
 }  # fmt: skip
 _ALLOWED = {"equal_shards": (1.0, 1.0), "damages": (0.0, 0.0), "loss_difference": (0.0, LOSS_LIMIT)}
 """Least and largest value of the metrics that say whether results are right."""
@@ -70,8 +71,7 @@ _SPLITS = (1, 2, 4)
 """Over how many GPUs a worker's verifier is split."""
 _MOST_OF_MEMORY = 0.85
 """Share of host memory that models in it may take."""
-_BYTES_PER_TOKEN = 12_000
-"""Of a store, about."""
+_BYTES_PER_TOKEN = 12_000  # of a store, about
 Metrics = dict[str, float]
 Case = tuple[str, Metrics]
 

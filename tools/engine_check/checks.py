@@ -251,14 +251,17 @@ class EngineCheck:
             found.append(judging.judge_text(name, right, counted))
         if "steps" in asked:
             found.append(judging.judge_steps(name, right, counted, own=self.subject.checkpoint is not None))
+
+        def proposals(served: judging.Served) -> Verdict:
+            return judging.judge_proposals(name, served, self.traces, store, checkpoint, arithmetic=self.arithmetic)
+
         if "proposals" in asked:
-            found.append(
-                judging.judge_proposals(name, right, self.traces, store, checkpoint, arithmetic=self.arithmetic)
-            )
+            found.append(proposals(right))
         if "wrong" in asked:
             wrong, mistake = drafts.wrong_export(draft, work / f"wrong-{name}")
             served = self._served(f"{name}-wrong", f"{name}, decoding with a wrong export ({mistake})", wrong)
-            found.append(judging.judge_wrong(name, right, served, mistake))
+            shown = partial(proposals, served) if "proposals" in asked else None
+            found.append(judging.judge_wrong(name, right, served, mistake, shown))
         return found
 
     def _served(self, name: str, doing: str, draft: Path) -> judging.Served:

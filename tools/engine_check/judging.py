@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,16 +196,28 @@ def judge_proposals(
     return Verdict(name, "proposals", counts.passed, found, metrics)
 
 
-def judge_wrong(name: str, right: Served, served: Served, mistake: str) -> Verdict:
-    """Return whether a wrong export costs verify steps, so that the check of steps would show it."""
+def judge_wrong(
+    name: str, right: Served, served: Served, mistake: str, proposals: Callable[[], Verdict] | None = None
+) -> Verdict:
+    """Return whether a wrong export is noticed: it costs so many verify steps that the check of steps would show it.
+
+    A draft that makes little of what is wrong may cost less; then the check of `proposals` has to fail on what the
+    engine proposes with the wrong export. It is called only then, and None where proposals are not checked.
+    """
     cost = served.steps / max(right.steps, 1) - 1
     found = (
         f"{mistake}: {served.steps:,} verify steps instead of {right.steps:,}, {100 * cost:+.1f} % (at least "
         f"{100 * LEAST_COST:+g} %); {len(served.equal)} of {len(served.texts)} texts are plain decoding's"
     )
-    metrics = (
+    metrics = [
         ("wrong_export_verify_steps", served.steps, f"steps, {mistake}"),
         ("wrong_export_cost", cost, "share of verify steps"),
         ("wrong_export_texts_equal", len(served.equal), "traces"),
-    )
-    return Verdict(name, "wrong", cost >= LEAST_COST and not served.wrong, found, metrics)
+    ]
+    noticed = cost >= LEAST_COST
+    if not noticed and cost > 0 and proposals is not None:
+        shown = proposals()
+        noticed = shown.passed is False
+        found += f"; its proposals {'differ' if noticed else 'do not show it'}: {shown.found}"
+        metrics.append(("wrong_export_noticed_by_proposals", float(noticed), "1 = yes"))
+    return Verdict(name, "wrong", noticed and not served.wrong, found, tuple(metrics))

@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -19,6 +20,7 @@ from draftcache.store.format.commits import committed_shards, require_record, sh
 from draftcache.store.reader import StoreReader
 from draftcache.store.storage.base import open_storage
 from draftcache.store.verify import verify_store
+from draftcache.tools.bench.parts.gpu_clocks import GpuClocks
 from draftcache.tools.bench.parts.random_dataset import write_random_dataset
 from draftcache.tools.bench.parts.scale_job import Job
 from draftcache.tools.bench.parts.scale_shapes import ScaleShape, mixed_lengths, turns_mask
@@ -53,6 +55,8 @@ class CaptureOutcome:
     """Seconds from the job's start until its last worker gave the first conversations to its device."""
     stored_bytes: int
     hashes: Hashes
+    clocks: dict[str, float] = field(default_factory=dict)
+    """Mean clock and power of the workers' GPUs in that time, as `GpuClocks.means` has them."""
     damages: int = 0
     verified: float = 0.0
     """Share of the shards that were read in full and found good."""
@@ -71,6 +75,7 @@ class CaptureOutcome:
             "imbalance": self.imbalance,
             "write_wait_share": self.waiting_share,
             "start_s": self.start,
+            **self.clocks,
         }
 
 
@@ -101,8 +106,10 @@ class Captures:
             "shard_tokens": shape.shard_tokens, "device": self._device, "tensor_parallel": tensor_parallel,
         }  # fmt: skip
         try:
-            report = self._watched(Job(settings=settings, workers=workers, kill_after=kill_after))
-            return _outcome(report, store, len(lengths), verify=verify)
+            job = Job(settings=settings, workers=workers, kill_after=kill_after)
+            with nullcontext() if self._device == "cpu" else GpuClocks() as clocks:
+                report = self._watched(job)
+            return _outcome(report, store, len(lengths), clocks, range(workers * tensor_parallel), verify=verify)
         finally:
             rmtree(store, ignore_errors=True)
             rmtree(dataset)
@@ -120,7 +127,9 @@ class Captures:
         return report
 
 
-def _outcome(report: dict[str, Any], root: Path, conversations: int, *, verify: bool) -> CaptureOutcome:
+def _outcome(
+    report: dict[str, Any], root: Path, conversations: int, clocks: GpuClocks | None, gpus: range, *, verify: bool
+) -> CaptureOutcome:
     store, workers, killed = StoreReader(root), list(report["workers"].items()), report["killed"]
     if len(store) != conversations:
         raise WorkerError(f"expected a store of {conversations} conversations, found {len(store)}; see above")
@@ -141,6 +150,7 @@ def _outcome(report: dict[str, Any], root: Path, conversations: int, *, verify: 
         start=max(began) - report["started"],
         stored_bytes=stored,
         hashes=shard_hashes(root),
+        clocks=clocks.means(min(began), max(last), gpus) if clocks else {},
         damages=len(checked.damages) if checked else 0,
         verified=sample if checked and not checked.damages else 0.0,
     )
