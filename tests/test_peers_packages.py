@@ -1,8 +1,8 @@
 """Caches that other projects' own packages write and read. Their packages live outside of this environment.
 
 Set DRAFTCACHE_PEER_PACKAGES to the folders that hold them, as in PYTHONPATH (with `pip install --no-deps --target`:
-speculators, hs-connectors, specforge, nvidia-modelopt, datasets, openai and what they import, but no other torch).
-speculators 0.9.0, SpecForge 0.2.0 and ModelOpt 0.47.0 were run.
+speculators, hs-connectors, specforge, nvidia-modelopt, nemo-automodel, datasets, openai and what they import, but no
+other torch). speculators 0.9.0, SpecForge 0.2.0, ModelOpt 0.47.0 and NeMo Automodel 0.7.0 were run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from draftcache.capture.job.config import CaptureConfig
 from draftcache.capture.peers.config import ImportConfig
@@ -147,3 +147,38 @@ def test_modelopt_reads_the_layout_that_is_imported(rows: list[Recorded], tmp_pa
         assert torch.equal(found[f"{number}.aux_hidden_states"], row.taps.flatten(1))
         assert np.array_equal(found[f"{number}.loss_mask"].numpy(), row.loss_mask)
         assert bool(found[f"{number}.base_hidden_prenorm"])
+
+
+def test_automodels_own_capture_is_imported(
+    verifier: Path, rows: list[Recorded], tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    """States that its target wrapper captures from padded rows; the last block's id stands for the final norm there."""
+    (tmp_path / "model").symlink_to(verifier)
+    width = max(len(row.token_ids) for row in rows) + 5
+    padded = {
+        name: torch.zeros(len(rows), width, dtype=torch.long) for name in ("input_ids", "attention_mask", "loss_mask")
+    }
+    for number, row in enumerate(rows):
+        length = len(row.token_ids)
+        padded["input_ids"][number, :length] = torch.from_numpy(row.token_ids)
+        padded["attention_mask"][number, :length] = 1
+        padded["loss_mask"][number, :length] = torch.from_numpy(row.loss_mask).long()
+    save_file(padded, tmp_path / "rows.safetensors")
+    theirs = peer("capture_automodel", tmp_path, tmp_path / "a.safetensors")
+    source, output = tmp_path / "cache", tmp_path / "store"
+    words = ["import", str(source), "--from", "automodel", "--verifier", str(verifier),
+             "--tokenizer", str(tokenizer_dir), "--draft-vocab-size", "90", "--output", str(output), "--top-k", "16", "--mode", "float32", "--window", "0",
+             "--probe"]  # fmt: skip
+    assert main(words) == 0
+    store = StoreReader(output)
+    assert store.manifest.layers == (0, 1)
+    assert store.manifest.provenance["import"]["states_left_out"] == ["the final norm's output (layer id 3)"]
+    for number, row in enumerate(rows):
+        arrays = store.read(number).arrays
+        assert np.array_equal(arrays["token_ids"], row.token_ids)
+        assert np.array_equal(arrays["loss_mask"], row.loss_mask)
+        states = theirs[f"{number}.target_hidden_states"].reshape(width, 3, -1)[arrays["positions"]]
+        for place in (0, 1):
+            assert np.array_equal(arrays[f"tap_{place}"], states[:, place].numpy())
+        last = theirs[f"{number}.target_last_hidden_states"][: len(row.token_ids)]
+        torch.testing.assert_close(last, row.after, rtol=1e-4, atol=1e-4)

@@ -59,6 +59,38 @@ def write_float8(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
         yield FP8Transfer(folder).get_cached(number)
 
 
+def capture_automodel(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """Write FOLDER/cache, of FOLDER/model and the padded rows of FOLDER/rows.safetensors; yields what its reader gives.
+
+    The states are those that Automodel's own target wrapper captures, of the blocks 0, 1 and the last one.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from draftcache.tools.bench.parts.peer_wheels import automodel_module
+
+    cache = automodel_module("datasets.llm.dspark_cache")
+    target = automodel_module("speculative.dspark.target")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+    last = model.config.num_hidden_layers - 1
+    wrapper = target.HFDSparkTargetModel(model, target_layer_ids=[0, 1, last])
+    rows = load_file(folder / "rows.safetensors")
+    output, count, per_shard = str(folder / "cache"), len(rows["input_ids"]), 2
+    cache.write_target_weights(output, model.get_input_embeddings(), model.get_output_embeddings(), torch.float32)
+    manifest = cache.build_cache_manifest(
+        target_model="somebody/a-model", target_model_type="llama", target_text_config=model.config,
+        seq_length=rows["input_ids"].shape[1], dtype="fp32", num_samples=count, shard_size=per_shard,
+        target_layer_ids=wrapper.target_layer_ids, train_data_path="rows", train_split=None, shuffle_seed=0,
+        mask_reasoning_content=False, chat_template_sha256="",
+    )  # fmt: skip
+    cache.write_manifest(output, {**manifest, "complete": True})
+    for first in range(0, count, per_shard):
+        batch = {name: values[first : first + per_shard] for name, values in rows.items()}
+        with torch.no_grad():
+            found = wrapper.generate_batch(**batch)
+        cache.write_shard(output, first // per_shard, cache.compute_batch_cache(found, torch.float32))
+    yield from iter(cache.CachedDSparkDataset(output))
+
+
 if __name__ == "__main__":
     action, source, output = sys.argv[1:]
     found = {}

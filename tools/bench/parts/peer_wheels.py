@@ -19,7 +19,8 @@ from draftcache.store.common.errors import InputError
 
 WHEELS = {"specforge": "specforge", "automodel": "nemo_automodel", "speculators": "speculators"}
 """By project, the beginning of its wheel's name."""
-_BARE = ("speculative", "speculative.eagle", "datasets", "datasets.llm")
+_AUTOMODEL = "nemo_automodel.components"
+_BARE = ("speculative", "speculative.eagle", "speculative.dspark", "datasets", "datasets.llm")
 
 
 @contextmanager
@@ -45,18 +46,23 @@ def unpacked_wheels(directory: Path, projects: Iterable[str] = tuple(WHEELS)) ->
 
 
 def automodel_modules() -> tuple[ModuleType, ModuleType]:
-    """Import Automodel's Eagle3 draft and trainer core, with torch's FlashAttention instead of the flash-attn package.
+    """Import Automodel's Eagle3 draft and trainer core, with torch's FlashAttention in the place of flash-attn's."""
+    draft, core = (automodel_module(f"speculative.eagle.{name}") for name in ("draft_llama", "core"))
+    vars(draft).update(_HAS_FA=True, _flash_attn_func=flash_attention, _flash_attn_varlen_func=flash_attention_varlen)
+    return draft, core
 
-    The packages around both modules are replaced by empty ones, because their `__init__` imports every recipe's
-    dependencies.
+
+def automodel_module(name: str) -> ModuleType:
+    """Import a module of Automodel's components, such as `speculative.eagle.core`.
+
+    The packages around it are replaced by empty ones, because their `__init__` imports every recipe's dependencies.
     """
-    components = "nemo_automodel.components"
     root = Path(next(folder for folder in sys.path if (Path(folder) / "nemo_automodel").is_dir()))
-    for name in (f"{components}.{package}" for package in _BARE):
-        if name not in sys.modules:
-            module = ModuleType(name)
-            module.__path__ = [str(root.joinpath(*name.split(".")))]
-            sys.modules[name] = module
+    for package in (f"{_AUTOMODEL}.{bare}" for bare in _BARE):
+        if package not in sys.modules:
+            module = ModuleType(package)
+            module.__path__ = [str(root.joinpath(*package.split(".")))]
+            sys.modules[package] = module
     lacks_datasets = importlib.util.find_spec("datasets") is None
     if lacks_datasets:  # the modules name it in annotations only
         module = ModuleType("datasets")
@@ -64,13 +70,10 @@ def automodel_modules() -> tuple[ModuleType, ModuleType]:
         module.Dataset = module.DatasetDict = object  # type: ignore[attr-defined]
         sys.modules["datasets"] = module
     try:
-        draft = importlib.import_module(f"{components}.speculative.eagle.draft_llama")
-        core = importlib.import_module(f"{components}.speculative.eagle.core")
+        return importlib.import_module(f"{_AUTOMODEL}.{name}")
     finally:
         if lacks_datasets:
             del sys.modules["datasets"]
-    vars(draft).update(_HAS_FA=True, _flash_attn_func=flash_attention, _flash_attn_varlen_func=flash_attention_varlen)
-    return draft, core
 
 
 def flash_attention(
