@@ -166,9 +166,9 @@ def test_automodels_own_capture_is_imported(
     save_file(padded, tmp_path / "rows.safetensors")
     theirs = peer("capture_automodel", tmp_path, tmp_path / "a.safetensors")
     source, output = tmp_path / "cache", tmp_path / "store"
-    words = ["import", str(source), "--from", "automodel", "--verifier", str(verifier),
-             "--tokenizer", str(tokenizer_dir), "--draft-vocab-size", "90", "--output", str(output), "--top-k", "16", "--mode", "float32", "--window", "0",
-             "--probe"]  # fmt: skip
+    words = ["import", str(source), "--from", "automodel", "--verifier", str(verifier), "--tokenizer",
+             str(tokenizer_dir), "--draft-vocab-size", "90", "--output", str(output), "--top-k", "16", "--mode",
+             "float32", "--window", "0", "--probe"]  # fmt: skip
     assert main(words) == 0
     store = StoreReader(output)
     assert store.manifest.layers == (0, 1)
