@@ -15,7 +15,7 @@ from draftcache.draft_train.trainer import Trainer
 from draftcache.store.reader import StoreReader
 from draftcache.tools.cli import main
 from draftcache.tools.engine_count import turns_of
-from draftcache.tools.running_engine import parse_counters
+from draftcache.tools.running_engine import RunningEngine, parse_counters
 from support.engine_server import engine_server
 from support.synthetic import write_store
 from support.training_runs import config
@@ -72,8 +72,17 @@ def test_equal_text_and_steps(root: Path, turns: Turns, engine: str, capsys: pyt
     assert found["offline_verify_steps"] == found["engine_verify_steps"] == steps > 0
     assert found["tokens"] == sum(len(ids) - 1 for ids, _ in turns.values())
     assert found["engine_acceptance_length"] == pytest.approx(found["tokens"] / steps)
-    drafted, accepted = (steps * DRAFT_TOKENS, [0, steps, 0]) if engine == "vllm" else (0, [])
-    assert (found["engine_drafted"], found["engine_accepted_by_position"]) == (drafted, accepted)
+    answered = sum(number > 0 for _, number in turns.values())  # in one step of each of them, SGLang accepts one less
+    accepted = [0, steps, 0] if engine == "vllm" else [steps, steps - answered, 0]
+    assert (found["engine_drafted"], found["engine_accepted_by_position"]) == (steps * DRAFT_TOKENS, accepted)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_an_answer_of_one_token_takes_no_verify_step(engine: str) -> None:
+    with engine_server(engine, {(5, 6): ([7], 0)}) as server, RunningEngine(server.url) as running:
+        found = running.answer([5, 6], 1)
+    assert (found.token_ids, found.verify_steps, found.drafted) == ([7], 0, 0)
+    assert not any(found.accepted.values())
 
 
 def test_the_table_says_what_was_compared(root: Path, turns: Turns, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,6 +132,7 @@ def test_another_text_is_left_out_of_the_count(root: Path, turns: Turns, capsys:
     ("engine", "settings", "message"),
     [
         ("vllm", {"draft_tokens": 5}, "--draft-tokens: expected what the engine at http://127.0.0.1:"),
+        ("sglang", {"draft_tokens": 5}, "--draft-tokens: expected what the engine at http://127.0.0.1:"),
         ("vllm", {"others": 2}, "its counters can be read only while nobody else asks it"),
         ("vllm", {"speculates": False}, "found none named vllm:spec_decode_num_drafts_total; start it with "),
         ("vllm", {"models": ["a", "b"]}, "expected a server of one model, found ['a', 'b']"),

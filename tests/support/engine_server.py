@@ -16,7 +16,7 @@ class EngineServer:
 
     engine: str
     turns: dict[tuple[int, ...], tuple[list[int], int]]
-    """By the prompt's ids, the answer's and the verify steps that it takes."""
+    """By the prompt's ids, the answer's and the verify steps that it takes. SGLang tells nothing where that is one token."""
     draft_tokens: int = 3
     models: list[str] = field(default_factory=lambda: ["stand-in"])
     speculates: bool = True
@@ -68,7 +68,13 @@ class EngineServer:
         self.tokens += len(ids) + self.others
         if vllm:
             return 200, {"choices": [{"text": "", "token_ids": ids}]}
-        told = {"completion_tokens": len(ids)} | ({"spec_verify_ct": steps} if self.speculates else {})
+        told: dict[str, Any] = {"completion_tokens": len(ids)}
+        if self.speculates and len(ids) > 1:
+            told |= {
+                "spec_verify_ct": steps,
+                "spec_num_proposed_drafts": steps * self.draft_tokens,
+                "spec_correct_drafts_histogram": [0, 1, steps - 1] if steps else [],
+            }
         return 200, {"text": "", "output_ids": ids, "meta_info": told}
 
 
