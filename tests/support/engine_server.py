@@ -16,7 +16,7 @@ class EngineServer:
 
     engine: str
     turns: dict[tuple[int, ...], tuple[list[int], int]]
-    """By the prompt's ids, the answer's and the verify steps that it takes. SGLang tells nothing where that is one token."""
+    """By the prompt's ids, the answer's and the verify steps that it takes. SGLang tells none for one token."""
     draft_tokens: int = 3
     models: list[str] = field(default_factory=lambda: ["stand-in"])
     speculates: bool = True
