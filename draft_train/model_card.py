@@ -113,7 +113,7 @@ def _summary(facts: CardFacts) -> Iterator[str]:
         "layers otherwise: `draftcache export --check` tells.\n"
     )
     yield "## Serving\n"
-    yield f"```\n{architecture.serve_command(target, facts.verifier, _HERE, tokens)}\n```\n"
+    yield f"```\n{architecture.serve_command(target, facts.verifier, _HERE, tokens, state.shape)}\n```\n"
     yield f"where {_HERE} stands for this directory.\n"
     if target.form == "speculators":
         yield f"or, as config.json names the verifier and the tokens per step, `vllm serve {_HERE}`.\n"

@@ -13,6 +13,8 @@ import pytest
 import yaml
 
 from draftcache.draft_train.checkpoint import load_state
+from draftcache.draft_train.drafts.served_parts import serve_command
+from draftcache.draft_train.drafts.serving_target import ServingTarget
 from draftcache.draft_train.export import FILES, export
 from draftcache.draft_train.licence import verifier_licence
 from draftcache.draft_train.trainer import Trainer
@@ -160,3 +162,5 @@ def test_sglang_is_served_by_its_own_command(run: Path, tmp_path: Path) -> None:
     assert "--speculative-algorithm EAGLE3 --speculative-draft-model-path DRAFT" in text
     assert "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4" in text
     assert "for sglang 0.5.23" in text
+    assert "--speculative-num-draft-tokens 4 \\\n  --speculative-draft-window-size 15\n```" in text  # of 16
+    assert "window" not in serve_command("eagle3", ServingTarget(engine="sglang"), "V", "D", 3)

@@ -149,6 +149,7 @@ SMALL_VERIFIER = VerifierFacts(layers=LAYERS[-1] + 1, max_position_embeddings=10
 """A verifier whose last block is the last tap."""
 TWELVE = {"verifier": VerifierFacts(layers=12)}
 """A verifier whose states 2, 6 and 9 an engine takes by itself."""
+verifiers_head = both(drop("lm_head.weight", "d2t", "t2d"), top(draft_vocab_size=VOCAB))
 TRAPS: list[tuple[str, str, Change, dict[str, Any]]] = [
     # aux ids
     ("aux-ids-missing", "eagle3", drop(AUX, NESTED), {}),
@@ -198,6 +199,7 @@ TRAPS: list[tuple[str, str, Change, dict[str, Any]]] = [
     ("layer-types-without-window", "eagle3", put(sliding_window=None), {}),
     ("layer-types-count", "dflash", put(layer_types=["sliding_attention"]), {}),
     ("window-switched-off", "dflash", put(use_sliding_window=False), {}),
+    ("window-not-read", "dflash", verifiers_head, {"engine": "sglang", "engine_version": "0.5.13"}),
     # RoPE
     ("rope-missing", "eagle3", drop("rope_theta", "rope_parameters"), {}),
     ("rope-disagrees", "eagle3", put(rope_theta=1e6), {}),
@@ -231,7 +233,7 @@ WARNINGS: list[tuple[str, str, Change, dict[str, Any]]] = [
     ("aux-ids-off-by-one", "eagle3", somebody_elses(set_ids(1, 3, 4)), {}),
     ("aux-ids-off-by-one", "eagle3", somebody_elses(set_ids(1, 5, 8)), TWELVE),
     ("aux-ids-off-by-one", "eagle3-sglang", somebody_elses(set_ids(2, 6, 9)), {"engine": "sglang", **TWELVE}),
-    ("head-missing", "eagle3", both(drop("lm_head.weight", "d2t", "t2d"), top(draft_vocab_size=VOCAB)), {}),
+    ("head-missing", "eagle3", verifiers_head, {}),
     ("tied-embeddings", "eagle3", drop("tie_word_embeddings"), {}),
     ("rope-new-schema-only", "eagle3", drop("rope_theta", "rope_scaling"), {}),
     ("rope-old-schema-only", "dflash", drop("rope_parameters"), {}),
@@ -242,6 +244,8 @@ WARNINGS: list[tuple[str, str, Change, dict[str, Any]]] = [
     ("norm-before-residual", "eagle3", drop("norm_before_residual"), {}),
     ("engine", "dspark", as_it_is, {"engine": "sglang"}),
     ("engine-version", "eagle3-sglang", as_it_is, {"verifier": VerifierFacts(model_type="deepseek_v3")}),
+    ("engine-version", "dflash", verifiers_head, {"engine": "sglang"}),
+    ("window-by-command", "eagle3-sglang", as_it_is, {}),
 ]  # fmt: skip
 """Likewise, where the draft may be right."""
 
@@ -261,10 +265,13 @@ def test_a_good_export_has_no_finding(drafts: Path, name: str, capsys: pytest.Ca
     """The negative control of every trap, with all that is known of the verifier."""
     known = VerifierFacts.of_manifest(manifest().verifier)
     for verifier in (None, known):
-        assert check_export(drafts / name, verifier=verifier).findings == ()
+        traps = [item.trap for item in check_export(drafts / name, verifier=verifier).findings]
+        assert traps == (
+            ["window-by-command"] if name == "eagle3-sglang" else []
+        )  # nothing in the files can help there
     assert main(["export", "--check", str(drafts / name), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["errors"], found["findings"]) == (0, [])
+    assert (found["errors"], len(found["findings"])) == (0, name == "eagle3-sglang")
     assert found["engine"] == EXPORTS[name][1].get("engine", "vllm")
     assert found["form"] == EXPORTS[name][1].get("form", "classic")
 
@@ -283,7 +290,10 @@ def test_a_trap_is_found_and_nothing_else(
     trap, name, change, told = row
     path = changed(drafts, name, change, tmp_path)
     found = check_export(path, **told).findings
-    assert {(item.level, item.trap) for item in found} == {(level, trap)}, [str(item) for item in found]
+    seen = {(item.level, item.trap) for item in found}
+    if trap != "window-by-command":  # all Eagle3 drafts with a window have it in SGLang
+        seen -= {("warning", "window-by-command")}
+    assert seen == {(level, trap)}, [str(item) for item in found]
     for item in found:
         assert all((item.where, item.expected, item.found, item.advice))
 

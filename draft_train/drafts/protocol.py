@@ -227,8 +227,8 @@ class Architecture(ABC):
         """Return why `engine` can't serve drafts of `verifier`, and what to do; None if it can."""
         return None
 
-    def serve_command(self, target: ServingTarget, verifier: str, draft: str, tokens: int) -> str:
-        """Return the command that serves the verifier with a draft proposing so many tokens per verify step."""
+    def serve_command(self, target: ServingTarget, verifier: str, draft: str, tokens: int, shape: Shape) -> str:
+        """Return the command that serves the verifier with a draft of this shape, `tokens` proposed per verify step."""
         return f"serve {verifier} with the {self.name} draft {draft} in {target.engine}, {tokens} tokens per step"
 
     def draft_tokens(self, shape: Shape, objective: dict[str, Any]) -> int:

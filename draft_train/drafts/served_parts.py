@@ -88,10 +88,21 @@ def block_numbers(state: CheckpointState) -> list[int]:
     return blocks
 
 
-def serve_command(method: str, target: ServingTarget, verifier: str, draft: str, tokens: int) -> str:
+def sglang_window(window: int) -> str:
+    """Return the flag by which SGLang gives an Eagle3 draft its window; it does not read the draft's config for that.
+
+    SGLang counts positions before the query's own, as its FlashAttention and FlashInfer backends of 0.5.12 to 0.5.23 do.
+    """
+    return f"--speculative-draft-window-size {window - 1}"
+
+
+def serve_command(
+    method: str, target: ServingTarget, verifier: str, draft: str, tokens: int, window: int | None = None
+) -> str:
     """Return the command that serves `verifier` with the `draft` in this directory, `tokens` per verify step.
 
-    `method` is vLLM's name of the way in which it drafts.
+    `method` is vLLM's name of the way in which it drafts. `window` is that of an Eagle3 draft in positions, the query's
+    own among them; None for full attention.
     """
     if target.engine == "vllm":
         settings = json.dumps({"method": method, "model": draft, "num_speculative_tokens": tokens})
@@ -104,4 +115,6 @@ def serve_command(method: str, target: ServingTarget, verifier: str, draft: str,
         lines.append(
             f"--speculative-num-steps {tokens} --speculative-eagle-topk 1 --speculative-num-draft-tokens {tokens + 1}"
         )
+        if window is not None:
+            lines.append(sglang_window(window))
     return " \\\n  ".join(lines)

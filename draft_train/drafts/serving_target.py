@@ -95,6 +95,9 @@ _SGLANG_DEEPSEEK = {
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_k2", "kimi_k25",
 }  # fmt: skip
 """Types of verifiers whose SGLang class changed what it takes aux ids for."""
+SGLANG_LAYER_TYPES_SINCE = "0.5.14"
+"""From this version on SGLang reads `layer_types` and `sliding_window` of a DFlash draft. Earlier ones attend to
+everything, and in both directions, in every layer."""
 SGLANG_DEEPSEEK_CHANGE = "0.5.13"
 """From this version on SGLang adds 1 to the ids beside those verifiers only if the first one is 1."""
 _SGLANG_LAST_BLOCK = {

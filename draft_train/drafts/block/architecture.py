@@ -154,7 +154,7 @@ class BlockArchitecture(Architecture):
         assert isinstance(shape, BlockShape)
         return shape.steps
 
-    def serve_command(self, target: ServingTarget, verifier: str, draft: str, tokens: int) -> str:
+    def serve_command(self, target: ServingTarget, verifier: str, draft: str, tokens: int, shape: Shape) -> str:
         return serve_command(self.name, target, verifier, draft, tokens)
 
     def served_findings(self, draft: ServedDraft) -> Iterator[Finding]:

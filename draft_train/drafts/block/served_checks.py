@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from draftcache.draft_train.drafts.block.served import ARCHITECTURES
 from draftcache.draft_train.drafts.served_checks import head, required_tensors, shared_findings
 from draftcache.draft_train.drafts.served_draft import Finding, ServedDraft, error, warning, whole_numbers
-from draftcache.draft_train.drafts.serving_target import takes_last_block
+from draftcache.draft_train.drafts.serving_target import SGLANG_LAYER_TYPES_SINCE, takes_last_block
 
 IDS = "target_layer_ids"
 NESTED = f"dflash_config.{IDS}"
@@ -44,6 +44,14 @@ def _engine(served: ServedDraft, name: str) -> Iterator[Finding]:
     elif served.draft_vocab_size != served.vocab_size or "lm_head.weight" in served.tensors:
         advice = "serve it with vLLM"
         yield error("engine", "lm_head.weight", "no head and all of the verifier's ids", "a head of its own", advice)
+    elif "sliding_attention" in (served.layer.get("layer_types") or ()):
+        since, advice = SGLANG_LAYER_TYPES_SINCE, "earlier ones attend to everything and in both directions"
+        if served.target.version is None:
+            advice = f"name yours by --engine-version: {advice}"
+            yield warning("engine-version", "--engine-version", f"{since} or later of SGLang", "none", advice)
+        elif not served.target.since(since):
+            found = served.target.version
+            yield error("window-not-read", "layer_types", f"SGLang {since} or later, which reads them", found, advice)
 
 
 def _blocks(served: ServedDraft) -> list[int] | None:

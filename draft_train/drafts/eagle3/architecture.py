@@ -128,8 +128,9 @@ class Eagle3(Architecture):
     def draft_tokens(self, shape: Shape, objective: dict[str, Any]) -> int:
         return served.draft_tokens(objective)
 
-    def serve_command(self, target: ServingTarget, verifier: str, draft: str, tokens: int) -> str:
-        return serve_command(self.name, target, verifier, draft, tokens)
+    def serve_command(self, target: ServingTarget, verifier: str, draft: str, tokens: int, shape: Shape) -> str:
+        assert isinstance(shape, Eagle3Shape)
+        return serve_command(self.name, target, verifier, draft, tokens, shape.sliding_window)
 
     def operations(self, shape: Shape, config: TrainConfig, batch: BatchRows) -> float:
         assert isinstance(shape, Eagle3Shape)

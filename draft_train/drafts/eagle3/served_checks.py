@@ -8,6 +8,7 @@ from typing import Any
 from draftcache.draft_train.drafts.eagle3.served import why_not_served
 from draftcache.draft_train.drafts.served_checks import head, required_tensors, shared_findings
 from draftcache.draft_train.drafts.served_draft import Finding, ServedDraft, error, warning, whole_numbers
+from draftcache.draft_train.drafts.served_parts import sglang_window
 from draftcache.draft_train.drafts.serving_target import (
     SGLANG_DEEPSEEK_CHANGE,
     ServingTarget,
@@ -32,6 +33,7 @@ def findings(served: ServedDraft) -> Iterator[Finding]:
     if reason := why_not_served(served.verifier, served.target.engine):
         yield error("engine", "--engine", "an engine that serves this draft", served.target.engine, reason)
     yield from shared_findings(served)
+    yield from _window_of_sglang(served)
     eagle = served.layer.get("eagle_config")
     eagle = eagle if isinstance(eagle, dict) else {}
     ids = None
@@ -45,6 +47,16 @@ def findings(served: ServedDraft) -> Iterator[Finding]:
     yield from _norms(served, ids)
     yield from required_tensors(served, _expected_shapes(served, ids))
     yield from head(served, shared_is_usual=False)
+
+
+def _window_of_sglang(served: ServedDraft) -> Iterator[Finding]:
+    """SGLang takes an Eagle3 draft's window from its own command line, and attends to all positions otherwise."""
+    window = served.layer.get("sliding_window")
+    if served.target.engine == "sglang" and window and "sliding_attention" in (served.layer.get("layer_types") or ()):
+        advice = "start the server with it: without it the draft attends to all positions, as it never did in training"
+        yield warning(
+            "window-by-command", "sliding_window", sglang_window(int(window)), "it in config.json only", advice
+        )
 
 
 def _places(served: ServedDraft, eagle: dict[str, Any]) -> Iterator[Finding]:
