@@ -93,7 +93,7 @@ def test_a_whole_vocabulary_shares_the_verifiers_head_and_only_that_suits_sglang
     }  # fmt: skip
     taps = [{"layer": layer, "point": "output"} for layer in LAYERS]
 
-    def form(engine: str, version: str | None = "0.5.14", **changes: Any) -> Any:
+    def form(engine: str, version: str | None = "0.5.14", dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
         shape = make_shape(**{"bonus_anchor": True, "draft_vocab_size": VOCAB} | changes)
         state = CheckpointState(
             architecture="dflash", step=1, finished=True, objective={}, shape=shape, store_hash="", draft_vocab_hash="",
@@ -101,7 +101,7 @@ def test_a_whole_vocabulary_shares_the_verifiers_head_and_only_that_suits_sglang
         )  # fmt: skip
         words = VocabMap(target_ids=np.arange(shape.draft_vocab_size), vocab_size=VOCAB)
         return served.served_form(
-            "dflash", shape, BlockModel(shape), state, words, dtype=torch.float32,
+            "dflash", shape, BlockModel(shape), state, words, dtype=dtype,
             target=ServingTarget(engine=engine, version=version),
         )  # fmt: skip
 
@@ -114,11 +114,20 @@ def test_a_whole_vocabulary_shares_the_verifiers_head_and_only_that_suits_sglang
         with pytest.raises(CheckpointError, match="--engine sglang: expected a draft that proposes by the verifier's"):
             form("sglang", **changes)
         assert form("vllm", **changes).config["num_hidden_layers"] == 2
+    full: dict[str, Any] = {"layer_types": ("full", "full"), "causal": (False, False), "window": None}
     for version in (None, "0.5.13.post1"):
-        with pytest.raises(InputError, match=f"0.5.14 or later of SGLang .* found {version or 'none'}: earlier ones"):
+        with pytest.raises(
+            InputError, match=f"0.5.14 or later of SGLang, found {version or 'none'}, .* sliding layers"
+        ):
             form("sglang", version)
-        full = {"layer_types": ("full", "full"), "causal": (False, False), "window": None}
-        assert form("sglang", version, **full).config["layer_types"] == ["full_attention"] * 2
+    for version in (None, "0.5.12.post1"):
+        with pytest.raises(InputError, match=f"0.5.13 or later of SGLang, found {version or 'none'}, .* base of 10000"):
+            form("sglang", version, **full)
+        assert form("sglang", version, **full, rope_theta=1e6).config["rope_theta"] == 1e6
+    assert form("sglang", "0.5.13", **full).config["layer_types"] == ["full_attention"] * 2
+    with pytest.raises(InputError, match=r"--dtype: expected bfloat16 for a DFlash draft in SGLang.* found float32"):
+        form("sglang", dtype=torch.float32)
+    assert form("vllm", dtype=torch.float32).config["dtype"] == "float32"
 
 
 def test_the_mask_token_is_one_that_no_conversation_has(tmp_path: Path) -> None:

@@ -149,6 +149,7 @@ SMALL_VERIFIER = VerifierFacts(layers=LAYERS[-1] + 1, max_position_embeddings=10
 """A verifier whose last block is the last tap."""
 TWELVE = {"verifier": VerifierFacts(layers=12)}
 """A verifier whose states 2, 6 and 9 an engine takes by itself."""
+full_layers = put(layer_types=["full_attention"] * 2, sliding_window=None, use_sliding_window=False)
 verifiers_head = both(drop("lm_head.weight", "d2t", "t2d"), top(draft_vocab_size=VOCAB))
 TRAPS: list[tuple[str, str, Change, dict[str, Any]]] = [
     # aux ids
@@ -202,6 +203,7 @@ TRAPS: list[tuple[str, str, Change, dict[str, Any]]] = [
     ("window-not-read", "dflash", verifiers_head, {"engine": "sglang", "engine_version": "0.5.13"}),
     # RoPE
     ("rope-missing", "eagle3", drop("rope_theta", "rope_parameters"), {}),
+    ("rope-not-read", "dflash", both(verifiers_head, full_layers), {"engine": "sglang", "engine_version": "0.5.12"}),
     ("rope-disagrees", "eagle3", put(rope_theta=1e6), {}),
     ("rope-disagrees", "dflash", put(rope_scaling={"rope_type": "yarn", "factor": 4.0}), {}),
     ("rope-disagrees", "eagle3-speculators", put(rope_parameters={"rope_type": "default", "rope_theta": 5e5}), {}),

@@ -95,6 +95,8 @@ _SGLANG_DEEPSEEK = {
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_k2", "kimi_k25",
 }  # fmt: skip
 """Types of verifiers whose SGLang class changed what it takes aux ids for."""
+SGLANG_DFLASH_ROPE_SINCE, SGLANG_DFLASH_ROPE = "0.5.13", 1e6
+"""From this version on SGLang reads RoPE's base of a DFlash draft. Earlier ones take this base, whatever is written."""
 SGLANG_LAYER_TYPES_SINCE = "0.5.14"
 """From this version on SGLang reads `layer_types` and `sliding_window` of a DFlash draft. Earlier ones attend to
 everything, and in both directions, in every layer."""

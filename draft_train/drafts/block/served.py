@@ -4,8 +4,8 @@ vLLM loads DSpark as `Qwen3DSparkModel` and DFlash as `DFlashDraftModel`, both o
 It takes the width of `fc` and the taps from `dflash_config.target_layer_ids`, where ids are those of block outputs. A
 layer that slides is causal and a full one is not, unless `dflash_config.causal` says so for all. Missing embeddings
 are the verifier's; so is a missing head, if the draft vocabulary is the verifier's. SGLang's DFlash worker always uses
-the verifier's embeddings and head, so it serves only drafts that have none of their own. It reads which layers slide
-since 0.5.14.
+the verifier's embeddings and head, so it serves only drafts that have none of their own, in bfloat16. It reads RoPE's
+base since 0.5.13 and which layers slide since 0.5.14.
 From the speculators form vLLM makes one `causal` for all layers of DFlash, and none for DSpark; before 0.27 it takes
 the anchor of DSpark for one that predicts nothing, whatever is written.
 """
@@ -20,7 +20,12 @@ from torch import nn
 from draftcache.draft_train.drafts.block.shape import BlockShape
 from draftcache.draft_train.drafts.protocol import CheckpointState, ServedForm
 from draftcache.draft_train.drafts.served_parts import block_numbers, common_config, vocab_tensors
-from draftcache.draft_train.drafts.serving_target import SGLANG_LAYER_TYPES_SINCE, ServingTarget
+from draftcache.draft_train.drafts.serving_target import (
+    SGLANG_DFLASH_ROPE,
+    SGLANG_DFLASH_ROPE_SINCE,
+    SGLANG_LAYER_TYPES_SINCE,
+    ServingTarget,
+)
 from draftcache.draft_train.drafts.speculators_form import speculators_config
 from draftcache.store.common.errors import CheckpointError, InputError
 from draftcache.store.format.head_form import HeadForm
@@ -48,7 +53,7 @@ def served_config(
     if shape.mask_token_id < 0:
         raise CheckpointError("expected a mask token, found none")
     if target.engine == "sglang":
-        _require_sglang(shape, own_head, target)
+        _require_sglang(shape, own_head, target, dtype)
     of_block = {"mask_token_id": shape.mask_token_id, "target_layer_ids": ids, "block_size": shape.block_size}
     if shape.causal != _by_layer(shape):
         of_block["causal"] = all(shape.causal)
@@ -129,7 +134,7 @@ def _by_layer(shape: BlockShape) -> tuple[bool, ...]:
     return tuple(kind == "sliding" for kind in shape.layer_types)
 
 
-def _require_sglang(shape: BlockShape, own_head: bool, target: ServingTarget) -> None:
+def _require_sglang(shape: BlockShape, own_head: bool, target: ServingTarget, dtype: str) -> None:
     """Raise CheckpointError for what SGLang's DFlash worker does not load, InputError where its version decides."""
     found = {
         "a draft vocabulary smaller than the verifier's": shape.draft_vocab_size != shape.vocab_size,
@@ -144,12 +149,28 @@ def _require_sglang(shape: BlockShape, own_head: bool, target: ServingTarget) ->
             f"{' and '.join(wrong)}; serve it with vLLM, or train it on a store captured with --teacher full whose "
             "draft vocabulary is the verifier's"
         )
-    if "sliding" in shape.layer_types and not target.since(SGLANG_LAYER_TYPES_SINCE):
+    if dtype != "bfloat16":
         raise InputError(
-            f"--engine-version: expected {SGLANG_LAYER_TYPES_SINCE} or later of SGLang for a DFlash draft with sliding "
-            f"layers, found {target.version or 'none'}: earlier ones attend to everything, and in both directions, in "
-            "every layer without a word; name the version, or train with --layer-types full"
+            "--dtype: expected bfloat16 for a DFlash draft in SGLang, which hands it embeddings in bfloat16, found "
+            f"{dtype}"
         )
+    for needs, since, what in (
+        (
+            "sliding" in shape.layer_types, SGLANG_LAYER_TYPES_SINCE,
+            "sliding layers: earlier ones attend to everything, and in both directions, in every layer without a word; "
+            "name the version, or train with --layer-types full",
+        ),
+        (
+            shape.rope_theta != SGLANG_DFLASH_ROPE, SGLANG_DFLASH_ROPE_SINCE,
+            f"a RoPE base of {shape.rope_theta:g}: earlier ones take {SGLANG_DFLASH_ROPE:g} without a word; name the "
+            "version",
+        ),
+    ):  # fmt: skip
+        if needs and not target.since(since):
+            raise InputError(
+                f"--engine-version: expected {since} or later of SGLang, found {target.version or 'none'}, for a "
+                f"DFlash draft with {what}"
+            )
 
 
 def served_form(
