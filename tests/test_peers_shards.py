@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from draftcache.capture.peers.deepspec_files import RECORD
+from draftcache.capture.peers.job import READERS
+from draftcache.capture.peers.samples import DamagedSampleError, PeerSample
 from draftcache.capture.verifier.load import Verifier
 from draftcache.store.common.errors import InputError
 from draftcache.store.reader import StoreReader
@@ -147,6 +151,8 @@ def test_damaged_conversations_of_deepspec_are_set_aside_one_by_one(
     records = np.fromfile(source / "samples.idx", RECORD)
     records["sample_id"][2] = 7
     records["shard_id"][4] = 9
+    records["token_ids"][3] = 2**64 - 1
+    records["length"][5] = 2**32 - 1
     records.tofile(source / "samples.idx")
     with (source / "shard-00000.bin").open("r+b") as file:
         file.seek(int(records["loss_mask"][0]))
@@ -166,11 +172,13 @@ def test_damaged_conversations_of_deepspec_are_set_aside_one_by_one(
         "samples.idx#4": "expected conversation 4 in one of 5 shards",
         "shard-00000.bin#0": "expected a loss mask of zeros and ones",
         "shard-00000.bin#1": f"expected attention to all of its {len(more[1].token_ids)} tokens",
+        "shard-00001.bin#3": f"expected its token_ids to end at byte {2**64 - 1 + 4 * len(more[3].token_ids)}",
+        "shard-00002.bin#5": f"expected its token_ids to end at byte {int(records['token_ids'][5]) + 4 * (2**32 - 1)}",
         "shard-00003.bin#7": f"expected its last_state to end at byte {len(cut.read_bytes()) + 5}",
         "shard-00004.bin": "expected the shard that manifest.json names",
     }
-    assert len(StoreReader(tmp_path / "store")) == 3  # 3, 5 and 6
-    assert summary.findings["set_aside"] == 7
+    assert len(StoreReader(tmp_path / "store")) == 1  # 6
+    assert summary.findings["set_aside"] == 9
 
 
 def test_damaged_conversations_of_automodel_are_set_aside_one_by_one(
@@ -205,6 +213,34 @@ def test_damaged_conversations_of_automodel_are_set_aside_one_by_one(
     assert len(StoreReader(tmp_path / "store")) == 3  # one of the third shard, two of the last
 
 
+@pytest.mark.parametrize("peer", ["deepspec", "automodel"])
+def test_a_shard_that_goes_while_its_states_are_read_is_damage(
+    path: Path, verifier: Verifier, rows: list[Recorded], tmp_path: Path, peer: str
+) -> None:
+    writes = {"deepspec": write_deepspec, "automodel": lambda to, some: write_automodel(to, some, verifier)}
+    source = writes[peer](tmp_path / "files", rows)
+    reader = READERS[peer]
+    file = next(item for item in reader.files(source) if item.name != "samples.idx")
+    sample = next(reader.read(file))
+    assert isinstance(sample, PeerSample)
+    assert sample.load()[0].shape == (len(rows[0].token_ids), len(TAPS), rows[0].after.shape[-1])
+    file.unlink()
+    with pytest.raises(DamagedSampleError, match=re.escape(str(file))):
+        sample.load()
+
+
+def test_rows_without_a_length_are_damage(verifier: Verifier, rows: list[Recorded], tmp_path: Path) -> None:
+    source = write_automodel(tmp_path / "files", rows, verifier)
+    file = source / "shard-000000.safetensors"
+    for cut in (lambda values: values[:, :0], lambda values: values[:, 0]):
+        save_file({name: cut(values).contiguous() for name, values in load_file(file).items()}, file)
+        with pytest.raises(DamagedSampleError, match=r"expected input_ids \[n, S\] of n rows, found \[2"):
+            list(READERS["automodel"].read(file))
+        write_automodel(tmp_path / "again", rows, verifier)
+        file.write_bytes((tmp_path / "again" / file.name).read_bytes())
+        shutil.rmtree(tmp_path / "again")
+
+
 def test_a_cache_of_another_verifier_or_form_is_refused(
     path: Path, verifier: Verifier, rows: list[Recorded], tokenizer_dir: Path, tmp_path: Path
 ) -> None:
@@ -227,7 +263,9 @@ def test_a_cache_of_another_verifier_or_form_is_refused(
         (automodel, "automodel", {"target_layer_ids": [2, 1, 0]}, "target_layer_ids in ascending order"),
         (deepspec, "deepspec", {"version": 1}, "expected a DeepSpec cache of .*'version': 2.* found .*'version': 1"),
         (deepspec, "deepspec", {"hidden_dtype": "int4"}, "expected hidden_dtype as one of"),
-        (deepspec, "deepspec", {"shards": [{"file_name": "../x"}]}, "expected shards with a file_name in this folder"),
+        (deepspec, "deepspec", {"shards": [{"file_name": "../x"}]}, "each with a file_name of its own in this folder"),
+        (deepspec, "deepspec", {"shards": [{"file_name": "a"}] * 2}, "each with a file_name of its own in this folder"),
+        (deepspec, "deepspec", {"shards": [{"file_name": "a", "shard_id": 1}]}, r"shard_id from 0 .* found \[1\]"),
         (deepspec, "deepspec", {"target_layer_ids": ["one"]}, "expected target_layer_ids, blocks from 0"),
     ):
         change_manifest(source, **manifest)

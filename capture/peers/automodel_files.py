@@ -177,6 +177,8 @@ def _require_shapes(path: Path, file: Any, manifest: dict[str, Any]) -> tuple[in
     checked = [name for name in (*needed, "attention_mask") if name in names]
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name in checked}
     rows = shapes["input_ids"][:2]
+    if len(rows) < 2 or not rows[1]:
+        raise DamagedSampleError(f"{path}: expected input_ids [n, S] of n rows, found {list(rows)}")
     if expected := {
         name: (*rows, *needed.get(name, ())) for name in checked if shapes[name] != (*rows, *needed.get(name, ()))
     }:

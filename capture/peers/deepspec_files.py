@@ -116,9 +116,12 @@ def _read_cache(source: Path) -> _Cache:
         raise InputError(f"{path}: expected a DeepSpec cache of {expected}, found {found}")
     if values["hidden_dtype"] not in _STORED:
         raise InputError(f"{path}: expected hidden_dtype as one of {list(_STORED)}, found {values['hidden_dtype']!r}")
-    names = [shard.get("file_name") if isinstance(shard, dict) else None for shard in values["shards"]]
-    if not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise InputError(f"{path}: expected shards with a file_name in this folder, found {names[:5]}")
+    named = [shard if isinstance(shard, dict) else {} for shard in values["shards"]]
+    names = [shard.get("file_name") for shard in named]
+    if not all(isinstance(name, str) and Path(name).name == name for name in names) or len(set(names)) < len(names):
+        raise InputError(f"{path}: expected shards, each with a file_name of its own in this folder, found {names[:5]}")
+    if (numbers := [shard.get("shard_id") for shard in named]) != list(range(len(named))):
+        raise InputError(f"{path}: expected shards with a shard_id from 0 in their order, found {numbers[:5]}")
     layer_ids = block_numbers(path, values["target_layer_ids"])
     index = source / INDEX
     if not index.is_file():
@@ -158,21 +161,24 @@ def _lost_records(cache: _Cache, index: Path) -> Iterator[SetAside]:
 
 def _read_sample(cache: _Cache, record: NDArray[Any], file: IO[bytes], path: Path, named: Path) -> PeerSample:
     length, width, taps = int(record["length"]), cache.hidden_size, len(cache.layer_ids)
+    stored, dtype = _STORED[cache.hidden_dtype]
+    state_bytes, size = np.dtype(stored).itemsize * length * width, path.stat().st_size
+    lengths = {"token_ids": 4 * length, "attention_mask": length, "loss_mask": length}
+    for name, nbytes in (lengths | {"states": taps * state_bytes, "last_state": state_bytes}).items():
+        if (end := int(record[name]) + nbytes) > size:
+            raise DamagedSampleError(f"{named}: expected its {name} to end at byte {end}, found a file of {size} bytes")
     attention = _read(file, int(record["attention_mask"]), "u1", length, named)
     if not attention.all():
         raise DamagedSampleError(f"{named}: expected attention to all of its {length} tokens, found {attention.sum()}")
-    stored, dtype = _STORED[cache.hidden_dtype]
-    itemsize = np.dtype(stored).itemsize
-    size = path.stat().st_size
-    for name, states in (("states", length * taps * width), ("last_state", length * width)):
-        if (end := int(record[name]) + states * itemsize) > size:
-            raise DamagedSampleError(f"{named}: expected its {name} to end at byte {end}, found a file of {size} bytes")
     first, states_at, last_at = taps - len(cache.described.layers), int(record["states"]), int(record["last_state"])
 
     def load() -> tuple[Tensor, Tensor]:
-        with path.open("rb") as shard:
-            states = _read(shard, states_at, stored, length * taps * width, named)
-            last = _read(shard, last_at, stored, length * width, named)
+        try:
+            with path.open("rb") as shard:
+                states = _read(shard, states_at, stored, length * taps * width, named)
+                last = _read(shard, last_at, stored, length * width, named)
+        except OSError as exc:
+            raise DamagedSampleError(f"{named}: expected the shard as it was when the import began ({exc})") from exc
         aux = torch.from_numpy(states).view(dtype).reshape(length, taps, width)[:, first:]
         return aux.to(torch.bfloat16), torch.from_numpy(last).view(dtype).reshape(length, width).to(torch.bfloat16)
 
