@@ -66,7 +66,7 @@ def test_deepspecs_cache_is_a_capture_to_the_bit(
         "compared with the verifier" if probe else "not compared: the blocks are those that the cache names"
     )
     assert found["weights"] == (
-        "compared with the verifier's" if probe else "taken as given for the files, which name somebody/a-model"
+        "compared with the verifier's" if probe else "taken as given: the files name somebody/a-model"
     )
     layers = replace(config, capture=replace(config.capture, layers=TAPS))
     require_equal_to_capture(layers, compute_dtype="bfloat16")

@@ -85,8 +85,7 @@ class ImportJob(RecordedJob):
             return "compared with the verifier's"
         if cache.weights is not None:
             return f"embeddings and head compared with {cache.weights.name} of the cache, which names {cache.verifier}"
-        named = f"which name {cache.verifier}" if cache.verifier else "which don't name theirs"
-        return f"taken as given for the files, {named}"
+        return f"taken as given: the files {f'name {cache.verifier}' if cache.verifier else 'do not name theirs'}"
 
     def _provenance(self) -> dict[str, Any]:
         return super()._provenance() | {"import": self.findings}
