@@ -22,6 +22,7 @@ from draftcache.capture.peers.samples import DamagedSampleError, PeerSample
 from draftcache.capture.verifier.load import Verifier
 from draftcache.store.common.errors import InputError
 from draftcache.store.reader import StoreReader
+from draftcache.tools.cli import main
 from support.peer_files import TAPS, Recorded, load, record, save_predictable, write_automodel, write_deepspec
 from support.peer_imports import imported, require_equal_to_capture, settings
 
@@ -293,3 +294,20 @@ def test_a_cache_of_another_verifier_or_form_is_refused(
     refused(automodel, "automodel", "expected the verifier's own lm_head.weight .* the cache is of another verifier")
     (automodel / "target_weights.safetensors").write_bytes(b"cut")
     refused(automodel, "automodel", "target_weights.safetensors: expected a whole safetensors file")
+
+
+def test_the_command_needs_no_layers_and_says_what_was_set_aside(
+    path: Path, rounded: list[Recorded], tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_deepspec(tmp_path / "files", rounded)
+    (source / "shard-00001.bin").unlink()
+    words = ["import", source, "--from", "deepspec", "--verifier", path, "--tokenizer", tokenizer_dir, "--top-k", "16",
+             "--draft-vocab-size", "100", "--window", "20", "--device", "cpu", "--output", tmp_path / "store"]  # fmt: skip
+    assert main([str(word) for word in words]) == 1
+    said = capsys.readouterr().out
+    assert "3 conversations" in said
+    assert "of 4 files of deepspec; 1 set aside, 0 conversations quarantined" in said
+    assert "shard-00001.bin: expected the shard that manifest.json names, found no file" in said
+    assert StoreReader(tmp_path / "store").manifest.layers == TAPS
+    assert main([str(word) for word in words]) == 1  # goes on, and has nothing left to do
+    assert "3 conversations" in capsys.readouterr().out
