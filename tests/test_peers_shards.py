@@ -302,7 +302,7 @@ def test_the_command_needs_no_layers_and_says_what_was_set_aside(
     source = write_deepspec(tmp_path / "files", rounded)
     (source / "shard-00001.bin").unlink()
     words = ["import", source, "--from", "deepspec", "--verifier", path, "--tokenizer", tokenizer_dir, "--top-k", "16",
-             "--draft-vocab-size", "100", "--window", "20", "--device", "cpu", "--output", tmp_path / "store"]  # fmt: skip
+             "--draft-vocab-size", "100", "--window", "20", "--output", tmp_path / "store"]  # fmt: skip
     assert main([str(word) for word in words]) == 1
     said = capsys.readouterr().out
     assert "3 conversations" in said
