@@ -220,9 +220,9 @@ def test_a_shard_that_goes_while_its_states_are_read_is_damage(
 ) -> None:
     writes = {"deepspec": write_deepspec, "automodel": lambda to, some: write_automodel(to, some, verifier)}
     source = writes[peer](tmp_path / "files", rows)
-    reader = READERS[peer]
-    file = next(item for item in reader.files(source) if item.name != "samples.idx")
-    sample = next(reader.read(file))
+    cache = READERS[peer].open(source)
+    file = next(item for item in cache.files if item.name != "samples.idx")
+    sample = next(cache.read(file))
     assert isinstance(sample, PeerSample)
     assert sample.load()[0].shape == (len(rows[0].token_ids), len(TAPS), rows[0].after.shape[-1])
     file.unlink()
@@ -236,7 +236,7 @@ def test_rows_without_a_length_are_damage(verifier: Verifier, rows: list[Recorde
     for cut in (lambda values: values[:, :0], lambda values: values[:, 0]):
         save_file({name: cut(values).contiguous() for name, values in load_file(file).items()}, file)
         with pytest.raises(DamagedSampleError, match=r"expected input_ids \[n, S\] of n rows, found \[2"):
-            list(READERS["automodel"].read(file))
+            list(READERS["automodel"].open(source).read(file))
         write_automodel(tmp_path / "again", rows, verifier)
         file.write_bytes((tmp_path / "again" / file.name).read_bytes())
         shutil.rmtree(tmp_path / "again")

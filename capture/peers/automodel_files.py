@@ -28,6 +28,7 @@ from draftcache.capture.peers.safetensors_files import DTYPES
 from draftcache.capture.peers.samples import (
     CacheDescription,
     DamagedSampleError,
+    PeerCache,
     PeerSample,
     SetAside,
     block_numbers,
@@ -54,7 +55,7 @@ class AutomodelReader:
     name = "automodel"
     last_state = "after"
 
-    def files(self, source: Path) -> list[Path]:
+    def open(self, source: Path) -> PeerCache:
         """The shards that the manifest promises. Raises InputError where it can't be read, or for an Eagle3 cache."""
         manifest = _read_manifest(source)
         count = -(-manifest["num_samples"] // manifest["shard_size"])
@@ -64,59 +65,57 @@ class AutomodelReader:
                 f"{source / MANIFEST}: expected {count} shards, of {manifest['num_samples']} conversations, found "
                 f"{len(more)} more: {more[:3]}: take away what is not of this cache"
             )
-        return paths
-
-    def describe(self, source: Path) -> CacheDescription:
-        """The verifier, its weights and the blocks by the manifest. Raises InputError where it can't be read."""
-        manifest = _read_manifest(source)
-        last = manifest["num_hidden_layers"] - 1
+        ids, last, weights = manifest["target_layer_ids"], manifest["num_hidden_layers"] - 1, source / WEIGHTS
         unusable = {-1: "the embeddings (layer id -1)", last: f"the final norm's output (layer id {last})"}
-        weights = source / WEIGHTS
-        return CacheDescription(
+        described = CacheDescription(
             verifier=manifest["target_model"],
-            layers=tuple(layer for layer in manifest["target_layer_ids"] if layer not in unusable),
-            left_out=tuple(unusable[layer] for layer in manifest["target_layer_ids"] if layer in unusable),
+            layers=tuple(layer for layer in ids if layer not in unusable),
+            left_out=tuple(unusable[layer] for layer in ids if layer in unusable),
             weights=weights if weights.is_file() else None,
         )
+        places = [ids.index(layer) for layer in described.layers]
+        return PeerCache(files=paths, read=lambda path: _read(path, manifest, places), description=described)
 
-    def read(self, path: Path) -> Iterator[PeerSample | SetAside]:
-        """The conversations of a shard, without their padding. Raises DamagedSampleError."""
-        manifest, layers = _read_manifest(path.parent), self.describe(path.parent).layers
-        if not path.is_file():
-            raise DamagedSampleError(f"{path}: expected the shard that {MANIFEST} promises, found no file")
-        places = [manifest["target_layer_ids"].index(layer) for layer in layers]
+
+def _read(path: Path, manifest: dict[str, Any], places: list[int]) -> Iterator[PeerSample | SetAside]:
+    """The conversations of a shard, without their padding; `places` are those of the states that are blocks' outputs.
+
+    Raises DamagedSampleError.
+    """
+    if not path.is_file():
+        raise DamagedSampleError(f"{path}: expected the shard that {MANIFEST} promises, found no file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            count, dtype = _require_shapes(path, file, manifest)
+            ids, mask = file.get_tensor("input_ids").numpy(), file.get_tensor("loss_mask")
+            masked = "attention_mask" in set(file.keys())
+            attention = file.get_tensor("attention_mask").numpy() if masked else None
+    except (SafetensorError, OSError) as exc:
+        raise DamagedSampleError(f"{path}: expected a whole safetensors file, found another ({exc})") from exc
+    for row in range(count):
+        named = path.with_name(f"{path.name}#{row}")
         try:
-            with safe_open(path, framework="pt") as file:
-                count, dtype = _require_shapes(path, file, manifest)
-                ids, mask = file.get_tensor("input_ids").numpy(), file.get_tensor("loss_mask")
-                masked = "attention_mask" in set(file.keys())
-                attention = file.get_tensor("attention_mask").numpy() if masked else None
-        except (SafetensorError, OSError) as exc:
-            raise DamagedSampleError(f"{path}: expected a whole safetensors file, found another ({exc})") from exc
-        for row in range(count):
-            named = path.with_name(f"{path.name}#{row}")
-            try:
-                loss = mask_of(named, mask[row])
-                length = _length(named, ids[row], loss, None if attention is None else attention[row])
-                yield require_sample(
-                    PeerSample(
-                        path=named,
-                        token_ids=ids[row, :length].astype(np.int64),
-                        loss_mask=loss[:length],
-                        dtype=dtype,
-                        taps=len(places),
-                        hidden_size=manifest["hidden_size"],
-                        before_norm=None,
-                        load=_StatesOf(path, row, length, places),
-                    ),
-                    (length,),
-                )
-            except DamagedSampleError as exc:
-                yield SetAside.of(named, exc)
-        first = int(path.stem.removeprefix("shard-")) * manifest["shard_size"]
-        promised = min(manifest["shard_size"], manifest["num_samples"] - first)
-        if count != promised:
-            yield SetAside(str(path), f"expected {promised} conversations, as {MANIFEST} says, found {count}")
+            loss = mask_of(named, mask[row])
+            length = _length(named, ids[row], loss, None if attention is None else attention[row])
+            yield require_sample(
+                PeerSample(
+                    path=named,
+                    token_ids=ids[row, :length].astype(np.int64),
+                    loss_mask=loss[:length],
+                    dtype=dtype,
+                    taps=len(places),
+                    hidden_size=manifest["hidden_size"],
+                    before_norm=None,
+                    load=_StatesOf(path, row, length, places),
+                ),
+                (length,),
+            )
+        except DamagedSampleError as exc:
+            yield SetAside.of(named, exc)
+    first = int(path.stem.removeprefix("shard-")) * manifest["shard_size"]
+    promised = min(manifest["shard_size"], manifest["num_samples"] - first)
+    if count != promised:
+        yield SetAside(str(path), f"expected {promised} conversations, as {MANIFEST} says, found {count}")
 
 
 def require_same_weights(parts: VerifierParts, path: Path) -> None:

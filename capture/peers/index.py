@@ -15,6 +15,7 @@ from draftcache.capture.peers.samples import (
     CacheDescription,
     DamagedSampleError,
     LoadStates,
+    PeerCache,
     PeerReader,
     PeerSample,
     SetAside,
@@ -71,14 +72,14 @@ class PeerIndex:
         Raises InputError where there is no file, where a conversation has no loss mask and none were given, and where
         a cache says that it is of another verifier, or of other blocks, than the one before.
         """
-        files, count = reader.files(source), 0
-        self._describe(reader, source)
+        cache, count = reader.open(source), 0
+        self._require_same_cache(source, cache.description)
         self._folder.mkdir(parents=True, exist_ok=True)
         self.rows[name] = self._folder / f"{name}.jsonl"
         with atomic_path(self.rows[name]) as partial, partial.open("w", encoding="utf-8") as rows:
-            for path in files:
+            for path in cache.files:
                 self.files += 1
-                for item in _items(reader, path):
+                for item in _items(cache, path):
                     if isinstance(item, SetAside):
                         self.set_aside.append(item)
                         continue
@@ -94,8 +95,8 @@ class PeerIndex:
                 shown = "; ".join(f"{item.file}: {item.reason}" for item in self.set_aside[:3])
                 raise InputError(f"{source}: expected at least one whole conversation, found none: {shown}")
 
-    def _describe(self, reader: PeerReader, source: Path) -> None:
-        found, first = reader.describe(source), self.description
+    def _require_same_cache(self, source: Path, found: CacheDescription) -> None:
+        first = self.description
         if self.rows and (found.verifier, found.layers) != (first.verifier, first.layers):
             raise InputError(
                 f"{source}: expected a cache of {first.verifier} with blocks {list(first.layers)} as the first one, "
@@ -129,10 +130,10 @@ class PeerIndex:
             file.writelines(json.dumps({"file": item.file, "reason": item.reason}) + "\n" for item in self.set_aside)
 
 
-def _items(reader: PeerReader, path: Path) -> Iterator[PeerSample | SetAside]:
+def _items(cache: PeerCache, path: Path) -> Iterator[PeerSample | SetAside]:
     """What a file holds, and what of it is damaged: the whole of it, or single conversations."""
     try:
-        yield from reader.read(path)
+        yield from cache.read(path)
     except DamagedSampleError as exc:
         yield SetAside.of(path, exc)
 

@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from draftcache.capture.peers.samples import (
-    CacheDescription,
     DamagedSampleError,
+    PeerCache,
     PeerSample,
     natural_order,
     require_sample,
@@ -40,19 +40,15 @@ class SpeculatorsReader:
     name = "speculators"
     last_state = "before"
 
-    def files(self, source: Path) -> list[Path]:
+    def open(self, source: Path) -> PeerCache:
         """All safetensors files of the folder, or of its `hidden_states`. Raises InputError where there is none."""
         for folder in (source, source / "hidden_states"):
             if found := sorted(folder.glob("*.safetensors"), key=natural_order):
-                return found
+                return PeerCache(files=found, read=self.read)
         raise InputError(
             f"{source}: expected a folder with hs_0.safetensors, hs_1.safetensors, .. or with hidden_states/ that has "
             "them, found none"
         )
-
-    def describe(self, source: Path) -> CacheDescription:
-        """Nothing: these files say neither of which verifier nor of which blocks their states are."""
-        return CacheDescription()
 
     def read(self, path: Path) -> Iterator[PeerSample]:
         """The one conversation of a file. Raises DamagedSampleError."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -73,6 +73,17 @@ class CacheDescription:
     """A file with its verifier's embeddings and head."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PeerCache:
+    """A cache whose own description, where it has one, has been read."""
+
+    files: Sequence[Path]
+    """In order; one that is missing is damage when it is read."""
+    read: Callable[[Path], Iterator[PeerSample | SetAside]]
+    """The conversations of a file, and what of them is damaged. Raises DamagedSampleError if the whole file is."""
+    description: CacheDescription = CacheDescription()
+
+
 class PeerReader(Protocol):
     """The reader of one project's files."""
 
@@ -87,14 +98,8 @@ class PeerReader(Protocol):
         It is stated beside what the probe finds, and decides nothing.
         """
 
-    def files(self, source: Path) -> list[Path]:
-        """The files of a cache in order. Raises InputError where there are none."""
-
-    def describe(self, source: Path) -> CacheDescription:
-        """What the cache says of itself. Raises InputError where its own description can't be read."""
-
-    def read(self, path: Path) -> Iterator[PeerSample | SetAside]:
-        """The conversations of a file, and what of them is damaged. Raises DamagedSampleError if the whole file is."""
+    def open(self, source: Path) -> PeerCache:
+        """The cache in a folder. Raises InputError where there is none, or its own description can't be read."""
 
 
 def require_sample(sample: PeerSample, states: tuple[int, ...]) -> PeerSample:

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from draftcache.capture.peers.samples import (
-    CacheDescription,
     DamagedSampleError,
+    PeerCache,
     PeerSample,
     mask_of,
     natural_order,
@@ -50,16 +50,12 @@ class TorchReader:
     before_norm: str | None = None
     """The key that says whether the last state is from before the final norm."""
 
-    def files(self, source: Path) -> list[Path]:
+    def open(self, source: Path) -> PeerCache:
         """All files below the folder whose names end so. Raises InputError where there is none."""
         found = [path for path in source.rglob("*") if path.name.endswith(self.suffixes) and path.is_file()]
         if not found:
             raise InputError(f"{source}: expected a folder with files {' or '.join(self.suffixes)}, found none")
-        return sorted(found, key=natural_order)
-
-    def describe(self, source: Path) -> CacheDescription:
-        """Nothing: these files say neither of which verifier nor of which blocks their states are."""
-        return CacheDescription()
+        return PeerCache(files=sorted(found, key=natural_order), read=self.read)
 
     def read(self, path: Path) -> Iterator[PeerSample]:
         """The one conversation of a file. Raises DamagedSampleError."""
