@@ -200,10 +200,10 @@ TRAPS: list[tuple[str, str, Change, dict[str, Any]]] = [
     ("layer-types-without-window", "eagle3", put(sliding_window=None), {}),
     ("layer-types-count", "dflash", put(layer_types=["sliding_attention"]), {}),
     ("window-switched-off", "dflash", put(use_sliding_window=False), {}),
-    ("window-not-read", "dflash", verifiers_head, {"engine": "sglang", "engine_version": "0.5.13"}),
+    ("layer-types-not-read", "dflash", verifiers_head, {"engine": "sglang", "engine_version": "0.5.13"}),
     # RoPE
     ("rope-missing", "eagle3", drop("rope_theta", "rope_parameters"), {}),
-    ("rope-not-read", "dflash", both(verifiers_head, full_layers), {"engine": "sglang", "engine_version": "0.5.12"}),
+    ("rope-theta-not-read", "dflash", both(verifiers_head, full_layers), {"engine": "sglang", "engine_version": "0.5.12"}),
     ("rope-disagrees", "eagle3", put(rope_theta=1e6), {}),
     ("rope-disagrees", "dflash", put(rope_scaling={"rope_type": "yarn", "factor": 4.0}), {}),
     ("rope-disagrees", "eagle3-speculators", put(rope_parameters={"rope_type": "default", "rope_theta": 5e5}), {}),

@@ -91,15 +91,12 @@ class VerifierFacts:
         return VerifierFacts(**{name: own if own is not None else known for name, (own, known) in pairs.items()})
 
 
+_SGLANG_DFLASH_ROPE = 1e6
+"""RoPE's base of a DFlash draft where SGLang does not read it."""
 _SGLANG_DEEPSEEK = {
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_k2", "kimi_k25",
 }  # fmt: skip
 """Types of verifiers whose SGLang class changed what it takes aux ids for."""
-SGLANG_DFLASH_ROPE_SINCE, SGLANG_DFLASH_ROPE = "0.5.13", 1e6
-"""From this version on SGLang reads RoPE's base of a DFlash draft. Earlier ones take this base, whatever is written."""
-SGLANG_LAYER_TYPES_SINCE = "0.5.14"
-"""From this version on SGLang reads `layer_types` and `sliding_window` of a DFlash draft. Earlier ones attend to
-everything, and in both directions, in every layer."""
 SGLANG_DEEPSEEK_CHANGE = "0.5.13"
 """From this version on SGLang adds 1 to the ids beside those verifiers only if the first one is 1."""
 _SGLANG_LAST_BLOCK = {
@@ -128,6 +125,19 @@ def sglang_adds_one(verifier: VerifierFacts, target: ServingTarget) -> bool | No
         return True
     changed = target.since(SGLANG_DEEPSEEK_CHANGE)
     return None if changed is None else not changed
+
+
+def sglang_dflash_needs(slides: bool, rope_theta: float | None) -> dict[str, tuple[str, str]]:
+    """Return what SGLang has to read of a DFlash's config: by field, since which version, and what earlier ones do.
+
+    `slides` says whether one of its layers is a sliding one.
+    """
+    needs = {}
+    if slides:
+        needs["layer_types"] = ("0.5.14", "earlier ones attend to everything and in both directions, in every layer")
+    if rope_theta != _SGLANG_DFLASH_ROPE:
+        needs["rope_theta"] = ("0.5.13", f"earlier ones take {_SGLANG_DFLASH_ROPE:,.0f}")
+    return needs
 
 
 def eagle3_ids(blocks: list[int], target: ServingTarget, verifier: VerifierFacts) -> list[int]:

@@ -20,12 +20,7 @@ from torch import nn
 from draftcache.draft_train.drafts.block.shape import BlockShape
 from draftcache.draft_train.drafts.protocol import CheckpointState, ServedForm
 from draftcache.draft_train.drafts.served_parts import block_numbers, common_config, vocab_tensors
-from draftcache.draft_train.drafts.serving_target import (
-    SGLANG_DFLASH_ROPE,
-    SGLANG_DFLASH_ROPE_SINCE,
-    SGLANG_LAYER_TYPES_SINCE,
-    ServingTarget,
-)
+from draftcache.draft_train.drafts.serving_target import ServingTarget, sglang_dflash_needs
 from draftcache.draft_train.drafts.speculators_form import speculators_config
 from draftcache.store.common.errors import CheckpointError, InputError
 from draftcache.store.format.head_form import HeadForm
@@ -154,22 +149,11 @@ def _require_sglang(shape: BlockShape, own_head: bool, target: ServingTarget, dt
             "--dtype: expected bfloat16 for a DFlash draft in SGLang, which hands it embeddings in bfloat16, found "
             f"{dtype}"
         )
-    for needs, since, what in (
-        (
-            "sliding" in shape.layer_types, SGLANG_LAYER_TYPES_SINCE,
-            "sliding layers: earlier ones attend to everything, and in both directions, in every layer without a word; "
-            "name the version, or train with --layer-types full",
-        ),
-        (
-            shape.rope_theta != SGLANG_DFLASH_ROPE, SGLANG_DFLASH_ROPE_SINCE,
-            f"a RoPE base of {shape.rope_theta:g}: earlier ones take {SGLANG_DFLASH_ROPE:g} without a word; name the "
-            "version",
-        ),
-    ):  # fmt: skip
-        if needs and not target.since(since):
+    for name, (since, earlier) in sglang_dflash_needs("sliding" in shape.layer_types, shape.rope_theta).items():
+        if not target.since(since):
             raise InputError(
-                f"--engine-version: expected {since} or later of SGLang, found {target.version or 'none'}, for a "
-                f"DFlash draft with {what}"
+                f"--engine-version: expected {since} or later of SGLang, which reads {name} of a DFlash draft, found "
+                f"{target.version or 'none'}: {earlier} without a word; name the version"
             )
 
 

@@ -7,12 +7,7 @@ from collections.abc import Iterator
 from draftcache.draft_train.drafts.block.served import ARCHITECTURES
 from draftcache.draft_train.drafts.served_checks import head, required_tensors, shared_findings
 from draftcache.draft_train.drafts.served_draft import Finding, ServedDraft, error, warning, whole_numbers
-from draftcache.draft_train.drafts.serving_target import (
-    SGLANG_DFLASH_ROPE,
-    SGLANG_DFLASH_ROPE_SINCE,
-    SGLANG_LAYER_TYPES_SINCE,
-    takes_last_block,
-)
+from draftcache.draft_train.drafts.serving_target import sglang_dflash_needs, takes_last_block
 
 IDS = "target_layer_ids"
 NESTED = f"dflash_config.{IDS}"
@@ -56,23 +51,15 @@ def _engine(served: ServedDraft, name: str) -> Iterator[Finding]:
 def _not_read_by_sglang(served: ServedDraft) -> Iterator[Finding]:
     """Versions of SGLang that read neither which layers of a DFlash slide nor RoPE's base say nothing of it."""
     theta = served.layer.get("rope_theta") or (served.layer.get("rope_parameters") or {}).get("rope_theta")
-    for needs, since, trap, where, advice in (
-        (
-            "sliding_attention" in (served.layer.get("layer_types") or ()), SGLANG_LAYER_TYPES_SINCE,
-            "window-not-read", "layer_types", "earlier ones attend to everything and in both directions",
-        ),
-        (
-            theta != SGLANG_DFLASH_ROPE, SGLANG_DFLASH_ROPE_SINCE,
-            "rope-not-read", "rope_theta", f"earlier ones take {SGLANG_DFLASH_ROPE:g}",
-        ),
-    ):  # fmt: skip
-        version = served.target.version
-        if needs and version is None:
-            advice = f"name yours by --engine-version: {advice}"
+    version, slides = served.target.version, "sliding_attention" in (served.layer.get("layer_types") or ())
+    for name, (since, earlier) in sglang_dflash_needs(slides, theta).items():
+        if version is None:
+            advice = f"name yours by --engine-version: {earlier}"
             yield warning("engine-version", "--engine-version", f"{since} or later of SGLang", "none", advice)
             return
-        if needs and not served.target.since(since):
-            yield error(trap, where, f"SGLang {since} or later, which reads it", version, advice)
+        if not served.target.since(since):
+            trap = f"{name.replace('_', '-')}-not-read"
+            yield error(trap, name, f"SGLang {since} or later, which reads it", version, earlier)
 
 
 def _blocks(served: ServedDraft) -> list[int] | None:
