@@ -150,6 +150,7 @@ SMALL_VERIFIER = VerifierFacts(layers=LAYERS[-1] + 1, max_position_embeddings=10
 TWELVE = {"verifier": VerifierFacts(layers=12)}
 """A verifier whose states 2, 6 and 9 an engine takes by itself."""
 full_layers = put(layer_types=["full_attention"] * 2, sliding_window=None, use_sliding_window=False)
+SGLANG_0_5_12 = {"engine": "sglang", "engine_version": "0.5.12"}
 verifiers_head = both(drop("lm_head.weight", "d2t", "t2d"), top(draft_vocab_size=VOCAB))
 TRAPS: list[tuple[str, str, Change, dict[str, Any]]] = [
     # aux ids
@@ -203,7 +204,7 @@ TRAPS: list[tuple[str, str, Change, dict[str, Any]]] = [
     ("layer-types-not-read", "dflash", verifiers_head, {"engine": "sglang", "engine_version": "0.5.13"}),
     # RoPE
     ("rope-missing", "eagle3", drop("rope_theta", "rope_parameters"), {}),
-    ("rope-theta-not-read", "dflash", both(verifiers_head, full_layers), {"engine": "sglang", "engine_version": "0.5.12"}),
+    ("rope-theta-not-read", "dflash", both(verifiers_head, full_layers), SGLANG_0_5_12),
     ("rope-disagrees", "eagle3", put(rope_theta=1e6), {}),
     ("rope-disagrees", "dflash", put(rope_scaling={"rope_type": "yarn", "factor": 4.0}), {}),
     ("rope-disagrees", "eagle3-speculators", put(rope_parameters={"rope_type": "default", "rope_theta": 5e5}), {}),
