@@ -339,6 +339,22 @@ def test_a_whole_check_and_what_it_keeps(
     assert "found those of one with other draft_tokens" in capsys.readouterr().err
 
 
+def test_rows_of_what_was_found_survive_an_interruption(
+    small: Path, stand_in: StandIn, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> Verdict:
+        raise KeyboardInterrupt
+
+    words = ("--drafts", "eagle3", "--checks", "text,states", "--output", str(small / "so-far.json"))
+    with monkeypatch.context() as patch:
+        patch.setattr(checks, "check_states", interrupt)
+        assert run(small, *words) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    rows = {row["metric"]: row["value"] for row in json.loads((small / "so-far.json").read_text())}
+    assert (rows["text_passed"], rows["texts_equal"]) == (1, 4)
+    assert "states_passed" not in rows
+
+
 def test_the_speculators_form_is_served_by_its_own_name(
     small: Path, stand_in: StandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:

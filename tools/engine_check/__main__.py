@@ -64,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
         "--engine", type=_option, action="append", default=[], metavar="NAME=JSON",
         help="another option of vllm.LLM, such as gpu_memory_utilization=0.9; may be given several times",
     )  # fmt: skip
-    made.add_argument("--output", type=Path, metavar="FILE", help="also write result rows to this JSON file")
+    made.add_argument(
+        "--output", type=Path, metavar="FILE", help="also write result rows to this JSON file, after each draft"
+    )
     return made
 
 
@@ -95,8 +97,13 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from draftcache.tools.engine_check.checks import Settings, run_checks
+    from draftcache.tools.engine_check.checks import Outcome, Settings, run_checks
     from draftcache.tools.engine_check.verdicts import failed, rows, table
+
+    def write_rows(so_far: Outcome) -> None:
+        if arguments.output is not None:
+            device = so_far.versions["device"] if so_far.on_gpu else cpu_name()
+            write_json(arguments.output, rows(so_far.verdicts, so_far.versions, device))
 
     outcome = run_checks(
         Settings(
@@ -104,12 +111,10 @@ def _run(arguments: argparse.Namespace) -> int:
             store=arguments.store, drafts=arguments.drafts, checks=arguments.checks, form=arguments.form,
             prompts=arguments.prompts, tokens=arguments.tokens, draft_tokens=arguments.draft_tokens,
             dtype=arguments.dtype, device=arguments.device, engine_options=dict(arguments.engine),
-        )
+        ),
+        write_rows,
     )  # fmt: skip
     print(table(outcome.verdicts), flush=True)
-    if arguments.output is not None:
-        device = outcome.versions["device"] if outcome.on_gpu else cpu_name()
-        write_json(arguments.output, rows(outcome.verdicts, outcome.versions, device))
     return 1 if failed(outcome.verdicts) else 0
 
 

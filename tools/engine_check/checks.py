@@ -8,7 +8,7 @@ check goes on where it stopped.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -93,8 +93,11 @@ class Outcome:
     on_gpu: bool
 
 
-def run_checks(settings: Settings) -> Outcome:
-    """Run the checks. Raises InputError for what does not fit, WorkerError where plain decoding fails."""
+def run_checks(settings: Settings, found: Callable[[Outcome], None] = lambda _: None) -> Outcome:
+    """Run the checks, and call `found` after each draft with the verdicts so far.
+
+    Raises InputError for what does not fit, WorkerError where plain decoding fails.
+    """
     versions = engine_versions(settings.vllm)
     on_gpu = versions["device"] != "cpu"
     version = versions["engine"].split()[-1]
@@ -102,7 +105,11 @@ def run_checks(settings: Settings) -> Outcome:
     print(", ".join(f"{name} {value}" for name, value in versions.items()), file=sys.stderr, flush=True)
     check = EngineCheck(settings, _subject_of(settings, on_gpu), on_gpu, version)
     _require_same(settings, check.subject, versions)
-    return Outcome(check.run(names), versions, on_gpu)
+    outcome = Outcome([], versions, on_gpu)
+    for verdicts in check.run(names):
+        outcome.verdicts.extend(verdicts)
+        found(outcome)
+    return outcome
 
 
 def _drafts_of(settings: Settings, on_gpu: bool, version: str) -> list[str]:
@@ -175,31 +182,26 @@ class EngineCheck:
         }  # fmt: skip
         return shared | ({"gpu_memory_utilization": 0.3} if self.on_gpu else {}) | self.settings.engine_options
 
-    def run(self, names: Sequence[str]) -> list[Verdict]:
-        """Return the verdicts of all checks that are asked for. They are printed on stderr as they come.
+    def run(self, names: Sequence[str]) -> Iterator[list[Verdict]]:
+        """Yield the verdicts of each draft, and of the states, that are asked for. They are printed on stderr too.
 
         Where the engine fails with a draft or with hidden states, that is a verdict too, and the other checks go on.
         """
-        with one_thread() if self.subject.one_thread else nullcontext():
-            return self._run(names)
-
-    def _run(self, names: Sequence[str]) -> list[Verdict]:
         asked = set(self.settings.checks)
-        parts: dict[str, Callable[[], list[Verdict]]] = {}
-        if asked & _OF_DRAFTS:
-            store = self._store()
-            parts |= {name: partial(self._check_draft, name, store, asked) for name in names}
-        if "states" in asked:
-            parts["states"] = self._check_states
-        found: list[Verdict] = []
-        for name, check in parts.items():
-            try:
-                made = check()
-            except WorkerError as exc:
-                made = [Verdict(name, "engine", False, str(exc))]
-            print("\n".join(item.line() for item in made), file=sys.stderr, flush=True)
-            found += made
-        return found
+        with one_thread() if self.subject.one_thread else nullcontext():
+            parts: dict[str, Callable[[], list[Verdict]]] = {}
+            if asked & _OF_DRAFTS:
+                store = self._store()
+                parts |= {name: partial(self._check_draft, name, store, asked) for name in names}
+            if "states" in asked:
+                parts["states"] = self._check_states
+            for name, check in parts.items():
+                try:
+                    made = check()
+                except WorkerError as exc:
+                    made = [Verdict(name, "engine", False, str(exc))]
+                print("\n".join(item.line() for item in made), file=sys.stderr, flush=True)
+                yield made
 
     def _check_states(self) -> list[Verdict]:
         directory = self.settings.work / "states"
