@@ -267,16 +267,17 @@ def test_norms_are_judged_by_the_calibration_whatever_the_order(
 def test_the_summary_says_how_long_the_device_waited_for_the_files(
     nemotron: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The same pause for each conversation, once before it is computed and once before it is written: without a pause,
-    # this small model is faster than its files, and by how much depends on what else the machine does.
+    # The same pause for each conversation, once before it is computed and once before it is written: without a pause
+    # this small model is faster than its files, and by how much depends on what else the machine does. Shares of 0.00
+    # and 0.75 are usual; where other programs take the machine, computing takes longer and the second is smaller.
     compute, append = ShardCapture.compute_piece, ShardInProgress.append
 
     def slow_compute(*arguments: Any) -> None:
-        time.sleep(0.3)
+        time.sleep(0.5)
         compute(*arguments)
 
     def slow_append(shard: ShardInProgress, item: Conversation) -> None:
-        time.sleep(0.3)
+        time.sleep(0.5)
         append(shard, item)
 
     with monkeypatch.context() as patch:
@@ -284,7 +285,7 @@ def test_the_summary_says_how_long_the_device_waited_for_the_files(
         quick = CaptureJob(config(nemotron, dataset, tmp_path / "quick")).run()
     monkeypatch.setattr(ShardInProgress, "append", slow_append)
     slow = CaptureJob(config(nemotron, dataset, tmp_path / "slow")).run()
-    assert 0 <= quick.waiting_share < 0.6 < slow.waiting_share <= 1
+    assert 0 <= quick.waiting_share < 0.3 < slow.waiting_share <= 1
     # With room for one conversation, the device waits for each one before.
     small = CaptureJob(config(nemotron, dataset, tmp_path / "small", buffer_gb=1e-9, shard_tokens=10**6)).run()
     assert 0.5 < small.waiting_share <= 1
