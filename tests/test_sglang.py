@@ -1,9 +1,8 @@
 """Against a real SGLang: exports that it serves by their model card's command take the verify steps that were counted.
 
 Set DRAFTCACHE_SGLANG_PYTHON to an interpreter that has SGLang, and DRAFTCACHE_SGLANG_FLAGS to further flags of its
-server where this machine needs some, then `pytest -m slow tests/test_sglang.py`. On a CPU 0.5.12.post1 was run, by
-what support/sglang_on_cpu gives it. A verify step takes a second there, so few texts are compared, and no DFlash: that
-version does not read RoPE's base of one, and SGLang hands it embeddings in bfloat16, which Triton's interpreter lacks.
+server where this machine needs some, then `pytest -m slow tests/test_sglang.py`. On a CPU 0.5.12.post1 and 0.5.23 were
+run, by what support/sglang_on_cpu gives them. A verify step takes up to a second there, so few texts are compared.
 """
 
 from __future__ import annotations
@@ -12,33 +11,38 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from draftcache.draft_train.drafts.serving_target import SGLANG_DEEPSEEK_CHANGE, ServingTarget, sglang_dflash_needs
 from draftcache.draft_train.export import export
+from draftcache.store.reader import StoreReader
 from draftcache.tools.cli import main
+from draftcache.tools.demo.pipeline import VERIFIER
 from draftcache.tools.engine_check.drafts import captured, trained, wrong_export
 from draftcache.tools.engine_check.subjects import LLAMA_VOCABULARY, Subject, llama_subject
 from draftcache.tools.running_engine import RunningEngine
-from draftcache.tools.truth import SPLIT
+from draftcache.tools.truth import SPLIT, opening_prompts
 
 PYTHON = os.environ.get("DRAFTCACHE_SGLANG_PYTHON", "")
 ON_GPU = torch.cuda.is_available()
 ON_CPU = (
     "--device cpu --dtype float32 --attention-backend triton --triton-attention-num-kv-splits 1 --sampling-backend "
-    "pytorch --grammar-backend none --disable-cuda-graph --disable-piecewise-cuda-graph --disable-overlap-schedule "
-    "--skip-server-warmup --mem-fraction-static 0.2 --max-total-tokens 4096"
+    "pytorch --grammar-backend none --disable-cuda-graph --disable-overlap-schedule --skip-server-warmup "
+    "--mem-fraction-static 0.2 --max-total-tokens 4096"
 )
 FLAGS = shlex.split(os.environ.get("DRAFTCACHE_SGLANG_FLAGS", "" if ON_GPU else ON_CPU))
 pytestmark = [
@@ -47,6 +51,7 @@ pytestmark = [
     pytest.mark.skipif(not PYTHON, reason="set DRAFTCACHE_SGLANG_PYTHON to an interpreter that has SGLang"),
 ]
 DRAFT_TOKENS, START_S = 4, 400
+EXPORTED = "bfloat16" if ON_GPU else "float32"
 PROMPTS, TOKENS = (48, 60) if ON_GPU else (8, 30)
 MOST_APART = 0.01 if ON_GPU else 0.03
 """Of so few texts one verify step is more than 1 %."""
@@ -117,34 +122,50 @@ def card_command(draft: Path, served: Path) -> list[str]:
     return [str(served) if word == "DRAFT" else word for word in shlex.split(found[1].replace("\\\n", " "))]
 
 
-@pytest.mark.parametrize("name", ["eagle3", "eagle31", "dflash-full"] if ON_GPU else ["eagle3", "eagle31"])
-def test_sglang_takes_the_verify_steps_that_eval_counts(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Texts that it decodes with the draft are those that it decodes without; a wrong export takes more steps."""
-    subject = llama_subject(tmp_path / "verifier", PROMPTS, steps=400 if ON_GPU else 300)
-    whole = {"draft_vocab_size": LLAMA_VOCABULARY} if name == "dflash-full" else {}
-    subject = replace(subject, training={**subject.training, "sliding_window": 0}, **whole)
-    traces = list(zip(subject.prompts, plain_answers(subject, tmp_path / "plain.log"), strict=True))
-    store = captured(traces, subject, tmp_path / "traces", dtype="float32", device="cpu")
-    checkpoint = trained(name, subject, store, tmp_path / "run", draft_tokens=DRAFT_TOKENS, device="auto")
-    draft = export(
-        checkpoint, tmp_path / "draft", engine="sglang", engine_version=version_of(),
-        base_model=str(subject.verifier), dtype="bfloat16" if ON_GPU else "float32",
+def save_deepseek(directory: Path) -> None:
+    """Save a small DeepSeek V3 without experts, in widths that SGLang's attention has kernels for.
+
+    Its embeddings are large, as those of the small Llama are, so that a draft can learn its texts.
+    """
+    from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM, set_seed
+
+    set_seed(0)
+    config = DeepseekV3Config(
+        num_hidden_layers=7, first_k_dense_replace=7, vocab_size=LLAMA_VOCABULARY, hidden_size=128,
+        intermediate_size=256, num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=256, q_lora_rank=None,
+        qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=32, n_routed_experts=8, num_experts_per_tok=2, n_group=1,
+        topk_group=1, moe_intermediate_size=64, max_position_embeddings=512, initializer_range=0.06, bos_token_id=0,
+        eos_token_id=1, pad_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
-    wrong, _ = wrong_export(draft, tmp_path / "wrong")
+    model = DeepseekV3ForCausalLM(config)
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.32)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.08)
+    model.to(torch.bfloat16).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(VERIFIER).save_pretrained(directory)
+    config_file = directory / "config.json"  # SGLang reads what this configuration leaves out
+    read = {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | read))
+
+
+def captured_answers(subject: Subject, directory: Path) -> StoreReader:
+    traces = list(zip(subject.prompts, plain_answers(subject, directory / "plain.log"), strict=True))
+    return captured(traces, subject, directory / "traces", dtype="float32", device="cpu")
+
+
+def require_counted_steps(store: StoreReader, checkpoint: Path, draft: Path, wrong: Path) -> None:
+    """Require of SGLang the verify steps that are counted offline with `draft`, and more with `wrong`."""
 
     def counted(served: Path) -> dict[str, Any]:
-        with serving(card_command(draft, served), tmp_path / f"{served.name}.log") as url:
+        with serving(card_command(draft, served), draft.parent / f"{served.name}.log") as url:
             with RunningEngine(url) as engine:
-                one = engine.answer(list(subject.prompts[0]), 1)
+                one = engine.answer(opening_prompts(store, [SPLIT], 1)[0], 1)
             assert (len(one.token_ids), one.verify_steps) == (1, 0)
             words = ["eval", "--store", store.location, "--checkpoint", str(checkpoint), "--splits", SPLIT,
                      "--device", "cpu", "--resamples", "100", "--draft-tokens", str(DRAFT_TOKENS), "--engine", url,
                      "--engine-conversations", str(PROMPTS), "--json"]  # fmt: skip
-            capsys.readouterr()
-            main(words)
-        found: dict[str, Any] = json.loads(capsys.readouterr().out)["engine"]
+            with redirect_stdout(StringIO()) as printed:
+                main(words)
+        found: dict[str, Any] = json.loads(printed.getvalue())["engine"]
         print(served.name, json.dumps(found))
         return found
 
@@ -159,3 +180,47 @@ def test_sglang_takes_the_verify_steps_that_eval_counts(
     assert 0 <= accepted <= DRAFT_TOKENS * PROMPTS  # those of the last steps that lie beyond an answer's end
     off = counted(wrong)
     assert off["engine_verify_steps"] / off["tokens"] > 1.05 * right["engine_verify_steps"] / right["tokens"]
+
+
+@pytest.mark.parametrize("name", ["eagle3", "eagle31", "dflash-full", "dflash"])
+def test_sglang_takes_the_verify_steps_that_eval_counts(name: str, tmp_path: Path) -> None:
+    """Texts that it decodes with the draft are those that it decodes without; a wrong export takes more steps."""
+    target = ServingTarget(engine="sglang", version=version_of())
+    block = name.startswith("dflash")
+    needed = [since for since, _ in sglang_dflash_needs(name == "dflash", 10_000.0).values()] if block else []
+    if not all(map(target.since, needed)):
+        pytest.skip(f"SGLang {target.version} does not read all that a DFlash draft is: {' and '.join(needed)} do")
+    subject = llama_subject(tmp_path / "verifier", PROMPTS, steps=400 if ON_GPU else 300)
+    window = subject.window if name == "dflash" else 0  # Triton's attention has none in the steps of an Eagle3 draft
+    whole = {"draft_vocab_size": LLAMA_VOCABULARY} if block else {}
+    subject = replace(subject, training={**subject.training, "sliding_window": window}, **whole)
+    store = captured_answers(subject, tmp_path)
+    checkpoint = trained(name, subject, store, tmp_path / "run", draft_tokens=DRAFT_TOKENS, device="auto")
+    draft = export(
+        checkpoint, tmp_path / "draft", engine="sglang", engine_version=target.version,
+        base_model=str(subject.verifier), dtype="bfloat16" if block else EXPORTED,
+    )  # fmt: skip
+    if block and not ON_GPU:  # with weights in bfloat16 it proposes otherwise here and there
+        exact = export(checkpoint, tmp_path / "exact", engine="vllm", base_model=str(subject.verifier), dtype=EXPORTED)
+        shutil.copy(exact / "model.safetensors", draft)
+    wrong, _ = wrong_export(draft, tmp_path / "wrong")
+    require_counted_steps(store, checkpoint, draft, wrong)
+
+
+def test_sglang_takes_a_deepseek_s_aux_ids_as_its_version_does(tmp_path: Path) -> None:
+    """It changed what they stand for: the export for versions before the change, or from it on, takes more steps."""
+    target = ServingTarget(engine="sglang", version=version_of())
+    save_deepseek(tmp_path / "verifier")
+    subject = llama_subject(tmp_path / "verifier", PROMPTS, steps=400 if ON_GPU else 300)
+    subject = replace(subject, layers=(2, 3, 4), training={**subject.training, "sliding_window": 0})
+    store = captured_answers(subject, tmp_path)
+    checkpoint = trained("eagle3", subject, store, tmp_path / "run", draft_tokens=DRAFT_TOKENS, device="auto")
+    versions = {"draft": target.version, "other": "0.5.12" if target.since(SGLANG_DEEPSEEK_CHANGE) else "0.5.13"}
+    draft, other = (
+        export(
+            checkpoint, tmp_path / name, engine="sglang", engine_version=version, base_model=str(subject.verifier),
+            dtype=EXPORTED,
+        )
+        for name, version in versions.items()
+    )  # fmt: skip
+    require_counted_steps(store, checkpoint, draft, other)

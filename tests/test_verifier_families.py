@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -100,7 +101,9 @@ def test_a_store_of_other_weights_is_wrong_and_a_crash_or_hang_is_a_failure(foun
     assert trials["crashing"]["outcome"] == "failed"
     assert "ZeroDivisionError" in trials["crashing"]["reason"]
     assert trials["hanging"]["outcome"] == "failed"
-    assert "not finished after 2 s" in trials["hanging"]["reason"]
+    waited = re.search(r"not finished after (\d+) s", trials["hanging"]["reason"])
+    assert waited is not None
+    assert int(waited[1]) >= 2  # the limit; on a busy machine it is noticed later
     assert sorted(path.name for path in (found / "controls").iterdir()) == ["prepared", "trials.json"]
 
 

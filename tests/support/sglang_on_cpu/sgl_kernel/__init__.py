@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# SGLang waits for the GPU and empties its cache where it shares weights, whatever the device.
-torch.cuda.synchronize = torch.cuda.empty_cache = lambda *values: None
+# SGLang waits for the GPU, empties its cache and names streams whatever the device.
+torch.cuda.synchronize = torch.cuda.empty_cache = torch.Tensor.record_stream = lambda *values: None
+# It hands a DFlash draft embeddings in bfloat16, whatever the draft's dtype, and Triton's interpreter has no bfloat16.
+torch.Tensor.bfloat16 = lambda self: self
 
 
 def build_tree_kernel_efficient(
