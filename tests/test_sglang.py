@@ -152,34 +152,43 @@ def captured_answers(subject: Subject, directory: Path) -> StoreReader:
     return captured(traces, subject, directory / "traces", dtype="float32", device="cpu")
 
 
-def require_counted_steps(store: StoreReader, checkpoint: Path, draft: Path, wrong: Path) -> None:
-    """Require of SGLang the verify steps that are counted offline with `draft`, and more with `wrong`."""
+def require_counted_steps(
+    store: StoreReader,
+    checkpoint: Path,
+    right: Sequence[str],
+    wrong: Sequence[str],
+    logs: Path,
+    most: float = MOST_APART,
+) -> None:
+    """Require of SGLang the verify steps that are counted offline where it is started with the words `right`, up to the
+    share `most` of them, and more with the words `wrong`.
+    """
 
-    def counted(served: Path) -> dict[str, Any]:
-        with serving(card_command(draft, served), draft.parent / f"{served.name}.log") as url:
+    def counted(name: str, words: Sequence[str]) -> dict[str, Any]:
+        with serving(words, logs / f"{name}.log") as url:
             with RunningEngine(url) as engine:
                 one = engine.answer(opening_prompts(store, [SPLIT], 1)[0], 1)
             assert (len(one.token_ids), one.verify_steps) == (1, 0)
-            words = ["eval", "--store", store.location, "--checkpoint", str(checkpoint), "--splits", SPLIT,
+            asked = ["eval", "--store", store.location, "--checkpoint", str(checkpoint), "--splits", SPLIT,
                      "--device", "cpu", "--resamples", "100", "--draft-tokens", str(DRAFT_TOKENS), "--engine", url,
                      "--engine-conversations", str(PROMPTS), "--json"]  # fmt: skip
             with redirect_stdout(StringIO()) as printed:
-                main(words)
+                main(asked)
         found: dict[str, Any] = json.loads(printed.getvalue())["engine"]
-        print(served.name, json.dumps(found))
+        print(name, json.dumps(found))
         return found
 
-    right = counted(draft)
-    assert right["engine"] == "sglang"
-    assert right["conversations_of_equal_text"] >= 0.9 * PROMPTS
-    apart = abs(right["engine_verify_steps"] - right["offline_verify_steps"]) / right["offline_verify_steps"]
-    assert apart <= MOST_APART
-    assert right["engine_acceptance_length"] > 1.25  # drafts are accepted, so that the equality says something
-    assert right["engine_drafted"] == DRAFT_TOKENS * right["engine_verify_steps"]
-    accepted = sum(right["engine_accepted_by_position"]) - (right["tokens"] - right["engine_verify_steps"])
+    on = counted("right", right)
+    assert on["engine"] == "sglang"
+    assert on["conversations_of_equal_text"] >= 0.9 * PROMPTS
+    apart = abs(on["engine_verify_steps"] - on["offline_verify_steps"]) / on["offline_verify_steps"]
+    assert apart <= most
+    assert on["engine_acceptance_length"] > 1.25  # drafts are accepted, so that the equality says something
+    assert on["engine_drafted"] == DRAFT_TOKENS * on["engine_verify_steps"]
+    accepted = sum(on["engine_accepted_by_position"]) - (on["tokens"] - on["engine_verify_steps"])
     assert 0 <= accepted <= DRAFT_TOKENS * PROMPTS  # those of the last steps that lie beyond an answer's end
-    off = counted(wrong)
-    assert off["engine_verify_steps"] / off["tokens"] > 1.05 * right["engine_verify_steps"] / right["tokens"]
+    off = counted("wrong", wrong)
+    assert off["engine_verify_steps"] / off["tokens"] > 1.05 * on["engine_verify_steps"] / on["tokens"]
 
 
 @pytest.mark.parametrize("name", ["eagle3", "eagle31", "dflash-full", "dflash"])
@@ -191,7 +200,7 @@ def test_sglang_takes_the_verify_steps_that_eval_counts(name: str, tmp_path: Pat
     if not all(map(target.since, needed)):
         pytest.skip(f"SGLang {target.version} does not read all that a DFlash draft is: {' and '.join(needed)} do")
     subject = llama_subject(tmp_path / "verifier", PROMPTS, steps=400 if ON_GPU else 300)
-    window = subject.window if name == "dflash" else 0  # Triton's attention has none in the steps of an Eagle3 draft
+    window = subject.window if name == "dflash" else 0  # an Eagle3 draft's has its own test
     whole = {"draft_vocab_size": LLAMA_VOCABULARY} if block else {}
     subject = replace(subject, training={**subject.training, "sliding_window": window}, **whole)
     store = captured_answers(subject, tmp_path)
@@ -204,7 +213,7 @@ def test_sglang_takes_the_verify_steps_that_eval_counts(name: str, tmp_path: Pat
         exact = export(checkpoint, tmp_path / "exact", engine="vllm", base_model=str(subject.verifier), dtype=EXPORTED)
         shutil.copy(exact / "model.safetensors", draft)
     wrong, _ = wrong_export(draft, tmp_path / "wrong")
-    require_counted_steps(store, checkpoint, draft, wrong)
+    require_counted_steps(store, checkpoint, card_command(draft, draft), card_command(draft, wrong), tmp_path)
 
 
 def test_sglang_takes_a_deepseek_s_aux_ids_as_its_version_does(tmp_path: Path) -> None:
@@ -223,4 +232,27 @@ def test_sglang_takes_a_deepseek_s_aux_ids_as_its_version_does(tmp_path: Path) -
         )
         for name, version in versions.items()
     )  # fmt: skip
-    require_counted_steps(store, checkpoint, draft, other)
+    require_counted_steps(store, checkpoint, card_command(draft, draft), card_command(draft, other), tmp_path)
+
+
+def test_sglang_takes_an_eagle3_s_window_from_its_command(tmp_path: Path) -> None:
+    """Without the model card's flag the draft attends to everything.
+
+    In the later steps of a draft SGLang's Triton attention counts the query itself into the window, so that they see
+    one position less: of a window of 24 that is noticed, of one of thousands it would not be.
+    """
+    target = ServingTarget(engine="sglang", version=version_of())
+    if not ON_GPU and not target.since("0.5.23"):
+        pytest.skip("Triton's attention of this SGLang has no window in the steps of a draft")
+    subject = llama_subject(tmp_path / "verifier", PROMPTS, steps=400 if ON_GPU else 300)
+    store = captured_answers(subject, tmp_path)
+    checkpoint = trained("eagle3", subject, store, tmp_path / "run", draft_tokens=DRAFT_TOKENS, device="auto")
+    draft = export(
+        checkpoint, tmp_path / "draft", engine="sglang", engine_version=target.version,
+        base_model=str(subject.verifier), dtype=EXPORTED,
+    )  # fmt: skip
+    words = card_command(draft, draft)
+    flag = words.index("--speculative-draft-window-size")
+    assert int(words[flag + 1]) == subject.window - 1
+    without = words[:flag] + words[flag + 2 :]
+    require_counted_steps(store, checkpoint, words, without, tmp_path, most=MOST_APART if ON_GPU else 0.15)

@@ -91,7 +91,8 @@ def block_numbers(state: CheckpointState) -> list[int]:
 def sglang_window(window: int) -> str:
     """Return the flag by which SGLang gives an Eagle3 draft its window; it does not read the draft's config for that.
 
-    SGLang counts positions before the query's own (FlashAttention's and FlashInfer's backends of 0.5.12 to 0.5.23).
+    SGLang counts positions before the query's own (FlashAttention's and FlashInfer's backends of 0.5.12 to 0.5.23). In
+    the later steps of a draft its Triton backend has no window in 0.5.12, and one that counts the query in 0.5.23.
     """
     return f"--speculative-draft-window-size {window - 1}"
 
