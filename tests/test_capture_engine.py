@@ -345,6 +345,7 @@ def test_a_server_that_is_gone_and_back_and_a_command_that_was_killed(
     require_equal(output, settings)
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # Stopped may come before its with
 def test_sigterm_ends_the_job_while_it_waits_for_the_server(
     settings: CaptureConfig, server: StatesServer, tmp_path: Path
 ) -> None:
