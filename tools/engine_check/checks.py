@@ -93,7 +93,7 @@ class Outcome:
     on_gpu: bool
 
 
-def run_checks(settings: Settings, found: Callable[[Outcome], None] = lambda _: None) -> Outcome:
+def run_checks(settings: Settings, found: Callable[[Outcome], None]) -> Outcome:
     """Run the checks, and call `found` after each draft with the verdicts so far.
 
     Raises InputError for what does not fit, WorkerError where plain decoding fails.
